@@ -1,0 +1,53 @@
+"""Every error that the package raises on purpose.
+
+Each kind is also a kind of the standard library, so that code which knows nothing of this package still
+catches it. Messages say what was seen, what was expected, and the way out.
+"""
+
+
+class KDError(Exception):
+    """Base of all errors raised by kd-plugin."""
+
+
+class ConfigError(KDError, ValueError):
+    """A setting is wrong, or two settings contradict each other."""
+
+
+class DataError(KDError, ValueError):
+    """A dataset lacks a column, or a row cannot be used."""
+
+
+class VocabularyError(KDError, ValueError):
+    """Two models, or a model and a cache, do not speak the same token ids."""
+
+
+class CacheError(KDError, OSError):
+    """A teacher cache cannot be read or written."""
+
+
+class CacheCorruptionError(CacheError):
+    """A file of a teacher cache differs from what its manifest promises."""
+
+
+class LineageError(KDError, ValueError):
+    """Lineage files are missing, unreadable or do not fit together."""
+
+
+class LicenseRefusedError(KDError, PermissionError):
+    """The terms of a source forbid what the run would do."""
+
+
+class NonFiniteError(KDError, ArithmeticError):
+    """A loss or a target is NaN or infinite."""
+
+
+class MissingDependencyError(KDError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest of ``known``, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,40 @@
+"""How a run names what it learns from: enough to find the terms, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["model", "dataset", "teacher_outputs"]
+Signal = Literal["logits", "text"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, a dataset, or stored teacher outputs, as the user or another record declares it.
+
+    Attributes:
+        name: how this run calls it: ``student``, ``math``, the dataset's name.
+        kind: what it is.
+        ref: hub id or local directory; None for an endpoint.
+        revision: branch, tag or commit, as asked for.
+        license: declared licence: a hub id, an SPDX expression, or ``own``; None leaves it to discovery.
+        endpoint: URL of a server, if the source is reached through one.
+        model: model name that is sent to the endpoint.
+        signal: what reaches the student: distributions, or text only.
+        generated_by: names of the models that wrote a dataset.
+        record: a lineage node (and its ancestors) that the source brings along, such as a cache's manifest
+            or a checkpoint's ``lineage.json``; None leaves it to discovery.
+    """
+
+    name: str
+    kind: Kind = "model"
+    ref: str | None = None
+    revision: str | None = None
+    license: str | None = None
+    endpoint: str | None = None
+    model: str | None = None
+    signal: Signal = "logits"
+    generated_by: tuple[str, ...] = ()
+    record: Mapping[str, Any] | None = field(default=None, compare=False)

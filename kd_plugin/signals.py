@@ -1,0 +1,188 @@
+"""What a teacher emits and a divergence consumes.
+
+Shape suffixes: N scored positions, K stored tokens, V vocabulary, H hidden width. A *scored position* is a
+position whose next token is trained on; the distribution at position t is the one over token t+1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugin.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """What turns a last hidden state into next-token logits.
+
+    ``logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``; without a soft-cap the tanh is
+    left out. Rows of ``weight`` beyond ``vocab_size`` are padding that no tokenizer can produce; they are
+    cut before the softmax.
+
+    Attributes:
+        weight: (rows, H) output projection; may be a sharded parameter, see :meth:`gathered`.
+        bias: (rows,) or None.
+        vocab_size: number of rows that are real tokens; rows beyond are ignored.
+        logit_scale: multiplier of the logits (Cohere, Granite, Falcon-H1).
+        softcap: final soft-cap (Gemma), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    vocab_size: int | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def from_model(cls, model: nn.Module, vocab_size: int | None = None) -> OutputHead:
+        """Read the head of a transformers causal language model, PEFT-wrapped or not.
+
+        Args:
+            model: the model; its ``get_output_embeddings()`` and ``config`` are read.
+            vocab_size: number of real tokens; the rows beyond are padding.
+
+        Raises:
+            ConfigError: the model has no output embeddings, or fewer rows than ``vocab_size``.
+        """
+        module = model.get_output_embeddings()  # type: ignore[operator]
+        if module is None:
+            raise ConfigError(
+                f"{type(model).__name__} has no output head; a causal language model is needed."
+            )
+        config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        head = cls(
+            weight=module.weight,
+            bias=getattr(module, "bias", None),
+            logit_scale=_logit_scale(config),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+        return head if vocab_size is None else replace(head, vocab_size=vocab_size)
+
+    @contextmanager
+    def gathered(self) -> Iterator[OutputHead]:
+        """Yield this head with whole, ordinary tensors cut to ``vocab_size`` rows, without copying them.
+
+        DeepSpeed ZeRO-3 parameters are gathered for the duration of the block; FSDP2 DTensors are gathered
+        through ``full_tensor()``, whose backward scatters the gradient again.
+        """
+        from contextlib import nullcontext
+
+        weight, bias = self.weight, self.bias
+        context: Any = nullcontext()
+        if hasattr(weight, "ds_status"):
+            context = _deepspeed_gather([weight, bias])
+        elif hasattr(weight, "full_tensor"):
+            weight = weight.full_tensor()
+            bias = bias.full_tensor() if bias is not None and hasattr(bias, "full_tensor") else bias
+        with context:
+            rows = self.vocab_size
+            if rows is not None and rows > weight.shape[0]:
+                raise ConfigError(
+                    f"The output head has {weight.shape[0]} rows, but the vocabulary has {rows} tokens. "
+                    "Resize the model's embeddings to its tokenizer."
+                )
+            if rows is not None and rows < weight.shape[0]:
+                weight, bias = weight[:rows], None if bias is None else bias[:rows]
+            yield replace(self, weight=weight, bias=bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project ``hidden`` (..., H) to logits (..., V) in full: the readable form, for tests and small N."""
+        with self.gathered() as head:
+            bias = None if head.bias is None else head.bias.to(hidden.dtype)
+            logits = torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype), bias)
+        logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True)
+class HiddenSignal:
+    """An in-process teacher's full distribution, kept as hidden states until the loss projects them.
+
+    Attributes:
+        hidden: (N, H) last hidden states at the scored positions; no gradient.
+        head: the teacher's output head.
+    """
+
+    hidden: Tensor
+    head: OutputHead
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+
+@dataclass(frozen=True)
+class SparseSignal:
+    """Some tokens of a teacher's distribution, from a cache or a server.
+
+    Entries beyond a position's count are padding: ``logprobs`` is ``-inf`` and ``draws`` is 0 there.
+
+    Attributes:
+        ids: (N, K) int64 token ids.
+        logprobs: (N, K) nats under the teacher's full softmax.
+        tail_logmass: (N,) log of the probability not listed; ``-inf`` when everything is listed.
+        draws: (N, K) how often each token was drawn, for sampled targets; None for top-k.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail_logmass: Tensor
+    draws: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def to(self, device: torch.device | str) -> SparseSignal:
+        """Move every tensor to ``device``, without waiting."""
+        return SparseSignal(
+            self.ids.to(device, non_blocking=True),
+            self.logprobs.to(device, non_blocking=True),
+            self.tail_logmass.to(device, non_blocking=True),
+            None if self.draws is None else self.draws.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class TextSignal:
+    """A corrected response in text; teaches through the student's own tokenizer.
+
+    Attributes:
+        response: the text that the student should have written.
+        score: the teacher's score of the student's answer, in [0, 1], or None.
+    """
+
+    response: str
+    score: float | None = None
+
+
+def _logit_scale(config: Any) -> float:
+    """Return the multiplier that a model applies to its logits, under the name its family gives it.
+
+    The names and their meaning were read in transformers 5.23: Cohere ``logit_scale``, ``output_multiplier``,
+    Falcon-H1 ``lm_head_multiplier``; Granite and MiniCPM3 divide by ``logits_scaling``, HyperCLOVA X
+    multiplies by it.
+    """
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def _deepspeed_gather(parameters: list[Any]) -> Any:
+    """Gather ZeRO-3 parameters that are not already whole (a tied embedding may hold the head open)."""
+    from contextlib import nullcontext
+
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    partitioned = [p for p in parameters if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE]
+    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()

@@ -1,0 +1,129 @@
+"""A teacher that runs in this process."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugin.errors import ConfigError
+from kd_plugin.lineage.sources import Source
+from kd_plugin.signals import HiddenSignal, OutputHead
+from kd_plugin.vocab import Vocabulary
+
+
+class LocalTeacher:
+    """A transformers causal language model in this process, resident on one device.
+
+    Nothing is loaded until it is needed, so that the license gate can refuse it first.
+
+    Args:
+        model: a hub id, a local directory, or a loaded model.
+        tokenizer: the teacher's tokenizer; loaded from ``model`` where that is a path or names one.
+        name: how metrics and lineage call it.
+        revision: branch, tag or commit, for a hub id.
+        license: declared licence where none can be discovered: a hub id such as ``apache-2.0``, or ``own``.
+        dtype: a torch dtype or its name; ``"auto"`` takes the checkpoint's own.
+        device: where it runs; None leaves it to the host.
+        trust_remote_code: run Python code that the model repository ships. Off unless you read that code.
+
+    Raises:
+        ConfigError: ``model`` is loaded and no tokenizer is known for it.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        *,
+        tokenizer: Any = None,
+        name: str = "teacher",
+        revision: str | None = None,
+        license: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = name
+        self.device = device
+        self._ref = _reference(model)
+        self._revision = revision
+        self._license = license
+        self._dtype = dtype
+        self._trust_remote_code = trust_remote_code
+        self._tokenizer = tokenizer
+        self._model = model if isinstance(model, nn.Module) else None
+        if self._model is not None:
+            self._model.eval().requires_grad_(False)
+            if device is not None:
+                self._model.to(device)
+
+    @cached_property
+    def source(self) -> Source:
+        """What this teacher is; see :class:`~kd_plugin.lineage.sources.Source`."""
+        return Source(name=self.name, ref=self._ref, revision=self._revision, license=self._license)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The teacher's tokenizer, loaded on first use."""
+        if self._tokenizer is None:
+            if self._ref is None:
+                raise ConfigError(
+                    f"Teacher {self.name!r} is a loaded model that names no tokenizer; its vocabulary cannot be "
+                    "checked. Pass LocalTeacher(model, tokenizer=...)."
+                )
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                self._ref, revision=self._revision, trust_remote_code=self._trust_remote_code
+            )
+        return self._tokenizer
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The token ids that this teacher speaks."""
+        return Vocabulary.from_tokenizer(self.tokenizer)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in evaluation mode without gradients, loaded on first use."""
+        if self._model is None:
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_pretrained(
+                self._ref,
+                revision=self._revision,
+                dtype=self._dtype,
+                trust_remote_code=self._trust_remote_code,
+            )
+            self._model = model.eval().requires_grad_(False)
+            if self.device is not None:
+                self._model.to(self.device)
+        return self._model
+
+    @cached_property
+    def head(self) -> OutputHead:
+        """The output head, cut to the tokenizer's vocabulary."""
+        return OutputHead.from_model(self.model, self.vocabulary.size)
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the last hidden states (B, L, H) of a batch (B, L), after the final norm."""
+        backbone = self.model.base_model
+        return backbone(  # type: ignore[operator]
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> HiddenSignal:
+        """Judge the next token at ``positions``; see :meth:`~kd_plugin.teachers.base.Teacher.score`."""
+        hidden = self.hidden_states(input_ids, attention_mask)
+        return HiddenSignal(hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions), self.head)
+
+
+def _reference(model: str | Path | nn.Module) -> str | None:
+    if isinstance(model, nn.Module):
+        config = getattr(model, "config", None)
+        return getattr(config, "_name_or_path", None) or None
+    return str(model)
