@@ -52,9 +52,7 @@ class OutputHead:
         """
         module = model.get_output_embeddings()  # type: ignore[operator]
         if module is None:
-            raise ConfigError(
-                f"{type(model).__name__} has no output head; a causal language model is needed."
-            )
+            raise ConfigError(f"{type(model).__name__} has no output head; a causal language model is needed.")
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
         head = cls(
             weight=module.weight,

@@ -80,9 +80,7 @@ class Vocabulary:
         if self.fingerprint == other.fingerprint:
             return
         by_id, other_by_id = _by_id(self.tokens), _by_id(other.tokens)
-        different = [
-            i for i in sorted(by_id.keys() | other_by_id.keys()) if by_id.get(i) != other_by_id.get(i)
-        ]
+        different = [i for i in sorted(by_id.keys() | other_by_id.keys()) if by_id.get(i) != other_by_id.get(i)]
         shown = "; ".join(
             f"id {i} is {_show(by_id, i)} for the {mine} and {_show(other_by_id, i)} for the {theirs}"
             for i in different[:_SHOWN]

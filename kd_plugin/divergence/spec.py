@@ -35,8 +35,7 @@ class Divergence:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ConfigError(
-                f"Unknown divergence {self.name!r}; expected one of {', '.join(NAMES)}."
-                + nearest(self.name, NAMES)
+                f"Unknown divergence {self.name!r}; expected one of {', '.join(NAMES)}." + nearest(self.name, NAMES)
             )
         if self.name == "jsd" and not 0.0 < self.beta < 1.0:
             raise ConfigError(

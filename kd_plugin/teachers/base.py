@@ -28,9 +28,7 @@ class Teacher(Protocol):
         """The token ids that this teacher speaks; needs the tokenizer, not the weights."""
         ...
 
-    def score(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
-    ) -> HiddenSignal | SparseSignal:
+    def score(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> HiddenSignal | SparseSignal:
         """Judge the next token at some positions.
 
         Args:
