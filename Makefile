@@ -1,0 +1,60 @@
+# Each target makes the environment it needs: .venv in this checkout, pinned by constraints.txt.
+# Needed on the machine: Python 3.11 or newer, and make.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PIP_VERSION := 26.3
+
+# On few cores two OpenMP processes that spin while they wait slow each other down by 20 to 100 times.
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+export TOKENIZERS_PARALLELISM := false
+# One thread a test process: their models are so small that a second thread only costs.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+ARGS ?=
+
+.PHONY: help install demo test test-all lint format types bench wheel-test clean
+
+help: ## Show this list.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP) ## Make .venv with everything that the targets below need.
+
+# Runs again only when the dependencies change.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
+	@echo "Installing into $(VENV) (the first time takes some minutes) ..."
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check "pip==$(PIP_VERSION)"
+	@$(PY) -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable ".[trl,dev]"
+	@touch $@
+
+demo: $(STAMP) ## Distil a real model both ways and verify its lineage. Options: make demo ARGS="--fresh"
+	@$(VENV)/bin/kd-plugin demo $(ARGS)
+
+test: $(STAMP) ## Run the tests. Some of them: make test ARGS="tests/core -k cache"
+	@$(TEST_ENV) $(PY) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## Run the tests, and those that need the real SmolLM2 weights.
+	@OMP_NUM_THREADS=2 $(PY) -m pytest $(ARGS)
+
+lint: $(STAMP) ## Check style and types, as CI does.
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: $(STAMP) ## Put the code into the project's format.
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+bench: $(STAMP) ## Run the benchmarks.
+	@for script in tests/benchmarks/[a-z]*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+
+wheel-test: $(STAMP) ## Build the wheel, install it alone with [trl], and run the demo's first minute from it.
+	@$(PY) -m pytest tests/hosts/test_demo_wheel.py -m wheel $(ARGS)
+
+clean: ## Remove what these targets made, .venv included.
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
