@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,7 @@ class LocalTeacher:
         dtype: a torch dtype or its name; ``"auto"`` takes the checkpoint's own.
         device: where it runs; None leaves it to the host.
         trust_remote_code: run Python code that the model repository ships. Off unless you read that code.
-
-    Raises:
-        ConfigError: ``model`` is loaded and no tokenizer is known for it.
+        model_init_kwargs: further arguments of ``from_pretrained``.
     """
 
     def __init__(
@@ -45,6 +44,7 @@ class LocalTeacher:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
+        model_init_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name
         self.device = device
@@ -53,7 +53,9 @@ class LocalTeacher:
         self._license = license
         self._dtype = dtype
         self._trust_remote_code = trust_remote_code
+        self._model_init_kwargs = dict(model_init_kwargs or {})
         self._tokenizer = tokenizer
+        self._call: Callable[..., Tensor] = _call_directly
         self._model = model if isinstance(model, nn.Module) else None
         if self._model is not None:
             self._model.eval().requires_grad_(False)
@@ -81,6 +83,15 @@ class LocalTeacher:
             )
         return self._tokenizer
 
+    @property
+    def names_a_tokenizer(self) -> bool:
+        """Whether a tokenizer was given or can be looked up; a model built in memory has neither."""
+        return self._tokenizer is not None or self._ref is not None
+
+    def assume_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take ``vocabulary`` for this teacher's own, where it names none that could be checked."""
+        self.__dict__["vocabulary"] = vocabulary
+
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The token ids that this teacher speaks."""
@@ -95,8 +106,11 @@ class LocalTeacher:
             model = AutoModelForCausalLM.from_pretrained(
                 self._ref,
                 revision=self._revision,
-                dtype=self._dtype,
-                trust_remote_code=self._trust_remote_code,
+                **{
+                    "dtype": self._dtype,
+                    "trust_remote_code": self._trust_remote_code,
+                    **self._model_init_kwargs,
+                },
             )
             self._model = model.eval().requires_grad_(False)
             if self.device is not None:
@@ -108,9 +122,27 @@ class LocalTeacher:
         """The output head, cut to the tokenizer's vocabulary."""
         return OutputHead.from_model(self.model, self.vocabulary.size)
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._model is not None
+
+    def attach(self, call: Callable[..., Tensor]) -> None:
+        """Let a host run the forward pass inside its own wrapper (DDP, FSDP, a DeepSpeed engine).
+
+        Args:
+            call: called as ``call(method, *args)``; must return ``method(*args)``, with sharded parameters
+                gathered while it runs.
+        """
+        self._call = call
+
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the last hidden states (B, L, H) of a batch (B, L), after the final norm."""
+        self.model.eval()
+        return self._call(self._backbone, input_ids, attention_mask)
+
+    def _backbone(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         backbone = self.model.base_model
         return backbone(  # type: ignore[operator]
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
@@ -120,6 +152,10 @@ class LocalTeacher:
         """Judge the next token at ``positions``; see :meth:`~kd_plugin.teachers.base.Teacher.score`."""
         hidden = self.hidden_states(input_ids, attention_mask)
         return HiddenSignal(hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions), self.head)
+
+
+def _call_directly(method: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    return method(*args)
 
 
 def _reference(model: str | Path | nn.Module) -> str | None:

@@ -1,0 +1,18 @@
+"""The TRL host: trainers that take the place of TRL's own, and a callback for any transformers trainer.
+
+Everything here that leans on TRL's internals stays small; ``tests/contract`` names the signatures it relies on.
+"""
+
+from kd_plugin.trl.lineage_callback import LicenseLineageCallback
+from kd_plugin.trl.offline_config import OfflineKDConfig
+from kd_plugin.trl.offline_trainer import OfflineKDTrainer
+from kd_plugin.trl.panel_config import TeacherPanelConfig
+from kd_plugin.trl.panel_trainer import TeacherPanelTrainer
+
+__all__ = [
+    "LicenseLineageCallback",
+    "OfflineKDConfig",
+    "OfflineKDTrainer",
+    "TeacherPanelConfig",
+    "TeacherPanelTrainer",
+]

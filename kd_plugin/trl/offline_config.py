@@ -1,0 +1,91 @@
+"""Configuration of offline KD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, get_args
+
+from trl import SFTConfig
+
+from kd_plugin.divergence import Divergence
+from kd_plugin.divergence.sparse import Tail
+from kd_plugin.errors import ConfigError, nearest
+
+
+@dataclass
+class OfflineKDConfig(SFTConfig):
+    """What TRL's ``SFTConfig`` holds, and how the captured targets are fitted.
+
+    Every inherited field keeps its meaning. The loss of a token is
+    ``kd_weight * D(teacher, student) + ce_weight * cross-entropy``, summed over the tokens whose label is not
+    -100 and divided by their number in the global batch.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "lineage"]
+
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Directory of the teacher cache. Used where the trainer is given none."},
+    )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "forward_kl = KL(teacher || student), reverse_kl, jsd (with `jsd_beta`), or skew_kl (with "
+            "`skew_alpha`). Sampled targets allow forward_kl only."
+        },
+    )
+    jsd_beta: float = field(default=0.5, metadata={"help": "Weight of the teacher in jsd, strictly between 0 and 1."})
+    skew_alpha: float = field(default=0.1, metadata={"help": "Share of the teacher in skew_kl's mixture, in [0, 1)."})
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Softmax temperature of the student. Must be the one that the targets were captured at."},
+    )
+    tail: str = field(
+        default="bucket",
+        metadata={
+            "help": "What stands for the tokens that top-k targets leave out: 'bucket' one outcome on both sides, "
+            "'keep' nothing, 'renormalise' scales the listed ones to one. The last two allow forward_kl only."
+        },
+    )
+    kd_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence from the teacher."})
+    ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the dataset's tokens."})
+    allow_partial: bool = field(
+        default=False,
+        metadata={"help": "Train on a cache whose capture was interrupted, and on rows that it does not hold."},
+    )
+    lineage: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "License lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, "
+            "overrides and run. What it leaves out is discovered."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tail not in get_args(Tail):
+            raise ConfigError(
+                f"Unknown tail {self.tail!r}; expected one of {', '.join(get_args(Tail))}."
+                + nearest(self.tail, list(get_args(Tail)))
+            )
+        if min(self.kd_weight, self.ce_weight) < 0 or self.kd_weight + self.ce_weight <= 0:
+            raise ConfigError(
+                f"kd_weight is {self.kd_weight} and ce_weight {self.ce_weight}; expected two numbers of at least 0 "
+                "that are not both 0."
+            )
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature is {self.temperature}; expected a positive number.")
+        if self.loss_type != "nll":
+            raise ConfigError(
+                f"loss_type is {self.loss_type!r}; offline KD replaces the loss, so leave it at its default, 'nll'."
+            )
+        if self.label_smoothing_factor:
+            raise ConfigError(
+                "label_smoothing_factor smooths one-hot labels; offline KD has the teacher's distribution in their "
+                "place. Set it to 0."
+            )
+        self.resolved_divergence()
+
+    def resolved_divergence(self) -> Divergence:
+        """Return the divergence that ``divergence``, ``jsd_beta`` and ``skew_alpha`` name."""
+        return Divergence(self.divergence, beta=self.jsd_beta, alpha=self.skew_alpha)

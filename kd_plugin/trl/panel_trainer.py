@@ -1,0 +1,291 @@
+"""On-policy correction by a panel of teachers, in the place of TRL's ``DistillationTrainer``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.utils import logging
+from trl import DistillationTrainer
+from trl.models import prepare_deepspeed
+
+from kd_plugin.divergence.finite import require_finite
+from kd_plugin.divergence.fused import PanelLoss, fused_panel_divergence
+from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.panel import Correction, TeacherPanel, panel_groups, score_rows
+from kd_plugin.panel.combining import scored_positions
+from kd_plugin.signals import OutputHead
+from kd_plugin.teachers import LocalTeacher
+from kd_plugin.trl.lineage_callback import LineageSavingMixin, with_lineage
+from kd_plugin.trl.panel_config import TeacherPanelConfig
+from kd_plugin.trl.start import dataset_sources, load_vocabulary, start_lineage, student_source
+
+logger = logging.get_logger(__name__)
+
+
+class TeacherPanelTrainer(LineageSavingMixin, DistillationTrainer):
+    """``DistillationTrainer`` with several teachers, a fused loss, and lineage in every checkpoint.
+
+    The student writes completions; each row is judged by the teachers of the panel that its ``teacher_id``
+    names; the student is trained on the weighted divergence from them. Teachers score once for a generation
+    batch, and only their last hidden states at the scored positions are kept until the loss.
+
+    Args:
+        model: the student: a path, a hub id, or a loaded (PEFT) model, as in TRL.
+        teacher_model: the single teacher, as in TRL; the same as ``teacher_models={"teacher": ...}``.
+        args: the configuration; a plain ``DistillationConfig`` is not enough for a panel of several.
+        train_dataset: rows with ``prompt``, and ``teacher_id`` (or ``domain`` and ``args.routes``) where the
+            panel has several teachers.
+        teacher_models: name to path, hub id, loaded model or :class:`~kd_plugin.teachers.Teacher`; or a
+            :class:`~kd_plugin.panel.TeacherPanel`.
+        **kwargs: the remaining arguments of ``DistillationTrainer``.
+
+    Raises:
+        LicenseRefusedError: the terms of a teacher forbid training; raised before any model is loaded.
+        VocabularyError: a teacher's tokens differ from the student's.
+        DataError: ``prompt`` is missing, or a row names a teacher that is not on the panel.
+    """
+
+    _name = "TeacherPanel"
+    _tag_names: ClassVar[list[str]] = ["trl", "kd-plugin", "distillation", "teacher-panel"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: Any = None,
+        args: TeacherPanelConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        *,
+        teacher_models: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path or "model"
+            args = TeacherPanelConfig(f"{name.split('/')[-1]}-TeacherPanel")
+        if not isinstance(args, TeacherPanelConfig):
+            raise ConfigError(
+                f"args is a {type(args).__name__}; TeacherPanelTrainer needs a TeacherPanelConfig, which takes the "
+                "same fields."
+            )
+        self.panel = _panel_from(teacher_model, teacher_models, args)
+        for name, dataset in _named_datasets(train_dataset, eval_dataset):
+            _check_rows(dataset, name, self.panel)
+
+        run = start_lineage(
+            method="teacher_panel",
+            student=student_source(model, args.model_init_kwargs),
+            teachers=[teacher.source for teacher in self.panel.teachers.values()],
+            datasets=dataset_sources(train_dataset),
+            args=args,
+        )
+        self._vocabulary = load_vocabulary(model, processing_class, args)
+        for name, teacher in self.panel.teachers.items():
+            if isinstance(teacher, LocalTeacher) and not teacher.names_a_tokenizer:
+                logger.warning(
+                    f"Teacher {name!r} is a loaded model that names no tokenizer; its token ids are taken to be the "
+                    "student's. Pass LocalTeacher(model, tokenizer=...) to have them checked."
+                )
+                teacher.assume_vocabulary(self._vocabulary)
+            self._vocabulary.require_same_tokens(teacher.vocabulary, "student", f"teacher {name!r}")
+            for difference in self._vocabulary.differences_that_change_lengths(teacher.vocabulary):
+                logger.warning(
+                    f"The student and teacher {name!r} differ in their {difference}: the teacher may never reward "
+                    "the student for stopping, and lengths can explode."
+                )
+
+        super().__init__(
+            model=model,
+            teacher_model=None,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=with_lineage(callbacks, run),
+            **kwargs,
+        )
+        self.divergence = args.resolved_divergence()
+        for name, teacher in self.panel.teachers.items():
+            if isinstance(teacher, LocalTeacher):
+                self._prepare_teacher(name, teacher)
+        self._panel_totals: dict[str, Tensor] = {}
+
+    def _prepare_teacher(self, name: str, teacher: LocalTeacher) -> None:
+        """Place a teacher as TRL places its own: sharded by DeepSpeed, else wrapped by accelerate."""
+        model = teacher.model
+        OutputHead.from_model(model)  # raises early where the teacher has no head
+        if self.is_deepspeed_enabled:
+            wrapped = prepare_deepspeed(model, self.accelerator)
+        else:
+            wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)
+        unwrapped = self.accelerator.unwrap_model(wrapped)
+        teacher.attach(lambda method, *inputs: self._forward_redirection(wrapped, unwrapped, method, *inputs))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        for column in ("teacher_id", "domain"):
+            if column not in self._signature_columns:
+                self._signature_columns.append(column)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if any(row.get("image") is not None or row.get("images") for row in inputs):
+            raise DataError(
+                "The teacher panel does not judge images yet. Train on text, or use TRL's DistillationTrainer."
+            )
+        judges = [self.panel.judges(row.get("teacher_id"), row.get("domain")) for row in inputs]
+        output = super()._generate_and_score_completions(inputs)
+        loss_mask = output["completion_mask"]
+        if "tool_mask" in output:
+            loss_mask = loss_mask * output["tool_mask"]
+        # Known on the host from here on, so that the training steps wait for nothing
+        positions = [[c for c, used in enumerate(row) if used] for row in loss_mask.tolist()]
+        training = self.model.training
+        output["corrections"] = score_rows(
+            self.panel,
+            judges,
+            torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+            torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+            completion_start=output["prompt_ids"].size(1),
+            positions=positions,
+            rows_at_once=self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size,
+        )
+        return output
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the panel's divergence, a sum over scored tokens divided by their number in the global batch."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        require_finite(result[0] if return_outputs else result, "the teacher panel's loss")
+        return result
+
+    def _compute_loss(
+        self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        corrections: list[Correction] = inputs["corrections"]
+        width = inputs["completion_ids"].size(1)
+        hidden = self._get_last_hidden_state(
+            unwrapped_student,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            width,
+        )
+        head = OutputHead.from_model(unwrapped_student, self._vocabulary.size)
+        hidden = hidden.to(head.weight.device)
+        positions = scored_positions(corrections, width, hidden.device)
+        loss = fused_panel_divergence(
+            hidden.reshape(-1, hidden.size(-1)).index_select(0, positions),
+            head,
+            panel_groups(self.panel, corrections, hidden.device),
+            self.divergence,
+            temperature=self.temperature,
+        )
+        self._count(corrections, loss)
+        count = positions.new_tensor(positions.numel())
+        normaliser = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        if isinstance(normaliser, Tensor):
+            normaliser = normaliser.to(loss.loss_sum.device)
+        return loss.loss_sum / normaliser, loss.entropy.sum(), count
+
+    def _count(self, corrections: list[Correction], loss: PanelLoss) -> None:
+        """Add this micro-batch to each teacher's divergence and tokens, on the device."""
+        mode = "train" if self.model.training else "eval"
+        names = self.panel.names
+        totals = self._panel_totals.setdefault(mode, loss.entropy.new_zeros((len(names), 2)))
+        groups = dict.fromkeys(tuple(c.signals) for c in corrections if c.positions)
+        for judges, values in zip(groups, loss.divergences, strict=True):
+            for name, value in zip(judges, values, strict=True):
+                totals[names.index(name)] += torch.stack([value.sum(), value.new_tensor(float(value.numel()))])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the parent does, with each teacher's mean divergence (nats a token) and tokens over all ranks."""
+        mode = "train" if self.model.training else "eval"
+        if mode in self._panel_totals:
+            totals = self.accelerator.reduce(self._panel_totals.pop(mode), reduction="sum").tolist()
+            for name, (divergence, tokens) in zip(self.panel.names, totals, strict=True):
+                if tokens:
+                    self._metrics[mode][f"divergence/{name}"].append(divergence / tokens)
+                self._metrics[mode][f"tokens/{name}"].append(tokens)
+        super().log(logs, start_time)
+
+
+def _panel_from(teacher_model: Any, teacher_models: Any, args: TeacherPanelConfig) -> TeacherPanel:
+    """Build the panel from whichever of the trainer's arguments and the config's fields names teachers."""
+    if teacher_model is not None and teacher_models is not None:
+        raise ConfigError("Both teacher_model and teacher_models are given; name all teachers in teacher_models.")
+    chosen = teacher_models if teacher_models is not None else teacher_model
+    if chosen is None:
+        chosen = args.teacher_models or args.teacher_model_name_or_path
+    if isinstance(chosen, TeacherPanel):
+        if args.teacher_weights or args.routes:
+            raise ConfigError(
+                "teacher_models is a TeacherPanel, which holds its own weights and routes; set them there."
+            )
+        return chosen
+    if chosen is None:
+        raise ConfigError(
+            'No teacher is given. Pass teacher_models={"math": "path or hub id", ...} to the trainer, or set '
+            "teacher_models in the config."
+        )
+    if not isinstance(chosen, Mapping):
+        chosen = {"teacher": chosen}
+    return TeacherPanel(
+        {name: _as_teacher(name, teacher, args) for name, teacher in chosen.items()},
+        combine=args.combine,  # type: ignore[arg-type]
+        weights=args.teacher_weights,  # type: ignore[arg-type]
+        routes=args.routes,  # type: ignore[arg-type]
+    )
+
+
+def _as_teacher(name: str, teacher: Any, args: TeacherPanelConfig) -> Any:
+    """Load a teacher that is given as a string the way ``DistillationTrainer`` does: float32 unless told."""
+    if not isinstance(teacher, str):
+        return teacher
+    init_kwargs = {"dtype": "float32", **(args.teacher_model_init_kwargs or {})}
+    revision = init_kwargs.pop("revision", args.teacher_model_revision)
+    return LocalTeacher(
+        teacher,
+        name=name,
+        revision=revision,
+        trust_remote_code=args.trust_remote_code,
+        model_init_kwargs=init_kwargs,
+    )
+
+
+def _named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
+    named = [] if train_dataset is None else [("train_dataset", train_dataset)]
+    if isinstance(eval_dataset, dict):
+        named += [(f"eval_dataset[{key!r}]", dataset) for key, dataset in eval_dataset.items()]
+    elif eval_dataset is not None:
+        named.append(("eval_dataset", eval_dataset))
+    return named
+
+
+def _check_rows(dataset: Any, name: str, panel: TeacherPanel) -> None:
+    """Refuse a dataset without prompts or with rows that no teacher can judge, before anything is loaded."""
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if "prompt" not in columns:
+        raise DataError(
+            f"{name} has no column 'prompt'; it has {', '.join(map(repr, columns))}. The student writes the "
+            "completions itself, so each row needs the prompt alone, as text or as messages."
+        )
+    if not isinstance(dataset, Dataset):
+        first = next(iter(dataset))
+        panel.judges(first.get("teacher_id"), first.get("domain"))
+        return
+    ids = dataset["teacher_id"] if "teacher_id" in columns else [None]
+    domains = dataset["domain"] if "domain" in columns else [None]
+    seen = set()
+    for row in range(max(len(ids), len(domains))):
+        teacher_id = ids[row] if len(ids) > row else None
+        domain = domains[row] if len(domains) > row else None
+        key = (tuple(teacher_id) if isinstance(teacher_id, list) else teacher_id, domain)
+        if key not in seen:
+            seen.add(key)
+            panel.judges(teacher_id, domain)

@@ -1,0 +1,63 @@
+"""Short, deterministic training runs, and what they leave behind."""
+
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+TOPICS = ["one plus two", "the sea", "a red bird", "what is time", "count to six", "say hello", "why rain", "odd"]
+
+
+def prompts(kind: str = "plain", count: int = 24, **columns) -> Dataset:
+    """Build prompts of different lengths, plain or conversational."""
+    texts = [f"{TOPICS[i % len(TOPICS)]} {'x' * (i % 5)}?" for i in range(count)]
+    rows = texts if kind == "plain" else [[{"role": "user", "content": text}] for text in texts]
+    return Dataset.from_dict({"prompt": rows, **columns})
+
+
+def settings(output_dir, **kwargs) -> dict:
+    """Return the arguments of a quiet float32 run on the CPU."""
+    return {
+        "output_dir": str(output_dir),
+        "max_steps": 5,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 11,
+        **kwargs,
+    }
+
+
+@dataclass
+class Trace(TrainerCallback):
+    """Keeps each step's gradients."""
+
+    gradients: list = field(default_factory=list)
+
+    def on_pre_optimizer_step(self, args, state, control, *, model, **kwargs):
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def losses(trainer) -> list[float]:
+    """Return the loss of each step, as logged."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(trainer) -> dict:
+    """Return the trained parameters."""
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def assert_same(mine: dict, theirs: dict, relative: float = 1e-4) -> None:
+    """Compare tensors by the norm of their difference, relative to the norm of the whole set."""
+    assert mine.keys() == theirs.keys()
+    difference = torch.sqrt(sum(((mine[k] - theirs[k]).double() ** 2).sum() for k in mine))
+    size = torch.sqrt(sum((theirs[k].double() ** 2).sum() for k in mine))
+    assert difference <= relative * size, f"differs by {float(difference / size):.2e} of the norm"
