@@ -1,0 +1,245 @@
+"""One output head projected in chunks of positions, and the gradient of the student's head formed on the way.
+
+What ``fused`` and ``sparse`` share: which dtype multiplies, where a chunk's logits live, and how the gradient of a
+chunk becomes the gradient of hidden states, weight and bias without the logits of all positions ever existing.
+
+Shape suffixes: N positions, R positions of one chunk, V real tokens, H hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_plugin.errors import ConfigError
+from kd_plugin.signals import OutputHead
+
+# Logits of one chunk, in elements. On CPU small enough to stay near the caches and large enough that the matrix
+# products run at full speed; accelerators need large products to be busy. tests/benchmarks/panel_loss.py measures it.
+_CHUNK_ELEMENTS = {"cpu": 8 * 1024 * 1024}
+_CHUNK_ELEMENTS_ACCELERATOR = 64 * 1024 * 1024
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype that matrix products run in: autocast's where that is on, else that of ``hidden``."""
+    device_type = hidden.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
+
+
+def statistics_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of softmax statistics, losses and gradient sums: float64 for float64 inputs, else float32."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """How many positions are projected at once."""
+    return max(16, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ACCELERATOR) // vocab_size)
+
+
+def chunks(count: int, rows: int) -> Iterator[slice]:
+    """Cut ``count`` positions into slices of nearly equal length, none longer than ``rows``."""
+    pieces = -(-count // rows)
+    for i in range(pieces):
+        yield slice(i * count // pieces, (i + 1) * count // pieces)
+
+
+def whole_in_autograd(head: OutputHead) -> OutputHead:
+    """Replace DTensors of ``head`` by their full tensors, inside autograd, so that the gradient is scattered again."""
+    weight, bias = head.weight, head.bias
+    if not hasattr(weight, "full_tensor"):
+        return head
+    full_bias = bias.full_tensor() if bias is not None and hasattr(bias, "full_tensor") else bias  # type: ignore[operator]
+    return replace(head, weight=weight.full_tensor(), bias=full_bias)  # type: ignore[operator]
+
+
+def needs_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+    """Which of the three need a gradient now; inside a Function's forward grad mode can no longer be asked."""
+    if not torch.is_grad_enabled():
+        return False, False, False
+    return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
+
+
+class Projector:
+    """Projects chunks of hidden states through one gathered head into reused buffers.
+
+    Args:
+        head: a head from :meth:`OutputHead.gathered`: whole tensors of real rows only.
+        dtype: of the matrix product.
+        statistics: dtype of the logits that come out.
+        rows: longest chunk.
+        temperature: divides the logits, after scale and soft-cap.
+        keep_slope: also keep d logits / d projection where a soft-cap makes it vary.
+    """
+
+    def __init__(
+        self,
+        head: OutputHead,
+        dtype: torch.dtype,
+        statistics: torch.dtype,
+        rows: int,
+        temperature: float,
+        keep_slope: bool = False,
+    ) -> None:
+        self.weight_VH = head.weight.detach().to(dtype)
+        self.bias_V = None if head.bias is None else head.bias.detach().to(statistics)
+        self.softcap = head.softcap
+        self.multiplier = head.logit_scale / temperature
+        self._cap = None if head.softcap is None else head.softcap / temperature
+        vocab, device = self.weight_VH.shape[0], self.weight_VH.device
+        self._tile_RV = torch.empty(rows, vocab, dtype=statistics, device=device)
+        self._narrow_RV = None
+        if dtype != statistics and not _can_widen(dtype, statistics, device):
+            self._narrow_RV = torch.empty(rows, vocab, dtype=dtype, device=device)
+        self._slope_RV = torch.empty_like(self._tile_RV) if keep_slope and head.softcap is not None else None
+        self.slope_RV: Tensor | None = None
+
+    def __call__(self, hidden_RH: Tensor) -> Tensor:
+        """Logits (R, V) of one chunk, in a buffer that the next call overwrites."""
+        rows = hidden_RH.shape[0]
+        logits_RV = self._tile_RV[:rows]
+        _matmul(hidden_RH, self.weight_VH.t(), logits_RV, self._narrow_RV)
+        if self.bias_V is not None:
+            logits_RV.add_(self.bias_V)
+        if self._cap is None:
+            return logits_RV if self.multiplier == 1.0 else logits_RV.mul_(self.multiplier)
+        # softcap * tanh(scale * x / softcap) / T, whose slope in x is scale / T * (1 - tanh²)
+        logits_RV.mul_(self.multiplier / self._cap).tanh_()
+        if self._slope_RV is not None:
+            self.slope_RV = torch.mul(logits_RV, logits_RV, out=self._slope_RV[:rows]).neg_().add_(1.0)
+        return logits_RV.mul_(self._cap)
+
+
+class StudentGradient:
+    """Collects the gradient of a loss with respect to hidden states, head weight and head bias, chunk by chunk.
+
+    Sums over chunks are kept in the statistics dtype: rounding each chunk's part to bfloat16 would bias training.
+
+    Args:
+        hidden_NH: the student's hidden states; the gradient has their shape.
+        head: the student's head as autograd knows it; gradients have the full shape of its parameters, with zero
+            rows beyond ``vocab_size``.
+        projector: what projects the chunks.
+        needs: whether hidden states, weight and bias need a gradient.
+        statistics: dtype of the sums.
+    """
+
+    def __init__(
+        self,
+        hidden_NH: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        projector: Projector,
+        needs: tuple[bool, bool, bool],
+        statistics: torch.dtype,
+    ) -> None:
+        device = hidden_NH.device
+
+        def zeros(like: Tensor | None, needed: bool) -> Tensor | None:
+            return torch.zeros(like.shape, dtype=statistics, device=device) if needed and like is not None else None
+
+        self.hidden_NH = zeros(hidden_NH, needs[0])
+        self.weight = zeros(weight, needs[1])
+        self.bias = zeros(bias, needs[2])
+        self._projector = projector
+        self._vocab = projector.weight_VH.shape[0]
+        self._narrow_RV: Tensor | None = None
+
+    def add(self, grad_RV: Tensor, hidden_RH: Tensor, where: slice | Tensor) -> None:
+        """Add one chunk.
+
+        Args:
+            grad_RV: gradient with respect to the scaled, soft-capped logits, already multiplied by the
+                projector's ``multiplier``; overwritten.
+            hidden_RH: the chunk's hidden states in the compute dtype.
+            where: the chunk's positions among N.
+        """
+        if self._projector.slope_RV is not None:
+            grad_RV.mul_(self._projector.slope_RV)
+        if self.bias is not None:
+            self.bias[: self._vocab] += grad_RV.sum(0)
+        if self.weight is not None:
+            self._add_weight(grad_RV, hidden_RH)
+        if self.hidden_NH is not None:
+            narrow_RV = grad_RV.to(hidden_RH.dtype)
+            chunk_RH = (narrow_RV @ self._projector.weight_VH).to(self.hidden_NH.dtype)
+            if isinstance(where, slice):
+                self.hidden_NH[where] = chunk_RH
+            else:
+                self.hidden_NH.index_copy_(0, where, chunk_RH)
+
+    def _add_weight(self, grad_RV: Tensor, hidden_RH: Tensor) -> None:
+        assert self.weight is not None
+        total_VH = self.weight[: self._vocab]
+        if grad_RV.device.type == "cuda" and hidden_RH.dtype in (torch.float16, torch.bfloat16):
+            narrow_RV = grad_RV.to(hidden_RH.dtype)
+            torch.addmm(total_VH, narrow_RV.t(), hidden_RH, out_dtype=torch.float32, out=total_VH)
+        else:
+            total_VH.addmm_(grad_RV.t(), hidden_RH.to(grad_RV.dtype))
+
+    def take(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the three gradients, in the statistics dtype."""
+        return self.hidden_NH, self.weight, self.bias
+
+
+def scaled_once(ctx: Any, grad_output: Tensor, likes: tuple[torch.dtype, ...]) -> list[Tensor | None]:
+    """Multiply the gradients that forward left on ``ctx`` by the incoming scalar, in place, and hand them over.
+
+    Raises:
+        ConfigError: backward runs a second time; the buffers were scaled and given away in the first.
+    """
+    if ctx.gradients is None:
+        raise ConfigError(
+            "Backward ran a second time through one fused loss. Its gradient is formed in forward and handed over "
+            "once, to save memory: compute the loss again instead of using retain_graph=True."
+        )
+    gradients, ctx.gradients = ctx.gradients, None
+    return [
+        None if gradient is None else gradient.mul_(grad_output).to(dtype)
+        for gradient, dtype in zip(gradients, likes, strict=True)
+    ]
+
+
+def without_unused(hidden_RH: Tensor, used_R1: Tensor) -> Tensor:
+    """Zero the hidden states of positions that have no weight, so that whatever they hold cannot reach a sum."""
+    return torch.where(used_R1, hidden_RH, torch.zeros((), dtype=hidden_RH.dtype, device=hidden_RH.device))
+
+
+def require_hidden(hidden_NH: Tensor, temperature: float) -> None:
+    """Refuse hidden states that are not (N, H), and a temperature that cannot divide logits."""
+    if hidden_NH.dim() != 2:
+        raise ConfigError(
+            f"student_hidden has shape {tuple(hidden_NH.shape)}; expected (positions, width). Select the scored "
+            "positions first, as hidden[mask]."
+        )
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature is {temperature}; it divides logits and must be a positive number.")
+
+
+def require_matching_rows(student: OutputHead, teacher: OutputHead, whose: str) -> None:
+    """Refuse two gathered heads with different numbers of real tokens."""
+    mine, theirs = student.weight.shape[0], teacher.weight.shape[0]
+    if mine != theirs:
+        raise ConfigError(
+            f"The student's head has {mine} rows and {whose} has {theirs}. A divergence needs the same tokens on both "
+            "sides: set OutputHead.vocab_size to the tokenizer's size on both, so that padded rows are cut."
+        )
+
+
+def _can_widen(dtype: torch.dtype, statistics: torch.dtype, device: torch.device) -> bool:
+    """Whether a product of ``dtype`` can be written as float32 without being rounded first (CUDA, torch 2.8)."""
+    return device.type == "cuda" and statistics == torch.float32 and dtype in (torch.float16, torch.bfloat16)
+
+
+def _matmul(left: Tensor, right: Tensor, out: Tensor, narrow: Tensor | None) -> None:
+    """``out = left @ right``, where ``out`` may be wider than the operands."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    elif narrow is None:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(left, right, out=narrow[: left.shape[0]]))
