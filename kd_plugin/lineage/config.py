@@ -1,0 +1,172 @@
+"""The user's ``lineage`` field: a mapping or a YAML file that declares what discovery cannot know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.lineage.policy import FACTS
+from kd_plugin.lineage.sources import Source
+
+_KEYS = ("student", "teachers", "datasets", "use", "overrides", "run")
+_SOURCE_KEYS = ("repo", "revision", "license", "endpoint", "model", "signal", "generated_by", "name")
+_STUDENT_KEYS = ("repo", "revision", "license", "name", "declared_license")
+_RUN_KEYS = ("id", "date", "repo", "commit")
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What the user declares of one source; empty fields are left to discovery."""
+
+    repo: str | None = None
+    revision: str | None = None
+    license: str | None = None
+    endpoint: str | None = None
+    model: str | None = None
+    signal: str | None = None
+    generated_by: tuple[str, ...] | None = None
+    name: str | None = None
+    declared_license: str | None = None
+
+    def applied_to(self, source: Source) -> Source:
+        """Return ``source`` with what is declared here in the place of what it leaves out or says otherwise."""
+        values = {
+            "license": self.license,
+            "revision": self.revision,
+            "endpoint": self.endpoint,
+            "model": self.model,
+            "signal": self.signal,
+            "generated_by": self.generated_by,
+        }
+        return replace(source, **{k: v for k, v in values.items() if v is not None})
+
+
+@dataclass(frozen=True)
+class LineageConfig:
+    """The ``lineage`` field, checked.
+
+    Attributes:
+        student: what is declared of the student.
+        teachers: what is declared of each teacher, by name.
+        datasets: what is declared of the datasets.
+        use: answers to the questions of :data:`kd_plugin.lineage.policy.FACTS`; missing ones are not known.
+        run: ``id``, ``date``, ``repo`` and ``commit`` of the run, where the user fixes them.
+        overrides: exceptions that the user records.
+    """
+
+    student: Declaration = Declaration()
+    teachers: Mapping[str, Declaration] = field(default_factory=dict)
+    datasets: tuple[Declaration, ...] = ()
+    use: Mapping[str, bool] = field(default_factory=dict)
+    run: Mapping[str, str] = field(default_factory=dict)
+    overrides: tuple[Mapping[str, Any], ...] = ()
+
+
+def load_config(config: Mapping[str, Any] | str | Path | None) -> LineageConfig:
+    """Read and check the user's declarations.
+
+    Args:
+        config: a mapping, the path of a YAML file, or None.
+
+    Raises:
+        ConfigError: unreadable or malformed YAML (with line and column), an unknown key (with the nearest known
+            one), or a value of the wrong type.
+    """
+    if config is None:
+        return LineageConfig()
+    where = "lineage"
+    if isinstance(config, str | Path):
+        where = str(config)
+        config = read_yaml(Path(config))
+    data = _mapping(config, where, _KEYS)
+    overrides = data.get("overrides") or []
+    if not isinstance(overrides, list | tuple) or not all(isinstance(o, Mapping) for o in overrides):
+        raise ConfigError(f"{where}.overrides must be a list of mappings, got {overrides!r}.")
+    teachers = _mapping(data.get("teachers") or {}, f"{where}.teachers", None)
+    datasets = data.get("datasets") or []
+    if not isinstance(datasets, Sequence) or isinstance(datasets, str):
+        raise ConfigError(f"{where}.datasets must be a list of mappings, got {datasets!r}.")
+    return LineageConfig(
+        student=_declaration(data.get("student") or {}, f"{where}.student", _STUDENT_KEYS),
+        teachers={str(k): _declaration(v or {}, f"{where}.teachers.{k}", _SOURCE_KEYS) for k, v in teachers.items()},
+        datasets=tuple(
+            _declaration(d, f"{where}.datasets[{i}]", ("repo", "revision", "license", "generated_by", "name"))
+            for i, d in enumerate(datasets)
+        ),
+        use=_facts(data.get("use") or {}, f"{where}.use"),
+        run={k: str(v) for k, v in _mapping(data.get("run") or {}, f"{where}.run", _RUN_KEYS).items()},
+        overrides=tuple(overrides),
+    )
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file with the safe loader, at most 1 MiB and without aliases.
+
+    Raises:
+        ConfigError: it cannot be read, is too large, uses aliases, or is malformed (with line and column).
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"The lineage file {str(path)!r} cannot be read: {error.strerror}.") from error
+    return parse_yaml(raw, str(path))
+
+
+def parse_yaml(raw: bytes, where: str) -> Any:
+    """Parse YAML that may come from strangers: bounded, no tags beyond the plain ones, no aliases."""
+    if len(raw) > _MAX_BYTES:
+        raise ConfigError(f"{where} is larger than {_MAX_BYTES} bytes; that is no lineage declaration.")
+    try:
+        text = raw.decode("utf-8")
+        # An alias can make a small file stand for billions of nodes, and no declaration needs one.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ConfigError(f"{where} uses YAML aliases (*name), which are not read here; write the value out.")
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown place"
+        raise ConfigError(f"{where} is not valid YAML at {place}: {error.problem}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}.") from error
+
+
+def _declaration(value: Any, where: str, keys: tuple[str, ...]) -> Declaration:
+    data = dict(_mapping(value, where, keys))
+    generated = data.pop("generated_by", None)
+    for key, item in data.items():
+        if item is not None and not isinstance(item, str):
+            raise ConfigError(f"{where}.{key} must be a string, got {item!r}.")
+    if data.get("signal") not in (None, "text", "logits"):
+        raise ConfigError(f"{where}.signal must be 'text' or 'logits', got {data['signal']!r}.")
+    if generated is not None:
+        generated = [generated] if isinstance(generated, str) else generated
+        if not isinstance(generated, list | tuple) or not all(isinstance(g, str) for g in generated):
+            raise ConfigError(f"{where}.generated_by must be a list of model names, got {generated!r}.")
+        generated = tuple(generated)
+    return Declaration(**data, generated_by=generated)
+
+
+def _facts(value: Any, where: str) -> dict[str, bool]:
+    data = _mapping(value, where, tuple(FACTS))
+    for key, item in data.items():
+        if not isinstance(item, bool | None):
+            raise ConfigError(f"{where}.{key} must be true or false, got {item!r}: {FACTS[key]}")
+    return {key: item for key, item in data.items() if item is not None}
+
+
+def _mapping(value: Any, where: str, keys: tuple[str, ...] | None) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} must be a mapping, got {type(value).__name__} {str(value)[:80]!r}.")
+    for key in value:
+        if keys is not None and key not in keys:
+            raise ConfigError(
+                f"{where}: unknown key {key!r}; expected one of {', '.join(keys)}.{nearest(str(key), list(keys))}"
+            )
+    return value

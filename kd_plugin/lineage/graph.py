@@ -1,0 +1,308 @@
+"""The lineage graph: what a checkpoint was made from, and how each thing reaches it.
+
+An edge points from what was made to what it was made from. A path from the checkpoint to a node has a *reach*:
+the way in which the node's terms touch the checkpoint. Initialisation passes a reach on unchanged; a cache or a
+dataset passes on the reach of what filled it, so terms are not washed out by going through one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import rfc8785
+
+from kd_plugin.errors import LineageError
+
+Reach = Literal["weights", "logits", "outputs", "data"]
+EdgeKind = Literal[
+    "initialized_from",
+    "adapter_of",
+    "resumed_from",
+    "merged_from",
+    "distilled_logits",
+    "trained_on_outputs",
+    "corrected_by",
+    "trained_on",
+]
+NodeKind = Literal["model", "dataset", "teacher_outputs", "checkpoint"]
+
+REACH: Mapping[str, Reach] = {
+    "initialized_from": "weights",
+    "adapter_of": "weights",
+    "resumed_from": "weights",
+    "merged_from": "weights",
+    "distilled_logits": "logits",
+    "trained_on_outputs": "outputs",
+    "corrected_by": "outputs",
+    "trained_on": "data",
+}
+SELF = "self"  # the checkpoint that a graph describes
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One reading of a node's licence.
+
+    Attributes:
+        where: what was read: ``lineage config``, ``LICENSE``, ``README.md`` ...
+        value: what it said, as written there (shortened).
+        ids: registry entries that it resolves to.
+    """
+
+    where: str
+    value: str
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A model, a dataset, stored teacher outputs, or a checkpoint.
+
+    Attributes:
+        kind: what it is.
+        name: short name for people.
+        repo: hub id, where known.
+        revision: commit or the revision asked for.
+        licenses: registry ids that bind it, most severe reading first when sources disagree.
+        services: ids of terms of service under which it was reached.
+        evidence: every reading of its licence.
+        expression: SPDX expression of ``licenses``.
+        text_sha256: digest of the licence text found with it, or None.
+        endpoint: host of the server it was reached through.
+        model: model name sent to that server.
+        copyright: copyright lines found with it.
+        notice: NOTICE file found with it, verbatim.
+        texts: licence texts that the registry does not ship, by id.
+        weights: file name to sha256 of its weights, for a model without a commit.
+        digest: digest of a checkpoint's record, or of stored outputs.
+        undeclared: True for in-memory data of which nothing was said.
+        details: facts about stored outputs (rows, tokens, sampling), or about a checkpoint (run, step).
+    """
+
+    kind: NodeKind
+    name: str
+    repo: str | None = None
+    revision: str | None = None
+    licenses: tuple[str, ...] = ()
+    services: tuple[str, ...] = ()
+    evidence: tuple[Evidence, ...] = ()
+    expression: str | None = None
+    text_sha256: str | None = None
+    endpoint: str | None = None
+    model: str | None = None
+    copyright: tuple[str, ...] = ()
+    notice: str | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
+    digest: str | None = None
+    undeclared: bool = False
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Kind and the first 16 hex digits of the sha256 of the content: equal content is one node."""
+        return f"{self.kind}:{hashlib.sha256(rfc8785.dumps(self._content())).hexdigest()[:16]}"
+
+    @property
+    def label(self) -> str:
+        """How messages call the node."""
+        return self.repo or self.model or self.name
+
+    def _content(self) -> dict[str, Any]:
+        content: dict[str, Any] = {"kind": self.kind, "name": self.name}
+        for key in ("repo", "revision", "expression", "text_sha256", "endpoint", "model", "notice", "digest"):
+            if getattr(self, key) is not None:
+                content[key] = getattr(self, key)
+        for key in ("licenses", "services", "copyright"):
+            if getattr(self, key):
+                content[key] = list(getattr(self, key))
+        for key in ("texts", "weights", "details"):
+            if getattr(self, key):
+                content[key] = dict(getattr(self, key))
+        if self.evidence:
+            content["evidence"] = [{"where": e.where, "value": e.value, "ids": list(e.ids)} for e in self.evidence]
+        if self.undeclared:
+            content["undeclared"] = True
+        return content
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the node as it stands in ``lineage.json``; fields without a value are left out."""
+        return {"id": self.id, **self._content()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Node:
+        """Read a node back.
+
+        Raises:
+            LineageError: a field is missing, unknown or of the wrong type, or the id does not fit the content.
+        """
+        fields = dict(data)
+        claimed = fields.pop("id", None)
+        try:
+            evidence = tuple(
+                Evidence(str(e["where"]), str(e["value"]), _strings(e["ids"])) for e in fields.pop("evidence", [])
+            )
+            for key in ("licenses", "services", "copyright"):
+                if key in fields:
+                    fields[key] = _strings(fields[key])
+            for key in ("texts", "weights", "details"):
+                if not isinstance(fields.get(key, {}), Mapping):
+                    raise TypeError(f"{key} is no mapping")
+            for key in ("name", "repo", "revision", "expression", "endpoint", "model", "notice", "digest"):
+                if not isinstance(fields.get(key), str | None):
+                    raise TypeError(f"{key} is no string")
+            node = cls(evidence=evidence, **fields)
+            found = node.id
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise LineageError(f"A lineage node cannot be read: {error}. Seen: {str(dict(data))[:200]}") from error
+        if node.kind not in get_args(NodeKind):
+            raise LineageError(f"A lineage node has kind {node.kind!r}; expected one of {get_args(NodeKind)}.")
+        if claimed != found:
+            raise LineageError(f"Lineage node {claimed!r} does not fit its content (that is {found!r}); it was edited.")
+        return node
+
+
+@dataclass(frozen=True, order=True)
+class Edge:
+    """``source`` was made from ``target``.
+
+    Attributes:
+        source: node id, or ``"self"`` for the checkpoint that the graph describes.
+        target: node id.
+        kind: how.
+        role: what the run called the target: a teacher's name.
+    """
+
+    source: str
+    target: str
+    kind: EdgeKind
+    role: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """Return the edge as it stands in ``lineage.json``."""
+        edge = {"from": self.source, "to": self.target, "kind": self.kind}
+        return {**edge, "role": self.role} if self.role else edge
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Edge:
+        """Read an edge back; raises LineageError where it is malformed."""
+        values = {key: data.get(key) for key in ("from", "to", "kind")} | {"role": data.get("role", "")}
+        if not all(isinstance(v, str) for v in values.values()) or values["kind"] not in REACH:
+            raise LineageError(f"A lineage edge cannot be read: {str(dict(data))[:200]}. Kinds: {', '.join(REACH)}.")
+        return cls(values["from"], values["to"], values["kind"], values["role"])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Path:
+    """One way in which a node reaches the checkpoint.
+
+    Attributes:
+        reach: how the node's terms touch the checkpoint.
+        remote: True when another model stands between, of which only the outputs were used: terms that bind
+            derivatives of outputs reach through it, others do so only as a precaution.
+        nodes: node ids from the checkpoint (``"self"``) to the node.
+    """
+
+    reach: Reach
+    remote: bool
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes and edges, in canonical order."""
+
+    nodes: Mapping[str, Node]
+    edges: tuple[Edge, ...]
+
+    @classmethod
+    def of(cls, nodes: Iterable[Node], edges: Iterable[Edge]) -> Graph:
+        """Build a graph; equal nodes and edges are merged, order does not matter."""
+        found = {node.id: node for node in nodes}
+        return cls(dict(sorted(found.items())), tuple(sorted(set(edges))))
+
+    def merged(self, *others: Graph) -> Graph:
+        """Return the union with ``others``."""
+        graphs = (self, *others)
+        return Graph.of((n for g in graphs for n in g.nodes.values()), (e for g in graphs for e in g.edges))
+
+    def rooted_at(self, node: Node) -> Graph:
+        """Return the graph with ``node`` in the place of ``self``: how a child embeds its parent's graph."""
+        edges = [replace(e, source=node.id) if e.source == SELF else e for e in self.edges]
+        return Graph.of([*self.nodes.values(), node], edges)
+
+    def to_json(self) -> dict[str, list[dict[str, Any]]]:
+        """Return nodes and edges as they stand in ``lineage.json``, sorted."""
+        return {"nodes": [n.to_json() for n in self.nodes.values()], "edges": [e.to_json() for e in self.edges]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Graph:
+        """Read a graph back.
+
+        Raises:
+            LineageError: malformed, or an edge names a node that is not there.
+        """
+        nodes, edges = data.get("nodes"), data.get("edges")
+        if not isinstance(nodes, list) or not isinstance(edges, list):
+            raise LineageError("A lineage record needs the lists 'nodes' and 'edges'.")
+        if not all(isinstance(item, Mapping) for item in [*nodes, *edges]):
+            raise LineageError("The nodes and edges of a lineage record must be mappings.")
+        graph = cls.of(map(Node.from_json, nodes), map(Edge.from_json, edges))
+        for edge in graph.edges:
+            for end in (edge.source, edge.target):
+                if end not in graph.nodes and end != SELF:
+                    raise LineageError(f"A lineage edge names node {end!r}, which the record does not hold.")
+        return graph
+
+    def root(self, kind: str) -> Node:
+        """Return the one node of ``kind`` from which no other node was made."""
+        targets = {edge.target for edge in self.edges}
+        roots = [n for n in self.nodes.values() if n.kind == kind and n.id not in targets]
+        if len(roots) != 1:
+            raise LineageError(f"Expected one {kind} node that nothing was made from, found {len(roots)}.")
+        return roots[0]
+
+    def paths(self) -> dict[str, list[Path]]:
+        """Return, for every node that reaches the checkpoint, its shortest path of each reach."""
+        outgoing: dict[str, list[Edge]] = {}
+        for edge in self.edges:
+            outgoing.setdefault(edge.source, []).append(edge)
+        found: dict[tuple[str, Reach | None, bool], tuple[str, ...]] = {(SELF, None, False): (SELF,)}
+        frontier: Sequence[tuple[str, Reach | None, bool]] = [(SELF, None, False)]
+        while frontier:
+            reached: dict[tuple[str, Reach | None, bool], tuple[str, ...]] = {}
+            for state in frontier:
+                node_id, reach, remote = state
+                for edge in outgoing.get(node_id, []):
+                    follow = self._follow(node_id, reach, remote, REACH[edge.kind])
+                    key, path = (edge.target, *follow), (*found[state], edge.target)
+                    if key not in found and (key not in reached or path < reached[key]):
+                        reached[key] = path
+            found |= reached
+            frontier = sorted(reached, key=lambda key: (reached[key], key[1] or "", key[2]))
+        paths: dict[str, list[Path]] = {}
+        for (node_id, reach, remote), nodes in sorted(
+            found.items(), key=lambda item: (item[0][0], item[0][1] or "", item[0][2])
+        ):
+            if reach is not None:
+                paths.setdefault(node_id, []).append(Path(reach, remote, nodes))
+        return paths
+
+    def _follow(self, node_id: str, reach: Reach | None, remote: bool, step: Reach) -> tuple[Reach, bool]:
+        """Compose the reach of a path that ends in ``node_id`` with one more edge."""
+        if reach is None or reach == "weights":
+            return step, remote
+        if step == "weights":
+            return reach, remote
+        # A cache or a dataset hands on what fills it; a model in between makes what lies behind it remote.
+        through_model = self.nodes[node_id].kind in ("model", "checkpoint")
+        return step, remote or through_model
+
+
+def _strings(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
+        raise TypeError(f"expected a list of strings, got {values!r}")
+    return tuple(values)

@@ -1,0 +1,83 @@
+"""Digests of weight files: streaming, in parallel, with bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+_CHUNK = 4 << 20
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|ckpt|distcp|h5|msgpack|onnx)$")
+# What a trainer keeps beside the weights. DeepSpeed's *_optim_states.pt are not among these: under ZeRO they hold
+# the float32 master weights from which zero_to_fp32 rebuilds the model.
+_NOT_WEIGHTS = re.compile(
+    r"^(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state)\b.*|^optimizer_.*|.*_rng_state.*"
+)
+_CHECKPOINT = re.compile(r"^checkpoint-.+$")
+
+
+@dataclass(frozen=True, order=True)
+class Subject:
+    """A weight file of a checkpoint.
+
+    Attributes:
+        path: relative to the checkpoint, with forward slashes.
+        sha256: digest of its bytes.
+        size: bytes.
+    """
+
+    path: str
+    sha256: str
+    size: int
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """List the weight files that belong to a checkpoint directory, sorted.
+
+    Directories below it that are checkpoints of their own (``checkpoint-*``, or holding a ``lineage.json``)
+    and hidden ones are left out.
+    """
+    return sorted(_walk(directory))
+
+
+def subjects(directory: Path, workers: int | None = None) -> list[Subject]:
+    """Hash every weight file of a checkpoint, as many at a time as there are cores."""
+    files = weight_files(directory)
+    with ThreadPoolExecutor(workers or min(32, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(sha256_file, files))
+    return sorted(
+        Subject(path.relative_to(directory).as_posix(), digest, path.stat().st_size)
+        for path, digest in zip(files, digests, strict=True)
+    )
+
+
+def sha256_file(path: Path) -> str:
+    """Hash a file without holding more than 4 MiB of it; hashlib releases the GIL meanwhile."""
+    digest = hashlib.sha256()
+    buffer = bytearray(_CHUNK)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """Hash a text as UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _walk(directory: Path) -> Iterator[Path]:
+    for path in directory.iterdir():
+        name = path.name
+        if path.is_dir():
+            if path.is_symlink() or name.startswith(".") or _CHECKPOINT.match(name):
+                continue
+            if not (path / "lineage.json").exists():
+                yield from _walk(path)
+        elif _WEIGHTS.match(name) and not _NOT_WEIGHTS.match(name):
+            yield path

@@ -1,0 +1,312 @@
+"""From a graph and the terms of its nodes to a verdict. Pure functions: no files, no network, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from kd_plugin.errors import LineageError
+from kd_plugin.lineage.graph import SELF, Graph, Node, Path
+from kd_plugin.lineage.terms import Clause, Terms
+
+Decision = Literal["allow", "allow_with_duties", "conditional", "unknown", "block"]
+DECISIONS: tuple[Decision, ...] = ("allow", "allow_with_duties", "conditional", "unknown", "block")
+NO_ADVICE = "This is engineering output, not legal advice."
+
+# What a declared fact means, in the words of the question that is put to the user.
+FACTS: Mapping[str, str] = {
+    "commercial": "is the student, or what is made with it, used commercially?",
+    "distribute": "are the weights given or made available to others?",
+    "eu_domiciled": "is the user domiciled, or does the company have its principal place of business, in the EU?",
+    "mau_over_700m_at_release": (
+        "had licensee and affiliates over 700 million monthly active users in the month before the model's release?"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Student:
+    """What the user says of the checkpoint.
+
+    Attributes:
+        name: name under which it would be shipped.
+        declared_license: licence under which it would be shipped, registry ids.
+    """
+
+    name: str | None = None
+    declared_license: str | None = None
+
+
+@dataclass(frozen=True)
+class Duty:
+    """What whoever ships the checkpoint owes.
+
+    Attributes:
+        terms: registry id of the licence.
+        cite: clause.
+        kind: word for machines: ``notice``, ``license_text``, ``name_prefix``, ``display`` ...
+        says: one sentence for people.
+        value: what is asked for literally, if anything.
+        node: id of the node whose terms ask it.
+        path: node ids from the checkpoint to that node.
+        basis: ``explicit`` by the clause's words, or ``precautionary``.
+        status: ``met`` by the files of the checkpoint, ``unmet``, or ``attest``: only people can tell.
+    """
+
+    terms: str
+    cite: str
+    kind: str
+    says: str
+    value: str | None
+    node: str
+    path: tuple[str, ...]
+    basis: Literal["explicit", "precautionary"]
+    status: Literal["met", "unmet", "attest"] = "attest"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the duty as it stands in ``lineage.json``."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that stands in the way, or that someone should know.
+
+    Attributes:
+        code: ``forbidden``, ``unknown_license``, ``fact_missing``, ``name_prefix`` ...
+        severity: ``warning``, ``conditional``, ``unknown``, ``violation`` or ``block``.
+        trigger: when it bites: at ``training`` or at ``distribution``.
+        node: id of the node it is about, or ``"self"``.
+        subject: how people call that node.
+        path: node ids from the checkpoint to the node.
+        clause: licence and clause, or the rule of this policy.
+        evidence: what was read, and where.
+        remedy: the way out.
+    """
+
+    code: str
+    severity: Literal["warning", "conditional", "unknown", "violation", "block"]
+    trigger: Literal["training", "distribution"]
+    node: str
+    subject: str
+    path: tuple[str, ...]
+    clause: str
+    evidence: str
+    remedy: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the finding as it stands in ``lineage.json``."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.clause} ({self.evidence}). Way out: {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome for a checkpoint.
+
+    Attributes:
+        decision: most severe of ``allow`` < ``allow_with_duties`` < ``conditional`` < ``unknown`` < ``block``.
+        findings: what stands in the way, most severe first.
+        obligations: duties of whoever ships the checkpoint.
+        license_expression: SPDX expression of what binds the weights themselves.
+    """
+
+    decision: Decision
+    findings: tuple[Finding, ...]
+    obligations: tuple[Duty, ...]
+    license_expression: str
+
+    @property
+    def refusals(self) -> tuple[Finding, ...]:
+        """Findings that forbid training."""
+        return tuple(f for f in self.findings if f.trigger == "training" and f.severity in ("unknown", "block"))
+
+    @property
+    def publication_stops(self) -> tuple[Finding, ...]:
+        """Findings that forbid giving the checkpoint away."""
+        return tuple(f for f in self.findings if f.severity in ("unknown", "block", "violation"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verdict as it stands in ``lineage.json``."""
+        return {
+            "decision": self.decision,
+            "license_expression": self.license_expression,
+            "duties": [duty.to_json() for duty in self.obligations],
+            "findings": [finding.to_json() for finding in self.findings],
+        }
+
+
+@dataclass(frozen=True)
+class _Hit:
+    """A clause that touches the checkpoint."""
+
+    node: Node
+    terms: Terms
+    clause: Clause
+    path: Path
+    explicit: bool
+
+
+@dataclass
+class _Tally:
+    findings: list[Finding] = field(default_factory=list)
+    duties: list[Duty] = field(default_factory=list)
+    severity: int = 0
+
+    def raise_to(self, decision: Decision) -> None:
+        self.severity = max(self.severity, DECISIONS.index(decision))
+
+
+def evaluate(
+    graph: Graph, terms: Mapping[str, Terms], facts: Mapping[str, bool | None], student: Student | None = None
+) -> Verdict:
+    """Decide what a checkpoint with this lineage may be used for, and what is owed.
+
+    Args:
+        graph: the lineage; its ``self`` is the checkpoint.
+        terms: every entry that a node names, by id.
+        facts: declared answers to :data:`FACTS`; a missing or None answer is not known.
+        student: name and licence under which the checkpoint would be shipped.
+
+    Raises:
+        LineageError: a node names terms that are not given.
+    """
+    student = student or Student()
+    tally = _Tally()
+    paths = graph.paths()
+    own = {i for n, ps in paths.items() for p in ps if p.reach == "weights" for i in graph.nodes[n].licenses}
+    for node_id in sorted(paths):
+        node = graph.nodes[node_id]
+        _judge_declaration(node, paths[node_id][0], tally)
+        for terms_id in (*node.licenses, *node.services):
+            if terms_id not in terms:
+                raise LineageError(f"Lineage names terms {terms_id!r}, which neither registry nor record holds.")
+            for clause in terms[terms_id].clauses:
+                hit = _first_hit(node, terms[terms_id], clause, paths[node_id])
+                if hit is not None and not own & set(clause.unless_student):
+                    _apply(hit, facts, student, tally)
+    order = {"block": 0, "violation": 1, "unknown": 2, "conditional": 3, "warning": 4}
+    return Verdict(
+        decision=DECISIONS[tally.severity],
+        findings=tuple(
+            sorted(set(tally.findings), key=lambda f: (order[f.severity], f.code, f.node, f.clause, f.path))
+        ),
+        obligations=tuple(sorted(set(tally.duties), key=lambda d: (d.terms, d.cite, d.kind, d.node, d.path))),
+        license_expression=_expression(graph, terms, paths, student),
+    )
+
+
+def severity_of(terms: Terms) -> int:
+    """Rank an entry as a teacher of distributions, to tell which of two readings is more severe."""
+    node = Node("model", "x", licenses=(terms.id,))
+    tally = _Tally()
+    for clause in terms.clauses:
+        hit = _first_hit(node, terms, clause, [Path("logits", False, (SELF,)), Path("weights", False, (SELF,))])
+        if hit is not None:
+            _apply(hit, {}, Student(), tally)
+    return tally.severity * 1000 + len(tally.findings) * 50 + len(terms.clauses)
+
+
+def _first_hit(node: Node, terms: Terms, clause: Clause, paths: list[Path]) -> _Hit | None:
+    """Return the clause's firmest touch: explicit before precautionary, then the shortest path."""
+    hits = []
+    for path in paths:
+        derivative = path.reach in terms.inherits  # terms that make outputs derivatives bind again, however far
+        if path.reach in clause.reach:
+            hits.append(_Hit(node, terms, clause, path, explicit=not path.remote or derivative))
+        elif path.reach in clause.precaution:
+            hits.append(_Hit(node, terms, clause, path, explicit=False))
+    return min(hits, key=lambda h: (not h.explicit, len(h.path.nodes), h.path.nodes), default=None)
+
+
+def _apply(hit: _Hit, facts: Mapping[str, bool | None], student: Student, tally: _Tally) -> None:
+    clause = hit.clause
+    if clause.effect == "unknown":
+        tally.raise_to("unknown")
+        tally.findings.append(_finding(hit, "unknown_license", "unknown", "training", _cure(hit.node)))
+        return
+    answer = facts.get(clause.fact) if clause.fact else True
+    if answer is None:
+        tally.raise_to("conditional")
+        remedy = f"say it once in the config: `lineage: {{use: {{{clause.fact}: false}}}}` ({FACTS[clause.fact or '']})"
+        tally.findings.append(_finding(hit, "fact_missing", "conditional", clause.trigger, remedy))
+    if clause.effect == "forbid":
+        if answer:
+            tally.raise_to("block")
+            remedy = "choose a source whose terms allow it, or obtain written permission from the provider"
+            tally.findings.append(_finding(hit, "forbidden", "block", clause.trigger, remedy))
+        else:
+            tally.raise_to("allow_with_duties")
+            tally.duties.append(_duty(hit, "attest"))
+        return
+    tally.raise_to("allow_with_duties")
+    if clause.kind != "name_prefix":
+        tally.duties.append(_duty(hit, "attest"))
+        return
+    named = student.name is not None and student.name.startswith(clause.value or "")
+    tally.duties.append(_duty(hit, "met" if named else "unmet"))
+    if answer and not named:
+        seen = "no name is declared" if student.name is None else f"the declared name is {student.name!r}"
+        remedy = f"declare a name that begins with it: `lineage: {{student: {{name: {clause.value}-...}}}}`"
+        tally.findings.append(replace(_finding(hit, "name_prefix", "violation", "distribution", remedy), evidence=seen))
+
+
+def _judge_declaration(node: Node, path: Path, tally: _Tally) -> None:
+    """Note what is known of the node itself, whatever its terms say."""
+    if node.undeclared:
+        tally.findings.append(
+            Finding(
+                "undeclared_dataset", "warning", "training", node.id, node.label, path.nodes, "no terms were declared",
+                "data passed in memory", "declare it: `lineage: {datasets: [{repo: NAME, license: ID}]}`",
+            )
+        )  # fmt: skip
+    readings = {e.ids for e in node.evidence if e.ids}
+    if len(readings) > 1:
+        seen = "; ".join(f"{e.where}: {e.value}" for e in node.evidence)
+        remedy = "the more severe reading counts; correct the source that is wrong"
+        tally.findings.append(
+            Finding("sources_disagree", "warning", "training", node.id, node.label, path.nodes,
+                    "sources disagree on the licence", seen, remedy)
+        )  # fmt: skip
+
+
+def _cure(node: Node) -> str:
+    key = "student" if node.kind == "checkpoint" else None
+    if node.kind == "dataset":
+        return f"declare it: `lineage: {{datasets: [{{repo: {node.label}, license: ID}}]}}`"
+    if key is None:
+        key = "teachers: {NAME: {license: apache-2.0}}"
+    return f"declare its licence, `own` if it is yours: `lineage: {{{key}}}`"
+
+
+def _finding(hit: _Hit, code: str, severity: Any, trigger: Any, remedy: str) -> Finding:
+    seen = "; ".join(f"{e.where}: {e.value}" for e in hit.node.evidence) or "nothing was found that names its terms"
+    clause = f"{hit.terms.name}, {hit.clause.cite}: {hit.clause.says}"
+    if not hit.explicit:
+        clause += " (precautionary)"
+    return Finding(code, severity, trigger, hit.node.id, hit.node.label, hit.path.nodes, clause, seen, remedy)
+
+
+def _duty(hit: _Hit, status: Any) -> Duty:
+    return Duty(
+        hit.terms.id, hit.clause.cite, hit.clause.kind, hit.clause.says, hit.clause.value, hit.node.id,
+        hit.path.nodes, "explicit" if hit.explicit else "precautionary", status,
+    )  # fmt: skip
+
+
+def _expression(graph: Graph, terms: Mapping[str, Terms], paths: Mapping[str, list[Path]], student: Student) -> str:
+    """AND together the licences that bind the weights: initialisation, and terms that a student inherits."""
+    binding = {
+        terms[i].spdx
+        for node_id, ways in paths.items()
+        for i in graph.nodes[node_id].licenses
+        if any(way.reach in terms[i].inherits for way in ways)
+    }
+    if student.declared_license:
+        binding.add(terms[student.declared_license].spdx if student.declared_license in terms else None)
+    return " AND ".join(sorted(s for s in binding if s)) or "NONE"

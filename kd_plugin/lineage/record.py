@@ -1,0 +1,99 @@
+"""``lineage.json``: canonical (RFC 8785), with a digest of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import rfc8785
+
+from kd_plugin.errors import LineageError
+
+RECORD = "lineage.json"
+NOTICE = "NOTICE"
+LICENSES = "LICENSES"
+SCHEMA = "kd-plugin/lineage/1"
+MAX_RECORD = 64 << 20  # bytes; a record of a thousand sources stays far below
+_OUTSIDE_DIGEST = ("saved_at", "signature", "digest")
+_SHAPE: Mapping[str, type] = {
+    "schema": str, "digest": str, "saved_at": dict, "run": dict, "checkpoint": dict, "subjects": list, "files": list,
+    "nodes": list, "edges": list, "terms": dict, "policy": dict, "student": dict, "effective": dict, "overrides": list,
+}  # fmt: skip
+
+
+def digest_of(record: Mapping[str, Any]) -> str:
+    """Return ``sha256:`` and the digest of the record without ``saved_at``, ``signature`` and ``digest``."""
+    content = {key: value for key, value in record.items() if key not in _OUTSIDE_DIGEST}
+    return "sha256:" + hashlib.sha256(rfc8785.dumps(content)).hexdigest()
+
+
+def sealed(record: Mapping[str, Any], saved_at: str) -> dict[str, Any]:
+    """Add digest and saving time; the time carries a seal of its own, so that no byte can change unseen."""
+    digest = digest_of(record)
+    return {**record, "digest": digest, "saved_at": {"time": saved_at, "seal": seal(digest, saved_at)}}
+
+
+def seal(digest: str, saved_at: str) -> str:
+    """Bind the saving time, which the digest leaves out, to the record."""
+    return hashlib.sha256(f"{digest} {saved_at}".encode()).hexdigest()[:32]
+
+
+def canonical(record: Mapping[str, Any]) -> bytes:
+    """Return the record's canonical bytes."""
+    return rfc8785.dumps(dict(record))
+
+
+def read_record(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Read a record and its bytes, checking its shape but not its digest.
+
+    Raises:
+        LineageError: missing, too large, no JSON, of another schema, or a field is missing or of the wrong type.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_RECORD + 1)
+    except OSError as error:
+        raise LineageError(
+            f"{path} cannot be read ({error.strerror}). A checkpoint without it was not finished, or not written by "
+            "a run with lineage; its terms are unknown."
+        ) from error
+    if len(raw) > MAX_RECORD:
+        raise LineageError(f"{path} is larger than {MAX_RECORD} bytes; that is no lineage record.")
+    try:
+        record = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise LineageError(f"{path} is not valid JSON ({error}); it was damaged or edited.") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        seen = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        raise LineageError(f"{path} has schema {seen!r}; expected {SCHEMA!r}. Use the kd-plugin that wrote it.")
+    for key, kind in _SHAPE.items():
+        if not isinstance(record.get(key), kind):
+            raise LineageError(f"{path}: field {key!r} is missing or no {kind.__name__}; the record was edited.")
+    for section, key, kind in (("run", "id", str), ("checkpoint", "step", int)):
+        if not isinstance(record[section].get(key), kind):
+            raise LineageError(f"{path}: field {section}.{key} is missing or no {kind.__name__}; it was edited.")
+    return record, raw
+
+
+def load_record(directory: str | Path) -> dict[str, Any]:
+    """Read the record of a checkpoint directory and check its digest.
+
+    Raises:
+        LineageError: missing, damaged, or its digest does not fit.
+    """
+    path = Path(directory) / RECORD
+    record, _ = read_record(path)
+    expected = _digest_or_none(record)
+    if record["digest"] != expected:
+        raise LineageError(f"{path} was changed: its digest is {expected}, it says {record['digest']!r}.")
+    return record
+
+
+def _digest_or_none(record: Mapping[str, Any]) -> str | None:
+    try:
+        return digest_of(record)
+    except (ValueError, RecursionError):  # numbers that canonical JSON cannot hold, or surrogates
+        return None

@@ -1,0 +1,313 @@
+"""A run's lineage: gated before training, written at every save."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from kd_plugin.errors import ConfigError, LicenseRefusedError, LineageError, nearest
+from kd_plugin.lineage import hashing, obligations
+from kd_plugin.lineage import write as files
+from kd_plugin.lineage.config import Declaration, LineageConfig, load_config
+from kd_plugin.lineage.discovery import Found, discover
+from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph, Node
+from kd_plugin.lineage.policy import NO_ADVICE, Finding, Student, Verdict, evaluate
+from kd_plugin.lineage.record import LICENSES, NOTICE, RECORD, SCHEMA, load_record, sealed
+from kd_plugin.lineage.registry import Registry, default_registry
+from kd_plugin.lineage.sources import Source
+
+_VERSIONS = ("torch", "transformers", "trl", "lightning", "kd-plugin")
+
+
+class RunLineage:
+    """What a training run learns from, judged once and written beside every checkpoint.
+
+    Args:
+        method: ``offline_kd``, ``teacher_panel``, ``sft``, or any trainer's name.
+        student: what the student's weights start from.
+        teachers: who teaches it directly.
+        outputs: teacher caches, each with its ``record``.
+        datasets: what else it is trained on.
+        config: the user's ``lineage`` field: a mapping, or the path of a YAML file.
+        config_hash: digest of the trainer's configuration.
+        resume_from: checkpoint directory of the run that this one continues.
+
+    Raises:
+        ConfigError: the declarations are malformed, or name a teacher that the run does not have.
+        LineageError: a parent's or a cache's record is damaged.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: str,
+        student: Source,
+        teachers: Sequence[Source] = (),
+        outputs: Sequence[Source] = (),
+        datasets: Sequence[Source] = (),
+        config: Mapping[str, Any] | str | Path | None = None,
+        config_hash: str | None = None,
+        resume_from: str | Path | None = None,
+    ) -> None:
+        self.method = method
+        self.config: LineageConfig = load_config(config)
+        self.registry: Registry = default_registry()
+        self.config_hash = config_hash
+        self.student = _declared(student, self.config.student)
+        self.teachers = _match_teachers(teachers, self.config)
+        self.outputs = list(outputs)
+        self.datasets = _match_datasets(datasets, self.config)
+        self.resumed = None if resume_from is None else load_record(resume_from)
+        self._resumed_name = None if resume_from is None else Path(resume_from).resolve().name
+        run = self.config.run
+        before = self.resumed["run"] if self.resumed else {}
+        self.run_id: str = run.get("id") or before.get("id") or uuid.uuid4().hex
+        self.started: str = run.get("date") or before.get("date") or datetime.now(UTC).date().isoformat()
+        self._roots = self._discover(digests=False)
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The lineage, without digests of local weights: cheap enough for a gate."""
+        return self._graph_of(self._roots)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """The verdict under the declared facts. Reads files and declarations only."""
+        return self._judge(self.graph, self.config.use)
+
+    def require_trainable(self) -> None:
+        """Refuse to train where the terms of a source forbid it, or nothing is known of them.
+
+        Raises:
+            LicenseRefusedError: names every source, clause and piece of evidence, and the way out.
+        """
+        _refuse(self.verdict.refusals, "Training is refused by the terms of its sources", self._remedy)
+
+    def require_publishable(self, directory: str | Path) -> None:
+        """Refuse to publish a checkpoint whose lineage is unfinished or whose terms forbid distribution.
+
+        Publishing is distribution, whatever ``use.distribute`` says.
+
+        Raises:
+            LicenseRefusedError: the terms forbid it, or a duty that distribution brings is not met.
+            LineageError: ``lineage.json`` is missing or damaged.
+        """
+        load_record(directory)
+        verdict = self._judge(self.graph, {**self.config.use, "distribute": True})
+        _refuse(verdict.publication_stops, "Publishing is refused by the terms of the sources", self._remedy)
+
+    def write(self, directory: str | Path, *, step: int, parent: str | Path | None = None) -> None:
+        """Write ``LICENSES/``, ``NOTICE`` and, last, ``lineage.json`` beside the weights in ``directory``.
+
+        Args:
+            directory: a directory that holds a checkpoint's weights.
+            step: optimizer steps done.
+            parent: directory of the checkpoint before this one, to whose digest this one is chained.
+
+        Raises:
+            LineageError: there are no weights, or the directory is not writable. The weights stay as they are,
+                and the record is absent.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise LineageError(f"{str(directory)!r} is no directory; lineage is written beside weights that are there.")
+        stale = files.retract(directory)
+        subjects = hashing.subjects(directory)
+        if not subjects:
+            raise LineageError(f"{str(directory)!r} holds no weight files; lineage is written after the weights.")
+        graph = self._recorded_graph
+        terms = {i: self.registry.terms[i] for n in graph.nodes.values() for i in (*n.licenses, *n.services)}
+        verdict = self._judge(graph, self.config.use)
+        placed = files.place_files(
+            directory,
+            obligations.notice_text(graph, terms, verdict),
+            obligations.license_files(graph, terms, self.registry),
+            stale,
+        )
+        student = self._student
+        record = {
+            "schema": SCHEMA,
+            "disclaimer": NO_ADVICE,
+            "run": self._run_section(),
+            "checkpoint": {"step": step, "parent": self._parent(parent)},
+            "subjects": [{"path": s.path, "sha256": s.sha256, "size": s.size} for s in subjects],
+            "files": placed,
+            **graph.to_json(),
+            "terms": {i: entry.to_json() for i, entry in sorted(terms.items())},
+            "policy": {
+                "id": "kd-plugin",
+                "version": self.registry.version,
+                "sha256": self.registry.sha256,
+                "facts": dict(sorted(self.config.use.items())),
+            },
+            "student": {"name": student.name, "declared_license": student.declared_license},
+            "effective": verdict.to_json(),
+            "overrides": [],
+        }
+        saved_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        files.place_record(directory, sealed(record, saved_at))
+
+    @cached_property
+    def _recorded_graph(self) -> Graph:
+        return self._graph_of(self._discover(digests=True))
+
+    @property
+    def _student(self) -> Student:
+        return Student(self.config.student.name, self.config.student.declared_license)
+
+    def _judge(self, graph: Graph, facts: Mapping[str, bool]) -> Verdict:
+        verdict = evaluate(graph, self.registry.terms, facts, self._student)
+        return obligations.settle(verdict, graph, self.registry.terms)
+
+    def _discover(self, *, digests: bool) -> list[tuple[Edge, Found]]:
+        """Find every source; edges start at ``self``."""
+        text_edge: EdgeKind = "corrected_by" if self.method == "teacher_panel" else "trained_on_outputs"
+        wanted: list[tuple[Source, EdgeKind]] = [(self.student, "initialized_from")]
+        wanted += [(t, "distilled_logits" if t.signal == "logits" else text_edge) for t in self.teachers]
+        wanted += [(o, "distilled_logits" if o.signal == "logits" else "trained_on_outputs") for o in self.outputs]
+        wanted += [(d, "trained_on") for d in self.datasets]
+        found = []
+        for source, kind in wanted:
+            one = discover(source, self.registry, digests=digests)
+            found.append((Edge(SELF, one.node.id, kind, source.name), one))
+        return found
+
+    def _graph_of(self, roots: list[tuple[Edge, Found]]) -> Graph:
+        graph = Graph.of([], [edge for edge, _ in roots]).merged(*(found.graph for _, found in roots))
+        if self.resumed is None:
+            return graph
+        details = {"run_id": self.resumed["run"]["id"], "step": self.resumed["checkpoint"]["step"]}
+        node = Node("checkpoint", str(self._resumed_name), digest=self.resumed["digest"], details=details)
+        before = Graph.from_json(self.resumed).rooted_at(node)
+        return graph.merged(before, Graph.of([], [Edge(SELF, node.id, "resumed_from")]))
+
+    def _remedy(self, finding: Finding) -> str:
+        """Put the run's own name of a source into the line of config that cures an unknown licence."""
+        role = next((e.role for e, f in self._roots if f.node.id == finding.node), None)
+        if finding.code != "unknown_license" or role is None:
+            return finding.remedy
+        if any(f.node.id == finding.node and e.kind == "initialized_from" for e, f in self._roots):
+            return "declare its licence, `own` if it is yours: `lineage: {student: {license: apache-2.0}}`"
+        if any(f.node.id == finding.node and e.kind == "trained_on" for e, f in self._roots):
+            return f"declare its licence: `lineage: {{datasets: [{{repo: {role}, license: cc-by-4.0}}]}}`"
+        return (
+            f"declare its licence, `own` if it is yours: `lineage: {{teachers: {{{role}: {{license: apache-2.0}}}}}}`"
+        )
+
+    def _parent(self, parent: str | Path | None) -> dict[str, Any] | None:
+        if parent is not None:
+            before, name = load_record(parent), Path(parent).resolve().name
+        elif self.resumed is not None:
+            before, name = self.resumed, self._resumed_name
+        else:
+            return None
+        return {"digest": before["digest"], "step": before["checkpoint"]["step"], "name": name}
+
+    def _run_section(self) -> dict[str, Any]:
+        run = self.config.run
+        return {
+            "id": self.run_id,
+            "date": self.started,
+            "method": self.method,
+            "source": {"repo": run.get("repo"), "commit": run.get("commit")},
+            "config_hash": self.config_hash,
+            "versions": {name: _version(name) for name in _VERSIONS},
+        }
+
+
+def outputs_record(
+    teacher: Source,
+    datasets: Sequence[Source] = (),
+    config: Mapping[str, Any] | str | Path | None = None,
+) -> dict[str, Any]:
+    """Return the lineage that a teacher cache carries in its manifest: nodes and edges, sorted, JSON-ready.
+
+    Args:
+        teacher: who fills the cache.
+        datasets: what the teacher is shown.
+        config: the user's ``lineage`` field.
+
+    Raises:
+        LicenseRefusedError: the teacher's terms forbid training on its outputs, or nothing is known of them.
+    """
+    declared = load_config(config)
+    registry = default_registry()
+    teachers = _match_teachers([teacher], declared)
+    sources = [*teachers, *_match_datasets(datasets, declared)]
+    behind = [discover(source, registry, digests=True) for source in sources]
+    node = Node("teacher_outputs", f"outputs of {behind[0].node.label}")
+    edges = []
+    for source, found in zip(sources, behind, strict=True):
+        kind: EdgeKind = "distilled_logits" if source.signal == "logits" else "trained_on_outputs"
+        if found.node.kind == "dataset":
+            kind = "trained_on"
+        edges.append(Edge(node.id, found.node.id, kind, source.name))
+    graph = Graph.of([node], edges).merged(*(found.graph for found in behind))
+    used = graph.merged(Graph.of([], [Edge(SELF, node.id, edges[0].kind)]))
+    verdict = evaluate(used, registry.terms, declared.use, Student(declared.student.name))
+
+    def remedy(finding: Finding) -> str:
+        if finding.code == "unknown_license" and finding.node == behind[0].node.id:
+            name = teacher.name
+            return f"declare its licence, `own` if it is yours: `lineage: {{teachers: {{{name}: {{license: mit}}}}}}`"
+        return finding.remedy
+
+    _refuse(verdict.refusals, "Capturing is refused by the terms of its sources", remedy)
+    return graph.to_json()
+
+
+def _refuse(findings: Sequence[Finding], headline: str, remedy: Any) -> None:
+    if findings:
+        lines = [f"- {replace(finding, remedy=remedy(finding))}" for finding in findings]
+        raise LicenseRefusedError("\n".join([f"{headline}.", *lines, NO_ADVICE]))
+
+
+def _declared(source: Source, declaration: Declaration) -> Source:
+    declared = declaration.applied_to(source)
+    return replace(declared, ref=declaration.repo) if source.ref is None and declaration.repo else declared
+
+
+def _match_teachers(teachers: Sequence[Source], config: LineageConfig) -> list[Source]:
+    """Join declarations to teachers by name; without any teacher, the declared ones are the teachers."""
+    known = [t.name for t in teachers]
+    if not teachers:
+        return [_declared(Source(name), declaration) for name, declaration in sorted(config.teachers.items())]
+    for name in config.teachers:
+        if name not in known:
+            raise ConfigError(
+                f"lineage.teachers names {name!r}, which is no teacher of this run; its teachers are "
+                f"{', '.join(map(repr, known))}.{nearest(name, known)}"
+            )
+    return [_declared(t, config.teachers.get(t.name, Declaration())) for t in teachers]
+
+
+def _match_datasets(datasets: Sequence[Source], config: LineageConfig) -> list[Source]:
+    """Join declarations to datasets by name or hub id; the others are datasets of their own."""
+    left = list(config.datasets)
+    matched = []
+    for source in datasets:
+        mine = next((d for d in left if {d.repo, d.name} & {source.name, source.ref} - {None}), None)
+        if mine is not None:
+            left.remove(mine)
+            source = mine.applied_to(source)
+        matched.append(source)
+    extra = [
+        _declared(Source(d.name or d.repo or f"dataset {i}", "dataset", signal="text"), d) for i, d in enumerate(left)
+    ]
+    return matched + extra
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+__all__ = ["LICENSES", "NOTICE", "RECORD", "RunLineage", "outputs_record"]

@@ -1,0 +1,196 @@
+"""Recomputing a checkpoint's lineage from its files alone, offline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from kd_plugin.errors import ConfigError, LineageError
+from kd_plugin.lineage import hashing, obligations
+from kd_plugin.lineage.graph import Graph
+from kd_plugin.lineage.policy import Student, Verdict, evaluate
+from kd_plugin.lineage.record import LICENSES, NOTICE, RECORD, canonical, digest_of, read_record, seal
+from kd_plugin.lineage.registry import default_registry
+from kd_plugin.lineage.terms import Terms
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a checkpoint's lineage.
+
+    Attributes:
+        kind: ``violation`` of terms, ``tampered`` files, or an ``incomplete`` checkpoint.
+        where: file, duty or field.
+        message: what was seen and expected.
+    """
+
+    kind: Literal["violation", "tampered", "incomplete"]
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.where}: {self.message}"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Outcome of :func:`verify`.
+
+    Attributes:
+        directory: what was verified.
+        problems: everything found, in the order of the checks.
+        notes: what could not be checked, and why that is no problem.
+        verdict: the recomputed verdict, or None where the record is unreadable.
+    """
+
+    directory: Path
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+    verdict: Verdict | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0 good, 1 violation, 2 tampered, 3 incomplete; tampering outranks the others."""
+        kinds = {problem.kind for problem in self.problems}
+        return 2 if "tampered" in kinds else 3 if "incomplete" in kinds else 1 if "violation" in kinds else 0
+
+
+def verify(directory: str | Path) -> VerifyReport:
+    """Check a checkpoint's lineage against its files, recomputing digests and verdict; no network, no model.
+
+    Raises:
+        LineageError: ``directory`` is no directory.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise LineageError(f"{str(directory)!r} is no directory; expected a checkpoint.")
+    path = directory / RECORD
+    if not path.is_file():
+        problem = Problem(
+            "incomplete", RECORD, "it is missing: the checkpoint was not finished, or it was saved without lineage"
+        )
+        return VerifyReport(directory, (problem,))
+    try:
+        record, raw = read_record(path)
+        problems = _check_record(record, raw)
+    except LineageError as error:
+        return VerifyReport(directory, (Problem("tampered", RECORD, str(error)),))
+    problems += _check_subjects(directory, record)
+    problems += _check_files(directory, record)
+    verdict, found = _check_verdict(record)
+    problems += found
+    chain, notes = _check_parent(directory, record)
+    return VerifyReport(directory, tuple(problems + chain), tuple(notes), verdict)
+
+
+def _check_record(record: Mapping[str, Any], raw: bytes) -> list[Problem]:
+    problems = []
+    try:
+        expected, bytes_expected = digest_of(record), canonical(record)
+    except (ValueError, RecursionError) as error:
+        raise LineageError(f"{RECORD} holds what canonical JSON cannot ({error}); it was edited.") from error
+    if record["digest"] != expected:
+        problems.append(Problem("tampered", RECORD, f"its digest is {expected}, it says {record['digest']!r}"))
+    elif raw != bytes_expected:
+        problems.append(Problem("tampered", RECORD, "its bytes are not canonical JSON; it was rewritten"))
+    saved = record["saved_at"]
+    if set(saved) != {"time", "seal"} or saved["seal"] != seal(record["digest"], str(saved["time"])):
+        problems.append(Problem("tampered", RECORD, "saved_at does not fit its seal"))
+    return problems
+
+
+def _check_subjects(directory: Path, record: Mapping[str, Any]) -> list[Problem]:
+    promised = _entries(record["subjects"])
+    if promised is None:
+        return [Problem("tampered", RECORD, "its list of weight files is malformed")]
+    problems = []
+    there = {subject.path: subject for subject in hashing.subjects(directory)}
+    for name in sorted(promised.keys() | there.keys()):
+        if name not in there:
+            problems.append(Problem("tampered", name, "the weight file is missing"))
+        elif name not in promised:
+            problems.append(Problem("tampered", name, "a weight file that the record does not know"))
+        elif (there[name].sha256, there[name].size) != promised[name]:
+            problems.append(Problem("tampered", name, f"sha256 {there[name].sha256} is not {promised[name][0]}"))
+    return problems
+
+
+def _check_files(directory: Path, record: Mapping[str, Any]) -> list[Problem]:
+    promised = _entries(record["files"])
+    if promised is None or NOTICE not in promised:
+        return [Problem("tampered", RECORD, "its list of lineage files is malformed")]
+    problems = []
+    for name, (digest, size) in sorted(promised.items()):
+        path = directory / name
+        if name != NOTICE and PurePosixPath(name).parent.as_posix() != LICENSES:
+            problems.append(Problem("tampered", RECORD, f"it lists {name!r}, which is no lineage file"))
+        elif not path.is_file():
+            problems.append(Problem("tampered", name, "the file is missing"))
+        elif path.stat().st_size != size or hashing.sha256_file(path) != digest:
+            problems.append(Problem("tampered", name, "its text was changed"))
+    return problems
+
+
+def _check_verdict(record: Mapping[str, Any]) -> tuple[Verdict | None, list[Problem]]:
+    """Recompute the verdict from the record's own nodes, terms and facts; compare with what it says."""
+    try:
+        graph = Graph.from_json(record)
+        terms = {i: Terms.from_mapping(entry, f"terms {i!r}") for i, entry in record["terms"].items()}
+        student = Student(record["student"].get("name"), record["student"].get("declared_license"))
+        facts = record["policy"]["facts"]
+        verdict = obligations.settle(evaluate(graph, terms, facts, student), graph, terms)
+        notice = obligations.notice_text(graph, terms, verdict)
+    except (LineageError, ConfigError, KeyError, TypeError, AttributeError) as error:
+        return None, [Problem("tampered", RECORD, f"the verdict cannot be recomputed: {error}")]
+    problems = []
+    if verdict.to_json() != record["effective"]:
+        problems.append(Problem("tampered", RECORD, "decision, duties or findings are not what its lineage leads to"))
+    registry = default_registry()
+    if record["policy"].get("sha256") == registry.sha256:
+        for terms_id, entry in terms.items():
+            if registry.terms.get(terms_id) != entry:
+                problems.append(Problem("tampered", RECORD, f"its copy of terms {terms_id!r} is not the registry's"))
+        promised = {entry["path"]: entry["sha256"] for entry in record["files"]}
+        texts = {f"{LICENSES}/{n}": t for n, t in obligations.license_files(graph, terms, registry).items()}
+        for name, text in {NOTICE: notice, **texts}.items():
+            if promised.get(name) != hashing.sha256_text(text):
+                problems.append(Problem("tampered", name, "it is not what the lineage asks for"))
+    problems += [Problem("violation", f.subject, str(f)) for f in verdict.publication_stops]
+    return verdict, problems
+
+
+def _check_parent(directory: Path, record: Mapping[str, Any]) -> tuple[list[Problem], list[str]]:
+    """Compare the parent's digest with the parent, where it still lies beside this checkpoint."""
+    parent = record["checkpoint"].get("parent")
+    if parent is None:
+        return [], []
+    name = parent.get("name") if isinstance(parent, Mapping) else None
+    if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\\" in name:
+        return [Problem("tampered", RECORD, "its parent is malformed")], []
+    sibling = directory.resolve().parent / name / RECORD
+    if not sibling.is_file():
+        return [], [f"parent {name!r} is no longer beside this checkpoint; its digest could not be compared"]
+    try:
+        before, _ = read_record(sibling)
+    except LineageError as error:
+        return [Problem("tampered", f"../{name}/{RECORD}", str(error))], []
+    if before["digest"] != parent.get("digest") or digest_of(before) != before["digest"]:
+        return [Problem("tampered", f"../{name}/{RECORD}", "it is not the parent that this record was chained to")], []
+    return [], []
+
+
+def _entries(items: Any) -> dict[str, tuple[str, int]] | None:
+    """Return name to digest and size, or None where an entry is malformed or its path leaves the directory."""
+    entries: dict[str, tuple[str, int]] = {}
+    for item in items:
+        if not isinstance(item, Mapping) or set(item) != {"path", "sha256", "size"} or item["path"] in entries:
+            return None
+        path = item["path"]
+        if not isinstance(path, str) or not path or "\\" in path or path.startswith("/") or "\0" in path:
+            return None
+        if any(part in ("", ".", "..") for part in path.split("/")):
+            return None
+        entries[path] = (item["sha256"], item["size"])
+    return entries

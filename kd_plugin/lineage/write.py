@@ -1,0 +1,82 @@
+"""Placing lineage files beside weights, so that the record's presence means that the rest is whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kd_plugin.errors import LineageError
+from kd_plugin.lineage import hashing
+from kd_plugin.lineage.record import LICENSES, NOTICE, RECORD, canonical, read_record
+
+
+def retract(directory: Path) -> list[str]:
+    """Remove an older record, so that a crash from here on leaves a checkpoint that says it is unfinished.
+
+    Returns:
+        The files that the older record had placed.
+    """
+    path = directory / RECORD
+    if not path.exists():
+        return []
+    try:
+        record, _ = read_record(path)
+        placed = [str(f["path"]) for f in record["files"]]
+    except (LineageError, KeyError, TypeError):
+        placed = []  # a damaged record promises nothing, and its files are left alone
+    path.unlink()
+    _sync_directory(directory)
+    return placed
+
+
+def place_files(directory: Path, notice: str, licenses: Mapping[str, str], stale: list[str]) -> list[dict[str, Any]]:
+    """Write NOTICE and LICENSES/, drop licence texts that only an older record placed, and return their digests."""
+    texts = {NOTICE: notice} | {f"{LICENSES}/{name}": text for name, text in licenses.items()}
+    if licenses:
+        (directory / LICENSES).mkdir(exist_ok=True)
+    for old in set(stale) - set(texts):
+        if old.startswith(f"{LICENSES}/") and "/" not in old[len(LICENSES) + 1 :]:
+            (directory / old).unlink(missing_ok=True)
+    for name, text in texts.items():
+        write_file(directory / name, text.encode())
+    return [
+        {"path": name, "sha256": hashing.sha256_text(text), "size": len(text.encode())}
+        for name, text in sorted(texts.items())
+    ]
+
+
+def place_record(directory: Path, record: Mapping[str, Any]) -> None:
+    """Write the record, last."""
+    write_file(directory / RECORD, canonical(record))
+    _sync_directory(directory)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename.
+
+    Raises:
+        LineageError: the place is not writable.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise LineageError(
+            f"{path} cannot be written ({error.strerror}). The weights are untouched; without {RECORD} the "
+            "checkpoint counts as unfinished. Make the directory writable and save again."
+        ) from error
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
