@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import yaml
 
@@ -15,63 +17,109 @@ from kd_plugin.errors import ConfigError, nearest
 Settings = TypeVar("Settings")
 
 
-def make_parser(cls: type[Settings], command: str, description: str, defaults: Settings | None = None) -> Any:
-    """Build the parser of a command whose settings are the fields of ``cls``.
+@dataclass(frozen=True)
+class Parsed(Generic[Settings]):
+    """What a command line said.
 
-    Add options that are no settings (``--fresh``) to what is returned, then call :func:`parse_settings`.
+    Attributes:
+        settings: the filled dataclass.
+        flags: the flags that were given.
+        print_only: the user asked to see the settings, not to run; see :func:`as_yaml`.
+    """
+
+    settings: Settings
+    flags: frozenset[str]
+    print_only: bool
+
+
+def parse_settings(
+    cls: type[Settings],
+    argv: Sequence[str],
+    *,
+    command: str,
+    description: str,
+    defaults: Settings | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> Parsed[Settings]:
+    """Parse ``argv`` into the dataclass ``cls``.
+
+    ``--config FILE`` takes YAML whose keys are the fields; every field is also an option, and wins over the
+    file. ``--config`` with no file after it, or ``--print_config``, asks for the settings as YAML.
 
     Args:
         cls: a dataclass; its docstring's ``Attributes`` become the help of the options.
+        argv: the arguments after the command's name.
         command: the words after ``kd-plugin``.
         description: what ``--help`` says first.
         defaults: an instance whose values stand in for the fields' own defaults.
-    """
-    from jsonargparse import ActionConfigFile, ArgumentParser
-
-    parser = ArgumentParser(prog=f"kd-plugin {command}", description=description, exit_on_error=False)
-    parser.add_argument(
-        "--config",
-        action=ActionConfigFile,
-        help="A YAML file with these settings; without a file: print them as YAML.",
-    )
-    parser.add_class_arguments(cls)
-    if defaults is not None:
-        parser.set_defaults(dataclasses.asdict(defaults))  # type: ignore[call-overload]
-    return parser
-
-
-def parse_settings(parser: Any, cls: type[Settings], argv: Sequence[str]) -> tuple[Settings, Mapping[str, Any]]:
-    """Parse ``argv``; ``--config`` with no file after it prints the settings and exits, as ``--print_config``.
-
-    Returns:
-        The settings, and the values of the options that are no settings.
+        flags: options without a value that are no settings, with their help, such as ``{"fresh": ...}``.
 
     Raises:
         ConfigError: an unknown option or YAML key (naming the nearest), a value of the wrong type, or a file
             that is missing or no YAML.
     """
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=f"kd-plugin {command}", description=description, exit_on_error=False, print_config=None
+    )
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help="A YAML file with these settings; without a file: print them as YAML.",
+    )
+    for name, text in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_class_arguments(cls)
+    if defaults is not None:
+        parser.set_defaults(dataclasses.asdict(defaults))  # type: ignore[call-overload]
+
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    arguments = _print_config_where_bare(argv)
+    arguments, print_only = _without_bare_config(argv)
+    _require_known_options(arguments, [*names, "config", "help", *(flags or {})])
     for path in _config_files(arguments):
-        _check_keys(path, names)
+        _require_known_keys(path, names)
     try:
-        parsed = parser.parse_args(arguments).as_dict()
+        parsed = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise ConfigError(_one_line(str(error), arguments, names)) from error
-    values = {name: parsed.pop(name) for name in names}
-    parsed.pop("config", None)
-    return cls(**values), parsed
+        raise ConfigError(" ".join(str(error).split())) from error
+    return Parsed(
+        settings=cls(**{name: parsed[name] for name in names}),
+        flags=frozenset(name for name in flags or {} if parsed[name]),
+        print_only=print_only,
+    )
 
 
-def _print_config_where_bare(argv: Sequence[str]) -> list[str]:
-    arguments = list(argv)
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and (i + 1 == len(arguments) or arguments[i + 1].startswith("--")):
-            arguments[i] = "--print_config"
-    # jsonargparse prints at once when it meets the option; last, so that it sees every override.
-    if "--print_config" in arguments:
-        arguments = [a for a in arguments if a != "--print_config"] + ["--print_config"]
-    return arguments
+def as_yaml(settings: Any) -> str:
+    """Write settings as YAML, each under the sentence that explains it."""
+    from docstring_parser import parse
+
+    help_of = {p.arg_name: p.description or "" for p in parse(type(settings).__doc__ or "").params}
+    lines = []
+    for field in dataclasses.fields(settings):
+        comment = " ".join(help_of.get(field.name, "").split())
+        lines += textwrap.wrap(comment, 116, initial_indent="# ", subsequent_indent="# ")
+        lines.append(yaml.safe_dump({field.name: getattr(settings, field.name)}, width=1000).rstrip())
+    return "\n".join(lines)
+
+
+def _without_bare_config(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """Take out ``--print_config``, and ``--config`` where no file follows."""
+    kept, print_only = [], False
+    for i, argument in enumerate(argv):
+        bare = argument == "--config" and (i + 1 == len(argv) or argv[i + 1].startswith("--"))
+        if bare or argument == "--print_config":
+            print_only = True
+        else:
+            kept.append(argument)
+    return kept, print_only
+
+
+def _require_known_options(arguments: Sequence[str], known: list[str]) -> None:
+    for argument in arguments:
+        option = argument.removeprefix("--").split("=")[0]
+        if argument.startswith("--") and option not in known:
+            raise ConfigError(f"unknown option --{option}.{nearest(option, known)} Known: {', '.join(known)}.")
 
 
 def _config_files(arguments: Sequence[str]) -> list[str]:
@@ -79,7 +127,7 @@ def _config_files(arguments: Sequence[str]) -> list[str]:
     return after + [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
 
 
-def _check_keys(path: str, known: list[str]) -> None:
+def _require_known_keys(path: str, known: list[str]) -> None:
     """Refuse a file that is missing, malformed, or holds an unknown key."""
     if not Path(path).is_file():
         raise ConfigError(f"--config {path}: there is no such file. `--config` alone prints one to start from.")
@@ -87,19 +135,12 @@ def _check_keys(path: str, known: list[str]) -> None:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        raise ConfigError(f"{path}:{where} not valid YAML ({getattr(error, 'problem', error)}).") from error
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{path}: {where}not valid YAML: {getattr(error, 'problem', error)}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text: {error}.") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected `name: value` lines, found {type(content).__name__}.")
+        raise ConfigError(f"{path}: expected lines `name: value`, found {type(content).__name__}.")
     for key in content:
         if key not in known:
-            raise ConfigError(f"{path}: unknown key {key!r}.{nearest(str(key), known)} Known keys: {', '.join(known)}.")
-
-
-def _one_line(message: str, arguments: Sequence[str], names: list[str]) -> str:
-    """Shorten jsonargparse's message, and name the nearest option where one is unknown."""
-    for argument in arguments:
-        option = argument.removeprefix("--").split("=")[0]
-        if argument.startswith("--") and "nrecognized" in message and option not in names:
-            return f"unknown option {argument!r}.{nearest(option, names)} Known options: {', '.join(names)}."
-    return " ".join(message.split())
+            raise ConfigError(f"{path}: unknown key {key!r}.{nearest(str(key), known)} Known: {', '.join(known)}.")

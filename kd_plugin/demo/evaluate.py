@@ -1,0 +1,124 @@
+"""What the demo measures: how far the student is from each teacher on held-out text, and what it writes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd_plugin.demo.prompts import Question
+from kd_plugin.divergence import Divergence
+from kd_plugin.divergence.reference import divergence_from_logits
+from kd_plugin.teachers import LocalTeacher
+
+_ROWS_AT_ONCE = 4
+_GENERATE_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question with what a model wrote.
+
+    Attributes:
+        prompt_ids: tokens of the rendered conversation.
+        completion_ids: tokens that the model wrote, its end-of-sequence token included where it wrote one.
+        text: the same, decoded, without special tokens.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    text: str
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    max_tokens: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[Answer]:
+    """Let a model answer greedily, some questions at a time; ``advance`` hears how many are done."""
+    rendered = [
+        tokenizer.apply_chat_template(q.prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for q in questions
+    ]
+    answers: dict[int, Answer] = {}
+    by_length = sorted(range(len(questions)), key=lambda i: len(rendered[i]))
+    for start in range(0, len(by_length), _GENERATE_AT_ONCE):
+        batch = by_length[start : start + _GENERATE_AT_ONCE]
+        width = max(len(rendered[i]) for i in batch)
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(batch):
+            ids[row, width - len(rendered[i]) :] = torch.tensor(rendered[i])
+            mask[row, width - len(rendered[i]) :] = 1
+        with torch.inference_mode():
+            written = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, temperature=None,
+                top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+        for i, row in zip(batch, written[:, width:].tolist(), strict=True):
+            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+            text = tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+            answers[i] = Answer(tuple(rendered[i]), tuple(row[:end]), text)
+        advance(len(answers))
+    return [answers[i] for i in range(len(questions))]
+
+
+def held_out_kl(student: LocalTeacher, teacher: LocalTeacher, answers: Sequence[Answer]) -> float:
+    """Mean KL(teacher ‖ student) in nats a token, over the tokens of the teacher's own held-out answers."""
+    total, count = 0.0, 0
+    for start in range(0, len(answers), _ROWS_AT_ONCE):
+        rows = answers[start : start + _ROWS_AT_ONCE]
+        width = max(len(a.prompt_ids) + len(a.completion_ids) for a in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        positions: list[int] = []
+        for row, a in enumerate(rows):
+            tokens = a.prompt_ids + a.completion_ids
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+            first = row * width + len(a.prompt_ids) - 1
+            positions.extend(range(first, first + len(a.completion_ids)))
+        where = torch.tensor(positions)
+        with torch.inference_mode():
+            ours, theirs = (m.score(ids, mask, where) for m in (student, teacher))
+            student_logits, teacher_logits = (s.head.logits(s.hidden).float() for s in (ours, theirs))
+            values = divergence_from_logits(student_logits, teacher_logits, Divergence("forward_kl"))
+        total += float(values.sum())
+        count += len(positions)
+    return total / count
+
+
+def share_right(questions: Sequence[Question], texts: Sequence[str]) -> float:
+    """Share of math answers whose last number is the known answer."""
+    right = [
+        bool(numbers) and numbers[-1] == question.answer
+        for question, text in zip(questions, texts, strict=True)
+        for numbers in [re.findall(r"-?\d+", text)]
+    ]
+    return sum(right) / len(right)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a student was worth at one point of the demo.
+
+    Attributes:
+        kl: domain to held-out KL from that domain's teacher, in nats a token.
+        right: share of held-out math problems answered rightly.
+        samples: one answer of each domain, the same question every time.
+    """
+
+    kl: dict[str, float]
+    right: float
+    samples: dict[str, str]
+
+
+def open_model(directory: str | Path, tokenizer: Any, name: str = "student") -> LocalTeacher:
+    """Open a model directory for scoring and writing, in bfloat16."""
+    return LocalTeacher(directory, tokenizer=tokenizer, name=name, dtype="bfloat16")

@@ -1,0 +1,131 @@
+"""The demo from its first line to its last."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kd_plugin.demo import report, stages
+from kd_plugin.demo.config import DemoConfig
+from kd_plugin.demo.model import Prepared, prepare_teacher
+from kd_plugin.demo.prompts import DOMAINS, questions
+from kd_plugin.demo.stages import MODELS, OFFLINE, PANEL, SPECIALIST, START, Stage
+from kd_plugin.demo.state import DemoState, require_writable
+
+_POINTS = {"before": START, "after offline KD": OFFLINE, "after the panel": PANEL}
+
+
+def run_demo(config: DemoConfig, console: Console, *, fresh: bool = False) -> int:
+    """Run what is not done yet, and show the result; 0 when the lineage of every checkpoint verifies.
+
+    Args:
+        config: the settings.
+        console: where everything is shown.
+        fresh: delete what an earlier demo wrote in the same directory, and start again.
+    """
+    started = time.monotonic()
+    require_writable(Path(config.output_dir))
+    _be_quiet()
+    _use_threads(config.threads)
+    with DemoState(config, fresh=fresh) as state:
+        if state.resumed:
+            console.print(f"Going on in {state.directory}; --fresh starts again.", highlight=False)
+        stage = _open(config, state, console)
+        console.print(f"[bold]1[/bold] license gate: {stages.gate(stage)}", highlight=False)
+        _do(stage, "specialist", "2 a second teacher, fine-tuned on arithmetic (SFTTrainer)", stages.train_specialist)
+        _do(stage, "student", "3 the student, cut from the teacher", stages.make_student)
+        _do(stage, "answers", "4 the teachers answer", stages.write_answers)
+        _do(stage, "capture", "5 capture into a teacher cache", stages.fill_cache)
+        _do(stage, "offline", "6 offline KD (OfflineKDTrainer)", stages.train_offline)
+        _do(stage, "panel", "7 on-policy panel of two teachers (TeacherPanelTrainer)", stages.train_panel)
+        measured = {
+            point: _do(
+                stage, f"measured {name}", f"8 measure the student {point}", lambda s, n=name: stages.measure(s, n)
+            )
+            for point, name in _POINTS.items()
+        }
+        code = _verify(stage)
+        report.show_results(console, measured, state.result("answers")["math_teacher_right"])
+        report.show_samples(console, {d: questions("held_out", d, 1)[0] for d in DOMAINS}, measured)
+        report.show_next(console, state.directory, time.monotonic() - started, _peak_gigabytes())
+    return code
+
+
+def _open(config: DemoConfig, state: DemoState, console: Console) -> Stage:
+    """Find the teacher, and load the tokenizer that it shares with the student."""
+    from transformers import AutoTokenizer
+
+    if config.teacher:
+        teacher = Prepared(config.teacher, Path(config.teacher).name, f"given as {config.teacher}")
+    else:
+        models = Path(config.model_cache) if config.model_cache else state.claim(MODELS, survives=True)
+        teacher = prepare_teacher(models, lambda text: console.print(f"  {text}", highlight=False))
+    console.print(f"[bold]teacher[/bold] {teacher.origin}", highlight=False)
+    return Stage(config, state, console, teacher, AutoTokenizer.from_pretrained(teacher.ref))
+
+
+def _do(stage: Stage, key: str, label: str, work: Callable[[Stage], dict[str, Any]]) -> dict[str, Any]:
+    """Do a stage unless it is done, and say what came of it."""
+    number, text = label.split(" ", 1)
+    result = stage.state.result(key)
+    if result is None:
+        stage.console.print(f"[bold]{number}[/bold] {text} ...", highlight=False)
+        started = time.monotonic()
+        result = work(stage)
+        stage.state.finish(key, result)
+        stage.console.print(f"  {_in_words(result)}{time.monotonic() - started:.0f} s", highlight=False)
+    else:
+        stage.console.print(f"[bold]{number}[/bold] {text}: done before", highlight=False)
+    return result
+
+
+def _in_words(result: dict[str, Any]) -> str:
+    """Write a stage's numbers as ``first loss 3.2, last loss 0.9, ``; nested results are shown at the end."""
+    words = [
+        f"{name.replace('_', ' ')} {value:.3g}, " if isinstance(value, float) else f"{value} {name}, "
+        for name, value in result.items()
+        if isinstance(value, int | float)
+    ]
+    return "".join(words)
+
+
+def _verify(stage: Stage) -> int:
+    """Verify the lineage of every checkpoint that the demo wrote; return the worst exit code."""
+    from kd_plugin.lineage import verify
+
+    stage.console.print("[bold]9[/bold] verify the lineage of each checkpoint", highlight=False)
+    worst = 0
+    for name in (SPECIALIST, OFFLINE, PANEL):
+        found = verify(stage.path(name))
+        worst = max(worst, found.exit_code)
+        stage.console.print(f"  {name}: {'verified' if found.exit_code == 0 else '; '.join(map(str, found.problems))}")
+    return worst
+
+
+def _be_quiet() -> None:
+    """Keep other libraries' progress bars and hints out of the demo's own lines."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _use_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+
+
+def _peak_gigabytes() -> float:
+    """Highest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB elsewhere

@@ -1,0 +1,257 @@
+"""The stages of the demo. Each is a few lines around the same calls that a user would write."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+
+from kd_plugin.cache import TeacherCache, TopK, capture
+from kd_plugin.demo.config import DemoConfig
+from kd_plugin.demo.evaluate import Answer, Measurement, answer, held_out_kl, open_model, share_right
+from kd_plugin.demo.model import Prepared, cut_student
+from kd_plugin.demo.progress import Bar, training_bar
+from kd_plugin.demo.prompts import DOMAINS, GENERAL, MATH, Question, questions
+from kd_plugin.demo.state import DemoState
+from kd_plugin.lineage import RunLineage, Source
+from kd_plugin.teachers import LocalTeacher
+
+# Names inside the output directory
+MODELS, SPECIALIST, START, ANSWERS, CACHE, OFFLINE, PANEL = (
+    "models", "teacher-math", "student-start", "answers.json", "cache", "offline", "panel",
+)  # fmt: skip
+
+# How the lineage calls the bundled prompts; both are declared, since they come from this package and not from a hub.
+ARITHMETIC = {"repo": "open-thought/reasoning-gym", "license": "apache-2.0"}
+QUESTIONS = {"repo": "kd-plugin/demo-questions", "license": "apache-2.0"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every stage works with.
+
+    Attributes:
+        config: the demo's settings.
+        state: the directory, with what is done.
+        console: where progress is shown.
+        teacher: the general teacher.
+        tokenizer: the tokenizer that teachers and student share.
+    """
+
+    config: DemoConfig
+    state: DemoState
+    console: Console
+    teacher: Prepared
+    tokenizer: Any
+
+    def path(self, name: str) -> Path:
+        """Where a stage's output lies."""
+        return self.state.directory / name
+
+    def lineage(self, stage: str, *datasets: dict[str, str]) -> dict[str, Any]:
+        """Return the ``lineage`` field of a run. Licences of models are discovered from their cards."""
+        run = self.state.run
+        return {
+            "run": {"id": f"{run['id']}/{stage}", "date": run["date"]},
+            "datasets": list(datasets),
+            "use": {"commercial": True, "distribute": True},
+        }
+
+    def training(self, name: str, steps: int, learning_rate: float) -> dict[str, Any]:
+        """Arguments that the three trainings share. All are transformers' own."""
+        return {
+            "output_dir": str(self.path(name)),
+            "max_steps": steps,
+            "learning_rate": learning_rate,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": max(1, steps // 10),
+            "per_device_train_batch_size": self.config.batch_size,
+            "gradient_checkpointing": False,  # memory is no concern here, time is
+            "bf16": False,  # the weights are bfloat16 already, so autocast has nothing to do
+            "model_init_kwargs": {"dtype": "bfloat16"},
+            "seed": self.config.seed,
+            "save_strategy": "no",  # saved once, at the end
+            "logging_steps": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+
+
+def gate(stage: Stage) -> str:
+    """Ask whether the planned run may be trained and shipped; return the verdict in words.
+
+    Raises:
+        LicenseRefusedError: the teacher's terms forbid it. No model was loaded.
+    """
+    source = Source(name=GENERAL, ref=stage.teacher.ref, license=stage.config.teacher_license or None)
+    run = RunLineage(
+        method="teacher_panel",
+        student=Source(name="student", ref=stage.teacher.ref, license=source.license),
+        teachers=[source],
+        config=stage.lineage("plan", ARITHMETIC, QUESTIONS),
+    )
+    run.require_trainable()
+    return str(run.verdict.decision)
+
+
+def train_specialist(stage: Stage) -> dict[str, float]:
+    """Make the math teacher: TRL's own ``SFTTrainer``, with the lineage callback, on reasoning-gym problems."""
+    from trl import SFTConfig, SFTTrainer
+
+    from kd_plugin.trl import LicenseLineageCallback
+
+    config = stage.config
+    rows = [
+        {"prompt": q.prompt, "completion": [{"role": "assistant", "content": q.answer}]}
+        for q in questions("train", MATH, config.specialist_steps * config.batch_size)
+    ]
+    stage.state.claim(SPECIALIST)
+    trainer = SFTTrainer(
+        model=stage.teacher.ref,
+        args=SFTConfig(**stage.training(SPECIALIST, config.specialist_steps, config.specialist_learning_rate)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=stage.tokenizer,
+        callbacks=[LicenseLineageCallback(stage.lineage(SPECIALIST, ARITHMETIC))],
+    )
+    return _train(trainer, stage, "math teacher", SPECIALIST)
+
+
+def make_student(stage: Stage) -> dict[str, Any]:
+    """Cut the student from the teacher."""
+    stage.state.claim(START)
+    kept = stage.config.kept_layers()
+    cut_student(stage.teacher, stage.path(START), kept, stage.config.teacher_license or None)
+    return {"layers": len(kept)}
+
+
+def write_answers(stage: Stage) -> dict[str, Any]:
+    """Let the general teacher answer all training questions, and each teacher its domain's held-out ones."""
+    config, state = stage.config, stage.state
+    train = [q for d in DOMAINS for q in questions("train", d, config.limit("train", d))]
+    held_out = {d: questions("held_out", d, config.limit("held_out", d)) for d in DOMAINS}
+    total = len(train) + sum(map(len, held_out.values()))
+    found: dict[str, Any] = {}
+    with Bar("teachers answer", total, stage.console) as bar:
+        general, math = (open_model(p, stage.tokenizer).model for p in (stage.teacher.ref, stage.path(SPECIALIST)))
+        limit, written = config.max_completion_length, 0
+        for name, model, asked in [
+            ("train", general, train),
+            (GENERAL, general, held_out[GENERAL]),
+            (MATH, math, held_out[MATH]),
+        ]:
+            before = written
+            answers = answer(model, stage.tokenizer, asked, limit, lambda n, before=before: bar.advance(before + n))
+            found[name] = [asdict(a) for a in answers]
+            written += len(asked)
+    path = state.claim(ANSWERS)
+    path.write_text(json.dumps(found), encoding="utf-8")
+    texts = [a["text"] for a in found[MATH]]
+    return {"written": total, "math_teacher_right": share_right(held_out[MATH], texts)}
+
+
+def fill_cache(stage: Stage) -> dict[str, Any]:
+    """Capture the general teacher's distribution at every token of its answers."""
+    config = stage.config
+    train = [q for d in DOMAINS for q in questions("train", d, config.limit("train", d))]
+    rows = [
+        {"prompt": q.prompt, "completion": [{"role": "assistant", "content": a.text}], "domain": q.domain}
+        for q, a in zip(train, _answers(stage, "train"), strict=True)
+    ]
+    teacher = LocalTeacher(stage.teacher.ref, name=GENERAL, license=config.teacher_license or None)
+    stage.state.claim(CACHE, clean=False)  # an interrupted capture goes on where it was
+    cache = capture(
+        Dataset.from_list(rows),
+        teacher,
+        stage.path(CACHE),
+        targets=TopK(config.top_k),
+        lineage=stage.lineage(CACHE, ARITHMETIC, QUESTIONS),
+        progress=stage.console.is_terminal,
+    )
+    return {"rows": len(cache), "tokens": cache.tokens}
+
+
+def train_offline(stage: Stage) -> dict[str, float]:
+    """Offline KD: fit the student to the cache, without a teacher in memory."""
+    from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
+
+    config = stage.config
+    stage.state.claim(OFFLINE)
+    trainer = OfflineKDTrainer(
+        model=str(stage.path(START)),
+        args=OfflineKDConfig(
+            **stage.training(OFFLINE, config.offline_steps, config.offline_learning_rate),
+            divergence="forward_kl",
+            lineage=stage.lineage(OFFLINE, ARITHMETIC, QUESTIONS),
+        ),
+        teacher_cache=TeacherCache(stage.path(CACHE)),
+        processing_class=stage.tokenizer,
+    )
+    return _train(trainer, stage, "offline KD", OFFLINE)
+
+
+def train_panel(stage: Stage) -> dict[str, float]:
+    """Run the teacher panel: the student writes, the teacher of each question's domain corrects every token."""
+    from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
+
+    config = stage.config
+    per_domain = [questions("train", d, config.limit("train", d)) for d in DOMAINS]
+    rows = [{"prompt": q.prompt, "teacher_id": q.domain} for asked in per_domain for q in asked]
+    stage.state.claim(PANEL)
+    trainer = TeacherPanelTrainer(
+        model=str(stage.path(OFFLINE)),
+        teacher_models={
+            MATH: LocalTeacher(stage.path(SPECIALIST), name=MATH),
+            GENERAL: LocalTeacher(stage.teacher.ref, name=GENERAL, license=config.teacher_license or None),
+        },
+        args=TeacherPanelConfig(
+            **stage.training(PANEL, config.panel_steps, config.panel_learning_rate),
+            divergence="reverse_kl",
+            combine="route",
+            max_completion_length=config.max_completion_length,
+            lineage=stage.lineage(PANEL, ARITHMETIC, QUESTIONS),
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=stage.tokenizer,
+    )
+    return _train(trainer, stage, "teacher panel", PANEL)
+
+
+def measure(stage: Stage, name: str) -> dict[str, Any]:
+    """Measure the student in directory ``name`` on held-out questions."""
+    config = stage.config
+    student = open_model(stage.path(name), stage.tokenizer)
+    teachers = {
+        GENERAL: open_model(stage.teacher.ref, stage.tokenizer),
+        MATH: open_model(stage.path(SPECIALIST), stage.tokenizer),
+    }
+    kl = {d: held_out_kl(student, teachers[d], _answers(stage, d)) for d in DOMAINS}
+    asked: dict[str, list[Question]] = {d: questions("held_out", d, config.limit("held_out", d)) for d in DOMAINS}
+    everything = [*asked[MATH], asked[GENERAL][0]]
+    texts = [a.text for a in answer(student.model, stage.tokenizer, everything, config.max_completion_length)]
+    right = share_right(asked[MATH], texts[:-1])
+    return asdict(Measurement(kl=kl, right=right, samples={MATH: texts[0], GENERAL: texts[-1]}))
+
+
+def _answers(stage: Stage, name: str) -> list[Answer]:
+    rows = json.loads(stage.path(ANSWERS).read_text(encoding="utf-8"))[name]
+    return [Answer(tuple(r["prompt_ids"]), tuple(r["completion_ids"]), r["text"]) for r in rows]
+
+
+def _train(trainer: Any, stage: Stage, label: str, name: str) -> dict[str, float]:
+    """Train with the demo's bar, save, and return the first and last loss."""
+    started = time.monotonic()
+    with training_bar(trainer, label, stage.console):
+        trainer.train()
+    trainer.save_model(str(stage.path(name)))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    seconds = time.monotonic() - started
+    del trainer
+    gc.collect()  # trainers hold reference cycles, and with them a model and its optimizer
+    return {"first_loss": losses[0], "last_loss": losses[-1], "seconds": seconds}
