@@ -1,0 +1,199 @@
+"""From last hidden states to the stored targets: the hot loop of a capture.
+
+Shape suffixes: N scored positions, V vocabulary, K listed tokens, D draws, G groups of consecutive tokens.
+Log-softmax is taken in float32 over the tokenizer's vocabulary; logits exist for one chunk of positions at a
+time, nothing waits for the device within a chunk, and one transfer a chunk brings the results to the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd_plugin.cache.targets import Sampled, Targets, TopK
+from kd_plugin.errors import NonFiniteError
+from kd_plugin.signals import OutputHead
+
+_GROUP = 64  # tokens a group: the maximum (or sum) of each group narrows the search down
+# Float32 logits of a chunk. On a CPU small enough that malloc hands the same memory out again.
+_CHUNK_BYTES_CPU, _CHUNK_BYTES_DEVICE = 24 << 20, 256 << 20
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """Targets of N positions, flat: those of position n are ``counts[n]`` consecutive entries.
+
+    Attributes:
+        counts: (N,) int32.
+        ids: int32 token ids; by falling probability for top-k, by rising id for sampled.
+        logprobs: float16 nats, rounded to nearest: off by at most 2^-11 of the value (0.004 nats at -8).
+        tail_logmass: (N,) float32 log of the probability not listed, -inf when all is.
+        draws: uint16 counts of each token, or None.
+    """
+
+    counts: NDArray[np.int32]
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float16]
+    tail_logmass: NDArray[np.float32]
+    draws: NDArray[np.uint16] | None
+
+    @classmethod
+    def concatenate(cls, parts: list[Extracted]) -> Extracted:
+        """Join parts in order."""
+        draws = [part.draws for part in parts if part.draws is not None]
+        return cls(
+            np.concatenate([part.counts for part in parts]),
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.logprobs for part in parts]),
+            np.concatenate([part.tail_logmass for part in parts]),
+            np.concatenate(draws) if draws else None,
+        )
+
+
+@torch.no_grad()
+def extract(
+    hidden: Tensor,
+    head: OutputHead,
+    targets: Targets,
+    *,
+    temperature: float = 1.0,
+    uniforms: NDArray[np.float64] | None = None,
+) -> Extracted:
+    """Project ``hidden`` chunk by chunk and keep what ``targets`` asks for.
+
+    Args:
+        hidden: (N, H) last hidden states at the scored positions, N > 0.
+        head: the output head, cut to the tokenizer's vocabulary.
+        targets: what to keep.
+        temperature: the logits are divided by it before the softmax.
+        uniforms: (N, D) random numbers for sampled targets.
+
+    Raises:
+        NonFiniteError: the teacher's logits hold NaN or infinity.
+    """
+    with head.gathered() as whole:
+        budget = _CHUNK_BYTES_CPU if hidden.device.type == "cpu" else _CHUNK_BYTES_DEVICE
+        rows = max(1, budget // (4 * whole.weight.shape[0]))
+        parts = []
+        for start in range(0, hidden.shape[0], rows):
+            logits = _logits(hidden[start : start + rows], whole, temperature)
+            if isinstance(targets, Sampled):
+                assert uniforms is not None
+                chunk = torch.from_numpy(uniforms[start : start + rows]).to(hidden.device, non_blocking=True)
+                parts.append(_sampled(logits, chunk))
+            else:
+                parts.append(_top_k(logits, targets))
+    return Extracted.concatenate(parts)
+
+
+def _logits(hidden: Tensor, head: OutputHead, temperature: float) -> Tensor:
+    logits = head.logits(hidden).float()
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _top_k(logits: Tensor, targets: TopK) -> Extracted:
+    values, ids = top_k(logits, min(targets.k, logits.shape[-1]))
+    maximum = values[:, :1]
+    exponentials = torch.sub(logits, maximum).exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    logprobs = values - maximum - total.log()
+    tail = _tail(exponentials, ids, total)
+    arrays = _to_host(ids.int(), logprobs.half(), tail, (maximum + total.log()).float())
+    _require_finite(arrays[3])
+    n, k = arrays[0].shape
+    return Extracted(np.full(n, k, np.int32), arrays[0].ravel(), arrays[1].ravel(), arrays[2].ravel(), None)
+
+
+def _sampled(logits: Tensor, uniforms: Tensor) -> Extracted:
+    maximum = logits.amax(-1, keepdim=True)
+    exponentials = torch.sub(logits, maximum).exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    tokens = _draw(exponentials, uniforms).sort(-1).values
+    # Run lengths of the sorted draws, with no wait for the device: entry r of a row is its r-th distinct token.
+    new = torch.ones_like(tokens)
+    new[:, 1:] = (tokens[:, 1:] != tokens[:, :-1]).long()
+    rank = new.cumsum(-1) - 1
+    draws = torch.zeros_like(tokens).scatter_add_(1, rank, torch.ones_like(tokens))
+    ids = tokens[:, :1].expand_as(tokens).scatter(1, rank, tokens)
+    logprobs = logits.gather(1, ids) - maximum - total.log()
+    tail = _tail(exponentials, ids, total)
+    arrays = _to_host(
+        ids.int(), logprobs.half(), tail, (maximum + total.log()).float(), draws.int(), (rank[:, -1:] + 1).int()
+    )
+    _require_finite(arrays[3])
+    counts = arrays[5].ravel()
+    listed = np.arange(ids.shape[1]) < counts[:, None]
+    return Extracted(
+        counts, arrays[0][listed], arrays[1][listed], arrays[2].ravel(), arrays[4][listed].astype(np.uint16)
+    )
+
+
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest values of each row of ``logits`` (N, V), falling, and their ids.
+
+    Exact. The k largest lie in the k groups of largest maxima, so that only k groups are searched and one cheap
+    pass reads the rest.
+    """
+    n, size = logits.shape
+    groups = size // _GROUP
+    if groups <= 2 * k:
+        return logits.topk(k)
+    grouped = logits[:, : groups * _GROUP].unflatten(1, (groups, _GROUP))
+    best = grouped.amax(-1).topk(k, sorted=False).indices
+    candidates = grouped.gather(1, best[:, :, None].expand(n, k, _GROUP)).flatten(1)
+    within = torch.arange(_GROUP, device=logits.device)
+    ids = (best[:, :, None] * _GROUP + within).flatten(1)
+    if groups * _GROUP < size:
+        rest = torch.arange(groups * _GROUP, size, device=logits.device)
+        candidates = torch.cat([candidates, logits[:, groups * _GROUP :]], 1)
+        ids = torch.cat([ids, rest.expand(n, -1)], 1)
+    values, index = candidates.topk(k)
+    return values, ids.gather(1, index)
+
+
+def _draw(exponentials: Tensor, uniforms: Tensor) -> Tensor:
+    """Invert the cumulative distribution at ``uniforms`` (N, D): first the group, then the token in it.
+
+    Float64 from the groups' sums on: a float32 cumulative sum over 10^5 tokens would lose the tail.
+    """
+    size = exponentials.shape[1]
+    padded = torch.nn.functional.pad(exponentials, (0, -size % _GROUP))
+    grouped = padded.unflatten(1, (-1, _GROUP))
+    cumulative = grouped.sum(-1).double().cumsum(-1)
+    point = uniforms * cumulative[:, -1:]
+    group = torch.searchsorted(cumulative, point, right=True).clamp_(max=grouped.shape[1] - 1)
+    upper = cumulative.gather(1, group)
+    lower = cumulative.gather(1, (group - 1).clamp_(min=0)).where(group > 0, 0.0)
+    # As a share of the group, and strictly below one, so that rounding never picks a token of probability zero.
+    share = ((point - lower) / (upper - lower)).clamp_(0.0, 1.0 - 1e-12)
+    members = grouped.gather(1, group[:, :, None].expand(-1, -1, _GROUP)).double().cumsum(-1)
+    inside = torch.searchsorted(members, (share * members[..., -1])[..., None], right=True).squeeze(-1)
+    return group * _GROUP + inside
+
+
+def _tail(exponentials: Tensor, ids: Tensor, total: Tensor) -> Tensor:
+    """Sum what is not listed, rather than subtract from one, which cancels; overwrites ``exponentials``."""
+    rest = exponentials.scatter_(1, ids, 0.0).sum(-1, keepdim=True)
+    return rest.log() - total.log()
+
+
+def _to_host(*tensors: Tensor) -> list[NDArray[Any]]:
+    """Bring tensors (N, ...) to NumPy in one transfer."""
+    widths = [tensor[0].nbytes for tensor in tensors]
+    packed = torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1).cpu()
+    parts = packed.split(widths, dim=1)
+    return [part.contiguous().view(t.dtype).numpy() for part, t in zip(parts, tensors, strict=True)]
+
+
+def _require_finite(log_normalizer: NDArray[Any]) -> None:
+    bad = int((~np.isfinite(log_normalizer)).sum())
+    if bad:
+        raise NonFiniteError(
+            f"The teacher's logits are NaN or infinite at {bad} of {log_normalizer.size} positions. Nothing of this "
+            "unit was stored. Check the teacher's weights, or score it in bfloat16 or float32 rather than float16."
+        )

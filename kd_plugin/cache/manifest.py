@@ -1,0 +1,289 @@
+"""What a teacher cache says of itself: ``manifest.json``, and one small record a unit.
+
+Every record is canonical JSON with its own digest, and is compared byte for byte with what it would be written
+as, so that any flipped byte shows, also one in white space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kd_plugin.cache.targets import Targets, describe, from_description
+from kd_plugin.errors import CacheCorruptionError, CacheError
+
+FORMAT = "kd-plugin teacher cache"
+FORMAT_VERSION = 1
+POSITION_CONVENTION = "the target at position t is the distribution over token t+1"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What gives stored targets their meaning; two captures share a directory only if all of it is equal.
+
+    Attributes:
+        teacher: hub id of the teacher or the name of its directory, None for a model that names none.
+        revision: its revision, as asked for.
+        weights: digest of a sample of the teacher's weights (see :func:`~kd_plugin.cache.capture.weights_digest`).
+        dtype: of the teacher's weights, such as ``bfloat16``; this and ``weights`` are None before they are loaded.
+        tokenizer: fingerprint of the token-to-id map.
+        chat_template: fingerprint of the chat template, or None.
+        vocab_size: rows of the output head over which the softmax is taken.
+        targets: what is kept of the distribution.
+        temperature: by which the logits were divided.
+        seed: of the draws.
+        max_length: tokens kept of a row, or None.
+        completion_only: whether only completions are scored; None where the row's form decides.
+        shard_rows: dataset rows a unit.
+        passed: columns that pass through.
+    """
+
+    teacher: str | None
+    revision: str | None
+    weights: str | None
+    dtype: str | None
+    tokenizer: str
+    chat_template: str | None
+    vocab_size: int
+    targets: Targets
+    temperature: float
+    seed: int
+    max_length: int | None
+    completion_only: bool | None
+    shard_rows: int
+    passed: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "targets": describe(self.targets), "passed": list(self.passed)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Settings:
+        """Build from the values of :meth:`to_json`."""
+        targets = from_description(values["targets"])
+        return cls(**{**values, "targets": targets, "passed": tuple(values["passed"])})
+
+    @property
+    def digest(self) -> str:
+        """Sha256 that shards and units carry, so that a foreign one is recognised."""
+        return _digest(self.to_json())
+
+    def differences(self, other: Settings, ignored: Collection[str] = ()) -> list[str]:
+        """Say which settings differ, but for the ``ignored`` ones, as ``name: mine against theirs``."""
+        mine, theirs = self.to_json(), other.to_json()
+        names = [name for name in mine if mine[name] != theirs[name] and name not in ignored]
+        return [f"{name}: {mine[name]!r} against {theirs[name]!r}" for name in names]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A dataset that was captured into the cache; its units are numbered on from those of the parts before it.
+
+    Attributes:
+        fingerprint: sha256 of the rows.
+        rows: rows of the dataset.
+        first_unit: number of its first unit.
+    """
+
+    fingerprint: str
+    rows: int
+    first_unit: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A shard that is done.
+
+    Attributes:
+        index: its number.
+        first_row: the dataset row at which it starts.
+        source_rows: dataset rows it covers.
+        rows: examples it holds; fewer where rows had nothing to train on.
+        input_tokens: tokens of its examples.
+        tokens: scored positions, each with a target.
+        entries: token ids listed over all positions.
+        bytes: size of the shard.
+        sha256: of the shard.
+    """
+
+    index: int
+    first_row: int
+    source_rows: int
+    rows: int
+    input_tokens: int
+    tokens: int
+    entries: int
+    bytes: int
+    sha256: str
+
+    @property
+    def file(self) -> str:
+        """Path of the shard in the cache."""
+        return f"data/{self.index:05d}.parquet"
+
+    @property
+    def rows_lost(self) -> str:
+        """Which dataset rows are gone when the shard is."""
+        return f"the {self.rows} examples of dataset rows {self.first_row} to {self.first_row + self.source_rows - 1}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The summary of a cache.
+
+    Attributes:
+        settings: what gives the targets their meaning.
+        parts: the datasets captured.
+        units: the shards that are done, in order; while a capture runs, those found at the moment of reading.
+        lineage: nodes and edges of who taught, as written by :func:`kd_plugin.lineage.outputs_record`.
+        engine: what ran the teacher.
+        created: UTC time of the first worker's start.
+        finished: UTC time at which the last unit was stored, or None.
+    """
+
+    settings: Settings
+    parts: tuple[Part, ...]
+    units: tuple[Unit, ...]
+    lineage: Mapping[str, Any]
+    engine: Mapping[str, str]
+    created: str
+    finished: str | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens over which the softmax was taken."""
+        return self.settings.vocab_size
+
+    @property
+    def unit_count(self) -> int:
+        """Units that the whole cache has."""
+        last = self.parts[-1]
+        return last.first_unit + -(-last.rows // self.settings.shard_rows)
+
+    @property
+    def missing_units(self) -> list[int]:
+        """Numbers of the units that are not there yet."""
+        done = {unit.index for unit in self.units}
+        return [index for index in range(self.unit_count) if index not in done]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every unit is there."""
+        return len(self.units) == self.unit_count
+
+    @property
+    def rows(self) -> int:
+        """Examples stored."""
+        return sum(unit.rows for unit in self.units)
+
+    @property
+    def tokens(self) -> int:
+        """Targets stored."""
+        return sum(unit.tokens for unit in self.units)
+
+    @property
+    def dropped_rows(self) -> int:
+        """Dataset rows of finished units that had nothing to train on."""
+        return sum(unit.source_rows - unit.rows for unit in self.units)
+
+    @property
+    def content_digest(self) -> str:
+        """Sha256 over the settings and the digests of all shards: the name of exactly these outputs."""
+        return _digest({"settings": self.settings.digest, "shards": [unit.sha256 for unit in self.units]})
+
+    def rows_of(self, index: int) -> tuple[Part, int, int]:
+        """Return the part of unit ``index``, and its first row and row count there."""
+        part = next(p for p in reversed(self.parts) if p.first_unit <= index)
+        first = (index - part.first_unit) * self.settings.shard_rows
+        return part, first, min(self.settings.shard_rows, part.rows - first)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, in the order in which people read them."""
+        return {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "position_convention": POSITION_CONVENTION,
+            "created": self.created,
+            "finished": self.finished,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "settings": self.settings.to_json(),
+            "engine": dict(self.engine),
+            "parts": [asdict(part) for part in self.parts],
+            "units": [asdict(unit) for unit in self.units],
+            "lineage": self.lineage,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Manifest:
+        """Build from the values of :meth:`to_json`."""
+        return cls(
+            settings=Settings.from_json(values["settings"]),
+            parts=tuple(Part(**part) for part in values["parts"]),
+            units=tuple(Unit(**unit) for unit in values["units"]),
+            lineage=values["lineage"],
+            engine=values["engine"],
+            created=values["created"],
+            finished=values["finished"],
+        )
+
+
+def seal(values: Mapping[str, Any]) -> bytes:
+    """Return ``values`` as the bytes of a record, its digest added."""
+    return (json.dumps({**values, "digest": _digest(values)}, indent=1, ensure_ascii=True) + "\n").encode()
+
+
+def unseal(path: Path, way_out: str) -> dict[str, Any]:
+    """Read a record that :func:`seal` made.
+
+    Args:
+        path: the file.
+        way_out: what the message advises when it is damaged.
+
+    Raises:
+        CacheCorruptionError: a byte differs from what was written.
+    """
+    data = path.read_bytes()
+    try:
+        values = json.loads(data)
+        stored = values.pop("digest")
+        intact = stored == _digest(values) and seal(values) == data
+    except (ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise CacheCorruptionError(f"{path} is not as it was written: its digest does not match. {way_out}")
+    return values
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read ``manifest.json`` alone.
+
+    Raises:
+        CacheError: there is none, or it is of a later format.
+        CacheCorruptionError: it is damaged.
+    """
+    path = directory / "manifest.json"
+    if not path.is_file():
+        raise CacheError(f"{directory} is no teacher cache: it has no manifest.json. Make one with kd-plugin capture.")
+    values = unseal(
+        path,
+        "The shards are not affected. Restore manifest.json from a copy, or move it away and run the same capture "
+        "again: units that are there are kept.",
+    )
+    if values.get("format") != FORMAT or values.get("version") != FORMAT_VERSION:
+        raise CacheError(
+            f"{path} says format {values.get('format')!r} version {values.get('version')!r}; this kd-plugin reads "
+            f"{FORMAT!r} version {FORMAT_VERSION}. Read it with the kd-plugin that wrote it, or a newer one."
+        )
+    return Manifest.from_json(values)
+
+
+def _digest(values: Any) -> str:
+    import rfc8785
+
+    return hashlib.sha256(rfc8785.dumps(values)).hexdigest()

@@ -1,0 +1,232 @@
+"""Reading the mapped form of a cache: targets by number, rows by their tokens.
+
+All processes of a machine share the files through the page cache, and opening costs nothing that grows with
+them. Every 256 KiB block of the target files has a CRC-32 that is checked when this process first touches the
+block: a flipped byte is an error at its first read. Rows and index are checked whole when first used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd_plugin.cache.files import sha256_file
+from kd_plugin.cache.manifest import Manifest, unseal
+from kd_plugin.cache.mapping import BLOCK_BYTES, MAPPED_VERSION, FlatFile, bucket_bits
+from kd_plugin.cache.targets import TopK
+from kd_plugin.errors import CacheCorruptionError, DataError
+from kd_plugin.signals import SparseSignal
+
+_TORCH = {"<i4": torch.int32, "<f2": torch.float16, "<f4": torch.float32, "<i8": torch.int64, "<i2": torch.int16}
+
+
+class CheckedFile:
+    """A memory-mapped flat file whose blocks are verified when they are first touched.
+
+    Args:
+        directory: the mapped directory.
+        file: its record.
+        way_out: what messages advise.
+
+    Raises:
+        CacheCorruptionError: the file or its checksums are missing, of another size, or damaged.
+    """
+
+    def __init__(self, directory: Path, file: FlatFile, way_out: str) -> None:
+        self.path = directory / file.name
+        self._way_out = way_out
+        self._item_bytes = np.dtype(file.dtype).itemsize
+        checks_path = self.path.with_name(file.name + ".crc")
+        expected = file.items * self._item_bytes
+        if not self.path.is_file() or self.path.stat().st_size != expected:
+            raise CacheCorruptionError(f"{self.path} is missing or has not its {expected} bytes. {way_out}")
+        checks = checks_path.read_bytes() if checks_path.is_file() else b""
+        if hashlib.sha256(checks).hexdigest() != file.checks_sha256:
+            raise CacheCorruptionError(f"{checks_path} was changed: its digest does not match. {way_out}")
+        self._checks = np.frombuffer(checks, "<u4")
+        self._unread = np.ones(len(self._checks), bool)
+        self._any_unread = len(self._checks) > 0
+        # shared=False maps copy-on-write: nothing that is done to the tensor can reach the file.
+        self.tensor = torch.from_file(str(self.path), shared=False, size=file.items, dtype=_TORCH[file.dtype])
+
+    def verify(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> None:
+        """Check the blocks that hold the items ``first`` to ``last``, (N,) each, both ends included.
+
+        Raises:
+            CacheCorruptionError: a block differs from what was written.
+        """
+        if not self._any_unread or not len(first):
+            return
+        low, high = first * self._item_bytes // BLOCK_BYTES, last * self._item_bytes // BLOCK_BYTES
+        spans = low[:, None] + np.arange(int((high - low).max()) + 1)
+        blocks = np.unique(np.minimum(spans, high[:, None]))
+        blocks = blocks[self._unread[blocks]]
+        data = memoryview(self.tensor.numpy().view(np.uint8))
+        for block in blocks:
+            if zlib.crc32(data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]) != self._checks[block]:
+                raise CacheCorruptionError(
+                    f"{self.path} was changed in the {BLOCK_BYTES} bytes from {block * BLOCK_BYTES}. {self._way_out}"
+                )
+        self._unread[blocks] = False
+        if len(blocks):
+            self._any_unread = bool(self._unread.any())
+
+    def verify_all(self) -> None:
+        """Check every block."""
+        if len(self._checks):
+            size = self.tensor.numel()
+            self.verify(np.zeros(1, np.int64), np.full(1, size - 1, np.int64))
+
+
+@dataclass(frozen=True)
+class _Targets:
+    ids: CheckedFile
+    logprobs: CheckedFile
+    tail: CheckedFile
+    offsets: CheckedFile
+    draws: CheckedFile | None
+
+
+class Mapped:
+    """The mapped form, opened.
+
+    Args:
+        directory: where :func:`~kd_plugin.cache.mapping.build` put it.
+        manifest: of the cache that it was built from.
+
+    Raises:
+        CacheCorruptionError: it is damaged; it can be deleted and is then built again from the shards.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = directory
+        self._way_out = f"Nothing is lost: delete {directory} and it is built again from the shards."
+        record = unseal(directory / "mapped.json", self._way_out)
+        if record["version"] != MAPPED_VERSION or record["content"] != manifest.content_digest:
+            raise CacheCorruptionError(f"{directory} was built from other shards. {self._way_out}")
+        self._rows_sha256 = record["rows_sha256"]
+        files = {file["name"]: FlatFile(**file) for file in record["files"]}
+        opened = {
+            name: CheckedFile(directory, file, self._way_out) for name, file in files.items() if "index" not in name
+        }
+        self._files = files
+        self._targets = _Targets(
+            opened["ids.bin"],
+            opened["logprobs.bin"],
+            opened["tail.bin"],
+            opened["offsets.bin"],
+            opened.get("draws.bin"),
+        )
+        self.tokens = files["tail.bin"].items
+        # Top-k lists equally many everywhere, so a target is found without the offsets.
+        self._width = files["ids.bin"].items // max(self.tokens, 1)
+        self._uniform = isinstance(manifest.settings.targets, TopK)
+
+    def signal(self, index: Tensor) -> SparseSignal:
+        """Gather the targets of number ``index`` (N,); see :meth:`TeacherCache.signal`."""
+        numbers = self._checked_numbers(index)
+        targets = self._targets
+        self._targets.tail.verify(numbers, numbers)
+        tail = targets.tail.tensor.index_select(0, index)
+        if self._uniform:
+            width = self._width
+            for file in (targets.ids, targets.logprobs):
+                file.verify(numbers * width, numbers * width + width - 1)
+            ids = targets.ids.tensor.view(-1, width).index_select(0, index)
+            logprobs = targets.logprobs.tensor.view(-1, width).index_select(0, index)
+            return SparseSignal(ids.long(), logprobs.float(), tail)
+        targets.offsets.verify(numbers, numbers + 1)
+        start, end = targets.offsets.tensor[index], targets.offsets.tensor[index + 1]
+        width = int((end - start).max()) if len(index) else 0
+        at = start[:, None] + torch.arange(width)
+        listed = at < end[:, None]
+        at = torch.where(listed, at, start[:, None])
+        flat = at.reshape(-1)
+
+        def gather(file: CheckedFile) -> Tensor:
+            file.verify(start.numpy(), end.numpy() - 1)
+            return file.tensor.index_select(0, flat).view_as(at)
+
+        ids = gather(targets.ids).long().masked_fill_(~listed, 0)
+        logprobs = gather(targets.logprobs).float().masked_fill_(~listed, -torch.inf)
+        if targets.draws is None:
+            return SparseSignal(ids, logprobs, tail)
+        draws = gather(targets.draws).long().masked_fill_(~listed, 0)
+        return SparseSignal(ids, logprobs, tail, draws)
+
+    def teacher_index(self, key: bytes) -> list[int] | None:
+        """Return the per-token column of the example whose 16-byte id is ``key``, or None."""
+        row = self._find(key)
+        return None if row is None else self._rows["teacher_index"][row].as_py()
+
+    def rows_path(self) -> Path:
+        """Return the path of ``rows.arrow``, verified.
+
+        Raises:
+            CacheCorruptionError: it differs from what was written.
+        """
+        path = self.directory / "rows" / "rows.arrow"
+        self._verify_whole(path, self._rows_sha256)
+        return path
+
+    def verify(self) -> None:
+        """Check every byte of every file.
+
+        Raises:
+            CacheCorruptionError: a file is damaged.
+        """
+        for name, file in self._files.items():
+            self._verify_whole(self.directory / name, file.sha256)
+        self.rows_path()
+
+    @cached_property
+    def _rows(self) -> pa.Table:
+        return pa.ipc.open_stream(pa.memory_map(str(self.rows_path()))).read_all()
+
+    @cached_property
+    def _index(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        arrays = []
+        for name in ("index_keys.bin", "index_rows.bin", "index_buckets.bin"):
+            file = self._files[name]
+            self._verify_whole(self.directory / name, file.sha256)
+            arrays.append(np.memmap(self.directory / name, file.dtype, "r") if file.items else np.zeros(0, file.dtype))
+        return arrays[0].reshape(-1, 2), arrays[1], arrays[2]
+
+    def _find(self, key: bytes) -> int | None:
+        keys, rows, buckets = self._index
+        high, low = (int.from_bytes(part, "big") for part in (key[:8], key[8:]))
+        bits = bucket_bits(len(keys))
+        bucket = high >> (64 - bits) if bits else 0
+        for entry in range(int(buckets[bucket]), int(buckets[bucket + 1])):
+            if int(keys[entry, 0]) == high and int(keys[entry, 1]) == low:
+                return int(rows[entry])
+        return None
+
+    def _checked_numbers(self, index: Tensor) -> NDArray[np.int64]:
+        if index.dtype != torch.int64 or index.dim() != 1 or index.device.type != "cpu":
+            raise DataError(
+                f"teacher_index must be a 1-dimensional int64 tensor on the CPU, got {index.dtype} of shape "
+                f"{tuple(index.shape)} on {index.device}."
+            )
+        numbers = index.detach().numpy()
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.tokens:
+            raise DataError(
+                f"teacher_index goes from {numbers.min()} to {numbers.max()}; this cache has the targets 0 to "
+                f"{self.tokens - 1}. Leave out positions without a target (-1), and join with the cache that the "
+                "dataset was made from."
+            )
+        return numbers
+
+    def _verify_whole(self, path: Path, sha256: str) -> None:
+        if not path.is_file() or sha256_file(path) != sha256:
+            raise CacheCorruptionError(f"{path} is missing or was changed: its digest does not match. {self._way_out}")

@@ -1,0 +1,260 @@
+"""Building the mapped form of a cache: flat files that training reads without loading them.
+
+Built once from the shards, each verified as it is read, one row group in memory at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kd_plugin.cache.examples import scored_positions
+from kd_plugin.cache.files import explained, sha256_file, sync, temporary_name
+from kd_plugin.cache.manifest import Manifest, Unit, seal
+from kd_plugin.cache.schema import list_values, read_row_groups
+from kd_plugin.cache.targets import Sampled
+from kd_plugin.errors import CacheCorruptionError
+
+BLOCK_BYTES = 256 << 10
+MAPPED_VERSION = 1
+_BUCKET_ROWS = 4  # index entries a bucket, on average
+
+
+@dataclass(frozen=True)
+class FlatFile:
+    """A file of equal items, and its digests.
+
+    Attributes:
+        name: in the mapped directory.
+        items: how many.
+        dtype: NumPy's name of an item's type.
+        sha256: of the whole file.
+        checks_sha256: of the file ``<name>.crc``, which holds the CRC-32 of every 256 KiB block.
+    """
+
+    name: str
+    items: int
+    dtype: str
+    sha256: str
+    checks_sha256: str
+
+
+def mapped_directory(cache: Path, manifest: Manifest, mapped_dir: str | Path | None) -> Path:
+    """Return where the mapped form of exactly these shards is."""
+    root = cache / "mapped" if mapped_dir is None else Path(mapped_dir)
+    return root / manifest.content_digest[:16]
+
+
+def build(cache: Path, manifest: Manifest, final: Path) -> None:
+    """Build the mapped form at ``final`` unless it is there; other processes wait for the one that builds.
+
+    Raises:
+        CacheCorruptionError: a shard is not what the manifest promises.
+        CacheError: the directory cannot be written.
+    """
+    way_out = (
+        "The cache itself is untouched. Give a directory that can be written: TeacherCache(path, mapped_dir=...), "
+        "or open the cache once where it can."
+    )
+    with explained(f"Building the memory-mapped form of {cache} in {final.parent}", way_out):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(final.parent / ".lock"):
+            if final.exists():
+                return
+            # Under the lock nothing else is being built here: what is left is of killed builds and older contents.
+            for stale in final.parent.iterdir():
+                if stale.is_dir():
+                    shutil.rmtree(stale)
+            temporary = temporary_name(final.parent, final.name)
+            temporary.mkdir()
+            try:
+                _write(cache, manifest, temporary)
+                sync(temporary)
+                os.rename(temporary, final)
+                sync(final.parent)
+            finally:
+                if temporary.exists():
+                    shutil.rmtree(temporary)
+
+
+def row_schema(passed: tuple[str, ...]) -> pa.Schema:
+    """Return the columns of ``rows.arrow``, which :meth:`TeacherCache.dataset` hands out."""
+    fields = [
+        ("input_ids", pa.list_(pa.int32())),
+        ("completion_mask", pa.list_(pa.int8())),
+        ("teacher_index", pa.list_(pa.int64())),
+        ("example_id", pa.string()),
+        *((name, pa.string()) for name in passed),
+    ]
+    return pa.schema([pa.field(name, kind) for name, kind in fields])
+
+
+def verify_shard(cache: Path, unit: Unit, whole: bool = True) -> Path:
+    """Compare a shard with its record, byte for byte or by size alone, and return its path.
+
+    Raises:
+        CacheCorruptionError: it is missing or differs; says which rows are lost and how to redo just those.
+    """
+    path = cache / unit.file
+    redo = (
+        f"Lost: {unit.rows_lost}. To redo just those, delete {path} and units/{unit.index:05d}.json and run the "
+        "same capture again."
+    )
+    if not path.is_file():
+        raise CacheCorruptionError(f"{path} is missing. {redo}")
+    if path.stat().st_size != unit.bytes:
+        raise CacheCorruptionError(f"{path} has {path.stat().st_size} bytes; {unit.bytes} were written. {redo}")
+    if whole and sha256_file(path) != unit.sha256:
+        raise CacheCorruptionError(f"{path} was changed: its sha256 is not that of the manifest. {redo}")
+    return path
+
+
+class _Writer:
+    """Appends arrays to a flat file and takes the checksum of each block."""
+
+    def __init__(self, directory: Path, name: str, dtype: str) -> None:
+        self._path = directory / name
+        self._dtype = np.dtype(dtype)
+        self._file = open(self._path, "wb")  # noqa: SIM115  closed in finish()
+        self._digest = hashlib.sha256()
+        self._pending = b""
+        self._checks: list[int] = []
+        self._items = 0
+
+    def append(self, array: NDArray[Any]) -> None:
+        data = np.ascontiguousarray(array, self._dtype).tobytes()
+        self._items += len(array)
+        self._file.write(data)
+        self._digest.update(data)
+        data = self._pending + data
+        whole = len(data) - len(data) % BLOCK_BYTES
+        view = memoryview(data)
+        self._checks += [zlib.crc32(view[start : start + BLOCK_BYTES]) for start in range(0, whole, BLOCK_BYTES)]
+        self._pending = data[whole:]
+
+    def finish(self) -> FlatFile:
+        if self._pending:
+            self._checks.append(zlib.crc32(self._pending))
+        self._file.close()
+        checks = np.asarray(self._checks, "<u4").tobytes()
+        checks_path = self._path.with_name(self._path.name + ".crc")
+        checks_path.write_bytes(checks)
+        for path in (self._path, checks_path):
+            sync(path)
+            path.chmod(0o444)
+        digest = hashlib.sha256(checks).hexdigest()
+        return FlatFile(self._path.name, self._items, self._dtype.str, self._digest.hexdigest(), digest)
+
+
+def _write(cache: Path, manifest: Manifest, directory: Path) -> None:
+    passed, sampled = manifest.settings.passed, isinstance(manifest.settings.targets, Sampled)
+    writers = {
+        "target_ids": _Writer(directory, "ids.bin", "<i4"),
+        "target_logprobs": _Writer(directory, "logprobs.bin", "<f2"),
+        "tail_logmass": _Writer(directory, "tail.bin", "<f4"),
+    }
+    if sampled:
+        writers["target_draws"] = _Writer(directory, "draws.bin", "<i2")
+    offsets = _Writer(directory, "offsets.bin", "<i8")
+    offsets.append(np.zeros(1, np.int64))
+    keys: list[NDArray[Any]] = []
+    targets = entries = 0
+    (directory / "rows").mkdir()
+    rows_path = directory / "rows" / "rows.arrow"
+    schema = row_schema(passed)
+    with pa.OSFile(str(rows_path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+        for unit in manifest.units:
+            path = verify_shard(cache, unit)
+            for table in read_row_groups(path, manifest.settings.digest, unit.index, unit.rows_lost):
+                stream.write_table(_rows(table, schema, targets))
+                keys.append(_keys(table["example_id"].to_pylist()))
+                counts, _ = list_values(table["target_counts"])
+                offsets.append(entries + np.cumsum(counts, dtype=np.int64))
+                targets, entries = targets + len(counts), entries + int(counts.sum())
+                for name, writer in writers.items():
+                    writer.append(list_values(table[name])[0])
+    sync(rows_path)
+    files = [writer.finish() for writer in (*writers.values(), offsets)]
+    files += _write_index(directory, np.concatenate(keys) if keys else np.zeros((0, 2), "<u8"))
+    record = {
+        "version": MAPPED_VERSION,
+        "content": manifest.content_digest,
+        "rows_sha256": sha256_file(rows_path),
+        "files": [asdict(file) for file in files],
+    }
+    (directory / "mapped.json").write_bytes(seal(record))
+    sync(directory / "mapped.json")
+
+
+def _rows(table: pa.Table, schema: pa.Schema, first_target: int) -> pa.Table:
+    """Add the per-token column ``teacher_index`` to the rows of a row group."""
+    masks, lengths = list_values(table["completion_mask"])
+    starts = np.cumsum(lengths) - lengths
+    index = np.full(len(masks), -1, np.int64)
+    for start, length in zip(starts, lengths, strict=True):
+        at = start + scored_positions(masks[start : start + length])
+        index[at] = first_target + np.arange(len(at))
+        first_target += len(at)
+    offsets = pa.array(np.append(starts, len(masks)), pa.int32())
+    column = pa.ListArray.from_arrays(offsets, pa.array(index))
+    columns = [column if name == "teacher_index" else table[name] for name in schema.names]
+    return pa.table(columns, names=schema.names).cast(schema)
+
+
+def _keys(example_ids: list[str]) -> NDArray[Any]:
+    return np.frombuffer(bytes.fromhex("".join(example_ids)), ">u8").reshape(-1, 2).astype("<u8")
+
+
+def _write_index(directory: Path, keys: NDArray[Any]) -> list[FlatFile]:
+    """Write a hash index: keys sorted, and where each bucket of their leading bits begins."""
+    order = np.lexsort((np.arange(len(keys)), keys[:, 1], keys[:, 0]))
+    bits = bucket_bits(len(keys))
+    buckets = np.arange(2**bits, dtype=np.uint64)
+    starts = np.append(np.searchsorted(leading_bits(keys[order, 0], bits), buckets), len(keys))
+    files = []
+    for name, dtype, values in (
+        ("index_keys.bin", "<u8", keys[order].ravel()),
+        ("index_rows.bin", "<i8", order),
+        ("index_buckets.bin", "<i8", starts),
+    ):
+        writer = _Writer(directory, name, dtype)
+        writer.append(values)
+        files.append(writer.finish())
+    return files
+
+
+def bucket_bits(rows: int) -> int:
+    """Return the number of leading key bits that choose a bucket of an index over ``rows`` rows."""
+    return max(0, (rows // _BUCKET_ROWS).bit_length() - 1)
+
+
+def leading_bits(keys: NDArray[np.uint64], bits: int) -> NDArray[np.uint64]:
+    """Return the bucket of each key."""
+    return keys >> np.uint64(64 - bits) if bits else np.zeros_like(keys)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a lock that the operating system releases when the process dies."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            import errno
+
+            # A file system without locks: two processes may then build at once, and the last rename fails.
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+        yield

@@ -1,0 +1,209 @@
+"""Reading a teacher cache."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from kd_plugin.cache.examples import example_id
+from kd_plugin.cache.manifest import Manifest, read_manifest, seal
+from kd_plugin.cache.mapped import Mapped
+from kd_plugin.cache.mapping import build, mapped_directory, verify_shard
+from kd_plugin.cache.store import gather
+from kd_plugin.cache.targets import Sampled, describe
+from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError, VocabularyError
+from kd_plugin.lineage.sources import Source
+from kd_plugin.signals import SparseSignal
+from kd_plugin.vocab import Vocabulary
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_HASHED_AT_OPENING = 4 << 30  # bytes of shards: a few seconds; beyond it their sizes are compared
+
+
+class TeacherCache:
+    """What a teacher said about a dataset, stored by :func:`~kd_plugin.cache.capture.capture`.
+
+    Opening verifies the manifest, the records of the units and the shards (whole up to 4 GiB, beyond that their
+    sizes; :meth:`verify` reads everything). The first use of the data builds a memory-mapped form, from shards
+    that are verified as they are read; each of its blocks is verified when first touched. So no changed byte is
+    ever trained on.
+
+    Args:
+        path: the directory.
+        verify: False leaves the shards unread at opening; the data that is used is verified in any case.
+        allow_partial: take a cache whose capture did not finish, with the units that it has.
+        mapped_dir: where the memory-mapped form is kept; None keeps it in the cache.
+
+    Raises:
+        CacheError: no cache, an interrupted one (says how much is missing), or an empty one.
+        CacheCorruptionError: a file is not as it was written; says which, what is lost, and how to redo just that.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        verify: bool = True,
+        allow_partial: bool = False,
+        mapped_dir: str | Path | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._mapped_dir = mapped_dir
+        self.manifest = _read_whole(self.path, allow_partial)
+        if not self.manifest.tokens:
+            raise CacheError(f"{self.path} holds no targets: all rows were dropped, or no unit is finished yet.")
+        if verify:
+            self._verify_shards(whole=sum(unit.bytes for unit in self.manifest.units) <= _HASHED_AT_OPENING)
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Worker processes map the files themselves.
+        return {name: value for name, value in self.__dict__.items() if name != "_mapped"}
+
+    @property
+    def tokens(self) -> int:
+        """Number of targets: scored positions of all examples."""
+        return self.manifest.tokens
+
+    @property
+    def source(self) -> Source:
+        """These outputs as an ancestor of what is trained on them."""
+        settings = self.manifest.settings
+        outputs = {
+            "digest": self.manifest.content_digest,
+            "rows": self.manifest.rows,
+            "tokens": self.manifest.tokens,
+            "created": self.manifest.created,
+            "finished": self.manifest.finished,
+            "sampling": {**describe(settings.targets), "temperature": settings.temperature, "seed": settings.seed},
+        }
+        record = {**self.manifest.lineage, "outputs": outputs}
+        return Source(name=self.path.name, kind="teacher_outputs", ref=str(self.path), record=record)
+
+    def dataset(self) -> Dataset:
+        """Return the examples, ready for training.
+
+        Columns: ``input_ids``, ``completion_mask``, ``teacher_index`` (per token: at position t the number of the
+        target for token t+1, -1 where there is none), ``example_id``, and ``text`` and ``domain`` where captured.
+        Any shuffling, selection, filtering, truncation or packing that treats ``teacher_index`` like
+        ``input_ids`` keeps each target with its token.
+        """
+        import datasets
+
+        return datasets.Dataset.from_file(str(self._mapped.rows_path()))
+
+    def teacher_index(self, input_ids: Sequence[int]) -> list[int] | None:
+        """Return the ``teacher_index`` column of a sequence that was tokenized elsewhere.
+
+        Args:
+            input_ids: L token ids, whole: as captured, before any further truncation.
+
+        Returns:
+            L numbers, -1 where there is no target; None when the cache has no such sequence. Takes constant time.
+        """
+        return self._mapped.teacher_index(bytes.fromhex(example_id(input_ids)))
+
+    def signal(self, teacher_index: Tensor) -> SparseSignal:
+        """Gather targets.
+
+        Args:
+            teacher_index: (N,) int64 on the CPU, numbers from the column of that name, without the -1.
+
+        Returns:
+            N targets on the CPU; K is the largest count among them, padded as :class:`SparseSignal` says.
+
+        Raises:
+            DataError: a number is out of range.
+            CacheCorruptionError: a byte that was read differs from what was written.
+        """
+        return self._mapped.signal(teacher_index)
+
+    def require_compatible(self, vocabulary: Vocabulary, *, temperature: float = 1.0) -> None:
+        """Refuse a student that these targets cannot teach; warn where only the chat template differs.
+
+        Args:
+            vocabulary: of the student.
+            temperature: of the loss.
+
+        Raises:
+            VocabularyError: the student's token ids mean other tokens, or its vocabulary is of another size.
+            ConfigError: another temperature than was captured.
+        """
+        settings = self.manifest.settings
+        if (vocabulary.size, vocabulary.fingerprint) != (settings.vocab_size, settings.tokenizer):
+            raise VocabularyError(
+                f"{self.path} was captured with another tokenizer: it has {settings.vocab_size} token ids with "
+                f"fingerprint {settings.tokenizer[:12]}, the student has {vocabulary.size} with fingerprint "
+                f"{vocabulary.fingerprint[:12]}. Stored token ids would mean other tokens. Train a student of the "
+                f"teacher's tokenizer ({settings.teacher or 'unnamed teacher'}), or capture again with a teacher of "
+                "the student's."
+            )
+        if temperature != settings.temperature:
+            kind = "sampled" if isinstance(settings.targets, Sampled) else "truncated"
+            raise ConfigError(
+                f"temperature={temperature}, but {self.path} was captured at {settings.temperature} and its targets "
+                f"are {kind}: the distribution at another temperature cannot be recovered from them. Use "
+                f"temperature={settings.temperature}, or capture again at {temperature}."
+            )
+        if vocabulary.template_fingerprint != settings.chat_template:
+            warnings.warn(
+                f"{self.path} was captured with another chat template than the student's. Conversations that are "
+                "rendered with the student's template will not be found in the cache, and the student may learn "
+                "turn markers that it never sees in use. Set the tokenizer's chat_template to the teacher's, or "
+                "train on the cache's own rows.",
+                stacklevel=2,
+            )
+
+    def verify(self) -> None:
+        """Read every byte of the cache and compare it with what was written.
+
+        Raises:
+            CacheCorruptionError: names the first file that differs, what is lost, and how to redo just that.
+        """
+        self._verify_shards(whole=True)
+        if mapped_directory(self.path, self.manifest, self._mapped_dir).exists():
+            self._mapped.verify()
+
+    @cached_property
+    def _mapped(self) -> Mapped:
+        directory = mapped_directory(self.path, self.manifest, self._mapped_dir)
+        if not directory.exists():
+            build(self.path, self.manifest, directory)
+        return Mapped(directory, self.manifest)
+
+    def _verify_shards(self, whole: bool) -> None:
+        for unit in self.manifest.units:
+            verify_shard(self.path, unit, whole=whole)
+
+
+def _read_whole(path: Path, allow_partial: bool) -> Manifest:
+    """Read the manifest and the records of the units, which must agree."""
+    manifest = read_manifest(path)
+    gathered = gather(path, manifest)
+    if manifest.units:
+        for unit in manifest.units:
+            record = path / "units" / f"{unit.index:05d}.json"
+            if not record.is_file():
+                raise CacheCorruptionError(f"{record} is missing. Run the same capture again: that unit is done anew.")
+        if seal(gathered.to_json()) != seal(manifest.to_json()):
+            raise CacheCorruptionError(
+                f"The records in {path / 'units'} do not match manifest.json. Run the same capture again."
+            )
+    if not gathered.complete and not allow_partial:
+        missing = gathered.missing_units
+        rows = sum(gathered.rows_of(index)[2] for index in missing)
+        raise CacheError(
+            f"{path} is not finished: {len(missing)} of {gathered.unit_count} units are missing ({rows} of "
+            f"{sum(part.rows for part in gathered.parts)} dataset rows). Run the same capture again to go on, or "
+            "pass allow_partial=True to train on what is there."
+        )
+    return gathered

@@ -1,0 +1,136 @@
+"""The Parquet form of a shard: columns, encodings, and what is checked when it is read.
+
+The same rows give the same bytes whoever writes them (with one version of Arrow): no dates, no host, fixed
+writer options. Ids and log-probabilities are split into byte streams before zstd, which reaches the size of
+hand-made bit packing. Pages carry checksums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from kd_plugin.cache.examples import Example
+from kd_plugin.cache.extract import Extracted
+from kd_plugin.errors import CacheCorruptionError
+
+METADATA_SETTINGS, METADATA_UNIT = b"kd_plugin.settings", b"kd_plugin.unit"
+_ROW_GROUP = 128  # rows: the most that is in memory when a shard is read
+_SPLIT = ("input_ids", "target_ids", "target_logprobs", "tail_logmass")
+_DICTIONARY = ("completion_mask", "target_counts", "target_draws")
+
+
+@dataclass(frozen=True)
+class CapturedRow:
+    """An example with its targets.
+
+    Attributes:
+        example: what was scored.
+        targets: the targets of its scored positions, in order.
+    """
+
+    example: Example
+    targets: Extracted
+
+
+def shard_schema(passed: Sequence[str], with_draws: bool) -> pa.Schema:
+    """Return the columns of a shard; see docs/teacher-cache.md for their meaning."""
+    fields = [
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("completion_mask", pa.list_(pa.int8()), nullable=False),
+        pa.field("target_counts", pa.list_(pa.int32()), nullable=False),
+        pa.field("target_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("target_logprobs", pa.list_(pa.float16()), nullable=False),
+        pa.field("tail_logmass", pa.list_(pa.float32()), nullable=False),
+    ]
+    if with_draws:
+        fields.append(pa.field("target_draws", pa.list_(pa.uint16()), nullable=False))
+    return pa.schema([*fields, *(pa.field(name, pa.string()) for name in passed)])
+
+
+def to_table(rows: Sequence[CapturedRow], passed: Sequence[str], with_draws: bool) -> pa.Table:
+    """Lay ``rows`` out as a table of :func:`shard_schema`."""
+    schema = shard_schema(passed, with_draws)
+    columns: dict[str, Any] = {
+        "example_id": [row.example.example_id for row in rows],
+        "input_ids": _lists([row.example.input_ids for row in rows], pa.int32()),
+        "completion_mask": _lists([row.example.completion_mask for row in rows], pa.int8()),
+        "target_counts": _lists([row.targets.counts for row in rows], pa.int32()),
+        "target_ids": _lists([row.targets.ids for row in rows], pa.int32()),
+        "target_logprobs": _lists([row.targets.logprobs for row in rows], pa.float16()),
+        "tail_logmass": _lists([row.targets.tail_logmass for row in rows], pa.float32()),
+    }
+    if with_draws:
+        columns["target_draws"] = _lists([_require(row.targets.draws) for row in rows], pa.uint16())
+    for name in passed:
+        columns[name] = [row.example.passed.get(name) for row in rows]
+    return pa.table([pa.array(c) if isinstance(c, list) and not c else c for c in columns.values()], schema=schema)
+
+
+def write_shard(path: Path, table: pa.Table, settings_digest: str, unit: int) -> None:
+    """Write ``table`` to ``path`` with the fixed options, naming the cache and the unit that it belongs to."""
+    metadata = {METADATA_SETTINGS: settings_digest.encode(), METADATA_UNIT: str(unit).encode()}
+    table = table.replace_schema_metadata(metadata)
+    leaf = {name: f"{name}.list.element" for name in table.column_names}
+    pq.write_table(
+        table,
+        path,
+        version="2.6",
+        data_page_version="2.0",
+        row_group_size=_ROW_GROUP,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=[leaf[name] for name in _DICTIONARY if name in leaf],
+        column_encoding={leaf[name]: "BYTE_STREAM_SPLIT" for name in _SPLIT},
+        write_page_checksum=True,
+        write_statistics=False,
+    )
+
+
+def read_row_groups(path: Path, settings_digest: str, unit: int, rows_lost: str) -> Iterable[pa.Table]:
+    """Yield the row groups of a shard, its page checksums verified.
+
+    Raises:
+        CacheCorruptionError: the file is no Parquet, a page is damaged, or the shard belongs to another cache.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            metadata = file.schema_arrow.metadata or {}
+            belongs = (metadata.get(METADATA_SETTINGS), metadata.get(METADATA_UNIT))
+            if belongs != (settings_digest.encode(), str(unit).encode()):
+                raise CacheCorruptionError(f"{path} belongs to unit {belongs[1]!r} of another capture; {rows_lost}.")
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, CacheCorruptionError):
+            raise
+        raise CacheCorruptionError(f"{path} cannot be read ({error}); {rows_lost}.") from error
+
+
+def list_values(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return a list column as flat values and the length of each list."""
+    array = column.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    values = array.flatten().to_numpy(zero_copy_only=False)
+    return values, np.diff(array.offsets.to_numpy()).astype(np.int64)
+
+
+def _lists(arrays: Sequence[NDArray[Any]], value_type: pa.DataType) -> pa.Array:
+    offsets = np.zeros(len(arrays) + 1, np.int64)
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    flat = np.concatenate(arrays) if arrays else np.zeros(0, value_type.to_pandas_dtype())
+    # 32-bit offsets bound a shard at 2^31 targets; from_arrays refuses more.
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat, value_type))
+
+
+def _require(draws: NDArray[np.uint16] | None) -> NDArray[np.uint16]:
+    assert draws is not None
+    return draws

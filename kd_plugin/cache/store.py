@@ -1,0 +1,278 @@
+"""The directory of a cache, shared by any number of workers without a coordinator.
+
+``manifest.json`` is written once at the start (settings, no units) and once at the end (all units). In between
+each finished unit has a record of its own, ``units/00003.json``, so that no worker ever rewrites what another
+writes. A shard has its name before its record has; so a record always speaks of a whole shard.
+
+Claims only save work: a unit that two workers compute anyway comes out with the same bytes, and the first record
+stands.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from kd_plugin.cache.files import explained, publish, publish_new, sha256_file, temporary_name
+from kd_plugin.cache.manifest import Manifest, Part, Settings, Unit, read_manifest, seal, unseal
+from kd_plugin.cache.schema import write_shard
+from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError
+
+_HEARTBEAT_SECONDS, _STALE_SECONDS = 20.0, 90.0
+_OURS = {"manifest.json", "README.md", "data", "units", "claims", "tmp", "mapped"}
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """A unit and when it was done."""
+
+    unit: Unit
+    finished: str
+
+
+class Store:
+    """The writing side of a cache directory.
+
+    Args:
+        directory: the cache; see :meth:`create_or_join`.
+        manifest: the manifest as it was when the capture began.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._seen: dict[int, tuple[float, float]] = {}  # claim -> (its mtime, when we first saw that mtime)
+
+    @classmethod
+    def create_or_join(
+        cls, directory: Path, settings: Settings, part: Part, lineage: Mapping[str, Any], engine: Mapping[str, str]
+    ) -> Store:
+        """Start a cache in an empty directory, or join the capture that is there.
+
+        Raises:
+            CacheError: the directory holds something else, or cannot be written.
+            ConfigError: it holds a capture with other settings or another dataset; the message names each.
+        """
+        with explained(f"Writing to {directory}", "Nothing was changed there. Choose another output directory."):
+            if not (directory / "manifest.json").exists():
+                _require_ours(directory)
+                for name in ("data", "units", "claims", "tmp"):
+                    (directory / name).mkdir(parents=True, exist_ok=True)
+                manifest = Manifest(settings, (part,), (), lineage, engine, created=_now())
+                temporary = temporary_name(directory / "tmp", "manifest.json")
+                temporary.write_bytes(seal(manifest.to_json()))
+                publish_new(temporary, directory / "manifest.json")
+            require_same(directory, settings, part)
+            store = cls(directory, read_manifest(directory))
+            for name in ("claims", "tmp"):
+                (directory / name).mkdir(exist_ok=True)
+            store._remove_leftovers()
+        return store
+
+    def missing(self) -> list[int]:
+        """Return the units that have no record, in order."""
+        done = {int(path.stem) for path in (self.directory / "units").glob("*.json")}
+        return [index for index in range(self.manifest.unit_count) if index not in done]
+
+    def claim(self, index: int) -> Claim | None:
+        """Take unit ``index``, or return None while another worker that lives has it."""
+        path = self.directory / "claims" / f"{index:05d}"
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            if not self._abandoned(path):
+                return None
+            # Two workers may both take over; the unit is then computed twice, with the same bytes.
+            path.unlink(missing_ok=True)
+            return self.claim(index)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(f"{socket.gethostname()} {os.getpid()}\n")
+        return Claim(path)
+
+    def commit(self, index: int, table: pa.Table, *, input_tokens: int, tokens: int, entries: int) -> None:
+        """Store a unit: its shard, then its record."""
+        _, first_row, source_rows = self.manifest.rows_of(index)
+        way_out = "No finished unit is affected. Make room or fix the permissions, and run the same command again."
+        with explained(f"Storing unit {index} in {self.directory}", way_out):
+            temporary = temporary_name(self.directory / "tmp", f"{index:05d}.parquet")
+            record = temporary_name(self.directory / "tmp", f"{index:05d}.json")
+            try:
+                write_shard(temporary, table, self.manifest.settings.digest, index)
+                unit = Unit(
+                    index=index,
+                    first_row=first_row,
+                    source_rows=source_rows,
+                    rows=table.num_rows,
+                    input_tokens=input_tokens,
+                    tokens=tokens,
+                    entries=entries,
+                    bytes=temporary.stat().st_size,
+                    sha256=sha256_file(temporary),
+                )
+                publish(temporary, self.directory / unit.file)
+                record.write_bytes(_seal_record(UnitRecord(unit, _now()), self.manifest.settings))
+                publish_new(record, _record_path(self.directory, index))
+            finally:
+                temporary.unlink(missing_ok=True)
+                record.unlink(missing_ok=True)
+
+    def finish(self) -> Manifest:
+        """Write the final manifest, once every unit has its record; any worker may, all write the same.
+
+        Raises:
+            CacheError: units are missing.
+        """
+        manifest = gather(self.directory, self.manifest)
+        if not manifest.complete:
+            raise CacheError(f"{self.directory} lacks {len(manifest.missing_units)} units; it cannot be finished.")
+        with explained(f"Finishing {self.directory}", "All units are stored. Run the same command again."):
+            for name, content in (("README.md", card(manifest).encode()), ("manifest.json", seal(manifest.to_json()))):
+                temporary = temporary_name(self.directory / "tmp", name)
+                temporary.write_bytes(content)
+                publish(temporary, self.directory / name)
+            self._remove_leftovers()
+            for path in (self.directory / "claims").iterdir():
+                path.unlink(missing_ok=True)
+        return manifest
+
+    def _abandoned(self, claim: Path) -> bool:
+        try:
+            mtime = claim.stat().st_mtime
+            owner = claim.read_text().split()
+        except FileNotFoundError:
+            return True
+        if len(owner) == 2 and owner[0] == socket.gethostname() and not _alive(int(owner[1])):
+            return True
+        # By our own clock, since the clocks of hosts differ: stale when no heartbeat was seen for long enough.
+        seen_mtime, since = self._seen.get(int(claim.name), (None, 0.0))
+        if seen_mtime != mtime:
+            self._seen[int(claim.name)] = (mtime, time.monotonic())
+            return False
+        return time.monotonic() - since > _STALE_SECONDS
+
+    def _remove_leftovers(self) -> None:
+        """Remove temporary files of processes of this host that are gone, and of any host after a day."""
+        for path in (self.directory / "tmp").iterdir():
+            host, pid = path.name.rsplit(".", 3)[-3:-1]
+            dead = host == socket.gethostname() and pid.isdigit() and not _alive(int(pid))
+            if dead or time.time() - path.stat().st_mtime > 86_400:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+class Claim:
+    """A unit that this process works on; a thread touches its file so that others see that it lives."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Claim:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_HEARTBEAT_SECONDS):
+            if self._path.exists():
+                os.utime(self._path)
+
+
+def require_same(directory: Path, settings: Settings, part: Part, ignored: Collection[str] = ()) -> None:
+    """Refuse to go on in ``directory`` with other settings, but for the ``ignored`` ones, or another dataset.
+
+    Raises:
+        ConfigError: names each difference; nothing was changed.
+    """
+    there = read_manifest(directory)
+    differences = there.settings.differences(settings, ignored)
+    if there.parts[-1] != replace(part, first_unit=there.parts[-1].first_unit):
+        last = there.parts[-1]
+        differences.append(
+            f"dataset: {last.rows} rows, fingerprint {last.fingerprint[:12]} against {part.rows} rows, fingerprint "
+            f"{part.fingerprint[:12]}"
+        )
+    if differences:
+        raise ConfigError(
+            f"{directory} holds a capture with other settings (there against here): {'; '.join(differences)}. "
+            "Nothing was changed. Choose another output directory, or the settings of the one that is there."
+        )
+
+
+def gather(directory: Path, manifest: Manifest) -> Manifest:
+    """Return ``manifest`` with the units whose records are in ``directory``."""
+    records = [read_record(path, manifest.settings) for path in sorted((directory / "units").glob("*.json"))]
+    units = tuple(record.unit for record in records)
+    gathered = replace(manifest, units=units)
+    return replace(gathered, finished=max(r.finished for r in records) if records and gathered.complete else None)
+
+
+def read_record(path: Path, settings: Settings) -> UnitRecord:
+    """Read ``units/<index>.json``.
+
+    Raises:
+        CacheCorruptionError: it is damaged, or of another capture.
+    """
+    way_out = f"Delete {path} and run the same capture again: that one unit is done anew."
+    values = unseal(path, way_out)
+    finished = values.pop("finished")
+    if values.pop("settings") != settings.digest or f"{values['index']:05d}" != path.stem:
+        raise CacheCorruptionError(f"{path} belongs to another capture. {way_out}")
+    return UnitRecord(Unit(**values), finished)
+
+
+def card(manifest: Manifest) -> str:
+    """Return the README that lets ``datasets.load_dataset(directory)`` find the shards."""
+    settings = manifest.settings
+    return (
+        "---\nconfigs:\n- config_name: default\n  data_files: data/*.parquet\n---\n\n# Teacher cache\n\n"
+        f"What {settings.teacher or 'a teacher'} said at {manifest.tokens} positions of {manifest.rows} examples, "
+        "stored by kd-plugin. `manifest.json` says how, and who taught under which terms.\n"
+    )
+
+
+def _seal_record(record: UnitRecord, settings: Settings) -> bytes:
+    return seal({**asdict(record.unit), "settings": settings.digest, "finished": record.finished})
+
+
+def _record_path(directory: Path, index: int) -> Path:
+    return directory / "units" / f"{index:05d}.json"
+
+
+def _require_ours(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise CacheError(f"{directory} is a file. Choose a directory for the cache.")
+    foreign = sorted(p.name for p in directory.iterdir() if p.name not in _OURS) if directory.is_dir() else []
+    if foreign:
+        raise CacheError(
+            f"{directory} is no teacher cache and is not empty (it holds {', '.join(foreign[:3])}). Nothing was "
+            "changed. Choose a new or empty output directory."
+        )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,80 @@
+"""What is kept of the teacher's distribution at each scored position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kd_plugin.errors import ConfigError, nearest
+
+MAX_DRAWS = 32_767  # counts are mapped as 16-bit signed integers
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k most probable tokens with their log-probabilities, and the log of the mass that is left out.
+
+    Deterministic and truncated: nothing is known about the tokens that are not listed.
+
+    Attributes:
+        k: tokens kept at a position; a vocabulary of fewer tokens is kept whole.
+    """
+
+    k: int = 64
+
+    def __post_init__(self) -> None:
+        _require_count("TopK", "k", self.k)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Tokens drawn with replacement from the full distribution, with their counts.
+
+    Unbiased: the expectation of counts / draws is the teacher's distribution, whatever its tail
+    (Anshumann et al., "Sparse Logit Sampling", arXiv 2503.16870, section 4).
+
+    Attributes:
+        draws: tokens drawn at a position.
+    """
+
+    draws: int = 50
+
+    def __post_init__(self) -> None:
+        _require_count("Sampled", "draws", self.draws)
+        if self.draws > MAX_DRAWS:
+            raise ConfigError(f"Sampled(draws={self.draws}) is above {MAX_DRAWS}, the most that a count can hold.")
+
+
+Targets = TopK | Sampled
+
+_KINDS: dict[str, type[TopK] | type[Sampled]] = {"top_k": TopK, "sampled": Sampled}
+
+
+def describe(targets: Targets) -> dict[str, Any]:
+    """Return ``targets`` as plain values: its kind and its fields."""
+    kind = next(name for name, cls in _KINDS.items() if type(targets) is cls)
+    return {"kind": kind, **asdict(targets)}
+
+
+def from_description(description: Mapping[str, Any]) -> Targets:
+    """Build the targets that :func:`describe` described.
+
+    Raises:
+        ConfigError: unknown kind, or fields that the kind does not have.
+    """
+    fields = dict(description)
+    kind = fields.pop("kind", None)
+    if kind not in _KINDS:
+        raise ConfigError(
+            f"Unknown kind of targets {kind!r}; expected one of {', '.join(_KINDS)}." + nearest(str(kind), list(_KINDS))
+        )
+    try:
+        return _KINDS[kind](**fields)
+    except TypeError as error:
+        raise ConfigError(f"Targets of kind {kind!r} do not take {sorted(fields)}: {error}.") from error
+
+
+def _require_count(owner: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{owner}({name}={value!r}): expected a whole number of at least 1.")
