@@ -36,7 +36,7 @@ class Declaration:
 
     def applied_to(self, source: Source) -> Source:
         """Return ``source`` with what is declared here in the place of what it leaves out or says otherwise."""
-        values = {
+        values: dict[str, Any] = {
             "license": self.license,
             "revision": self.revision,
             "endpoint": self.endpoint,

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from kd_plugin.errors import ConfigError, LineageError
+from kd_plugin.errors import LineageError
 from kd_plugin.lineage import hashing
-from kd_plugin.lineage.config import parse_yaml
-from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Evidence, Graph, Node
-from kd_plugin.lineage.record import RECORD, load_record
+from kd_plugin.lineage.directory import DirectoryFacts, printable, read_directory
+from kd_plugin.lineage.graph import SELF, Edge, Evidence, Graph, Node
+from kd_plugin.lineage.record import RECORD, SCHEMA, load_record
 from kd_plugin.lineage.registry import UNKNOWN, Registry
 from kd_plugin.lineage.sources import Source
-from kd_plugin.lineage.texts import copyright_lines, recognise
 
-_MAX_TEXT = 1 << 20  # a licence text or a card that is larger is not read
-_LICENSE_FILE = re.compile(r"^(licen[cs]e|copying)([-_. ].*)?$", re.IGNORECASE)
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
+DECLARED = "declared"  # where a reading comes from the user
+_MAX_DEPTH = 16  # bases of bases; deeper is a loop or a prank
+_HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
+_SNAPSHOT = re.compile(r"(?:models|datasets)--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
 
 
 @dataclass(frozen=True)
@@ -37,31 +36,35 @@ class Found:
     graph: Graph
 
 
-def discover(source: Source, registry: Registry, *, digests: bool = False) -> Found:
+def discover(
+    source: Source, registry: Registry, *, digests: bool = False, vouched: bool = False, seen: tuple[str, ...] = ()
+) -> Found:
     """Find what a source is and under which terms it stands. Reads files only; loads no model.
 
     Args:
         source: what the run or the user declares.
         registry: licences and services.
         digests: also hash the weights of a local model that has no commit.
+        vouched: the user declared the terms of a model made from this one, and so answers for it where nothing
+            is found here; that shows as a warning.
+        seen: references that lead here, against loops.
 
     Raises:
         LineageError: a parent's record is damaged.
     """
-    if source.kind == "teacher_outputs" or (source.record is not None and "nodes" in source.record):
-        return _from_record(source)
+    if source.kind == "teacher_outputs":
+        return _from_outputs(source)
+    if source.record is not None and source.record.get("schema") == SCHEMA:
+        return _from_checkpoint(source.record, source.name)
     directory = _directory(source)
     if directory is not None and (directory / RECORD).is_file():
-        return _from_checkpoint(directory, source)
-    readings = [*_declared(source, registry)]
-    facts = _DirectoryFacts()
-    if directory is not None:
-        facts = _read_directory(directory, registry)
-        readings += facts.readings
-    ids, ordered = _decide(readings, registry)
-    services = _services(source, registry)
-    undeclared = source.kind == "dataset" and not ids and source.ref is None
-    if not ids and not undeclared and not services:
+        return _from_checkpoint(load_record(directory), printable(directory.resolve().name))
+    facts = DirectoryFacts() if directory is None else read_directory(directory, registry)
+    ids, evidence = _decide([*_declared(source, registry), *facts.readings], registry)
+    services = _services(source, registry, directory)
+    in_memory = source.kind == "dataset" and source.ref is None
+    undeclared = not ids and not services and (in_memory or vouched)
+    if not ids and not services and not undeclared:
         ids = (UNKNOWN,)
     repo, revision = _identity(source, directory)
     node = Node(
@@ -71,128 +74,82 @@ def discover(source: Source, registry: Registry, *, digests: bool = False) -> Fo
         revision=revision,
         licenses=ids,
         services=services,
-        evidence=ordered,
-        expression=" AND ".join(sorted(s for i in ids if (s := registry.terms[i].spdx))) or None,
+        evidence=evidence,
+        expression=_expression(evidence, ids, registry),
         text_sha256=facts.text_sha256,
         endpoint=_host(source.endpoint),
-        model=source.model,
+        model=None if source.model is None else printable(source.model),
         copyright=facts.copyright,
         notice=facts.notice,
-        texts={i: facts.texts[i] for i in ids if i in facts.texts and registry.text(i) is None},
+        texts=_unshipped_texts(ids, facts, registry),
         weights=_weights(directory) if digests and directory is not None and not revision else {},
         undeclared=undeclared,
     )
     graph = Graph.of([node], [])
-    for base, kind in facts.bases:
-        behind = discover(Source(base, "model", base), registry)
-        graph = graph.merged(behind.graph, Graph.of([], [Edge(node.id, behind.node.id, kind)]))
-    for name in source.generated_by:
-        behind = discover(_generator(name), registry)
-        edge = Edge(node.id, behind.node.id, "trained_on_outputs")
-        graph = graph.merged(behind.graph, Graph.of([], [edge]))
+    trail = (*seen, source.ref or "")
+    vouch = any(e.where == DECLARED and e.ids != (UNKNOWN,) for e in evidence) or vouched
+    behind = [(base, kind, vouch) for base, kind in facts.bases]
+    behind += [(name, "trained_on_outputs", False) for name in source.generated_by]
+    for reference, kind, answered in behind:
+        if reference in (*trail, repo) or len(trail) > _MAX_DEPTH:
+            continue
+        found = discover(Source(reference, "model", reference), registry, vouched=answered, seen=trail)
+        graph = graph.merged(found.graph, Graph.of([], [Edge(node.id, found.node.id, kind)]))
     return Found(node, graph)
-
-
-@dataclass
-class _DirectoryFacts:
-    readings: tuple[Evidence, ...] = ()
-    text_sha256: str | None = None
-    copyright: tuple[str, ...] = ()
-    notice: str | None = None
-    texts: Mapping[str, str] = None  # type: ignore[assignment]
-    bases: tuple[tuple[str, EdgeKind], ...] = ()
-
-    def __post_init__(self) -> None:
-        self.texts = self.texts or {}
-
-
-def _read_directory(directory: Path, registry: Registry) -> _DirectoryFacts:
-    """Read the licence files, the card's front matter and the adapter's base of a model directory."""
-    facts = _DirectoryFacts()
-    readings: list[Evidence] = []
-    copyrights: list[str] = []
-    texts: list[str] = []
-    for path in sorted(directory.iterdir()):
-        if _LICENSE_FILE.match(path.name) and path.is_file():
-            text = _read_text(path)
-            if text is None:
-                continue
-            found = recognise(text, registry)
-            seen = registry.terms[found].name if found else "a text that no registry entry matches"
-            readings.append(Evidence(path.name, seen, (found or UNKNOWN,)))
-            copyrights += copyright_lines(text)
-            texts.append(text)
-            facts.texts = {**facts.texts, (found or UNKNOWN): text}
-    card = _front_matter(directory / "README.md")
-    bases: list[tuple[str, EdgeKind]] = []
-    written = card.get("license")
-    if isinstance(written, str | list):
-        for one in [written] if isinstance(written, str) else [w for w in written if isinstance(w, str)]:
-            named = card.get("license_name") if one.lower() == "other" else None
-            value = str(named) if isinstance(named, str) else one
-            readings.append(Evidence("README.md", value[:100], registry.resolve(value).ids))
-    declared_bases = card.get("base_model")
-    for base in [declared_bases] if isinstance(declared_bases, str) else declared_bases or []:
-        if isinstance(base, str) and _HUB_ID.match(base):
-            bases.append((base, "initialized_from"))
-    adapter = _json(directory / "adapter_config.json").get("base_model_name_or_path")
-    if isinstance(adapter, str) and adapter:
-        bases = [(adapter, "adapter_of")]
-    notice = next((directory / n for n in ("NOTICE", "NOTICE.txt", "Notice") if (directory / n).is_file()), None)
-    facts.readings = tuple(readings)
-    facts.copyright = tuple(dict.fromkeys(copyrights))
-    facts.text_sha256 = hashing.sha256_text("\n".join(texts)) if texts else None
-    facts.notice = _read_text(notice) if notice else None
-    facts.bases = tuple(dict.fromkeys(bases))
-    return facts
 
 
 def _declared(source: Source, registry: Registry) -> list[Evidence]:
     if source.license is None:
         return []
     resolution = registry.resolve(source.license)
-    return [Evidence("declared", f"{source.license}{resolution.hint}"[:200], resolution.ids)]
+    return [Evidence(DECLARED, printable(source.license + resolution.hint), resolution.ids)]
 
 
 def _decide(readings: list[Evidence], registry: Registry) -> tuple[tuple[str, ...], tuple[Evidence, ...]]:
-    """Choose the most severe reading. A declaration stands against a text that nothing recognises."""
-    readings = [r for r in readings if r.ids]
-    named = [r for r in readings if r.ids != (UNKNOWN,)]
-    candidates = named if any(r.where == "declared" for r in named) else readings
+    """Choose the most severe reading; a declaration stands against readings that say nothing known."""
+    known = [r for r in readings if UNKNOWN not in r.ids]
+    candidates = known if any(r.where == DECLARED for r in known) else readings
     if not candidates:
-        return (), tuple(readings)
-    chosen = max(candidates, key=lambda r: (registry.severity(r.ids), r.where == "declared", r.where))
+        return (), ()
+    chosen = max(candidates, key=lambda r: (registry.severity(r.ids), r.where == DECLARED, r.where))
     return chosen.ids, (chosen, *(r for r in readings if r is not chosen))
 
 
-def _services(source: Source, registry: Registry) -> tuple[str, ...]:
+def _expression(evidence: tuple[Evidence, ...], ids: tuple[str, ...], registry: Registry) -> str | None:
+    """Return the SPDX expression as written where one was, such as a choice, else that of the entries."""
+    written = registry.resolve(evidence[0].value).expression if evidence else None
+    return written or " AND ".join(sorted(s for i in ids if (s := registry.terms[i].spdx))) or None
+
+
+def _unshipped_texts(ids: tuple[str, ...], facts: DirectoryFacts, registry: Registry) -> dict[str, str]:
+    """Take a licence file that nothing recognises for the text of a licence whose text is not shipped."""
+    text = facts.unmatched_text
+    return {} if text is None else {i: text for i in ids if i != UNKNOWN and registry.text(i) is None}
+
+
+def _services(source: Source, registry: Registry, directory: Path | None) -> tuple[str, ...]:
     """Return the closed APIs that a source is, by its endpoint's host or by its model's name."""
     found = {registry.service_of_endpoint(source.endpoint)} if source.endpoint else set()
-    for name in (source.model, source.ref, source.name if source.ref is None else None):
-        if name and _directory(replace(source, ref=name)) is None:
-            found.add(registry.service_of_model(name))
+    names = (source.model, source.ref if directory is None else None)
+    found |= {registry.service_of_model(name) for name in names if name}
     return tuple(sorted(s for s in found if s))
-
-
-def _generator(name: str) -> Source:
-    return Source(name, "model", name, signal="text")
 
 
 def _directory(source: Source) -> Path | None:
     """Return the local directory of a source: its own, or the hub's cached snapshot."""
     if source.ref is None:
         return None
-    path = Path(source.ref)
-    if path.is_dir():
-        return path
-    if source.kind != "model" or not _HUB_ID.match(source.ref):
+    if Path(source.ref).is_dir():
+        return Path(source.ref)
+    if not _HUB_ID.match(source.ref):
         return None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    for name in ("README.md", "config.json", "adapter_config.json"):
+    repo_type: Literal["dataset", "model"] = "dataset" if source.kind == "dataset" else "model"
+    for name in ("README.md", "config.json", "adapter_config.json", "LICENSE"):
         try:
-            cached = try_to_load_from_cache(source.ref, name, revision=source.revision)
+            cached = try_to_load_from_cache(source.ref, name, revision=source.revision, repo_type=repo_type)
         except HFValidationError:
             return None
         if isinstance(cached, str):
@@ -205,81 +162,55 @@ def _identity(source: Source, directory: Path | None) -> tuple[str | None, str |
     snapshot = _SNAPSHOT.search(directory.absolute().as_posix()) if directory is not None else None
     if snapshot:
         return f"{snapshot[1]}/{snapshot[2]}", snapshot[3]
-    if source.ref is None or Path(source.ref).is_dir():
+    if source.ref is None or Path(source.ref).is_dir() or not _HUB_ID.match(source.ref):
         return None, source.revision
     return source.ref, source.revision
 
 
 def _name(source: Source, directory: Path | None) -> str:
-    if source.model:
-        return source.model
-    if source.ref is None or directory is None:
-        return source.ref or source.name
-    return directory.resolve().name if Path(source.ref).is_dir() else source.ref
+    """Return a name without the path that led to it: where a user keeps files is nobody's business."""
+    if source.ref is None:
+        return printable(source.model or source.name)
+    if _HUB_ID.match(source.ref) and not Path(source.ref).is_dir():
+        return source.ref
+    return printable((directory.resolve() if directory else PurePath(source.ref)).name or source.name)
 
 
 def _host(endpoint: str | None) -> str | None:
     """Keep the host only: a URL may hold credentials."""
-    if endpoint is None:
-        return None
-    from urllib.parse import urlsplit
-
-    return urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname
+    return None if endpoint is None else urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname
 
 
 def _weights(directory: Path) -> dict[str, str]:
     return {subject.path: subject.sha256 for subject in hashing.subjects(directory)}
 
 
-def _from_record(source: Source) -> Found:
-    """Use the lineage that a cache or another record brings along."""
+def _from_outputs(source: Source) -> Found:
+    """Use the lineage that a cache brings along; a cache without one is unknown."""
     if source.record is None:
-        node = Node("teacher_outputs", source.name, licenses=(UNKNOWN,))
+        node = Node("teacher_outputs", printable(source.name), licenses=(UNKNOWN,))
         return Found(node, Graph.of([node], []))
     graph = Graph.from_json(source.record)
-    node = graph.root("teacher_outputs")
-    return Found(node, graph)
+    bare = graph.root("teacher_outputs")
+    outputs = source.record.get("outputs", {})
+    if not isinstance(outputs, Mapping):
+        raise LineageError(f"The record of {source.name!r} has 'outputs' {outputs!r}; expected a mapping.")
+    details = {key: value for key, value in outputs.items() if key != "digest" and value is not None}
+    node = replace(bare, digest=outputs.get("digest"), details=details)
+    edges = [replace(e, source=node.id) if e.source == bare.id else e for e in graph.edges]
+    return Found(node, Graph.of([node, *(n for n in graph.nodes.values() if n.id != bare.id)], edges))
 
 
-def _from_checkpoint(directory: Path, source: Source) -> Found:
+def _from_checkpoint(record: Mapping[str, Any], name: str) -> Found:
     """Use a parent checkpoint's own record: its ancestors are the child's ancestors."""
-    record = load_record(directory)
-    node = Node(
-        kind="checkpoint",
-        name=_name(source, directory),
-        digest=record["digest"],
-        details={"run_id": record["run"]["id"], "step": record["checkpoint"]["step"]},
-    )
+    node = checkpoint_node(record, name)
     graph = Graph.from_json(record)
     if not any(edge.source == SELF for edge in graph.edges):
-        raise LineageError(f"{directory / RECORD} names nothing that its checkpoint was made from.")
+        raise LineageError(f"The record of {name!r} names nothing that its checkpoint was made from.")
     return Found(node, graph.rooted_at(node))
 
 
-def _front_matter(path: Path) -> Mapping[str, Any]:
-    """Read a card's YAML front matter; what cannot be read says nothing, and then other readings decide."""
-    text = _read_text(path) if path.is_file() else None
-    match = re.match(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", text or "", re.DOTALL)
-    if match is None:
-        return {}
-    try:
-        data = parse_yaml(match[1].encode(), path.name)
-    except ConfigError:
-        return {"license": "unreadable front matter"}
-    return data if isinstance(data, Mapping) else {}
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    text = _read_text(path) if path.is_file() else None
-    try:
-        data = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise LineageError(f"{path.name} in {path.parent.name!r} is not valid JSON: {error}.") from error
-    return data if isinstance(data, Mapping) else {}
-
-
-def _read_text(path: Path) -> str | None:
-    """Read a text of at most 1 MiB, or None: nobody's licence is longer."""
-    with path.open("rb") as file:
-        raw = file.read(_MAX_TEXT + 1)
-    return None if len(raw) > _MAX_TEXT else raw.decode("utf-8", "replace")
+def checkpoint_node(record: Mapping[str, Any], name: str) -> Node:
+    """Return the node by which a child knows the checkpoint of ``record``."""
+    details = {"run_id": record["run"]["id"], "step": record["checkpoint"]["step"]}
+    return Node("checkpoint", name, digest=record["digest"], details=details)

@@ -78,7 +78,8 @@ class Node:
         texts: licence texts that the registry does not ship, by id.
         weights: file name to sha256 of its weights, for a model without a commit.
         digest: digest of a checkpoint's record, or of stored outputs.
-        undeclared: True for in-memory data of which nothing was said.
+        undeclared: True where nothing was found of it and someone answers for it all the same: data that the user
+            passed in memory, or the base of a model whose terms the user declared.
         details: facts about stored outputs (rows, tokens, sampling), or about a checkpoint (run, step).
     """
 
@@ -160,7 +161,7 @@ class Node:
             raise LineageError(f"A lineage node cannot be read: {error}. Seen: {str(dict(data))[:200]}") from error
         if node.kind not in get_args(NodeKind):
             raise LineageError(f"A lineage node has kind {node.kind!r}; expected one of {get_args(NodeKind)}.")
-        if claimed != found:
+        if claimed != found:  # also catches values that are not what their field needs
             raise LineageError(f"Lineage node {claimed!r} does not fit its content (that is {found!r}); it was edited.")
         return node
 

@@ -258,30 +258,30 @@ def _apply(hit: _Hit, facts: Mapping[str, bool | None], student: Student, tally:
 
 def _judge_declaration(node: Node, path: Path, tally: _Tally) -> None:
     """Note what is known of the node itself, whatever its terms say."""
-    if node.undeclared:
-        tally.findings.append(
-            Finding(
-                "undeclared_dataset", "warning", "training", node.id, node.label, path.nodes, "no terms were declared",
-                "data passed in memory", "declare it: `lineage: {datasets: [{repo: NAME, license: ID}]}`",
-            )
-        )  # fmt: skip
+    if node.undeclared and node.kind == "dataset":
+        remedy = "declare it: `lineage: {datasets: [{repo: NAME, license: ID}]}`"
+        evidence = "data passed in memory"
+        tally.findings.append(_note("undeclared_dataset", node, path, "no terms were declared", evidence, remedy))
+    elif node.undeclared:
+        remedy = "read its terms, and declare the more severe licence where they differ"
+        evidence = "nothing was found; the licence that the user declared for what was made from it stands for it"
+        tally.findings.append(_note("base_not_read", node, path, "the terms of a base were not read", evidence, remedy))
     readings = {e.ids for e in node.evidence if e.ids}
     if len(readings) > 1:
         seen = "; ".join(f"{e.where}: {e.value}" for e in node.evidence)
         remedy = "the more severe reading counts; correct the source that is wrong"
-        tally.findings.append(
-            Finding("sources_disagree", "warning", "training", node.id, node.label, path.nodes,
-                    "sources disagree on the licence", seen, remedy)
-        )  # fmt: skip
+        clause = "sources disagree on the licence"
+        tally.findings.append(_note("sources_disagree", node, path, clause, seen, remedy))
+
+
+def _note(code: str, node: Node, path: Path, clause: str, evidence: str, remedy: str) -> Finding:
+    return Finding(code, "warning", "training", node.id, node.label, path.nodes, clause, evidence, remedy)
 
 
 def _cure(node: Node) -> str:
-    key = "student" if node.kind == "checkpoint" else None
     if node.kind == "dataset":
         return f"declare it: `lineage: {{datasets: [{{repo: {node.label}, license: ID}}]}}`"
-    if key is None:
-        key = "teachers: {NAME: {license: apache-2.0}}"
-    return f"declare its licence, `own` if it is yours: `lineage: {{{key}}}`"
+    return "declare its licence, `own` if it is yours: `lineage: {teachers: {NAME: {license: apache-2.0}}}`"
 
 
 def _finding(hit: _Hit, code: str, severity: Any, trigger: Any, remedy: str) -> Finding:

@@ -15,10 +15,10 @@ from kd_plugin.errors import ConfigError, LicenseRefusedError, LineageError, nea
 from kd_plugin.lineage import hashing, obligations
 from kd_plugin.lineage import write as files
 from kd_plugin.lineage.config import Declaration, LineageConfig, load_config
-from kd_plugin.lineage.discovery import Found, discover
+from kd_plugin.lineage.discovery import Found, checkpoint_node, discover
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph, Node
 from kd_plugin.lineage.policy import NO_ADVICE, Finding, Student, Verdict, evaluate
-from kd_plugin.lineage.record import LICENSES, NOTICE, RECORD, SCHEMA, load_record, sealed
+from kd_plugin.lineage.record import RECORD, SCHEMA, load_record, sealed
 from kd_plugin.lineage.registry import Registry, default_registry
 from kd_plugin.lineage.sources import Source
 
@@ -63,13 +63,28 @@ class RunLineage:
         self.teachers = _match_teachers(teachers, self.config)
         self.outputs = list(outputs)
         self.datasets = _match_datasets(datasets, self.config)
-        self.resumed = None if resume_from is None else load_record(resume_from)
-        self._resumed_name = None if resume_from is None else Path(resume_from).resolve().name
-        run = self.config.run
-        before = self.resumed["run"] if self.resumed else {}
-        self.run_id: str = run.get("id") or before.get("id") or uuid.uuid4().hex
-        self.started: str = run.get("date") or before.get("date") or datetime.now(UTC).date().isoformat()
+        self.resumed: Mapping[str, Any] | None = None
+        self._resumed_name = ""
+        self.run_id: str = self.config.run.get("id") or uuid.uuid4().hex
+        self.started: str = self.config.run.get("date") or datetime.now(UTC).date().isoformat()
         self._roots = self._discover(digests=False)
+        if resume_from is not None:
+            self.resume(resume_from)
+
+    def resume(self, checkpoint: str | Path) -> None:
+        """Go on with the run that wrote ``checkpoint``: keep its id and date, and chain to its digest.
+
+        An id or a date that the configuration fixes stands.
+
+        Raises:
+            LineageError: the checkpoint's record is missing or damaged.
+        """
+        self.resumed = load_record(checkpoint)
+        self._resumed_name = Path(checkpoint).resolve().name
+        self.run_id = self.config.run.get("id") or self.resumed["run"]["id"]
+        self.started = self.config.run.get("date") or self.resumed["run"]["date"]
+        for name in ("graph", "verdict", "_recorded_graph"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def graph(self) -> Graph:
@@ -89,16 +104,20 @@ class RunLineage:
         """
         _refuse(self.verdict.refusals, "Training is refused by the terms of its sources", self._remedy)
 
-    def require_publishable(self, directory: str | Path) -> None:
+    def require_publishable(self, directory: str | Path | None = None) -> None:
         """Refuse to publish a checkpoint whose lineage is unfinished or whose terms forbid distribution.
 
         Publishing is distribution, whatever ``use.distribute`` says.
+
+        Args:
+            directory: the checkpoint; None asks only whether the terms allow it.
 
         Raises:
             LicenseRefusedError: the terms forbid it, or a duty that distribution brings is not met.
             LineageError: ``lineage.json`` is missing or damaged.
         """
-        load_record(directory)
+        if directory is not None:
+            load_record(directory)
         verdict = self._judge(self.graph, {**self.config.use, "distribute": True})
         _refuse(verdict.publication_stops, "Publishing is refused by the terms of the sources", self._remedy)
 
@@ -153,6 +172,23 @@ class RunLineage:
         saved_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         files.place_record(directory, sealed(record, saved_at))
 
+    def covers(self, directory: str | Path) -> bool:
+        """Whether this run's record in ``directory`` names every weight file there, by name and size."""
+        directory = Path(directory)
+        if not (directory / RECORD).is_file():
+            return False
+        record = load_record(directory)
+        there = {p.relative_to(directory).as_posix(): p.stat().st_size for p in hashing.weight_files(directory)}
+        return record["run"]["id"] == self.run_id and there == {s["path"]: s["size"] for s in record["subjects"]}
+
+    def copy_files(self, checkpoint: str | Path, directory: str | Path) -> None:
+        """Copy a checkpoint's lineage files to where its weights are copied: the record last.
+
+        Raises:
+            LineageError: the checkpoint's record is missing or damaged, or ``directory`` is not writable.
+        """
+        files.copy_lineage(Path(checkpoint), load_record(checkpoint), Path(directory))
+
     @cached_property
     def _recorded_graph(self) -> Graph:
         return self._graph_of(self._discover(digests=True))
@@ -182,29 +218,28 @@ class RunLineage:
         graph = Graph.of([], [edge for edge, _ in roots]).merged(*(found.graph for _, found in roots))
         if self.resumed is None:
             return graph
-        details = {"run_id": self.resumed["run"]["id"], "step": self.resumed["checkpoint"]["step"]}
-        node = Node("checkpoint", str(self._resumed_name), digest=self.resumed["digest"], details=details)
+        node = checkpoint_node(self.resumed, self._resumed_name)
         before = Graph.from_json(self.resumed).rooted_at(node)
         return graph.merged(before, Graph.of([], [Edge(SELF, node.id, "resumed_from")]))
 
     def _remedy(self, finding: Finding) -> str:
         """Put the run's own name of a source into the line of config that cures an unknown licence."""
-        role = next((e.role for e, f in self._roots if f.node.id == finding.node), None)
-        if finding.code != "unknown_license" or role is None:
+        edge = next((e for e, found in self._roots if finding.node in found.graph.nodes), None)
+        if finding.code != "unknown_license" or edge is None:
             return finding.remedy
-        if any(f.node.id == finding.node and e.kind == "initialized_from" for e, f in self._roots):
-            return "declare its licence, `own` if it is yours: `lineage: {student: {license: apache-2.0}}`"
-        if any(f.node.id == finding.node and e.kind == "trained_on" for e, f in self._roots):
-            return f"declare its licence: `lineage: {{datasets: [{{repo: {role}, license: cc-by-4.0}}]}}`"
-        return (
-            f"declare its licence, `own` if it is yours: `lineage: {{teachers: {{{role}: {{license: apache-2.0}}}}}}`"
-        )
+        if edge.kind == "initialized_from":
+            line = "student: {license: apache-2.0}"
+        elif edge.kind == "trained_on":
+            line = f"datasets: [{{repo: {edge.role}, license: cc-by-4.0}}]"
+        else:
+            line = f"teachers: {{{edge.role}: {{license: apache-2.0}}}}"
+        return f"declare its licence, `own` if it is yours: `lineage: {{{line}}}`"
 
     def _parent(self, parent: str | Path | None) -> dict[str, Any] | None:
         if parent is not None:
             before, name = load_record(parent), Path(parent).resolve().name
         elif self.resumed is not None:
-            before, name = self.resumed, self._resumed_name
+            before, name = dict(self.resumed), self._resumed_name
         else:
             return None
         return {"digest": before["digest"], "step": before["checkpoint"]["step"], "name": name}
@@ -308,6 +343,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-__all__ = ["LICENSES", "NOTICE", "RECORD", "RunLineage", "outputs_record"]

@@ -45,7 +45,7 @@ class Clause:
     def from_mapping(cls, data: Mapping[str, Any], where: str) -> Clause:
         """Read a clause from TOML or JSON; ``where`` names it in errors (ConfigError)."""
         _known_keys(data, set(cls.__dataclass_fields__), where)
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        values = _values(data, ("reach", "precaution", "unless_student"), where)
         try:
             clause = cls(**values)
         except TypeError as error:
@@ -104,7 +104,12 @@ class Terms:
     def from_mapping(cls, data: Mapping[str, Any], where: str) -> Terms:
         """Read an entry from TOML or from a record; ``where`` names it in errors (ConfigError)."""
         _known_keys(data, set(cls.__dataclass_fields__), where)
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "clauses"}
+        plain = {k: v for k, v in data.items() if k not in ("clauses", "attachments")}
+        values = _values(plain, ("inherits",), where)
+        attachments = data.get("attachments", {})
+        if not isinstance(attachments, Mapping) or not all(isinstance(v, str) for v in attachments.values()):
+            raise ConfigError(f"{where}: attachments must be a table of file names, got {attachments!r}.")
+        values["attachments"] = dict(attachments)
         clauses = data.get("clauses", [])
         if not isinstance(clauses, list) or not all(isinstance(c, Mapping) for c in clauses):
             raise ConfigError(f"{where}: clauses must be a list of tables.")
@@ -124,3 +129,15 @@ def _known_keys(data: Mapping[str, Any], known: set[str], where: str) -> None:
     for key in data:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}.{nearest(str(key), sorted(known))}")
+
+
+def _values(data: Mapping[str, Any], lists: tuple[str, ...], where: str) -> dict[str, Any]:
+    """Check that every value is a string, or a list of strings where one is expected."""
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        many = key in lists
+        if many != isinstance(value, list) or not all(isinstance(v, str) for v in (value if many else [value])):
+            expected = "a list of strings" if many else "a string"
+            raise ConfigError(f"{where}: {key} must be {expected}, got {value!r}.")
+        values[key] = tuple(value) if many else value
+    return values

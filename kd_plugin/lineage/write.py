@@ -53,6 +53,17 @@ def place_record(directory: Path, record: Mapping[str, Any]) -> None:
     _sync_directory(directory)
 
 
+def copy_lineage(checkpoint: Path, record: Mapping[str, Any], directory: Path) -> None:
+    """Copy the files that ``record`` lists, and then the record itself, from a checkpoint to ``directory``."""
+    retract(directory)
+    for name in [str(entry["path"]) for entry in record["files"]]:
+        if name != NOTICE and (not name.startswith(f"{LICENSES}/") or "/" in name[len(LICENSES) + 1 :]):
+            raise LineageError(f"{checkpoint / RECORD} lists {name!r}, which is no lineage file; it was edited.")
+        (directory / name).parent.mkdir(exist_ok=True)
+        write_file(directory / name, (checkpoint / name).read_bytes())
+    place_record(directory, record)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: temporary name, fsync, rename.
 
