@@ -1,0 +1,155 @@
+"""Reading what a model's or dataset's directory says of its terms. The files may come from strangers.
+
+Only plain files with expected names are read, each at most 1 MiB, and nothing is executed. A link is followed only
+inside the directory, or inside the hub's cache, which keeps its files as links.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kd_plugin.errors import ConfigError, LineageError
+from kd_plugin.lineage.config import parse_yaml
+from kd_plugin.lineage.graph import EdgeKind, Evidence
+from kd_plugin.lineage.hashing import sha256_text
+from kd_plugin.lineage.registry import UNKNOWN, Registry
+from kd_plugin.lineage.texts import copyright_lines, recognise
+
+_MAX_TEXT = 1 << 20  # bytes
+_MAX_FILES = 20  # licence files that are read in one directory
+_LICENSE_FILE = re.compile(r"^(licen[cs]e|copying)([-_. ].*)?$", re.IGNORECASE)
+_HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
+
+
+@dataclass(frozen=True)
+class DirectoryFacts:
+    """What a directory says.
+
+    Attributes:
+        readings: licences, each with the file that names it.
+        text_sha256: digest of the licence texts found.
+        copyright: copyright lines of those texts.
+        notice: contents of its NOTICE file.
+        unmatched_text: a licence text that no registry entry matches.
+        bases: models that it was made from, with the kind of edge.
+    """
+
+    readings: tuple[Evidence, ...] = ()
+    text_sha256: str | None = None
+    copyright: tuple[str, ...] = ()
+    notice: str | None = None
+    unmatched_text: str | None = None
+    bases: tuple[tuple[str, EdgeKind], ...] = field(default=())
+
+
+def read_directory(directory: Path, registry: Registry) -> DirectoryFacts:
+    """Read licence files, NOTICE, the card's front matter and an adapter's base.
+
+    Raises:
+        LineageError: ``adapter_config.json`` is not valid JSON.
+    """
+    readings: list[Evidence] = []
+    copyrights: list[str] = []
+    texts: list[str] = []
+    unmatched: list[str] = []
+    licence_files = [path for path in sorted(directory.iterdir()) if _LICENSE_FILE.match(path.name)]
+    for path in licence_files[:_MAX_FILES]:
+        if path.is_dir():
+            continue
+        text = _read_text(path, directory)
+        if text is None:
+            readings.append(Evidence(printable(path.name), "a file that is too large or leads elsewhere", (UNKNOWN,)))
+            continue
+        found = recognise(text, registry)
+        seen = registry.terms[found].name if found else "a text that no registry entry matches"
+        readings.append(Evidence(printable(path.name), seen, (found or UNKNOWN,)))
+        copyrights += copyright_lines(text)
+        texts.append(text)
+        if found is None:
+            unmatched.append(text)
+    card = front_matter(directory)
+    readings += _card_readings(card, registry)
+    notices = (_read_text(directory / name, directory) for name in ("NOTICE", "NOTICE.txt", "Notice", "Notice.txt"))
+    return DirectoryFacts(
+        readings=tuple(readings),
+        text_sha256=sha256_text("\n".join(texts)) if texts else None,
+        copyright=tuple(dict.fromkeys(copyrights)),
+        notice=next((notice for notice in notices if notice), None),
+        unmatched_text="\n\n".join(unmatched) or None,
+        bases=_bases(directory, card),
+    )
+
+
+def front_matter(directory: Path) -> Mapping[str, Any]:
+    """Return the YAML front matter of the directory's README.md.
+
+    Front matter that cannot be read says that it cannot be read: it then resolves to unknown, not to nothing.
+    """
+    text = _read_text(directory / "README.md", directory)
+    match = re.match(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", text or "", re.DOTALL)
+    if match is None:
+        return {}
+    try:
+        data = parse_yaml(match[1].encode("utf-8", "replace"), "README.md")
+    except ConfigError:
+        return {"license": "front matter that cannot be read"}
+    return data if isinstance(data, Mapping) else {}
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """Return one line of printable characters; what comes from strangers ends in terminals and files."""
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _card_readings(card: Mapping[str, Any], registry: Registry) -> list[Evidence]:
+    written = card.get("license")
+    readings = []
+    for one in written if isinstance(written, list) else [written]:
+        if one is None:
+            continue
+        name = card.get("license_name") if str(one).lower() == "other" else None
+        value = printable(str(name if isinstance(name, str) else one), 100)
+        readings.append(Evidence("README.md", value, registry.resolve(value).ids))
+    return readings
+
+
+def _bases(directory: Path, card: Mapping[str, Any]) -> tuple[tuple[str, EdgeKind], ...]:
+    """Return the models behind this one; several bases of one card are a merge."""
+    text = _read_text(directory / "adapter_config.json", directory)
+    if text is not None:
+        try:
+            adapter = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise LineageError(f"adapter_config.json in {directory.name!r} is not valid JSON: {error}.") from error
+        base = adapter.get("base_model_name_or_path") if isinstance(adapter, Mapping) else None
+        if isinstance(base, str) and base:
+            return ((printable(base), "adapter_of"),)
+    written = card.get("base_model")
+    names = [written] if isinstance(written, str) else written if isinstance(written, list) else []
+    bases = [name for name in names if isinstance(name, str) and _HUB_ID.match(name)]
+    kind: EdgeKind = "merged_from" if len(bases) > 1 else "initialized_from"
+    return tuple((base, kind) for base in dict.fromkeys(bases))
+
+
+def _read_text(path: Path, inside: Path) -> str | None:
+    """Read a text of at most 1 MiB, or None where there is none: nobody's licence is longer."""
+    if not path.is_file():
+        return None
+    if path.is_symlink() and not _stays_home(path, inside):
+        return None
+    with path.open("rb") as file:
+        raw = file.read(_MAX_TEXT + 1)
+    return None if len(raw) > _MAX_TEXT else raw.decode("utf-8", "replace")
+
+
+def _stays_home(path: Path, directory: Path) -> bool:
+    home = directory.resolve()
+    if home.parent.name == "snapshots":  # the hub's cache: models--org--name/snapshots/COMMIT -> ../../blobs
+        home = home.parent.parent
+    return path.resolve().is_relative_to(home)
