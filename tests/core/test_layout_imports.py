@@ -1,0 +1,117 @@
+"""The arrows of the layout: core knows no host, hosts do not know each other, importing the package is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kd_plugin
+
+PACKAGE = Path(kd_plugin.__file__).parent
+HOSTS = ("kd_plugin.trl", "kd_plugin.lightning")
+TRAINERS = ("trl", "lightning", "pytorch_lightning")
+# What each layer may not import, not even inside a function. `cli` and `demo` may import everything.
+FORBIDDEN = {
+    "core": (*HOSTS, "kd_plugin.cli", "kd_plugin.demo", *TRAINERS),
+    "trl": ("kd_plugin.lightning", "kd_plugin.cli", "kd_plugin.demo", "lightning", "pytorch_lightning"),
+    "lightning": ("kd_plugin.trl", "kd_plugin.cli", "kd_plugin.demo", "trl"),
+    "cli": (),
+    "demo": (),
+}
+
+
+def imported_modules(source: str) -> set[str]:
+    """Names of all modules that a file imports, at its top or inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the arrow"
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def broken_arrows(layer: str, source: str) -> set[str]:
+    return {
+        module
+        for module in imported_modules(source)
+        for banned in FORBIDDEN[layer]
+        if module == banned or module.startswith(banned + ".")
+    }
+
+
+def layer_of(path: Path) -> str:
+    room = path.relative_to(PACKAGE).parts[0]
+    if room == "__main__.py":
+        return "cli"
+    return room if room in FORBIDDEN else "core"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_file_breaks_an_arrow(path):
+    assert broken_arrows(layer_of(path), path.read_text(encoding="utf-8")) == set()
+
+
+@pytest.mark.parametrize(
+    ("layer", "source", "broken"),
+    [
+        ("core", "import trl", {"trl"}),
+        ("core", "def f():\n    from trl.trainer import utils", {"trl.trainer", "trl.trainer.utils"}),
+        ("core", "from kd_plugin import trl", {"kd_plugin.trl"}),
+        ("core", "from kd_plugin.cli.main import main", {"kd_plugin.cli.main", "kd_plugin.cli.main.main"}),
+        ("trl", "import lightning.pytorch", {"lightning.pytorch"}),
+        ("lightning", "from trl import SFTTrainer", {"trl", "trl.SFTTrainer"}),
+        ("core", "import trlx", set()),
+        ("trl", "from trl import SFTTrainer", set()),
+        ("cli", "from kd_plugin.trl import OfflineKDTrainer", set()),
+    ],
+)
+def test_the_arrow_test_can_fail(layer, source, broken):
+    assert broken_arrows(layer, source) == broken
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+
+
+HEAVY = "torch transformers datasets trl lightning pytorch_lightning deepspeed accelerate peft".split()
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    done = run_python(f"import kd_plugin, sys; print([m for m in {HEAVY} if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_core_imports_no_trainer():
+    names = [n for n in kd_plugin.__all__ if n != "__version__"]
+    code = f"import kd_plugin, sys; [getattr(kd_plugin, n) for n in {names}]\n"
+    code += "print([m for m in ('trl', 'lightning', 'pytorch_lightning', 'deepspeed') if m in sys.modules])"
+    done = run_python(code)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_import_test_can_fail():
+    done = run_python(f"import kd_plugin, sys, trl; print([m for m in {HEAVY} if m in sys.modules])")
+    assert "'trl'" in done.stdout, done.stderr
+
+
+def test_every_export_resolves_and_is_listed():
+    for name in kd_plugin.__all__:
+        assert getattr(kd_plugin, name) is not None
+        assert name in dir(kd_plugin)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'TeacherCash'"):
+        _ = kd_plugin.TeacherCash
+
+
+def test_every_test_folder_is_a_package():
+    """A folder named `trl` without `__init__.py` would shadow the real one; see pytest's rootdir handling."""
+    tests = Path(__file__).parents[1]
+    missing = {p.parent for p in tests.rglob("*.py") if not (p.parent / "__init__.py").is_file()}
+    assert missing == set()
