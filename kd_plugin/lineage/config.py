@@ -37,6 +37,7 @@ class Declaration:
     def applied_to(self, source: Source) -> Source:
         """Return ``source`` with what is declared here in the place of what it leaves out or says otherwise."""
         values: dict[str, Any] = {
+            "ref": source.ref or self.repo,
             "license": self.license,
             "revision": self.revision,
             "endpoint": self.endpoint,

@@ -37,13 +37,20 @@ class Found:
 
 
 def discover(
-    source: Source, registry: Registry, *, digests: bool = False, vouched: bool = False, seen: tuple[str, ...] = ()
+    source: Source,
+    registry: Registry,
+    *,
+    repo: str | None = None,
+    digests: bool = False,
+    vouched: bool = False,
+    seen: tuple[str, ...] = (),
 ) -> Found:
     """Find what a source is and under which terms it stands. Reads files only; loads no model.
 
     Args:
         source: what the run or the user declares.
         registry: licences and services.
+        repo: hub id that the user declares for a source that is loaded from elsewhere.
         digests: also hash the weights of a local model that has no commit.
         vouched: the user declared the terms of a model made from this one, and so answers for it where nothing
             is found here; that shows as a warning.
@@ -61,12 +68,13 @@ def discover(
         return _from_checkpoint(load_record(directory), printable(directory.resolve().name))
     facts = DirectoryFacts() if directory is None else read_directory(directory, registry)
     ids, evidence = _decide([*_declared(source, registry), *facts.readings], registry)
-    services = _services(source, registry, directory)
+    services = _services(source, registry, directory, repo)
     in_memory = source.kind == "dataset" and source.ref is None
     undeclared = not ids and not services and (in_memory or vouched)
     if not ids and not services and not undeclared:
         ids = (UNKNOWN,)
-    repo, revision = _identity(source, directory)
+    found_repo, revision = _identity(source, directory)
+    repo = found_repo or repo
     node = Node(
         kind="dataset" if source.kind == "dataset" else "model",
         name=_name(source, directory),
@@ -102,7 +110,8 @@ def _declared(source: Source, registry: Registry) -> list[Evidence]:
     if source.license is None:
         return []
     resolution = registry.resolve(source.license)
-    return [Evidence(DECLARED, printable(source.license + resolution.hint), resolution.ids)]
+    hint = f" ({resolution.hint.strip()})" if resolution.hint else ""
+    return [Evidence(DECLARED, printable(source.license + hint), resolution.ids)]
 
 
 def _decide(readings: list[Evidence], registry: Registry) -> tuple[tuple[str, ...], tuple[Evidence, ...]]:
@@ -127,10 +136,10 @@ def _unshipped_texts(ids: tuple[str, ...], facts: DirectoryFacts, registry: Regi
     return {} if text is None else {i: text for i in ids if i != UNKNOWN and registry.text(i) is None}
 
 
-def _services(source: Source, registry: Registry, directory: Path | None) -> tuple[str, ...]:
+def _services(source: Source, registry: Registry, directory: Path | None, declared_repo: str | None) -> tuple[str, ...]:
     """Return the closed APIs that a source is, by its endpoint's host or by its model's name."""
     found = {registry.service_of_endpoint(source.endpoint)} if source.endpoint else set()
-    names = (source.model, source.ref if directory is None else None)
+    names = (source.model, declared_repo, source.ref if directory is None else None)
     found |= {registry.service_of_model(name) for name in names if name}
     return tuple(sorted(s for s in found if s))
 

@@ -31,11 +31,11 @@ class Student:
 
     Attributes:
         name: name under which it would be shipped.
-        declared_license: licence under which it would be shipped, registry ids.
+        declared_license: licence under which it would be shipped, as registry ids; empty where it is not declared.
     """
 
     name: str | None = None
-    declared_license: str | None = None
+    declared_license: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _apply(hit: _Hit, facts: Mapping[str, bool | None], student: Student, tally:
     answer = facts.get(clause.fact) if clause.fact else True
     if answer is None:
         tally.raise_to("conditional")
-        remedy = f"say it once in the config: `lineage: {{use: {{{clause.fact}: false}}}}` ({FACTS[clause.fact or '']})"
+        remedy = f"say it once in the config: `lineage: {{use: {{{clause.fact}: true | false}}}}` ({FACTS[clause.fact or '']})"
         tally.findings.append(_finding(hit, "fact_missing", "conditional", clause.trigger, remedy))
     if clause.effect == "forbid":
         if answer:
@@ -307,6 +307,5 @@ def _expression(graph: Graph, terms: Mapping[str, Terms], paths: Mapping[str, li
         for i in graph.nodes[node_id].licenses
         if any(way.reach in terms[i].inherits for way in ways)
     }
-    if student.declared_license:
-        binding.add(terms[student.declared_license].spdx if student.declared_license in terms else None)
+    binding |= {terms[i].spdx for i in student.declared_license}
     return " AND ".join(sorted(s for s in binding if s)) or "NONE"

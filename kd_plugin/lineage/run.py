@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ from kd_plugin.lineage.discovery import Found, checkpoint_node, discover
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph, Node
 from kd_plugin.lineage.policy import NO_ADVICE, Finding, Student, Verdict, evaluate
 from kd_plugin.lineage.record import RECORD, SCHEMA, load_record, sealed
-from kd_plugin.lineage.registry import Registry, default_registry
+from kd_plugin.lineage.registry import UNKNOWN, Registry, default_registry
 from kd_plugin.lineage.sources import Source
 
 _VERSIONS = ("torch", "transformers", "trl", "lightning", "kd-plugin")
@@ -59,7 +59,7 @@ class RunLineage:
         self.config: LineageConfig = load_config(config)
         self.registry: Registry = default_registry()
         self.config_hash = config_hash
-        self.student = _declared(student, self.config.student)
+        self.student = _Declared.of(student, self.config.student)
         self.teachers = _match_teachers(teachers, self.config)
         self.outputs = list(outputs)
         self.datasets = _match_datasets(datasets, self.config)
@@ -141,7 +141,8 @@ class RunLineage:
         if not subjects:
             raise LineageError(f"{str(directory)!r} holds no weight files; lineage is written after the weights.")
         graph = self._recorded_graph
-        terms = {i: self.registry.terms[i] for n in graph.nodes.values() for i in (*n.licenses, *n.services)}
+        named = {i for node in graph.nodes.values() for i in (*node.licenses, *node.services)}
+        terms = {i: self.registry.terms[i] for i in sorted(named | set(self._student.declared_license))}
         verdict = self._judge(graph, self.config.use)
         placed = files.place_files(
             directory,
@@ -158,14 +159,14 @@ class RunLineage:
             "subjects": [{"path": s.path, "sha256": s.sha256, "size": s.size} for s in subjects],
             "files": placed,
             **graph.to_json(),
-            "terms": {i: entry.to_json() for i, entry in sorted(terms.items())},
+            "terms": {i: entry.to_json() for i, entry in terms.items()},
             "policy": {
                 "id": "kd-plugin",
                 "version": self.registry.version,
                 "sha256": self.registry.sha256,
                 "facts": dict(sorted(self.config.use.items())),
             },
-            "student": {"name": student.name, "declared_license": student.declared_license},
+            "student": {"name": student.name, "declared_license": list(student.declared_license)},
             "effective": verdict.to_json(),
             "overrides": [],
         }
@@ -195,7 +196,7 @@ class RunLineage:
 
     @property
     def _student(self) -> Student:
-        return Student(self.config.student.name, self.config.student.declared_license)
+        return _shipped_student(self.config, self.registry)
 
     def _judge(self, graph: Graph, facts: Mapping[str, bool]) -> Verdict:
         verdict = evaluate(graph, self.registry.terms, facts, self._student)
@@ -204,14 +205,16 @@ class RunLineage:
     def _discover(self, *, digests: bool) -> list[tuple[Edge, Found]]:
         """Find every source; edges start at ``self``."""
         text_edge: EdgeKind = "corrected_by" if self.method == "teacher_panel" else "trained_on_outputs"
-        wanted: list[tuple[Source, EdgeKind]] = [(self.student, "initialized_from")]
-        wanted += [(t, "distilled_logits" if t.signal == "logits" else text_edge) for t in self.teachers]
-        wanted += [(o, "distilled_logits" if o.signal == "logits" else "trained_on_outputs") for o in self.outputs]
+        wanted: list[tuple[_Declared, EdgeKind]] = [(self.student, "initialized_from")]
+        wanted += [(t, "distilled_logits" if t.source.signal == "logits" else text_edge) for t in self.teachers]
+        wanted += [
+            (_Declared(o), "distilled_logits" if o.signal == "logits" else "trained_on_outputs") for o in self.outputs
+        ]
         wanted += [(d, "trained_on") for d in self.datasets]
         found = []
-        for source, kind in wanted:
-            one = discover(source, self.registry, digests=digests)
-            found.append((Edge(SELF, one.node.id, kind, source.name), one))
+        for declared, kind in wanted:
+            one = discover(declared.source, self.registry, repo=declared.repo, digests=digests)
+            found.append((Edge(SELF, one.node.id, kind, declared.source.name), one))
         return found
 
     def _graph_of(self, roots: list[tuple[Edge, Found]]) -> Graph:
@@ -273,19 +276,18 @@ def outputs_record(
     """
     declared = load_config(config)
     registry = default_registry()
-    teachers = _match_teachers([teacher], declared)
-    sources = [*teachers, *_match_datasets(datasets, declared)]
-    behind = [discover(source, registry, digests=True) for source in sources]
+    sources = [*_match_teachers([teacher], declared), *_match_datasets(datasets, declared)]
+    behind = [discover(one.source, registry, repo=one.repo, digests=True) for one in sources]
     node = Node("teacher_outputs", f"outputs of {behind[0].node.label}")
     edges = []
-    for source, found in zip(sources, behind, strict=True):
-        kind: EdgeKind = "distilled_logits" if source.signal == "logits" else "trained_on_outputs"
-        if found.node.kind == "dataset":
+    for one, found in zip(sources, behind, strict=True):
+        kind: EdgeKind = "distilled_logits" if one.source.signal == "logits" else "trained_on_outputs"
+        if one.source.kind == "dataset":
             kind = "trained_on"
-        edges.append(Edge(node.id, found.node.id, kind, source.name))
+        edges.append(Edge(node.id, found.node.id, kind, one.source.name))
     graph = Graph.of([node], edges).merged(*(found.graph for found in behind))
     used = graph.merged(Graph.of([], [Edge(SELF, node.id, edges[0].kind)]))
-    verdict = evaluate(used, registry.terms, declared.use, Student(declared.student.name))
+    verdict = evaluate(used, registry.terms, declared.use, _shipped_student(declared, registry))
 
     def remedy(finding: Finding) -> str:
         if finding.code == "unknown_license" and finding.node == behind[0].node.id:
@@ -303,26 +305,51 @@ def _refuse(findings: Sequence[Finding], headline: str, remedy: Any) -> None:
         raise LicenseRefusedError("\n".join([f"{headline}.", *lines, NO_ADVICE]))
 
 
-def _declared(source: Source, declaration: Declaration) -> Source:
-    declared = declaration.applied_to(source)
-    return replace(declared, ref=declaration.repo) if source.ref is None and declaration.repo else declared
+@dataclass(frozen=True)
+class _Declared:
+    """A source with what the user declares of it, and the hub id that the user declares, if any."""
+
+    source: Source
+    repo: str | None = None
+
+    @classmethod
+    def of(cls, source: Source, declaration: Declaration) -> _Declared:
+        return cls(declaration.applied_to(source), declaration.repo)
 
 
-def _match_teachers(teachers: Sequence[Source], config: LineageConfig) -> list[Source]:
+def _shipped_student(config: LineageConfig, registry: Registry) -> Student:
+    """Return what the user says of the checkpoint.
+
+    Raises:
+        ConfigError: the licence under which it would be shipped is not known.
+    """
+    written = config.student.declared_license
+    if written is None:
+        return Student(config.student.name)
+    resolution = registry.resolve(written)
+    if UNKNOWN in resolution.ids:
+        raise ConfigError(
+            f"lineage.student.declared_license is {written!r}, which the registry does not know.{resolution.hint} "
+            "Expected a hub licence id, an SPDX expression, or 'own'."
+        )
+    return Student(config.student.name, resolution.ids)
+
+
+def _match_teachers(teachers: Sequence[Source], config: LineageConfig) -> list[_Declared]:
     """Join declarations to teachers by name; without any teacher, the declared ones are the teachers."""
     known = [t.name for t in teachers]
     if not teachers:
-        return [_declared(Source(name), declaration) for name, declaration in sorted(config.teachers.items())]
+        return [_Declared.of(Source(name), declaration) for name, declaration in sorted(config.teachers.items())]
     for name in config.teachers:
         if name not in known:
             raise ConfigError(
                 f"lineage.teachers names {name!r}, which is no teacher of this run; its teachers are "
                 f"{', '.join(map(repr, known))}.{nearest(name, known)}"
             )
-    return [_declared(t, config.teachers.get(t.name, Declaration())) for t in teachers]
+    return [_Declared.of(t, config.teachers.get(t.name, Declaration())) for t in teachers]
 
 
-def _match_datasets(datasets: Sequence[Source], config: LineageConfig) -> list[Source]:
+def _match_datasets(datasets: Sequence[Source], config: LineageConfig) -> list[_Declared]:
     """Join declarations to datasets by name or hub id; the others are datasets of their own."""
     left = list(config.datasets)
     matched = []
@@ -330,12 +357,10 @@ def _match_datasets(datasets: Sequence[Source], config: LineageConfig) -> list[S
         mine = next((d for d in left if {d.repo, d.name} & {source.name, source.ref} - {None}), None)
         if mine is not None:
             left.remove(mine)
-            source = mine.applied_to(source)
-        matched.append(source)
-    extra = [
-        _declared(Source(d.name or d.repo or f"dataset {i}", "dataset", signal="text"), d) for i, d in enumerate(left)
-    ]
-    return matched + extra
+        matched.append(_Declared.of(source, mine or Declaration()))
+    names = [d.name or d.repo or f"dataset {i + 1}" for i, d in enumerate(left)]
+    extra = [Source(name, "dataset", signal="text") for name in names]
+    return matched + [_Declared.of(source, d) for source, d in zip(extra, left, strict=True)]
 
 
 def _version(name: str) -> str | None:

@@ -138,7 +138,7 @@ def _check_verdict(record: Mapping[str, Any]) -> tuple[Verdict | None, list[Prob
     try:
         graph = Graph.from_json(record)
         terms = {i: Terms.from_mapping(entry, f"terms {i!r}") for i, entry in record["terms"].items()}
-        student = Student(record["student"].get("name"), record["student"].get("declared_license"))
+        student = Student(record["student"].get("name"), tuple(record["student"].get("declared_license", ())))
         facts = record["policy"]["facts"]
         verdict = obligations.settle(evaluate(graph, terms, facts, student), graph, terms)
         notice = obligations.notice_text(graph, terms, verdict)

@@ -1,0 +1,138 @@
+from importlib import resources
+
+import pytest
+
+from kd_plugin.errors import LineageError
+from kd_plugin.lineage import RunLineage, Source
+from kd_plugin.lineage.discovery import discover
+from kd_plugin.lineage.registry import default_registry
+from kd_plugin.lineage.texts import recognise
+from tests.core.lineage_help import checkpoint, model_dir, run_of
+
+REGISTRY = default_registry()
+
+
+def text_of(name):
+    return resources.files("kd_plugin.lineage").joinpath("texts", f"{name}.txt").read_text()
+
+
+def find(directory, **kwargs):
+    return discover(Source("x", ref=directory, **kwargs), REGISTRY)
+
+
+def test_every_shipped_text_is_recognised_as_itself():
+    for terms_id, entry in REGISTRY.terms.items():
+        if entry.text:
+            assert recognise(REGISTRY.text(terms_id), REGISTRY) == terms_id
+
+
+def test_a_licence_file_is_recognised_with_holder_filled_in_and_lines_rewrapped(tmp_path):
+    text = text_of("mit").replace("Copyright (c) [year] [fullname]", "Copyright (c) 2025 DeepSeek")
+    node = find(model_dir(tmp_path, "m", license_text=text.replace("\n", "  \n\n"))).node
+    assert node.licenses == ("mit",)
+    assert node.copyright == ("Copyright (c) 2025 DeepSeek",)
+
+
+def test_a_licence_with_an_added_condition_is_no_longer_that_licence(tmp_path):
+    added = " ".join(["The model may not be used by anyone to train any other model whatsoever."] * 4)
+    node = find(model_dir(tmp_path, "m", card="mit", license_text=text_of("mit") + added)).node
+    assert node.licenses == ("unknown",)
+    assert ("LICENSE", "a text that no registry entry matches") in [(e.where, e.value) for e in node.evidence]
+
+
+def test_where_sources_disagree_the_more_severe_counts_and_shows(tmp_path):
+    run = RunLineage(
+        method="sft",
+        student=Source("s", ref=model_dir(tmp_path, "s", card="mit", license_text=text_of("llama3.1")), license="own"),
+    )
+    assert run.graph.nodes and next(iter(run.graph.nodes.values())).licenses == ("llama3.1",)
+    (finding,) = [f for f in run.verdict.findings if f.code == "sources_disagree"]
+    assert "declared: own" in finding.evidence and "README.md: mit" in finding.evidence
+
+
+def test_a_base_model_brings_its_terms_along_whatever_the_badge_says(tmp_path):
+    base = model_dir(tmp_path / "org", "base", "llama3.1")
+    found = find(model_dir(tmp_path, "derived", "mit"))
+    assert len(found.graph.nodes) == 1
+    (tmp_path / "derived" / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{base}"}}')
+    found = find(str(tmp_path / "derived"))
+    assert sorted(n.licenses for n in found.graph.nodes.values()) == [("llama3.1",), ("mit",)]
+    assert [e.kind for e in found.graph.edges] == ["adapter_of"]
+
+
+def test_a_base_that_cannot_be_read_is_unknown_unless_the_user_answers_for_the_model(tmp_path):
+    directory = model_dir(tmp_path, "m", "license: mit\nbase_model: nobody/base")
+    student = Source("s", ref=directory)
+    assert RunLineage(method="sft", student=student).verdict.decision == "unknown"
+    run = RunLineage(method="sft", student=student, config={"student": {"license": "mit"}})
+    assert run.verdict.decision == "allow_with_duties"
+    assert [f.code for f in run.verdict.findings] == ["base_not_read"]
+
+
+def test_two_cards_that_name_each_other_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model_dir(tmp_path / "org", "a", "license: mit\nbase_model: org/b")
+    model_dir(tmp_path / "org", "b", "license: mit\nbase_model: org/a")
+    assert len(find("org/a").graph.nodes) == 2
+
+
+def test_a_checkpoint_of_ours_brings_its_ancestors(tmp_path):
+    before = run_of(tmp_path, "gemma")
+    saved = checkpoint(tmp_path / "out")
+    before.write(saved, step=1)
+    after = RunLineage(method="sft", student=Source("student", ref=str(saved)))
+    assert after.verdict.license_expression == before.verdict.license_expression
+    assert {d.terms for d in after.verdict.obligations} == {d.terms for d in before.verdict.obligations}
+
+
+def test_an_edited_parent_record_is_an_error(tmp_path):
+    saved = checkpoint(tmp_path / "out")
+    run_of(tmp_path, "gemma").write(saved, step=1)
+    record = saved / "lineage.json"
+    record.write_text(record.read_text().replace('"gemma"', '"mit"'))
+    with pytest.raises(LineageError, match="was changed"):
+        RunLineage(method="sft", student=Source("student", ref=str(saved)))
+
+
+def test_hostile_cards_execute_nothing_and_say_nothing(tmp_path):
+    bomb = "a: &a [x,x]\nb: &b [*a,*a]\nlicense: mit"
+    assert find(model_dir(tmp_path, "bomb", bomb)).node.licenses == ("unknown",)
+    code = "license: !!python/object/apply:os.system ['touch /tmp/owned']"
+    assert find(model_dir(tmp_path, "code", code)).node.licenses == ("unknown",)
+
+
+def test_huge_and_outward_leading_licence_files_are_not_read(tmp_path):
+    huge = model_dir(tmp_path, "huge", "mit", license_text="x" * (2 << 20))
+    assert find(huge).node.licenses == ("unknown",)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("Copyright (c) 2025 Secret")
+    leads_out = model_dir(tmp_path, "out", "mit")
+    (tmp_path / "out" / "LICENSE").symlink_to(secret)
+    node = find(leads_out).node
+    assert node.licenses == ("unknown",)
+    assert "Secret" not in str(node.to_json())
+
+
+def test_no_path_of_the_machine_is_recorded(tmp_path):
+    node = find(model_dir(tmp_path, "m", "mit")).node
+    assert str(tmp_path) not in str(node.to_json())
+    gone = discover(Source("d", "dataset", ref="/data/of/someone/train.jsonl"), REGISTRY).node
+    assert (gone.name, gone.repo) == ("train.jsonl", None)
+    server = discover(Source("t", endpoint="https://user:pass@host:1/v1", model="m", license="mit"), REGISTRY).node
+    assert server.endpoint == "host"
+
+
+def test_the_hubs_cache_gives_repo_and_commit(tmp_path, monkeypatch):
+    commit = "a" * 40
+    repo = tmp_path / "models--org--m"
+    blob = repo / "blobs" / "1"
+    blob.parent.mkdir(parents=True)
+    blob.write_text("---\nlicense: gemma\n---\n")
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").symlink_to("../../blobs/1")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    node = find("org/m").node
+    assert (node.repo, node.revision, node.licenses) == ("org/m", commit, ("gemma",))
