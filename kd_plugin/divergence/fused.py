@@ -22,6 +22,7 @@ from kd_plugin.divergence.finite import require_finite
 from kd_plugin.divergence.projection import (
     Projector,
     StudentGradient,
+    Workspace,
     chunk_rows,
     chunks,
     compute_dtype,
@@ -169,9 +170,10 @@ def _panel_pass(
     device, statistics, dtype = hidden_NH.device, plan.statistics, compute_dtype(hidden_NH)
     vocab_size, need_grad = student.weight.shape[0], any(plan.needs)
     rows = plan.rows or chunk_rows(vocab_size, device)
-    project = Projector(student, dtype, statistics, rows, plan.temperature, keep_slope=need_grad)
+    workspace = Workspace(min(rows, max(hidden_NH.shape[0], 1)), vocab_size, device)
+    project = Projector(student, "student", workspace, dtype, statistics, plan.temperature, keep_slope=need_grad)
     gradient = StudentGradient(hidden_NH, weight, bias, project, plan.needs, statistics)
-    tiles = Tiles(rows, vocab_size, statistics, device, plan.divergence, project.multiplier, need_grad)
+    tiles = Tiles(workspace, statistics, plan.divergence, project.multiplier, need_grad)
     entropy_N = torch.zeros(hidden_NH.shape[0], dtype=statistics, device=device)
     loss = torch.zeros((), dtype=statistics, device=device)
     values: list[Tensor] = []
@@ -182,7 +184,7 @@ def _panel_pass(
         values += found
         with ExitStack() as open_heads:
             teachers = [
-                _teacher(open_heads.enter_context(term.signal.head.gathered()), student, term, rows, plan)
+                _teacher(open_heads.enter_context(term.signal.head.gathered()), student, term, workspace, plan)
                 for term in group.terms
             ]
             for part in chunks(count if teachers else 0, rows):
@@ -203,10 +205,10 @@ def _panel_pass(
     return loss, entropy_N, values, gradient.take()
 
 
-def _teacher(head: OutputHead, student: OutputHead, term: TeacherTerm, rows: int, plan: _Plan) -> Projector:
+def _teacher(head: OutputHead, student: OutputHead, term: TeacherTerm, workspace: Workspace, plan: _Plan) -> Projector:
     require_matching_rows(student, head, "a teacher of the panel")
     hidden = term.signal.hidden
-    return Projector(head, compute_dtype(hidden), plan.statistics, rows, plan.temperature)
+    return Projector(head, "teacher", workspace, compute_dtype(hidden), plan.statistics, plan.temperature)
 
 
 def _weights(term: TeacherTerm, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:

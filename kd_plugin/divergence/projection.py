@@ -21,7 +21,7 @@ from kd_plugin.signals import OutputHead
 
 # Logits of one chunk, in elements. On CPU small enough to stay near the caches and large enough that the matrix
 # products run at full speed; accelerators need large products to be busy. tests/benchmarks/panel_loss.py measures it.
-_CHUNK_ELEMENTS = {"cpu": 8 * 1024 * 1024}
+_CHUNK_ELEMENTS = {"cpu": 12 * 1024 * 1024}
 _CHUNK_ELEMENTS_ACCELERATOR = 64 * 1024 * 1024
 
 
@@ -64,14 +64,36 @@ def needs_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
     return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
 
 
+class Workspace:
+    """Buffers of one chunk, made on first use and reused by every chunk and teacher.
+
+    Args:
+        rows: longest chunk.
+        vocab_size: V.
+        device: of all buffers.
+    """
+
+    def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
+        self.rows, self._vocab_size, self._device = rows, vocab_size, device
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
+        """Return the first ``rows`` rows of the buffer ``name``, (rows, V), with whatever it holds."""
+        key = (name, dtype)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(self.rows, self._vocab_size, dtype=dtype, device=self._device)
+        return self._buffers[key][:rows]
+
+
 class Projector:
     """Projects chunks of hidden states through one gathered head into reused buffers.
 
     Args:
         head: a head from :meth:`OutputHead.gathered`: whole tensors of real rows only.
+        name: the buffer that the logits are written to.
+        workspace: where the buffers live; projectors of the same name overwrite each other's logits.
         dtype: of the matrix product.
         statistics: dtype of the logits that come out.
-        rows: longest chunk.
         temperature: divides the logits, after scale and soft-cap.
         keep_slope: also keep d logits / d projection where a soft-cap makes it vary.
     """
@@ -79,39 +101,46 @@ class Projector:
     def __init__(
         self,
         head: OutputHead,
+        name: str,
+        workspace: Workspace,
         dtype: torch.dtype,
         statistics: torch.dtype,
-        rows: int,
         temperature: float,
         keep_slope: bool = False,
     ) -> None:
         self.weight_VH = head.weight.detach().to(dtype)
         self.bias_V = None if head.bias is None else head.bias.detach().to(statistics)
-        self.softcap = head.softcap
         self.multiplier = head.logit_scale / temperature
+        self.workspace, self.statistics = workspace, statistics
+        self._name, self._keep_slope = name, keep_slope
         self._cap = None if head.softcap is None else head.softcap / temperature
-        vocab, device = self.weight_VH.shape[0], self.weight_VH.device
-        self._tile_RV = torch.empty(rows, vocab, dtype=statistics, device=device)
-        self._narrow_RV = None
-        if dtype != statistics and not _can_widen(dtype, statistics, device):
-            self._narrow_RV = torch.empty(rows, vocab, dtype=dtype, device=device)
-        self._slope_RV = torch.empty_like(self._tile_RV) if keep_slope and head.softcap is not None else None
         self.slope_RV: Tensor | None = None
 
     def __call__(self, hidden_RH: Tensor) -> Tensor:
         """Logits (R, V) of one chunk, in a buffer that the next call overwrites."""
         rows = hidden_RH.shape[0]
-        logits_RV = self._tile_RV[:rows]
-        _matmul(hidden_RH, self.weight_VH.t(), logits_RV, self._narrow_RV)
+        logits_RV = self.workspace.get(self._name, rows, self.statistics)
+        self._matmul(hidden_RH, logits_RV)
         if self.bias_V is not None:
             logits_RV.add_(self.bias_V)
         if self._cap is None:
             return logits_RV if self.multiplier == 1.0 else logits_RV.mul_(self.multiplier)
         # softcap * tanh(scale * x / softcap) / T, whose slope in x is scale / T * (1 - tanh²)
         logits_RV.mul_(self.multiplier / self._cap).tanh_()
-        if self._slope_RV is not None:
-            self.slope_RV = torch.mul(logits_RV, logits_RV, out=self._slope_RV[:rows]).neg_().add_(1.0)
+        if self._keep_slope:
+            slope_RV = self.workspace.get("slope", rows, self.statistics)
+            self.slope_RV = torch.mul(logits_RV, logits_RV, out=slope_RV).neg_().add_(1.0)
         return logits_RV.mul_(self._cap)
+
+    def _matmul(self, hidden_RH: Tensor, out_RV: Tensor) -> None:
+        """Project into ``out_RV``, which may be wider than the operands."""
+        if hidden_RH.dtype == out_RV.dtype:
+            torch.mm(hidden_RH, self.weight_VH.t(), out=out_RV)
+        elif _can_widen(hidden_RH.dtype, out_RV.dtype, hidden_RH.device):
+            torch.mm(hidden_RH, self.weight_VH.t(), out_dtype=out_RV.dtype, out=out_RV)
+        else:
+            narrow_RV = self.workspace.get("narrow", hidden_RH.shape[0], hidden_RH.dtype)
+            out_RV.copy_(torch.mm(hidden_RH, self.weight_VH.t(), out=narrow_RV))
 
 
 class StudentGradient:
@@ -147,7 +176,6 @@ class StudentGradient:
         self.bias = zeros(bias, needs[2])
         self._projector = projector
         self._vocab = projector.weight_VH.shape[0]
-        self._narrow_RV: Tensor | None = None
 
     def add(self, grad_RV: Tensor, hidden_RH: Tensor, where: slice | Tensor) -> None:
         """Add one chunk.
@@ -165,8 +193,7 @@ class StudentGradient:
         if self.weight is not None:
             self._add_weight(grad_RV, hidden_RH)
         if self.hidden_NH is not None:
-            narrow_RV = grad_RV.to(hidden_RH.dtype)
-            chunk_RH = (narrow_RV @ self._projector.weight_VH).to(self.hidden_NH.dtype)
+            chunk_RH = (self._narrow(grad_RV, hidden_RH.dtype) @ self._projector.weight_VH).to(self.hidden_NH.dtype)
             if isinstance(where, slice):
                 self.hidden_NH[where] = chunk_RH
             else:
@@ -176,10 +203,15 @@ class StudentGradient:
         assert self.weight is not None
         total_VH = self.weight[: self._vocab]
         if grad_RV.device.type == "cuda" and hidden_RH.dtype in (torch.float16, torch.bfloat16):
-            narrow_RV = grad_RV.to(hidden_RH.dtype)
+            narrow_RV = self._narrow(grad_RV, hidden_RH.dtype)
             torch.addmm(total_VH, narrow_RV.t(), hidden_RH, out_dtype=torch.float32, out=total_VH)
         else:
             total_VH.addmm_(grad_RV.t(), hidden_RH.to(grad_RV.dtype))
+
+    def _narrow(self, grad_RV: Tensor, dtype: torch.dtype) -> Tensor:
+        if grad_RV.dtype == dtype:
+            return grad_RV
+        return self._projector.workspace.get("narrow", grad_RV.shape[0], dtype).copy_(grad_RV)
 
     def take(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the three gradients, in the statistics dtype."""
@@ -233,13 +265,3 @@ def require_matching_rows(student: OutputHead, teacher: OutputHead, whose: str) 
 def _can_widen(dtype: torch.dtype, statistics: torch.dtype, device: torch.device) -> bool:
     """Whether a product of ``dtype`` can be written as float32 without being rounded first (CUDA, torch 2.8)."""
     return device.type == "cuda" and statistics == torch.float32 and dtype in (torch.float16, torch.bfloat16)
-
-
-def _matmul(left: Tensor, right: Tensor, out: Tensor, narrow: Tensor | None) -> None:
-    """``out = left @ right``, where ``out`` may be wider than the operands."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    elif narrow is None:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(torch.mm(left, right, out=narrow[: left.shape[0]]))

@@ -22,6 +22,7 @@ from kd_plugin.divergence.listed import Listed, Tail, check_tail, listed_diverge
 from kd_plugin.divergence.projection import (
     Projector,
     StudentGradient,
+    Workspace,
     chunk_rows,
     chunks,
     compute_dtype,
@@ -179,9 +180,11 @@ class _SparsePass:
         self.plan, self.hidden_NH, self.need_grad = plan, hidden_NH.detach(), any(plan.needs)
         self.dtype = compute_dtype(hidden_NH)
         self.rows = min(plan.rows or chunk_rows(student.weight.shape[0], device), max(count, 1))
-        self.project = Projector(student, self.dtype, statistics, self.rows, 1.0, keep_slope=self.need_grad)
+        self.workspace = Workspace(self.rows, student.weight.shape[0], device)
+        self.project = Projector(
+            student, "student", self.workspace, self.dtype, statistics, 1.0, keep_slope=self.need_grad
+        )
         self.gradient = StudentGradient(hidden_NH, weight, bias, self.project, plan.needs, statistics)
-        self.rest_RV = torch.empty(self.rows, student.weight.shape[0], dtype=statistics, device=device)
         self.listed = Listed.from_signal(plan.target, statistics)
 
         def zeros(dtype: torch.dtype = statistics) -> Tensor:
@@ -222,7 +225,9 @@ class _SparsePass:
         listed_RK = torch.where(target.logp_NK == -math.inf, -math.inf, listed_RK)
         top_R1 = logits_RV.amax(-1, keepdim=True)
         shift_R1 = torch.where(top_R1 == -math.inf, 0.0, top_R1)  # everything is listed, and the rest is empty
-        rest_RV = torch.exp(logits_RV.sub_(shift_R1), out=self.rest_RV[: logits_RV.shape[0]])
+        rest_RV = torch.exp(
+            logits_RV.sub_(shift_R1), out=self.workspace.get("rest", logits_RV.shape[0], logits_RV.dtype)
+        )
         mass_R1 = rest_RV.sum(-1, keepdim=True)
         coarse_RJ = torch.cat([listed_RK, mass_R1.log() + shift_R1], -1)
         lse_R1 = coarse_RJ.logsumexp(-1, keepdim=True)

@@ -21,6 +21,7 @@ import math
 import torch
 from torch import Tensor
 
+from kd_plugin.divergence.projection import Workspace
 from kd_plugin.divergence.spec import Divergence
 
 
@@ -30,10 +31,8 @@ class Tiles:
     Call :meth:`start`, then :meth:`add_teacher` for each teacher, then :meth:`gradient`.
 
     Args:
-        rows: longest chunk.
-        vocab_size: V.
+        workspace: where the buffers live.
         dtype: of all buffers.
-        device: of all buffers.
         divergence: which divergence.
         multiplier: factor of the gradient (logit scale over temperature).
         need_grad: whether :meth:`gradient` will be called.
@@ -41,19 +40,16 @@ class Tiles:
 
     def __init__(
         self,
-        rows: int,
-        vocab_size: int,
+        workspace: Workspace,
         dtype: torch.dtype,
-        device: torch.device,
         divergence: Divergence,
         multiplier: float,
         need_grad: bool,
     ) -> None:
-        self._shape, self._dtype, self._device = (rows, vocab_size), dtype, device
+        self._workspace, self._dtype = workspace, dtype
         self._name = "forward_kl" if divergence.name == "skew_kl" and divergence.alpha == 0.0 else divergence.name
         self._share = divergence.beta if self._name == "jsd" else divergence.alpha
         self._multiplier, self._need_grad = multiplier, need_grad
-        self._buffers: dict[str, Tensor] = {}
 
     def start(self, logits_RV: Tensor, teachers: int) -> Tensor:
         """Begin a chunk; ``logits_RV`` becomes the student's log-probabilities in place.
@@ -66,7 +62,7 @@ class Tiles:
         normalise_(logits_RV, self._q_RV)
         self._total_RV: Tensor | None = None
         self._factor_R1: Tensor | float = 0.0  # Σ w for the forward KL, ⟨q, a⟩ for the others
-        return self._dot(self._q_RV, self._logq_RV).neg_()
+        return torch.mul(self._q_RV, self._logq_RV, out=self._buffer("p")).sum(-1).neg_()
 
     def add_teacher(self, logits_RV: Tensor, weight_R: Tensor) -> Tensor:
         """Take in one teacher's logits (overwritten) with its weights.
@@ -79,23 +75,23 @@ class Tiles:
         gap_RV = logits_RV.sub_(self._logq_RV)  # log p − log q
         match self._name:
             case "forward_kl":
-                value_R = self._dot(p_RV, gap_RV)
+                value_R = gap_RV.mul_(p_RV).sum(-1)
                 self._accumulate(p_RV, weight_R, 1.0, 1.0)
             case "reverse_kl":
-                value_R = self._dot(self._q_RV, gap_RV).neg_()
+                value_R = torch.mul(self._q_RV, gap_RV, out=p_RV).sum(-1).neg_()
                 self._accumulate(gap_RV, weight_R, -1.0, value_R)
             case "jsd":
                 rise_RV = self._log_mixture_over_q(gap_RV)
-                student_R = self._dot(self._q_RV, rise_RV).neg_()  # KL(q ‖ m)
-                value_R = self._dot(p_RV, gap_RV.sub_(rise_RV)) * self._share + student_R * (1.0 - self._share)
-                self._accumulate(rise_RV, weight_R, self._share - 1.0, student_R * (1.0 - self._share))
+                value_R = gap_RV.sub_(rise_RV).mul_(p_RV).sum(-1) * self._share
+                student_R = torch.mul(self._q_RV, rise_RV, out=p_RV).sum(-1) * (self._share - 1.0)
+                value_R = value_R + student_R
+                self._accumulate(rise_RV, weight_R, self._share - 1.0, student_R)
             case _:
                 ratio_RV = gap_RV.sub_(self._log_mixture_over_q(gap_RV))
-                value_R = self._dot(p_RV, ratio_RV)
+                value_R = torch.mul(p_RV, ratio_RV, out=p_RV).sum(-1)
                 if self._need_grad:
-                    ratio_RV.exp_()
-                    mean_R = self._dot(self._q_RV, ratio_RV) * (self._share - 1.0)
-                    self._accumulate(ratio_RV, weight_R, self._share - 1.0, mean_R)
+                    torch.mul(self._q_RV, ratio_RV.exp_(), out=p_RV)
+                    self._accumulate(ratio_RV, weight_R, self._share - 1.0, p_RV.sum(-1) * (self._share - 1.0))
         return value_R
 
     def gradient(self) -> Tensor:
@@ -121,17 +117,12 @@ class Tiles:
 
     def _log_mixture_over_q(self, gap_RV: Tensor) -> Tensor:
         """log(share·p + (1−share)·q) − log q, from log p − log q."""
-        rest = torch.tensor(math.log1p(-self._share), dtype=self._dtype, device=self._device)
+        rest = torch.tensor(math.log1p(-self._share), dtype=self._dtype, device=gap_RV.device)
         shifted_RV = torch.add(gap_RV, math.log(self._share), out=self._buffer("mixture"))
         return torch.logaddexp(shifted_RV, rest, out=shifted_RV)
 
-    def _dot(self, left_RV: Tensor, right_RV: Tensor) -> Tensor:
-        return torch.mul(left_RV, right_RV, out=self._buffer("product")).sum(-1)
-
     def _buffer(self, name: str) -> Tensor:
-        if name not in self._buffers:
-            self._buffers[name] = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        return self._buffers[name][: self._rows]
+        return self._workspace.get(name, self._rows, self._dtype)
 
 
 def normalise_(logits_RV: Tensor, probs_RV: Tensor) -> None:

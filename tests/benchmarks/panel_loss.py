@@ -1,0 +1,184 @@
+"""Time and memory of the fused panel loss against TRL's chunked loss called once a teacher.
+
+    python -m tests.benchmarks.panel_loss            # all tables, about ten minutes on 2 cores
+    python -m tests.benchmarks.panel_loss --quick    # small sizes, seconds; checks that both sides agree
+
+Both sides run forward and backward on the same tensors, alternating within one process, and the medians are compared;
+so load from elsewhere meets both. Memory is measured apart, one new process a side: the peak resident set during
+forward and backward (VmHWM, reset before) less the resident set before, so gradients and everything that the kernels
+allocate count. Writes Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence
+from kd_plugin.signals import HiddenSignal, OutputHead
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SIDES = ("ours", "trl")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size; widths are those of a small student and a larger teacher."""
+
+    dtype: str = "float32"
+    teachers: int = 1
+    positions: int = 1024
+    vocab: int = 49152
+    student: int = 576
+    teacher: int = 960
+    divergence: str = "reverse_kl"
+
+
+class Problem:
+    """The tensors of a case, and the two ways to its loss and gradients."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        dtype = DTYPES[case.dtype]
+
+        def draw(rows: int, width: int, scale: float) -> Tensor:
+            return torch.randn(rows, width, dtype=dtype).mul_(scale)
+
+        self.case = case
+        self.hidden = draw(case.positions, case.student, 1.0).requires_grad_()
+        self.weight = draw(case.vocab, case.student, 1.5 * case.student**-0.5).requires_grad_()
+        self.panel = [
+            (draw(case.positions, case.teacher, 1.0), draw(case.vocab, case.teacher, 1.5 * case.teacher**-0.5))
+            for _ in range(case.teachers)
+        ]
+
+    def ours(self) -> Tensor:
+        terms = tuple(TeacherTerm(HiddenSignal(hidden, OutputHead(weight))) for hidden, weight in self.panel)
+        divergence = Divergence(self.case.divergence)
+        loss = fused_panel_divergence(self.hidden, OutputHead(self.weight), [PanelGroup(None, terms)], divergence)
+        return loss.loss_sum / self.case.positions
+
+    def trl(self) -> Tensor:
+        from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+        beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[self.case.divergence]
+        mask = torch.ones(1, self.case.positions)
+        losses = [
+            _chunked_divergence_loss(self.hidden[None], hidden[None], self.weight, weight, mask, beta)[0]
+            for hidden, weight in self.panel
+        ]
+        return torch.stack(losses).sum()
+
+    def step(self, side: str) -> tuple[float, tuple[float, float, float]]:
+        """Seconds of one forward and backward; loss and the gradients' norms."""
+        self.hidden.grad = self.weight.grad = None
+        gc.collect()
+        start = time.perf_counter()
+        loss = getattr(self, side)()
+        loss.backward()
+        seconds = time.perf_counter() - start
+        return seconds, (loss.item(), self.hidden.grad.float().norm().item(), self.weight.grad.float().norm().item())
+
+
+def times(case: Case, repeats: int) -> tuple[dict[str, float], float]:
+    """Median seconds of each side, alternating; and the largest relative difference of loss and gradient norms."""
+    problem = Problem(case)
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    results: dict[str, tuple[float, float, float]] = {}
+    for _ in range(repeats):
+        for side in SIDES:
+            spent, results[side] = problem.step(side)
+            seconds[side].append(spent)
+    apart = max(abs(a - b) / abs(b) for a, b in zip(results["ours"], results["trl"], strict=True))
+    return {side: statistics.median(values) for side, values in seconds.items()}, apart
+
+
+def added_peak_here(case: Case, side: str) -> int:
+    """Bytes by which the resident set of this process peaks during one step; Linux only."""
+    problem = Problem(case)
+    Problem(Case(case.dtype, 1, 8, 64, 8, 8, case.divergence)).step(side)  # imports and thread pools
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at the present resident set
+    before = _status("VmRSS")
+    problem.step(side)
+    return _status("VmHWM") - before
+
+
+def added_peak(case: Case, side: str) -> int:
+    """The same, measured in a new process."""
+    command = [sys.executable, "-m", "tests.benchmarks.panel_loss", "--memory-of", side, json.dumps(asdict(case))]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def row(case: Case, repeats: int, memory: bool) -> str:
+    """One line of a table."""
+    seconds, apart = times(case, repeats)
+    cells = [case.dtype, case.divergence, case.teachers, case.positions, case.vocab]
+    cells += [f"{seconds['trl']:.2f}", f"{seconds['ours']:.2f}", f"**{seconds['ours'] / seconds['trl']:.2f}**"]
+    if memory:
+        peak = {side: added_peak(case, side) for side in SIDES}
+        cells += [f"{peak['trl'] / 2**20:.0f}", f"{peak['ours'] / 2**20:.0f}", f"**{peak['ours'] / peak['trl']:.2f}**"]
+    else:
+        cells += ["", "", ""]
+    return "| " + " | ".join(str(cell) for cell in [*cells, f"{apart:.0e}"]) + " |"
+
+
+HEADER = (
+    "| dtype | divergence | teachers | N | V | TRL s | ours s | time | TRL MiB | ours MiB | memory | apart |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def tables(quick: bool) -> list[tuple[str, list[Case]]]:
+    """The tables and their cases."""
+    if quick:
+        return [("Smoke", [Case(dtype, n, 64, 2048, 48, 80) for dtype in DTYPES for n in (1, 3)])]
+    return [
+        ("One and three teachers", [Case(dtype, n) for dtype in DTYPES for n in (1, 3)]),
+        ("Other divergences", [Case(dtype, 1, divergence=d) for dtype in DTYPES for d in ("forward_kl", "jsd")]),
+        ("Growing number of teachers", [Case("bfloat16", n, positions=512) for n in (1, 2, 4, 8)]),
+        ("Growing number of positions", [Case("bfloat16", 1, positions=n) for n in (256, 1024, 4096)]),
+        ("Growing vocabulary", [Case("bfloat16", 1, positions=512, vocab=v) for v in (16384, 65536, 151936)]),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, no memory: a smoke test")
+    parser.add_argument("--repeats", type=int, default=3, help="steps a side, alternating")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory-of", nargs=2, metavar=("SIDE", "CASE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        side, case = options.memory_of
+        print(added_peak_here(Case(**json.loads(case)), side))
+        return
+    print(
+        f"torch {torch.__version__}, {options.threads} threads, {platform.machine()}, {options.repeats} steps a side."
+    )
+    for title, cases in tables(options.quick):
+        print(f"\n### {title}\n\n{HEADER}", flush=True)
+        for case in cases:
+            print(row(case, options.repeats, memory=not options.quick and sys.platform == "linux"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
