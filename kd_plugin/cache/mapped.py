@@ -71,7 +71,7 @@ class CheckedFile:
         spans = low[:, None] + np.arange(int((high - low).max()) + 1)
         blocks = np.unique(np.minimum(spans, high[:, None]))
         blocks = blocks[self._unread[blocks]]
-        data = memoryview(self.tensor.numpy().view(np.uint8))
+        data = self.tensor.numpy().view(np.uint8).data
         for block in blocks:
             if zlib.crc32(data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]) != self._checks[block]:
                 raise CacheCorruptionError(
