@@ -15,7 +15,7 @@ _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|ckpt|distcp|h5|msgpack|
 # What a trainer keeps beside the weights. DeepSpeed's *_optim_states.pt are not among these: under ZeRO they hold
 # the float32 master weights from which zero_to_fp32 rebuilds the model.
 _NOT_WEIGHTS = re.compile(
-    r"^(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state)\b.*|^optimizer_.*|.*_rng_state.*"
+    r"^(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state)([._].*)?$"
 )
 _CHECKPOINT = re.compile(r"^checkpoint-.+$")
 
@@ -75,7 +75,7 @@ def _walk(directory: Path) -> Iterator[Path]:
     for path in directory.iterdir():
         name = path.name
         if path.is_dir():
-            if path.is_symlink() or name.startswith(".") or _CHECKPOINT.match(name):
+            if path.is_symlink() or name.startswith(".") or _CHECKPOINT.match(name) or _NOT_WEIGHTS.match(name):
                 continue
             if not (path / "lineage.json").exists():
                 yield from _walk(path)

@@ -233,7 +233,8 @@ def _apply(hit: _Hit, facts: Mapping[str, bool | None], student: Student, tally:
     answer = facts.get(clause.fact) if clause.fact else True
     if answer is None:
         tally.raise_to("conditional")
-        remedy = f"say it once in the config: `lineage: {{use: {{{clause.fact}: true | false}}}}` ({FACTS[clause.fact or '']})"
+        question = FACTS.get(clause.fact or "", "see the clause")
+        remedy = f"say it once in the config: `lineage: {{use: {{{clause.fact}: true | false}}}}` ({question})"
         tally.findings.append(_finding(hit, "fact_missing", "conditional", clause.trigger, remedy))
     if clause.effect == "forbid":
         if answer:
