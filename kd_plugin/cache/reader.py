@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from kd_plugin.cache.examples import example_id
@@ -125,7 +127,8 @@ class TeacherCache:
             DataError: a number is out of range.
             CacheCorruptionError: a byte that was read differs from what was written.
         """
-        return self._mapped.signal(teacher_index)
+        signal = self._mapped.signal(teacher_index)
+        return signal if signal.draws is not None else _undo_rounding(signal)
 
     def require_compatible(self, vocabulary: Vocabulary, *, temperature: float = 1.0) -> None:
         """Refuse a student that these targets cannot teach; warn where only the chat template differs.
@@ -207,3 +210,18 @@ def _read_whole(path: Path, allow_partial: bool) -> Manifest:
             "pass allow_partial=True to train on what is there."
         )
     return gathered
+
+
+def _undo_rounding(signal: SparseSignal) -> SparseSignal:
+    """Give the listed tokens together exactly the mass that the tail leaves.
+
+    Rounding to float16 moves each log-probability by up to 2^-11 of itself. What all of a position's moves have in
+    common would make the target's mass differ from one and bias the loss; the tail is stored in float32, so that part
+    is known and taken back.
+    """
+    logprobs = signal.logprobs.float()
+    listed = torch.log1p(-signal.tail_logmass.float().exp().clamp(max=1.0))
+    excess = torch.logsumexp(logprobs, dim=1) - listed
+    # Next to nothing listed: the mass itself is rounding, and there is nothing to take back
+    excess = torch.where(listed > -7.0, excess, 0.0)
+    return replace(signal, logprobs=logprobs - excess[:, None])
