@@ -47,17 +47,17 @@ class DemoConfig:
     student_layers: str = "0-8,19-29"
     seed: int = 0
     threads: int = 0
-    train_prompts: int = 200
-    held_out_prompts: int = 12
-    max_completion_length: int = 40
+    train_prompts: int = 96
+    held_out_prompts: int = 32
+    max_completion_length: int = 32
     batch_size: int = 16
-    specialist_steps: int = 24
-    specialist_learning_rate: float = 1e-4
+    specialist_steps: int = 12
+    specialist_learning_rate: float = 2e-4
     top_k: int = 64
-    offline_steps: int = 40
+    offline_steps: int = 32
     offline_learning_rate: float = 3e-4
-    panel_steps: int = 16
-    panel_learning_rate: float = 1e-4
+    panel_steps: int = 12
+    panel_learning_rate: float = 2e-4
 
     def __post_init__(self) -> None:
         for name in (

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,9 @@ def _be_quiet() -> None:
     """Keep other libraries' progress bars and hints out of the demo's own lines."""
     import datasets
     import transformers
+
+    # Settings that transformers 5.23 renames while TRL 1.16 still uses the old names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

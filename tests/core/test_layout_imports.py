@@ -78,7 +78,7 @@ def run_python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
 
 
-HEAVY = "torch transformers datasets trl lightning pytorch_lightning deepspeed accelerate peft".split()
+HEAVY = ("torch", "transformers", "datasets", "trl", "lightning", "pytorch_lightning", "deepspeed", "accelerate")
 
 
 def test_importing_the_package_imports_nothing_heavy():
