@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 import yaml
 
 from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.lineage.policy import FACTS
+from kd_plugin.lineage.overrides import Override, read_overrides
 from kd_plugin.lineage.sources import Source
+from kd_plugin.lineage.verdict import FACTS
 
-_KEYS = ("student", "teachers", "datasets", "use", "overrides", "run")
+_KEYS = ("student", "teachers", "datasets", "use", "overrides", "run", "registry")
 _SOURCE_KEYS = ("repo", "revision", "license", "endpoint", "model", "signal", "generated_by", "name")
 _STUDENT_KEYS = ("repo", "revision", "license", "name", "declared_license")
 _RUN_KEYS = ("id", "date", "repo", "commit")
 _MAX_BYTES = 1 << 20
+_MAX_DEPTH = 64  # deeper flow collections cost a YAML parser quadratic time
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class LineageConfig:
         use: answers to the questions of :data:`kd_plugin.lineage.policy.FACTS`; missing ones are not known.
         run: ``id``, ``date``, ``repo`` and ``commit`` of the run, where the user fixes them.
         overrides: exceptions that the user records.
+        registry: path of a TOML with licences of the user's own, or None.
     """
 
     student: Declaration = Declaration()
@@ -66,7 +71,8 @@ class LineageConfig:
     datasets: tuple[Declaration, ...] = ()
     use: Mapping[str, bool] = field(default_factory=dict)
     run: Mapping[str, str] = field(default_factory=dict)
-    overrides: tuple[Mapping[str, Any], ...] = ()
+    overrides: tuple[Override, ...] = ()
+    registry: Path | None = None
 
 
 def load_config(config: Mapping[str, Any] | str | Path | None) -> LineageConfig:
@@ -81,14 +87,17 @@ def load_config(config: Mapping[str, Any] | str | Path | None) -> LineageConfig:
     """
     if config is None:
         return LineageConfig()
-    where = "lineage"
+    where, folder = "lineage", Path()
     if isinstance(config, str | Path):
-        where = str(config)
+        where, folder = str(config), Path(config).parent
         config = read_yaml(Path(config))
     data = _mapping(config, where, _KEYS)
     overrides = data.get("overrides") or []
     if not isinstance(overrides, list | tuple) or not all(isinstance(o, Mapping) for o in overrides):
         raise ConfigError(f"{where}.overrides must be a list of mappings, got {overrides!r}.")
+    registry = data.get("registry")
+    if not isinstance(registry, str | None):
+        raise ConfigError(f"{where}.registry must be the path of a TOML file, got {registry!r}.")
     teachers = _mapping(data.get("teachers") or {}, f"{where}.teachers", None)
     datasets = data.get("datasets") or []
     if not isinstance(datasets, Sequence) or isinstance(datasets, str):
@@ -102,7 +111,8 @@ def load_config(config: Mapping[str, Any] | str | Path | None) -> LineageConfig:
         ),
         use=_facts(data.get("use") or {}, f"{where}.use"),
         run={k: str(v) for k, v in _mapping(data.get("run") or {}, f"{where}.run", _RUN_KEYS).items()},
-        overrides=tuple(overrides),
+        overrides=read_overrides(overrides, f"{where}.overrides"),
+        registry=None if registry is None else folder / registry,
     )
 
 
@@ -126,16 +136,27 @@ def parse_yaml(raw: bytes, where: str) -> Any:
         raise ConfigError(f"{where} is larger than {_MAX_BYTES} bytes; that is no lineage declaration.")
     try:
         text = raw.decode("utf-8")
+        if _depth(text) > _MAX_DEPTH:
+            raise ConfigError(f"{where} is nested deeper than {_MAX_DEPTH} levels; that is no declaration.")
         # An alias can make a small file stand for billions of nodes, and no declaration needs one.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_LOADER)):
             raise ConfigError(f"{where} uses YAML aliases (*name), which are not read here; write the value out.")
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_LOADER)  # a safe loader either way
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown place"
         raise ConfigError(f"{where} is not valid YAML at {place}: {error.problem}.") from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not valid YAML: {error}.") from error
+
+
+def _depth(text: str) -> int:
+    """Return how deep brackets nest, as an upper bound: brackets inside strings count too."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[{\]}]", text):
+        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _declaration(value: Any, where: str, keys: tuple[str, ...]) -> Declaration:

@@ -66,11 +66,10 @@ def read_directory(directory: Path, registry: Registry) -> DirectoryFacts:
             readings.append(Evidence(printable(path.name), "a file that is too large or leads elsewhere", (UNKNOWN,)))
             continue
         found = recognise(text, registry)
-        seen = registry.terms[found].name if found else "a text that no registry entry matches"
-        readings.append(Evidence(printable(path.name), seen, (found or UNKNOWN,)))
+        readings.append(Evidence(printable(path.name), printable(found.says), (found.id or UNKNOWN,)))
         copyrights += copyright_lines(text)
         texts.append(text)
-        if found is None:
+        if found.id is None:
             unmatched.append(text)
     card = front_matter(directory)
     readings += _card_readings(card, registry)

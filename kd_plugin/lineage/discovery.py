@@ -9,10 +9,11 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from kd_plugin.errors import LineageError
+from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import hashing
 from kd_plugin.lineage.directory import DirectoryFacts, printable, read_directory
 from kd_plugin.lineage.graph import SELF, Edge, Evidence, Graph, Node
+from kd_plugin.lineage.overrides import Override, read_overrides
 from kd_plugin.lineage.record import RECORD, SCHEMA, load_record
 from kd_plugin.lineage.registry import UNKNOWN, Registry
 from kd_plugin.lineage.sources import Source
@@ -30,10 +31,12 @@ class Found:
     Attributes:
         node: the source itself.
         graph: ``node`` and its ancestors.
+        overrides: exceptions that the ancestors' records hold; they still hold for what is made from them.
     """
 
     node: Node
     graph: Graph
+    overrides: tuple[Override, ...] = ()
 
 
 def discover(
@@ -67,14 +70,18 @@ def discover(
     if directory is not None and (directory / RECORD).is_file():
         return _from_checkpoint(load_record(directory), printable(directory.resolve().name))
     facts = DirectoryFacts() if directory is None else read_directory(directory, registry)
-    ids, evidence = _decide([*_declared(source, registry), *facts.readings], registry)
+    found_repo, revision = _identity(source, directory)
+    repo = found_repo or repo
+    known = registry.known_repository(repo) if source.kind == "model" else None
+    readings = [*_declared(source, registry), *facts.readings]
+    if known is not None:
+        readings.append(Evidence("registry of known repositories", known.license, (known.license,)))
+    ids, evidence = _decide(readings, registry)
     services = _services(source, registry, directory, repo)
     in_memory = source.kind == "dataset" and source.ref is None
     undeclared = not ids and not services and (in_memory or vouched)
     if not ids and not services and not undeclared:
         ids = (UNKNOWN,)
-    found_repo, revision = _identity(source, directory)
-    repo = found_repo or repo
     node = Node(
         kind="dataset" if source.kind == "dataset" else "model",
         name=_name(source, directory),
@@ -97,13 +104,17 @@ def discover(
     trail = (*seen, source.ref or "")
     vouch = any(e.where == DECLARED and e.ids != (UNKNOWN,) for e in evidence) or vouched
     behind = [(base, kind, vouch) for base, kind in facts.bases]
+    if known is not None and known.base is not None and known.base not in {base for base, _ in facts.bases}:
+        behind.append((known.base, "initialized_from", vouch))
     behind += [(name, "trained_on_outputs", False) for name in source.generated_by]
+    overrides: tuple[Override, ...] = ()
     for reference, kind, answered in behind:
         if reference in (*trail, repo) or len(trail) > _MAX_DEPTH:
             continue
         found = discover(Source(reference, "model", reference), registry, vouched=answered, seen=trail)
         graph = graph.merged(found.graph, Graph.of([], [Edge(node.id, found.node.id, kind)]))
-    return Found(node, graph)
+        overrides += found.overrides
+    return Found(node, graph, overrides)
 
 
 def _declared(source: Source, registry: Registry) -> list[Evidence]:
@@ -207,7 +218,8 @@ def _from_outputs(source: Source) -> Found:
     details = {key: value for key, value in outputs.items() if key != "digest" and value is not None}
     node = replace(bare, digest=outputs.get("digest"), details=details)
     edges = [replace(e, source=node.id) if e.source == bare.id else e for e in graph.edges]
-    return Found(node, Graph.of([node, *(n for n in graph.nodes.values() if n.id != bare.id)], edges))
+    nodes = [node, *(n for n in graph.nodes.values() if n.id != bare.id)]
+    return Found(node, Graph.of(nodes, edges), record_overrides(source.record))
 
 
 def _from_checkpoint(record: Mapping[str, Any], name: str) -> Found:
@@ -216,7 +228,15 @@ def _from_checkpoint(record: Mapping[str, Any], name: str) -> Found:
     graph = Graph.from_json(record)
     if not any(edge.source == SELF for edge in graph.edges):
         raise LineageError(f"The record of {name!r} names nothing that its checkpoint was made from.")
-    return Found(node, graph.rooted_at(node))
+    return Found(node, graph.rooted_at(node), record_overrides(record))
+
+
+def record_overrides(record: Mapping[str, Any]) -> tuple[Override, ...]:
+    """Return the exceptions of a record; raises LineageError where they are malformed."""
+    try:
+        return read_overrides(record.get("overrides", []), "overrides")
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise LineageError(f"The exceptions of a lineage record cannot be read: {error}") from error
 
 
 def checkpoint_node(record: Mapping[str, Any], name: str) -> Node:

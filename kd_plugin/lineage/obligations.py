@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from kd_plugin.lineage.graph import Graph, Node
-from kd_plugin.lineage.policy import NO_ADVICE, Duty, Finding, Verdict
 from kd_plugin.lineage.registry import Registry
 from kd_plugin.lineage.terms import Terms
+from kd_plugin.lineage.verdict import NO_ADVICE, Duty, Finding, Verdict
 
 NOTICE_HEADER = "NOTICE of the license lineage of this checkpoint, written by kd-plugin."
 

@@ -2,154 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from kd_plugin.errors import LineageError
 from kd_plugin.lineage.graph import SELF, Graph, Node, Path
+from kd_plugin.lineage.overrides import Override, apply_overrides
+from kd_plugin.lineage.shipping import Hit, changed_texts, shipping_findings
 from kd_plugin.lineage.terms import Clause, Terms
-
-Decision = Literal["allow", "allow_with_duties", "conditional", "unknown", "block"]
-DECISIONS: tuple[Decision, ...] = ("allow", "allow_with_duties", "conditional", "unknown", "block")
-NO_ADVICE = "This is engineering output, not legal advice."
-
-# What a declared fact means, in the words of the question that is put to the user.
-FACTS: Mapping[str, str] = {
-    "commercial": "is the student, or what is made with it, used commercially?",
-    "distribute": "are the weights given or made available to others?",
-    "eu_domiciled": "is the user domiciled, or does the company have its principal place of business, in the EU?",
-    "mau_over_700m_at_release": (
-        "had licensee and affiliates over 700 million monthly active users in the month before the model's release?"
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Student:
-    """What the user says of the checkpoint.
-
-    Attributes:
-        name: name under which it would be shipped.
-        declared_license: licence under which it would be shipped, as registry ids; empty where it is not declared.
-    """
-
-    name: str | None = None
-    declared_license: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Duty:
-    """What whoever ships the checkpoint owes.
-
-    Attributes:
-        terms: registry id of the licence.
-        cite: clause.
-        kind: word for machines: ``notice``, ``license_text``, ``name_prefix``, ``display`` ...
-        says: one sentence for people.
-        value: what is asked for literally, if anything.
-        node: id of the node whose terms ask it.
-        path: node ids from the checkpoint to that node.
-        basis: ``explicit`` by the clause's words, or ``precautionary``.
-        status: ``met`` by the files of the checkpoint, ``unmet``, or ``attest``: only people can tell.
-    """
-
-    terms: str
-    cite: str
-    kind: str
-    says: str
-    value: str | None
-    node: str
-    path: tuple[str, ...]
-    basis: Literal["explicit", "precautionary"]
-    status: Literal["met", "unmet", "attest"] = "attest"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the duty as it stands in ``lineage.json``."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that stands in the way, or that someone should know.
-
-    Attributes:
-        code: ``forbidden``, ``unknown_license``, ``fact_missing``, ``name_prefix`` ...
-        severity: ``warning``, ``conditional``, ``unknown``, ``violation`` or ``block``.
-        trigger: when it bites: at ``training`` or at ``distribution``.
-        node: id of the node it is about, or ``"self"``.
-        subject: how people call that node.
-        path: node ids from the checkpoint to the node.
-        clause: licence and clause, or the rule of this policy.
-        evidence: what was read, and where.
-        remedy: the way out.
-    """
-
-    code: str
-    severity: Literal["warning", "conditional", "unknown", "violation", "block"]
-    trigger: Literal["training", "distribution"]
-    node: str
-    subject: str
-    path: tuple[str, ...]
-    clause: str
-    evidence: str
-    remedy: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the finding as it stands in ``lineage.json``."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-    def __str__(self) -> str:
-        return f"{self.subject}: {self.clause} ({self.evidence}). Way out: {self.remedy}"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The outcome for a checkpoint.
-
-    Attributes:
-        decision: most severe of ``allow`` < ``allow_with_duties`` < ``conditional`` < ``unknown`` < ``block``.
-        findings: what stands in the way, most severe first.
-        obligations: duties of whoever ships the checkpoint.
-        license_expression: SPDX expression of what binds the weights themselves.
-    """
-
-    decision: Decision
-    findings: tuple[Finding, ...]
-    obligations: tuple[Duty, ...]
-    license_expression: str
-
-    @property
-    def refusals(self) -> tuple[Finding, ...]:
-        """Findings that forbid training."""
-        return tuple(f for f in self.findings if f.trigger == "training" and f.severity in ("unknown", "block"))
-
-    @property
-    def publication_stops(self) -> tuple[Finding, ...]:
-        """Findings that forbid giving the checkpoint away."""
-        return tuple(f for f in self.findings if f.severity in ("unknown", "block", "violation"))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the verdict as it stands in ``lineage.json``."""
-        return {
-            "decision": self.decision,
-            "license_expression": self.license_expression,
-            "duties": [duty.to_json() for duty in self.obligations],
-            "findings": [finding.to_json() for finding in self.findings],
-        }
-
-
-@dataclass(frozen=True)
-class _Hit:
-    """A clause that touches the checkpoint."""
-
-    node: Node
-    terms: Terms
-    clause: Clause
-    path: Path
-    explicit: bool
+from kd_plugin.lineage.verdict import DECISIONS, FACTS, Decision, Duty, Finding, Student, Verdict
 
 
 @dataclass
@@ -163,7 +25,12 @@ class _Tally:
 
 
 def evaluate(
-    graph: Graph, terms: Mapping[str, Terms], facts: Mapping[str, bool | None], student: Student | None = None
+    graph: Graph,
+    terms: Mapping[str, Terms],
+    facts: Mapping[str, bool | None],
+    student: Student | None = None,
+    overrides: Sequence[Override] = (),
+    on: str = "",
 ) -> Verdict:
     """Decide what a checkpoint with this lineage may be used for, and what is owed.
 
@@ -172,6 +39,8 @@ def evaluate(
         terms: every entry that a node names, by id.
         facts: declared answers to :data:`FACTS`; a missing or None answer is not known.
         student: name and licence under which the checkpoint would be shipped.
+        overrides: recorded exceptions.
+        on: ISO date on which they must be in force.
 
     Raises:
         LineageError: a node names terms that are not given.
@@ -180,6 +49,7 @@ def evaluate(
     tally = _Tally()
     paths = graph.paths()
     own = {i for n, ps in paths.items() for p in ps if p.reach == "weights" for i in graph.nodes[n].licenses}
+    hits: list[Hit] = []
     for node_id in sorted(paths):
         node = graph.nodes[node_id]
         _judge_declaration(node, paths[node_id][0], tally)
@@ -189,13 +59,17 @@ def evaluate(
             for clause in terms[terms_id].clauses:
                 hit = _first_hit(node, terms[terms_id], clause, paths[node_id])
                 if hit is not None and not own & set(clause.unless_student):
+                    hits.append(hit)
                     _apply(hit, facts, student, tally)
-    order = {"block": 0, "violation": 1, "unknown": 2, "conditional": 3, "warning": 4}
+    tally.findings += [*shipping_findings(hits, student, terms), *changed_texts(graph, paths)]
+    findings = [apply_overrides(f, terms, overrides, on) for f in dict.fromkeys(tally.findings)]
+    for finding in findings:
+        if finding.severity in DECISIONS:
+            tally.raise_to(finding.severity)  # type: ignore[arg-type]
+    order = {"block": 0, "violation": 1, "unknown": 2, "overridden": 3, "conditional": 4, "warning": 5}
     return Verdict(
         decision=DECISIONS[tally.severity],
-        findings=tuple(
-            sorted(set(tally.findings), key=lambda f: (order[f.severity], f.code, f.node, f.clause, f.path))
-        ),
+        findings=tuple(sorted(findings, key=lambda f: (order[f.severity], f.code, f.node, f.clause, f.path))),
         obligations=tuple(sorted(set(tally.duties), key=lambda d: (d.terms, d.cite, d.kind, d.node, d.path))),
         license_expression=_expression(graph, terms, paths, student),
     )
@@ -209,37 +83,38 @@ def severity_of(terms: Terms) -> int:
         hit = _first_hit(node, terms, clause, [Path("logits", False, (SELF,)), Path("weights", False, (SELF,))])
         if hit is not None:
             _apply(hit, {}, Student(), tally)
+    for finding in tally.findings:
+        tally.raise_to(finding.severity)  # type: ignore[arg-type]
     return tally.severity * 1000 + len(tally.findings) * 50 + len(terms.clauses)
 
 
-def _first_hit(node: Node, terms: Terms, clause: Clause, paths: list[Path]) -> _Hit | None:
+def _first_hit(node: Node, terms: Terms, clause: Clause, paths: list[Path]) -> Hit | None:
     """Return the clause's firmest touch: explicit before precautionary, then the shortest path."""
+    if node.repo is not None and node.repo in clause.unless_repo:
+        return None
     hits = []
     for path in paths:
         derivative = path.reach in terms.inherits  # terms that make outputs derivatives bind again, however far
         if path.reach in clause.reach:
-            hits.append(_Hit(node, terms, clause, path, explicit=not path.remote or derivative))
+            hits.append(Hit(node, terms, clause, path, explicit=not path.remote or derivative))
         elif path.reach in clause.precaution:
-            hits.append(_Hit(node, terms, clause, path, explicit=False))
+            hits.append(Hit(node, terms, clause, path, explicit=False))
     return min(hits, key=lambda h: (not h.explicit, len(h.path.nodes), h.path.nodes), default=None)
 
 
-def _apply(hit: _Hit, facts: Mapping[str, bool | None], student: Student, tally: _Tally) -> None:
+def _apply(hit: Hit, facts: Mapping[str, bool | None], student: Student, tally: _Tally) -> None:
     clause = hit.clause
     if clause.effect == "unknown":
-        tally.raise_to("unknown")
         tally.findings.append(_finding(hit, "unknown_license", "unknown", "training", _cure(hit.node)))
         return
     answer = facts.get(clause.fact) if clause.fact else True
     if answer is None:
-        tally.raise_to("conditional")
         question = FACTS.get(clause.fact or "", "see the clause")
         remedy = f"say it once in the config: `lineage: {{use: {{{clause.fact}: true | false}}}}` ({question})"
         tally.findings.append(_finding(hit, "fact_missing", "conditional", clause.trigger, remedy))
     if clause.effect == "forbid":
         if answer:
-            tally.raise_to("block")
-            remedy = "choose a source whose terms allow it, or obtain written permission from the provider"
+            remedy = "choose a source whose terms allow it, or obtain written permission and record it in overrides"
             tally.findings.append(_finding(hit, "forbidden", "block", clause.trigger, remedy))
         else:
             tally.raise_to("allow_with_duties")
@@ -285,15 +160,18 @@ def _cure(node: Node) -> str:
     return "declare its licence, `own` if it is yours: `lineage: {teachers: {NAME: {license: apache-2.0}}}`"
 
 
-def _finding(hit: _Hit, code: str, severity: Any, trigger: Any, remedy: str) -> Finding:
+def _finding(hit: Hit, code: str, severity: Any, trigger: Any, remedy: str) -> Finding:
     seen = "; ".join(f"{e.where}: {e.value}" for e in hit.node.evidence) or "nothing was found that names its terms"
     clause = f"{hit.terms.name}, {hit.clause.cite}: {hit.clause.says}"
     if not hit.explicit:
         clause += " (precautionary)"
-    return Finding(code, severity, trigger, hit.node.id, hit.node.label, hit.path.nodes, clause, seen, remedy)
+    return Finding(
+        code, severity, trigger, hit.node.id, hit.node.label, hit.path.nodes, clause, seen, remedy,
+        hit.terms.id, hit.clause.cite,
+    )  # fmt: skip
 
 
-def _duty(hit: _Hit, status: Any) -> Duty:
+def _duty(hit: Hit, status: Any) -> Duty:
     return Duty(
         hit.terms.id, hit.clause.cite, hit.clause.kind, hit.clause.says, hit.clause.value, hit.node.id,
         hit.path.nodes, "explicit" if hit.explicit else "precautionary", status,

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import urlsplit
 
-from license_expression import ExpressionError, LicenseSymbol, get_license_index, get_spdx_licensing
+from license_expression import ExpressionError, LicenseSymbol, get_spdx_licensing
 
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.terms import Terms
 
 UNKNOWN = "unknown"
+_TABLES = ("version", "groups", "license", "service", "known")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,21 @@ class Resolution:
 
 
 @dataclass(frozen=True)
+class KnownRepository:
+    """A hub repository whose terms were read.
+
+    Attributes:
+        repo: hub id.
+        license: the badge, a registry id.
+        base: hub id of the model it was made from, whose terms it carries as well.
+    """
+
+    repo: str
+    license: str
+    base: str | None = None
+
+
+@dataclass(frozen=True)
 class Registry:
     """Licences and services by id.
 
@@ -45,7 +63,9 @@ class Registry:
         terms: every entry.
         aliases: other spellings to ids.
         hosts: host pattern to service id.
-        models: pattern of a model name to service id.
+        models: regular expression of a whole model name to service id.
+        known: hub repositories whose terms were read, by id folded to lower case.
+        texts: shipped texts by file name.
     """
 
     version: str
@@ -54,6 +74,8 @@ class Registry:
     aliases: Mapping[str, str]
     hosts: Mapping[str, str]
     models: Mapping[str, str]
+    known: Mapping[str, KnownRepository]
+    texts: Mapping[str, str]
 
     def resolve(self, written: str) -> Resolution:
         """Resolve a hub licence id, an SPDX expression, or ``own``, whatever its case.
@@ -107,65 +129,150 @@ class Registry:
         Gateways write a vendor before the name (``openai/gpt-4o``) and vendors a ``:`` or ``@`` after it.
         Open weights of the same vendors (gpt2, gpt-oss, gpt-neo) match no pattern.
         """
-        last = name.strip().lower().rsplit("/", 1)[-1]
-        for candidate in (last, last.rsplit(".", 1)[-1] if last.startswith(("us.", "eu.", "anthropic.")) else last):
+        last = re.split(r"[/:@]", name.strip().lower().removesuffix(":latest"))
+        for part in reversed(last):
+            candidate = re.sub(r"^([a-z]{2,6}\.)?(anthropic|openai|google|xai)\.", "", part)  # us.anthropic.claude-...
             for pattern, service in self.models.items():
-                if fnmatch.fnmatchcase(candidate, pattern):
+                if re.fullmatch(pattern, candidate):
                     return service
         return None
 
     def text(self, terms_id: str) -> str | None:
         """Return the verbatim text that the package ships for an entry, or None."""
         entry = self.terms.get(terms_id)
-        return _text(entry.text) if entry is not None and entry.text else None
+        return self.texts[entry.text] if entry is not None and entry.text else None
 
     def attachment(self, file_name: str) -> str:
         """Return the verbatim text of a policy that belongs to a licence."""
-        return _text(file_name)
+        return self.texts[file_name]
+
+    def known_repository(self, repo: str | None) -> KnownRepository | None:
+        """Return what was read of a hub repository, or None."""
+        return self.known.get(repo.lower()) if repo else None
 
 
 @cache
 def default_registry() -> Registry:
     """Return the registry that ships with the package."""
-    raw = resources.files("kd_plugin.lineage").joinpath("licenses.toml").read_bytes()
-    return parse_registry(raw, "licenses.toml")
+    room = resources.files("kd_plugin.lineage")
+    raw = room.joinpath("licenses.toml").read_bytes()
+    return parse_registry(raw, "licenses.toml", lambda name: room.joinpath("texts", name).read_bytes())
 
 
-def parse_registry(raw: bytes, where: str) -> Registry:
-    """Read a registry from TOML.
+def load_registry(path: Path) -> Registry:
+    """Return the package's registry with a user's own TOML on top: its entries are added or replace ours.
+
+    Texts are read from beside the file. The digest covers both, so a record names which policy it was judged by.
 
     Raises:
-        ConfigError: malformed TOML (with line and column), an unknown key, or an entry that misses something.
+        ConfigError: unreadable or malformed (with line and column), or an entry that misses something.
+    """
+    base = default_registry()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"The registry {str(path)!r} cannot be read: {error.strerror}.") from error
+    mine = parse_registry(raw, path.name, lambda name: (path.parent / PurePath(name).name).read_bytes(), base)
+    return replace(
+        mine,
+        version=f"{base.version}+{mine.version}",
+        sha256=hashlib.sha256(f"{base.sha256} {mine.sha256}".encode()).hexdigest(),
+        terms={**base.terms, **mine.terms},
+        aliases={**base.aliases, **mine.aliases},
+        hosts={**mine.hosts, **base.hosts},  # a user may add hosts of closed APIs, not take ours away
+        models={**mine.models, **base.models},
+        known={**base.known, **mine.known},
+        texts={**base.texts, **mine.texts},
+    )
+
+
+def parse_registry(raw: bytes, where: str, read: Callable[[str], bytes], base: Registry | None = None) -> Registry:
+    """Read a registry from TOML.
+
+    Args:
+        raw: the TOML.
+        where: what messages call it.
+        read: returns the bytes of a text by its file name.
+        base: registry whose licences known repositories may name as well.
+
+    Raises:
+        ConfigError: malformed TOML (with line and column), an unknown key, a text that is missing or not the one
+            whose digest the entry gives, or an entry that misses something.
     """
     try:
         data = tomllib.loads(raw.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where} is not valid TOML: {error}.") from error
-    groups = data.get("groups", {})
+    for key in data:
+        if key not in _TABLES:
+            raise ConfigError(f"{where}: unknown table {key!r}.{nearest(key, list(_TABLES))}")
     terms: dict[str, Terms] = {}
     aliases: dict[str, str] = {}
     hosts: dict[str, str] = {}
     models: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for kind in ("license", "service"):
         for item in data.get(kind, []):
             entry = dict(item)
-            name = f"{where}: {kind} {entry.get('id')!r}"
-            own_aliases = entry.pop("aliases", [])
-            hosts |= dict.fromkeys(entry.pop("hosts", []), entry.get("id", ""))
-            models |= dict.fromkeys(entry.pop("models", []), entry.get("id", ""))
-            shared = [clause for group in entry.pop("groups", []) for clause in _group(groups, group, name)]
-            entry["clauses"] = [*shared, *entry.get("clauses", [])]
-            if kind == "license" and not entry.pop("no_text", False):
-                entry["text"] = entry.get("text", f"{entry.get('id')}.txt")
-                entry["text_sha256"] = hashlib.sha256(_text(entry["text"]).encode()).hexdigest()
+            terms_id = str(entry.get("id"))
+            name = f"{where}: {kind} {terms_id!r}"
+            spellings = entry.pop("aliases", [])
+            hosts |= dict.fromkeys(entry.pop("hosts", []), terms_id)
+            models |= dict.fromkeys(entry.pop("models", []), terms_id)
+            shared = [c for group in entry.pop("groups", []) for c in _group(data.get("groups", {}), group, name)]
+            entry["clauses"] = [_own(clause, terms_id) for clause in [*shared, *entry.get("clauses", [])]]
             if kind == "service":
                 entry["inherits"] = []
+            elif not entry.pop("no_text", False):
+                entry["text"] = entry.get("text", f"{terms_id}.txt")
+                texts[entry["text"]] = _read_text(read, entry["text"], entry.get("text_sha256"), name)
+                entry["text_sha256"] = hashlib.sha256(texts[entry["text"]].encode()).hexdigest()
             found = Terms.from_mapping({"kind": kind, **entry}, name)
+            texts |= {file: _read_text(read, file, None, name) for file in found.attachments.values()}
             terms[found.id] = found
             if kind == "license":
-                spellings = [found.id, *own_aliases, *([found.spdx] if found.spdx else [])]
-                aliases |= {_fold(spelling): found.id for spelling in spellings}
-    return Registry(str(data.get("version")), hashlib.sha256(raw).hexdigest(), terms, aliases, hosts, models)
+                aliases |= {_fold(s): found.id for s in [*spellings, *([found.spdx] if found.spdx else []), found.id]}
+    known = [_known(item, {**(base.terms if base else {}), **terms}, where) for item in data.get("known", [])]
+    return Registry(
+        str(data.get("version")),
+        hashlib.sha256(raw).hexdigest(),
+        terms,
+        aliases,
+        hosts,
+        models,
+        {one.repo.lower(): one for one in known},
+        texts,
+    )
+
+
+def _own(clause: Any, terms_id: str) -> Any:
+    """Turn a shared clause's exception for derivatives of its own licence into that licence's id."""
+    if not isinstance(clause, Mapping) or "unless_student_itself" not in clause:
+        return clause
+    return {**{k: v for k, v in clause.items() if k != "unless_student_itself"}, "unless_student": [terms_id]}
+
+
+def _known(item: Mapping[str, Any], terms: Mapping[str, Terms], where: str) -> KnownRepository:
+    try:
+        one = KnownRepository(**item)
+    except TypeError as error:
+        raise ConfigError(f"{where}: known {item.get('repo')!r}: {error}.") from error
+    if one.license not in terms:
+        raise ConfigError(
+            f"{where}: known {one.repo!r} names licence {one.license!r}.{nearest(one.license, list(terms))}"
+        )
+    return one
+
+
+def _read_text(read: Callable[[str], bytes], name: str, expected: str | None, where: str) -> str:
+    try:
+        raw = read(name)
+    except OSError as error:
+        raise ConfigError(f"{where}: its text {name!r} cannot be read ({error}); give it, or say no_text.") from error
+    found = hashlib.sha256(raw).hexdigest()
+    if expected not in (None, found):
+        raise ConfigError(f"{where}: its text {name!r} has sha256 {found}, the entry says {expected}.")
+    return raw.decode()
 
 
 def _group(groups: Mapping[str, Any], name: str, where: str) -> list[Any]:
@@ -179,15 +286,5 @@ def _fold(text: str) -> str:
 
 
 @cache
-def _text(name: str) -> str:
-    return resources.files("kd_plugin.lineage").joinpath("texts", name).read_text(encoding="utf-8")
-
-
-@cache
 def _licensing() -> Any:
     return get_spdx_licensing()
-
-
-def spdx_ids() -> frozenset[str]:
-    """Return every SPDX licence id, folded to lower case."""
-    return frozenset(str(i["spdx_license_key"]).lower() for i in get_license_index() if i.get("spdx_license_key"))

@@ -15,12 +15,14 @@ from kd_plugin.errors import ConfigError, LicenseRefusedError, LineageError, nea
 from kd_plugin.lineage import hashing, obligations
 from kd_plugin.lineage import write as files
 from kd_plugin.lineage.config import Declaration, LineageConfig, load_config
-from kd_plugin.lineage.discovery import Found, checkpoint_node, discover
+from kd_plugin.lineage.discovery import Found, checkpoint_node, discover, record_overrides
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph, Node
-from kd_plugin.lineage.policy import NO_ADVICE, Finding, Student, Verdict, evaluate
+from kd_plugin.lineage.overrides import Override
+from kd_plugin.lineage.policy import evaluate
 from kd_plugin.lineage.record import RECORD, SCHEMA, load_record, sealed
-from kd_plugin.lineage.registry import UNKNOWN, Registry, default_registry
+from kd_plugin.lineage.registry import UNKNOWN, Registry, default_registry, load_registry
 from kd_plugin.lineage.sources import Source
+from kd_plugin.lineage.verdict import NO_ADVICE, Finding, Student, Verdict
 
 _VERSIONS = ("torch", "transformers", "trl", "lightning", "kd-plugin")
 
@@ -57,7 +59,7 @@ class RunLineage:
     ) -> None:
         self.method = method
         self.config: LineageConfig = load_config(config)
-        self.registry: Registry = default_registry()
+        self.registry: Registry = _registry(self.config)
         self.config_hash = config_hash
         self.student = _Declared.of(student, self.config.student)
         self.teachers = _match_teachers(teachers, self.config)
@@ -168,7 +170,7 @@ class RunLineage:
             },
             "student": {"name": student.name, "declared_license": list(student.declared_license)},
             "effective": verdict.to_json(),
-            "overrides": [],
+            "overrides": [one.to_json() for one in self._overrides],
         }
         saved_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         files.place_record(directory, sealed(record, saved_at))
@@ -198,8 +200,15 @@ class RunLineage:
     def _student(self) -> Student:
         return _shipped_student(self.config, self.registry)
 
+    @property
+    def _overrides(self) -> tuple[Override, ...]:
+        """The user's exceptions and those that ancestors were made under."""
+        inherited = [one for _, found in self._roots for one in found.overrides]
+        resumed = record_overrides(self.resumed) if self.resumed is not None else ()
+        return tuple(sorted({*self.config.overrides, *inherited, *resumed}))
+
     def _judge(self, graph: Graph, facts: Mapping[str, bool]) -> Verdict:
-        verdict = evaluate(graph, self.registry.terms, facts, self._student)
+        verdict = evaluate(graph, self.registry.terms, facts, self._student, self._overrides, self.started)
         return obligations.settle(verdict, graph, self.registry.terms)
 
     def _discover(self, *, digests: bool) -> list[tuple[Edge, Found]]:
@@ -275,7 +284,7 @@ def outputs_record(
         LicenseRefusedError: the teacher's terms forbid training on its outputs, or nothing is known of them.
     """
     declared = load_config(config)
-    registry = default_registry()
+    registry = _registry(declared)
     sources = [*_match_teachers([teacher], declared), *_match_datasets(datasets, declared)]
     behind = [discover(one.source, registry, repo=one.repo, digests=True) for one in sources]
     node = Node("teacher_outputs", f"outputs of {behind[0].node.label}")
@@ -287,7 +296,10 @@ def outputs_record(
         edges.append(Edge(node.id, found.node.id, kind, one.source.name))
     graph = Graph.of([node], edges).merged(*(found.graph for found in behind))
     used = graph.merged(Graph.of([], [Edge(SELF, node.id, edges[0].kind)]))
-    verdict = evaluate(used, registry.terms, declared.use, _shipped_student(declared, registry))
+    overrides = tuple(sorted({*declared.overrides, *(o for found in behind for o in found.overrides)}))
+    today = declared.run.get("date") or datetime.now(UTC).date().isoformat()
+    student = _shipped_student(declared, registry)
+    verdict = evaluate(used, registry.terms, declared.use, student, overrides, today)
 
     def remedy(finding: Finding) -> str:
         if finding.code == "unknown_license" and finding.node == behind[0].node.id:
@@ -296,7 +308,12 @@ def outputs_record(
         return finding.remedy
 
     _refuse(verdict.refusals, "Capturing is refused by the terms of its sources", remedy)
-    return graph.to_json()
+    record: dict[str, Any] = graph.to_json()
+    return {**record, "overrides": [o.to_json() for o in overrides]} if overrides else record
+
+
+def _registry(config: LineageConfig) -> Registry:
+    return default_registry() if config.registry is None else load_registry(config.registry)
 
 
 def _refuse(findings: Sequence[Finding], headline: str, remedy: Any) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import rfc8785
 
 from kd_plugin.errors import ConfigError, nearest
 
@@ -28,6 +31,7 @@ class Clause:
         fact: name of the declared fact that it turns on; it bites when the fact is true.
         value: what the duty asks for literally: a name prefix, a sentence to show.
         unless_student: licences of the student's own initialisation under which the clause does not apply.
+        unless_repo: hub ids to which the clause does not apply: text-only models of a licence with a rule for others.
     """
 
     cite: str
@@ -40,12 +44,13 @@ class Clause:
     fact: str | None = None
     value: str | None = None
     unless_student: tuple[str, ...] = ()
+    unless_repo: tuple[str, ...] = ()
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], where: str) -> Clause:
         """Read a clause from TOML or JSON; ``where`` names it in errors (ConfigError)."""
         _known_keys(data, set(cls.__dataclass_fields__), where)
-        values = _values(data, ("reach", "precaution", "unless_student"), where)
+        values = _values(data, ("reach", "precaution", "unless_student", "unless_repo"), where)
         try:
             clause = cls(**values)
         except TypeError as error:
@@ -117,6 +122,11 @@ class Terms:
             return cls(clauses=tuple(Clause.from_mapping(c, where) for c in clauses), **values)
         except TypeError as error:
             raise ConfigError(f"{where}: {error}.") from error
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of the entry: what a recorded exception is bound to, so that changed terms void it."""
+        return hashlib.sha256(rfc8785.dumps(self.to_json())).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as a record embeds it, so that a verdict can be recomputed without this package."""

@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
+from dataclasses import dataclass
 from functools import cache
 
 from kd_plugin.lineage.registry import Registry
 
-_SAME = 0.9  # share of matching words, in order, above which two texts are one licence
+_RESEMBLES = 0.8  # share of three-word runs in common, above which a difference is worth naming
+_SAME = 0.95  # above which a text is the licence, if what differs could not change what it asks
 _COPYRIGHT = re.compile(r"^\W*(copyright\b|\(c\)|©)", re.IGNORECASE)
+# One short sentence with one of these makes another licence of a known one.
+_OPERATIVE = frozenset(
+    """
+    not no non must may shall only except unless cannot without permission commercial commercially noncommercial
+    research academic military million prohibit prohibited forbid forbidden restrict restricted restriction revoke
+    terminate train training distill distillation improve
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a licence text is.
+
+    Attributes:
+        id: registry entry, or None where nothing matches well enough.
+        says: for people: the licence's name, or what it resembles and how it differs.
+    """
+
+    id: str | None
+    says: str
 
 
 def copyright_lines(text: str) -> tuple[str, ...]:
@@ -19,28 +43,47 @@ def copyright_lines(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(named))[:50]
 
 
-def recognise(text: str, registry: Registry) -> str | None:
-    """Return the id of the registry entry whose text this is, or None.
+def recognise(text: str, registry: Registry) -> Match:
+    """Compare a text with every text of the registry.
 
-    Layout, case, punctuation and copyright lines do not count; a share of 0.9 of the words must agree in order,
-    so that an added clause of some length makes it another licence.
+    Layout, case, punctuation and copyright lines do not count. A text that differs in little is the licence only if
+    no word of what differs could change what it asks: "MIT, but not for commercial use" is not MIT.
     """
     words = _words(text)
-    best, best_score = None, _SAME
+    runs = _runs(words)
+    best, best_score = None, 0.0
     for terms_id in sorted(registry.terms):
         known = registry.text(terms_id)
         if known is None:
             continue
-        reference = _words(known)
-        if words == reference:
-            return terms_id
-        # The quick bound rules out almost all entries before the slow comparison.
-        matcher = difflib.SequenceMatcher(None, words, reference, autojunk=False)
-        if matcher.real_quick_ratio() > best_score and matcher.quick_ratio() > best_score:
-            score = matcher.ratio()
-            if score > best_score:
-                best, best_score = terms_id, score
-    return best
+        if words == _words(known):
+            return Match(terms_id, registry.terms[terms_id].name)
+        score = _share(runs, _runs(_words(known)))
+        if score > best_score:
+            best, best_score = terms_id, score
+    if best is None or best_score < _RESEMBLES:
+        return Match(None, "a text that no registry entry matches")
+    differing = _differing(words, _words(registry.text(best) or ""))
+    if best_score >= _SAME and not _OPERATIVE & set(differing):
+        return Match(best, registry.terms[best].name)
+    shown = " ".join(differing[:12])
+    return Match(None, f"a text that resembles {registry.terms[best].name} and differs by: {shown}")
+
+
+def _differing(mine: tuple[str, ...], reference: tuple[str, ...]) -> list[str]:
+    matcher = difflib.SequenceMatcher(None, mine, reference, autojunk=len(mine) > 2000)
+    changes = [op for op in matcher.get_opcodes() if op[0] != "equal"]
+    return [word for _, i, j, k, m in changes for word in (*mine[i:j], *reference[k:m])]
+
+
+def _share(mine: Counter[tuple[str, ...]], other: Counter[tuple[str, ...]]) -> float:
+    total = mine.total() + other.total()
+    return 2 * (mine & other).total() / total if total else 0.0
+
+
+@cache
+def _runs(words: tuple[str, ...]) -> Counter[tuple[str, ...]]:
+    return Counter(zip(words, words[1:], words[2:], strict=False))
 
 
 @cache

@@ -11,7 +11,7 @@ from rich.tree import Tree
 
 from kd_plugin.lineage.directory import printable
 from kd_plugin.lineage.graph import SELF, Graph, Node
-from kd_plugin.lineage.policy import NO_ADVICE
+from kd_plugin.lineage.verdict import NO_ADVICE
 
 _EDGE_WORDS = {
     "initialized_from": "initialised from",
@@ -25,7 +25,7 @@ _EDGE_WORDS = {
 }
 _COLOURS = {
     "allow": "green", "allow_with_duties": "green", "conditional": "yellow", "unknown": "red", "block": "red",
-    "warning": "yellow", "violation": "red",
+    "overridden": "magenta", "warning": "yellow", "violation": "red",
     "met": "green", "attest": "yellow", "unmet": "red",
 }  # fmt: skip
 

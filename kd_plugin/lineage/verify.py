@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import hashing, obligations
+from kd_plugin.lineage.discovery import record_overrides
 from kd_plugin.lineage.graph import Graph
-from kd_plugin.lineage.policy import Student, Verdict, evaluate
+from kd_plugin.lineage.policy import evaluate
 from kd_plugin.lineage.record import LICENSES, NOTICE, RECORD, canonical, digest_of, read_record, seal
 from kd_plugin.lineage.registry import default_registry
 from kd_plugin.lineage.terms import Terms
+from kd_plugin.lineage.verdict import Student, Verdict
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,9 @@ def _check_verdict(record: Mapping[str, Any]) -> tuple[Verdict | None, list[Prob
         terms = {i: Terms.from_mapping(entry, f"terms {i!r}") for i, entry in record["terms"].items()}
         student = Student(record["student"].get("name"), tuple(record["student"].get("declared_license", ())))
         facts = record["policy"]["facts"]
-        verdict = obligations.settle(evaluate(graph, terms, facts, student), graph, terms)
+        overrides = record_overrides(record)
+        verdict = evaluate(graph, terms, facts, student, overrides, str(record["run"]["date"]))
+        verdict = obligations.settle(verdict, graph, terms)
         notice = obligations.notice_text(graph, terms, verdict)
     except (LineageError, ConfigError, KeyError, TypeError, AttributeError) as error:
         return None, [Problem("tampered", RECORD, f"the verdict cannot be recomputed: {error}")]
@@ -158,6 +163,11 @@ def _check_verdict(record: Mapping[str, Any]) -> tuple[Verdict | None, list[Prob
             if promised.get(name) != hashing.sha256_text(text):
                 problems.append(Problem("tampered", name, "it is not what the lineage asks for"))
     problems += [Problem("violation", f.subject, str(f)) for f in verdict.publication_stops]
+    today = datetime.now(UTC).date().isoformat()
+    for one in overrides:
+        if one.expires < today and any(f.severity == "overridden" for f in verdict.findings):
+            message = f"the exception by {one.approved_by} for {one.subject} ({one.terms}) expired on {one.expires}"
+            problems.append(Problem("violation", "overrides", message))
     return verdict, problems
 
 

@@ -23,7 +23,7 @@ def find(directory, **kwargs):
 def test_every_shipped_text_is_recognised_as_itself():
     for terms_id, entry in REGISTRY.terms.items():
         if entry.text:
-            assert recognise(REGISTRY.text(terms_id), REGISTRY) == terms_id
+            assert recognise(REGISTRY.text(terms_id), REGISTRY).id == terms_id
 
 
 def test_a_licence_file_is_recognised_with_holder_filled_in_and_lines_rewrapped(tmp_path):
@@ -33,11 +33,12 @@ def test_a_licence_file_is_recognised_with_holder_filled_in_and_lines_rewrapped(
     assert node.copyright == ("Copyright (c) 2025 DeepSeek",)
 
 
-def test_a_licence_with_an_added_condition_is_no_longer_that_licence(tmp_path):
-    added = " ".join(["The model may not be used by anyone to train any other model whatsoever."] * 4)
+@pytest.mark.parametrize("added", ["It may not be used commercially.", "Research only.", "No model may be trained."])
+def test_a_licence_with_an_added_condition_is_no_longer_that_licence(tmp_path, added):
     node = find(model_dir(tmp_path, "m", card="mit", license_text=text_of("mit") + added)).node
     assert node.licenses == ("unknown",)
-    assert ("LICENSE", "a text that no registry entry matches") in [(e.where, e.value) for e in node.evidence]
+    (seen,) = [e.value for e in node.evidence if e.where == "LICENSE"]
+    assert seen.startswith("a text that resembles MIT License and differs by: ")
 
 
 def test_where_sources_disagree_the_more_severe_counts_and_shows(tmp_path):

@@ -1,0 +1,146 @@
+"""The outcome of judging a lineage: decision, findings, duties."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Decision = Literal["allow", "allow_with_duties", "overridden", "conditional", "unknown", "block"]
+DECISIONS: tuple[Decision, ...] = ("allow", "allow_with_duties", "overridden", "conditional", "unknown", "block")
+NO_ADVICE = "This is engineering output, not legal advice."
+
+# What a declared fact means, in the words of the question that is put to the user.
+FACTS: Mapping[str, str] = {
+    "commercial": "is the student, or what is made with it, used commercially?",
+    "distribute": "are the weights given or made available to others?",
+    "eu_domiciled": "is the user domiciled, or does the company have its principal place of business, in the EU?",
+    "mau_over_700m_at_release": (
+        "had licensee and affiliates over 700 million monthly active users in the month before the model's release?"
+    ),
+    "mau_over_100m": "has a product or service with it over 100 million monthly active users?",
+    "over_100m_mau_or_20m_usd_a_month": (
+        "has a product with it over 100 million monthly active users, or over 20 million US dollars of revenue a month?"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Student:
+    """What the user says of the checkpoint.
+
+    Attributes:
+        name: name under which it would be shipped.
+        declared_license: licence under which it would be shipped, as registry ids; empty where it is not declared.
+    """
+
+    name: str | None = None
+    declared_license: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Duty:
+    """What whoever ships the checkpoint owes.
+
+    Attributes:
+        terms: registry id of the licence.
+        cite: clause.
+        kind: word for machines: ``notice``, ``license_text``, ``name_prefix``, ``display`` ...
+        says: one sentence for people.
+        value: what is asked for literally, if anything.
+        node: id of the node whose terms ask it.
+        path: node ids from the checkpoint to that node.
+        basis: ``explicit`` by the clause's words, or ``precautionary``.
+        status: ``met`` by the files of the checkpoint, ``unmet``, or ``attest``: only people can tell.
+    """
+
+    terms: str
+    cite: str
+    kind: str
+    says: str
+    value: str | None
+    node: str
+    path: tuple[str, ...]
+    basis: Literal["explicit", "precautionary"]
+    status: Literal["met", "unmet", "attest"] = "attest"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the duty as it stands in ``lineage.json``."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that stands in the way, or that someone should know.
+
+    Attributes:
+        code: ``forbidden``, ``unknown_license``, ``fact_missing``, ``name_prefix`` ...
+        severity: ``warning``, ``overridden``, ``conditional``, ``unknown``, ``violation`` or ``block``.
+        trigger: when it bites: at ``training`` or at ``distribution``.
+        node: id of the node it is about, or ``"self"``.
+        subject: how people call that node.
+        path: node ids from the checkpoint to the node.
+        terms: registry id of the licence, empty where a rule of this policy speaks.
+        cite: clause.
+        clause: licence and clause in words, or the rule of this policy.
+        evidence: what was read, and where.
+        remedy: the way out.
+    """
+
+    code: str
+    severity: Literal["warning", "overridden", "conditional", "unknown", "violation", "block"]
+    trigger: Literal["training", "distribution"]
+    node: str
+    subject: str
+    path: tuple[str, ...]
+    clause: str
+    evidence: str
+    remedy: str
+    terms: str = ""
+    cite: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the finding as it stands in ``lineage.json``."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.clause} ({self.evidence}). Way out: {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome for a checkpoint.
+
+    Attributes:
+        decision: most severe of ``allow`` < ``allow_with_duties`` < ``overridden`` < ``conditional`` < ``unknown``
+            < ``block``. ``overridden`` means that only a recorded exception lets it stand.
+        findings: what stands in the way, most severe first.
+        obligations: duties of whoever ships the checkpoint.
+        license_expression: SPDX expression of what binds the weights themselves.
+    """
+
+    decision: Decision
+    findings: tuple[Finding, ...]
+    obligations: tuple[Duty, ...]
+    license_expression: str
+
+    @property
+    def refusals(self) -> tuple[Finding, ...]:
+        """Findings that forbid training."""
+        return tuple(f for f in self.findings if f.trigger == "training" and f.severity in ("unknown", "block"))
+
+    @property
+    def publication_stops(self) -> tuple[Finding, ...]:
+        """Findings that forbid giving the checkpoint away."""
+        return tuple(f for f in self.findings if f.severity in ("unknown", "block", "violation"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verdict as it stands in ``lineage.json``."""
+        return {
+            "decision": self.decision,
+            "license_expression": self.license_expression,
+            "duties": [duty.to_json() for duty in self.obligations],
+            "findings": [finding.to_json() for finding in self.findings],
+        }
