@@ -54,7 +54,7 @@ bench: $(STAMP) ## Run the benchmarks.
 	@for script in tests/benchmarks/[a-z]*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
 
 wheel-test: $(STAMP) ## Build the wheel, install it alone with [trl], and run the demo's first minute from it.
-	@$(PY) -m pytest tests/hosts/test_demo_wheel.py -m wheel $(ARGS)
+	@$(PY) -m pytest tests/hosts/test_demo_wheel.py -m wheel -v $(ARGS)
 
 clean: ## Remove what these targets made, .venv included.
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

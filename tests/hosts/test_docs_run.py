@@ -1,0 +1,41 @@
+"""The code of the quickstart runs as typed, with tiny models in the place of the names."""
+
+import re
+from pathlib import Path
+
+from kd_plugin.cli.main import main
+from tests.tiny import save_tiny
+
+QUICKSTART = Path(__file__).parents[2] / "docs" / "quickstart.md"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", QUICKSTART.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_quickstart_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("TEACHER", "MATH_TEACHER", "STUDENT")):
+        # Untied: a random tied teacher predicts its own input, which is what a cache shifted by one looks like
+        save_tiny(tmp_path / name, seed=seed, tied=False, scale=1.0)
+    scope = {}
+    code = blocks("python")
+    assert len(code) == 3
+    for block in code:
+        block = block.replace("output_dir=", "use_cpu=True, report_to='none', output_dir=")
+        exec(compile(block, str(QUICKSTART), "exec"), scope)
+    commands = [line.split() for block in blocks("bash") for line in block.splitlines() if "lineage" in line]
+    assert len(commands) == 2
+    for _, *arguments in commands:
+        assert main(arguments) == 0
+
+
+def test_the_quickstarts_declarations_are_accepted(tmp_path):
+    from kd_plugin.lineage import RunLineage, Source
+
+    (declarations,) = blocks("yaml")
+    (tmp_path / "lineage.yaml").write_text(declarations)
+    student = Source("student", ref=save_tiny(tmp_path / "student"))
+    math = Source("math", ref=save_tiny(tmp_path / "math", license=None))
+    run = RunLineage(method="x", student=student, teachers=[math], config=tmp_path / "lineage.yaml")
+    run.require_trainable()
