@@ -5,13 +5,10 @@ Tolerance 1e-4 relative in float32: both sides sum the same terms over 259 token
 
 import pytest
 import torch
-from peft import LoraConfig
 from trl import DistillationConfig, DistillationTrainer
 
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
-from tests.hosts.runs import Trace, assert_same, losses, prompts, settings, weights
-
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+from tests.hosts.runs import LORA, Trace, assert_same, losses, prompts, settings, weights
 
 
 def train(trainer_class, config_class, directory, student, teacher, kind="plain", peft=None, **kwargs):
