@@ -23,9 +23,9 @@ from kd_plugin.divergence.projection import (
     Projector,
     StudentGradient,
     Workspace,
+    autocast_dtype,
     chunk_rows,
     chunks,
-    compute_dtype,
     needs_gradient,
     require_hidden,
     require_matching_rows,
@@ -123,7 +123,16 @@ def fused_panel_divergence(
     student = whole_in_autograd(student_head)
     tensors = (student_hidden, student.weight, student.bias)
     needs = needs_gradient(*tensors)
-    plan = _Plan(student, tuple(groups), divergence, float(temperature), needs, statistics_dtype(student_hidden), _rows)
+    plan = _Plan(
+        student,
+        tuple(groups),
+        divergence,
+        float(temperature),
+        needs,
+        statistics_dtype(student_hidden),
+        autocast_dtype(student_hidden.device),
+        _rows,
+    )
     loss_sum, entropy, *flat = _PanelFunction.apply(*tensors, plan)
     if loss_sum.device.type == "cpu":
         require_finite(loss_sum, f"The {divergence.name} of the panel")
@@ -141,6 +150,7 @@ class _Plan:
     temperature: float
     needs: tuple[bool, bool, bool]
     statistics: torch.dtype
+    autocast: torch.dtype | None
     rows: int | None = None  # longest chunk; None chooses by vocabulary and device
 
 
@@ -150,7 +160,7 @@ class _PanelFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        with plan.student.gathered() as student:
+        with torch.autocast(hidden_NH.device.type, enabled=False), plan.student.gathered() as student:
             loss, entropy_N, values, gradients = _panel_pass(hidden_NH, weight, bias, student, plan)
         ctx.gradients = gradients
         ctx.dtypes = tuple(torch.float32 if t is None else t.dtype for t in (hidden_NH, weight, bias))
@@ -167,7 +177,7 @@ def _panel_pass(
     hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: OutputHead, plan: _Plan
 ) -> tuple[Tensor, Tensor, list[Tensor], tuple[Tensor | None, ...]]:
     """Loss, entropy, divergences and gradients; ``student`` is the gathered head, ``weight`` autograd's."""
-    device, statistics, dtype = hidden_NH.device, plan.statistics, compute_dtype(hidden_NH)
+    device, statistics, dtype = hidden_NH.device, plan.statistics, plan.autocast or hidden_NH.dtype
     vocab_size, need_grad = student.weight.shape[0], any(plan.needs)
     rows = plan.rows or chunk_rows(vocab_size, device)
     workspace = Workspace(min(rows, max(hidden_NH.shape[0], 1)), vocab_size, device)
@@ -208,7 +218,7 @@ def _panel_pass(
 def _teacher(head: OutputHead, student: OutputHead, term: TeacherTerm, workspace: Workspace, plan: _Plan) -> Projector:
     require_matching_rows(student, head, "a teacher of the panel")
     hidden = term.signal.hidden
-    return Projector(head, "teacher", workspace, compute_dtype(hidden), plan.statistics, plan.temperature)
+    return Projector(head, "teacher", workspace, plan.autocast or hidden.dtype, plan.statistics, plan.temperature)
 
 
 def _weights(term: TeacherTerm, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:

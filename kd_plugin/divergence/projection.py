@@ -25,10 +25,12 @@ _CHUNK_ELEMENTS = {"cpu": 12 * 1024 * 1024}
 _CHUNK_ELEMENTS_ACCELERATOR = 64 * 1024 * 1024
 
 
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype that matrix products run in: autocast's where that is on, else that of ``hidden``."""
-    device_type = hidden.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return autocast's dtype for ``device``, or None where autocast is off.
+
+    Asked before a pass, which then runs with autocast off: left on, it would also round sums of float32 losses.
+    """
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def statistics_dtype(hidden: Tensor) -> torch.dtype:

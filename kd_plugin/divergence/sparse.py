@@ -23,9 +23,9 @@ from kd_plugin.divergence.projection import (
     Projector,
     StudentGradient,
     Workspace,
+    autocast_dtype,
     chunk_rows,
     chunks,
-    compute_dtype,
     needs_gradient,
     require_hidden,
     scaled_once,
@@ -111,7 +111,7 @@ def fused_sparse_divergence(
     tensors = (student_hidden, student.weight, student.bias)
     plan = _Plan(
         student, target, divergence, float(temperature), tail, weights, labels, kd_weight, ce_weight,
-        needs_gradient(*tensors), statistics_dtype(student_hidden), _rows,
+        needs_gradient(*tensors), statistics_dtype(student_hidden), autocast_dtype(student_hidden.device), _rows,
     )  # fmt: skip
     loss_sum, kd, entropy, nll, is_top1 = _SparseFunction.apply(*tensors, plan)
     if loss_sum.device.type == "cpu":
@@ -134,6 +134,7 @@ class _Plan:
     ce_weight: float
     needs: tuple[bool, bool, bool]
     statistics: torch.dtype
+    autocast: torch.dtype | None
     rows: int | None
 
 
@@ -145,7 +146,7 @@ class _SparseFunction(torch.autograd.Function):
         ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        with plan.student.gathered() as student:
+        with torch.autocast(hidden_NH.device.type, enabled=False), plan.student.gathered() as student:
             found, ctx.gradients = _SparsePass(hidden_NH, weight, bias, student, plan).run()
         ctx.dtypes = tuple(torch.float32 if t is None else t.dtype for t in (hidden_NH, weight, bias))
         loss = (found.kd * found.weights).sum() * plan.kd_weight
@@ -178,7 +179,7 @@ class _SparsePass:
     def __init__(self, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: OutputHead, plan: _Plan):
         count, device, statistics = hidden_NH.shape[0], hidden_NH.device, plan.statistics
         self.plan, self.hidden_NH, self.need_grad = plan, hidden_NH.detach(), any(plan.needs)
-        self.dtype = compute_dtype(hidden_NH)
+        self.dtype = plan.autocast or hidden_NH.dtype
         self.rows = min(plan.rows or chunk_rows(student.weight.shape[0], device), max(count, 1))
         self.workspace = Workspace(self.rows, student.weight.shape[0], device)
         self.project = Projector(

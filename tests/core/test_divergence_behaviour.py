@@ -227,3 +227,14 @@ def test_refusals_say_what_was_seen():
         cached(hidden, weight, labels=torch.full((N,), V))
     with pytest.raises(ConfigError, match="Unknown tail 'drop'"):
         cached(hidden, weight, tail="drop")
+
+
+@pytest.mark.parametrize("loss_of", [panel, cached])
+def test_autocast_rounds_products_but_not_sums(loss_of):
+    hidden, weight = leaves()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(hidden, weight)
+    values = loss.divergences[0][0] if loss_of is panel else loss.kd
+    assert loss.loss_sum.dtype == torch.float32
+    torch.testing.assert_close(loss.loss_sum.detach(), values.sum(), rtol=1e-6, atol=0.0)
+    assert not torch.equal(loss.loss_sum, loss_of(hidden, weight).loss_sum)  # autocast did reach the products
