@@ -184,10 +184,13 @@ def _tail(exponentials: Tensor, ids: Tensor, total: Tensor) -> Tensor:
 
 def _to_host(*tensors: Tensor) -> list[NDArray[Any]]:
     """Bring tensors (N, ...) to NumPy in one transfer."""
-    widths = [tensor[0].nbytes for tensor in tensors]
-    packed = torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1).cpu()
-    parts = packed.split(widths, dim=1)
-    return [part.contiguous().view(t.dtype).numpy() for part, t in zip(parts, tensors, strict=True)]
+    packed = torch.cat([tensor.contiguous().view(torch.uint8).flatten() for tensor in tensors]).cpu().numpy()
+    arrays, start = [], 0
+    for tensor in tensors:
+        dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
+        arrays.append(np.frombuffer(packed, dtype, tensor.numel(), start).reshape(tensor.shape))
+        start += tensor.nbytes
+    return arrays
 
 
 def _require_finite(log_normalizer: NDArray[Any]) -> None:
