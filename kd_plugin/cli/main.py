@@ -21,8 +21,13 @@ class Command:
 
 COMMANDS = {
     "demo": Command("kd_plugin.cli.demo", "distil a small real model both ways, and verify its lineage"),
+    "offline": Command("kd_plugin.cli.offline", "train a student on a teacher cache, from YAML (extra: trl)"),
+    "panel": Command("kd_plugin.cli.panel", "train a student on-policy with several teachers, from YAML (extra: trl)"),
     "lineage": Command("kd_plugin.cli.lineage", "show and verify who taught a checkpoint, under which terms"),
 }
+
+# Optional packages that commands import, and the extra that brings each
+EXTRAS = {"trl": "trl", "peft": "trl", "accelerate": "trl", "gguf": "trl"}
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -57,6 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     try:
         return import_module(COMMANDS[name].module).main(rest)
+    except ModuleNotFoundError as error:
+        if debug or error.name not in EXTRAS:
+            raise
+        print(
+            f"kd-plugin {name}: needs the package {error.name!r}, which is not installed. "
+            f"pip install 'kd-plugin[{EXTRAS[error.name]}]'",
+            file=sys.stderr,
+        )
+        return EXIT_ERROR
     except KDError as error:
         if debug:
             raise

@@ -82,7 +82,7 @@ def test_our_trainers(peft, tmp_path, student_dir, teacher_dir, other_teacher_di
     edges = {edge["kind"] for edge in record(tmp_path / "panel" / "checkpoint-2")["edges"]}
     assert "initialized_from" in edges and edges & {"corrected_by", "distilled_logits"}
     licenses = {path.name for path in (tmp_path / "panel" / "checkpoint-2" / "LICENSES").iterdir()}
-    assert {"Apache-2.0.txt", "MIT.txt"} <= licenses
+    assert {"apache-2.0.txt", "mit.txt"} <= licenses
 
 
 def test_a_cache_brings_its_teacher_along(tmp_path, student_dir, cache, teacher_dir):

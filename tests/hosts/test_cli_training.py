@@ -1,0 +1,53 @@
+"""`kd-plugin offline` and `kd-plugin panel` train from YAML alone."""
+
+import json
+
+import pytest
+import yaml
+from datasets import Dataset
+
+from kd_plugin.cache import TopK, capture
+from kd_plugin.cli.main import main
+from kd_plugin.lineage import verify
+from kd_plugin.teachers import LocalTeacher
+from tests.hosts.runs import settings
+
+
+def write(path, **content):
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_offline(tmp_path, student_dir, teacher_dir):
+    rows = Dataset.from_list([{"prompt": "a?", "completion": f" b{i}"} for i in range(8)])
+    capture(rows, LocalTeacher(teacher_dir), tmp_path / "cache", targets=TopK(8), progress=False)
+    common = settings(tmp_path / "out", model_name_or_path=student_dir, teacher_cache=str(tmp_path / "cache"))
+    config = write(tmp_path / "run.yaml", **common)
+    assert main(["offline", "--config", config, "--max_steps", "2", "--kd_weight", "0.5"]) == 0
+    assert verify(tmp_path / "out").exit_code == 0
+
+
+def test_panel(tmp_path, student_dir, teacher_dir, other_teacher_dir):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}?", "teacher_id": "ab"[i % 2]}) + "\n" for i in range(8)))
+    common = settings(tmp_path / "out", model_name_or_path=student_dir, dataset_name=str(prompts), max_steps=1)
+    config = write(
+        tmp_path / "run.yaml",
+        **common,
+        teacher_models={"a": teacher_dir, "b": other_teacher_dir},
+        max_completion_length=4,
+        use_peft=True,
+    )
+    assert main(["panel", "--config", config]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert verify(tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["offline", "panel"])
+def test_an_unknown_key_names_the_nearest(command, tmp_path, capsys):
+    config = write(tmp_path / "run.yaml", output_dir=str(tmp_path / "out"), learning_rat=1e-3)
+    assert main([command, "--config", config]) == 1
+    assert "unknown key 'learning_rat'. Did you mean 'learning_rate'" in capsys.readouterr().err
+    assert main([command, "--divergenc", "forward_kl"]) == 1
+    assert "Did you mean 'divergence'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
