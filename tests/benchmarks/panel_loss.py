@@ -1,10 +1,11 @@
-"""Time and memory of the fused panel loss against TRL's chunked loss called once a teacher.
+"""Time and memory of the fused losses against TRL's: its divergence called once a teacher, and its SFT loss.
 
     python -m tests.benchmarks.panel_loss            # all tables, about ten minutes on 2 cores
     python -m tests.benchmarks.panel_loss --quick    # small sizes, seconds; checks that both sides agree
 
 Both sides run forward and backward on the same tensors, alternating within one process, and the medians are compared;
-so load from elsewhere meets both. Memory is measured apart, one new process a side: the peak resident set during
+so load from elsewhere meets both. ``cached`` is the sparse loss (64 tokens a position, labels with cross-entropy)
+against the kernel of SFTTrainer's loss. Memory is measured apart, one new process a side: the peak resident set during
 forward and backward (VmHWM, reset before) less the resident set before, so gradients and everything that the kernels
 allocate count. Writes Markdown.
 """
@@ -25,8 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence
-from kd_plugin.signals import HiddenSignal, OutputHead
+from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence, fused_sparse_divergence
+from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIDES = ("ours", "trl")
@@ -55,7 +56,11 @@ class Problem:
         def draw(rows: int, width: int, scale: float) -> Tensor:
             return torch.randn(rows, width, dtype=dtype).mul_(scale)
 
-        self.case = case
+        self.case, self.kd_weight = case, 1.0
+        if case.divergence == "cached":
+            logprobs, ids = torch.log_softmax(torch.randn(case.positions, case.vocab) * 2, -1).topk(64)
+            self.cached = SparseSignal(ids, logprobs.half(), torch.log1p(-logprobs.exp().sum(-1)))
+            self.labels = torch.randint(0, case.vocab, (case.positions,))
         self.hidden = draw(case.positions, case.student, 1.0).requires_grad_()
         self.weight = draw(case.vocab, case.student, 1.5 * case.student**-0.5).requires_grad_()
         self.panel = [
@@ -64,12 +69,26 @@ class Problem:
         ]
 
     def ours(self) -> Tensor:
+        if self.case.divergence == "cached":
+            head, forward = OutputHead(self.weight), Divergence("forward_kl")
+            sparse = fused_sparse_divergence(
+                self.hidden, head, self.cached, forward, labels=self.labels, kd_weight=self.kd_weight, ce_weight=1.0
+            )
+            return sparse.loss_sum / self.case.positions
         terms = tuple(TeacherTerm(HiddenSignal(hidden, OutputHead(weight))) for hidden, weight in self.panel)
         divergence = Divergence(self.case.divergence)
         loss = fused_panel_divergence(self.hidden, OutputHead(self.weight), [PanelGroup(None, terms)], divergence)
         return loss.loss_sum / self.case.positions
 
     def trl(self) -> Tensor:
+        if self.case.divergence == "cached":
+            from trl.kernels import ChunkedLogProbFunction
+            from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+            metrics = ("entropy", "is_top1")  # what SFTTrainer logs
+            arguments = (self.labels, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, metrics)
+            logprobs = ChunkedLogProbFunction.apply(self.hidden, self.weight, None, *arguments)[0]
+            return -logprobs.sum() / self.case.positions
         from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
         beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[self.case.divergence]
@@ -100,6 +119,9 @@ def times(case: Case, repeats: int) -> tuple[dict[str, float], float]:
         for side in SIDES:
             spent, results[side] = problem.step(side)
             seconds[side].append(spent)
+    if case.divergence == "cached":  # the same loss only without the targets
+        problem.kd_weight = 0.0
+        results["ours"] = problem.step("ours")[1]
     apart = max(abs(a - b) / abs(b) for a, b in zip(results["ours"], results["trl"], strict=True))
     return {side: statistics.median(values) for side, values in seconds.items()}, apart
 
@@ -149,10 +171,12 @@ HEADER = (
 def tables(quick: bool) -> list[tuple[str, list[Case]]]:
     """The tables and their cases."""
     if quick:
-        return [("Smoke", [Case(dtype, n, 64, 2048, 48, 80) for dtype in DTYPES for n in (1, 3)])]
+        panels = [Case(dtype, n, 64, 2048, 48, 80) for dtype in DTYPES for n in (1, 3)]
+        return [("Smoke", [*panels, *(Case(dtype, 0, 64, 2048, 48, 80, "cached") for dtype in DTYPES)])]
     return [
         ("One and three teachers", [Case(dtype, n) for dtype in DTYPES for n in (1, 3)]),
         ("Other divergences", [Case(dtype, 1, divergence=d) for dtype in DTYPES for d in ("forward_kl", "jsd")]),
+        ("Cached targets against SFT", [Case(dtype, 0, divergence="cached") for dtype in DTYPES]),
         ("Growing number of teachers", [Case("bfloat16", n, positions=512) for n in (1, 2, 4, 8)]),
         ("Growing number of positions", [Case("bfloat16", 1, positions=n) for n in (256, 1024, 4096)]),
         ("Growing vocabulary", [Case("bfloat16", 1, positions=512, vocab=v) for v in (16384, 65536, 151936)]),
@@ -163,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, no memory: a smoke test")
     parser.add_argument("--repeats", type=int, default=3, help="steps a side, alternating")
+    parser.add_argument("--table", default="", help="only tables whose title holds this")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory-of", nargs=2, metavar=("SIDE", "CASE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -175,6 +200,8 @@ def main() -> None:
         f"torch {torch.__version__}, {options.threads} threads, {platform.machine()}, {options.repeats} steps a side."
     )
     for title, cases in tables(options.quick):
+        if options.table.lower() not in title.lower():
+            continue
         print(f"\n### {title}\n\n{HEADER}", flush=True)
         for case in cases:
             print(row(case, options.repeats, memory=not options.quick and sys.platform == "linux"), flush=True)
