@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,7 @@ def run_demo(config: DemoConfig, console: Console, *, fresh: bool = False) -> in
         _do(stage, "offline", "6 offline KD (OfflineKDTrainer)", stages.train_offline)
         _do(stage, "panel", "7 on-policy panel of two teachers (TeacherPanelTrainer)", stages.train_panel)
         measured = {
-            point: _do(
-                stage, f"measured {name}", f"8 measure the student {point}", lambda s, n=name: stages.measure(s, n)
-            )
+            point: _do(stage, f"measured {name}", f"8 measure the student {point}", partial(stages.measure, name=name))
             for point, name in _POINTS.items()
         }
         code = _verify(stage)

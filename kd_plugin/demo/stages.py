@@ -6,6 +6,7 @@ import gc
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,7 @@ def write_answers(stage: Stage) -> dict[str, Any]:
             (GENERAL, general, held_out[GENERAL]),
             (MATH, math, held_out[MATH]),
         ]:
-            before = written
-            answers = answer(model, stage.tokenizer, asked, limit, lambda n, before=before: bar.advance(before + n))
+            answers = answer(model, stage.tokenizer, asked, limit, partial(_advance, bar, written))
             found[name] = [asdict(a) for a in answers]
             written += len(asked)
     path = state.claim(ANSWERS)
@@ -255,3 +255,8 @@ def _train(trainer: Any, stage: Stage, label: str, name: str) -> dict[str, float
     del trainer
     gc.collect()  # trainers hold reference cycles, and with them a model and its optimizer
     return {"first_loss": losses[0], "last_loss": losses[-1], "seconds": seconds}
+
+
+def _advance(bar: Bar, before: int, done: int) -> None:
+    """Move ``bar`` to ``done`` of the questions that came after ``before`` others."""
+    bar.advance(before + done)

@@ -54,9 +54,9 @@ class TeacherTargetCollator:
         next_labels = torch.full_like(labels, -100)
         next_labels[:, :-1] = labels[:, 1:]
         positions = (next_labels.flatten() != -100).nonzero().flatten()
-        index = padded.flatten()[positions]
-        stored = index >= 0
-        signal = self.cache.signal(index[stored])
+        wanted = padded.flatten()[positions]
+        stored = wanted >= 0
+        signal = self.cache.signal(wanted[stored])
         if bool(stored.all()):
             fields = {"ids": signal.ids, "logprobs": signal.logprobs, "tail_logmass": signal.tail_logmass}
             if signal.draws is not None:

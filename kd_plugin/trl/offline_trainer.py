@@ -110,13 +110,13 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
                 "Prompt-learning PEFT methods shift every position by their virtual tokens, so cached targets would "
                 "not fit. Use a weight-based adapter such as LoRA."
             )
-        self.data_collator = TeacherTargetCollator(self.data_collator, self.teacher_cache)
+        self.data_collator: Any = TeacherTargetCollator(self.data_collator, self.teacher_cache)
         add_distillation_head(
             self.model.get_base_model() if peft_configs else self.model,
             vocab_size=vocabulary.size,
             divergence=args.resolved_divergence(),
             temperature=args.temperature,
-            tail=args.tail,
+            tail=args.tail,  # type: ignore[arg-type]
             kd_weight=args.kd_weight,
             ce_weight=args.ce_weight,
         )
