@@ -21,7 +21,7 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
-    from kd_plugin.cache import TeacherCache, capture
+    from kd_plugin.cache import TeacherCache, capture  # type: ignore[no-redef]
     from kd_plugin.divergence import Divergence
     from kd_plugin.panel import TeacherPanel
     from kd_plugin.teachers import LocalTeacher

@@ -172,6 +172,12 @@ def with_lineage(callbacks: list[TrainerCallback] | None, run: RunLineage) -> li
     return chosen
 
 
+def declared_lineage(callbacks: list[TrainerCallback] | None) -> Mapping[str, Any] | str | Path | None:
+    """Return what a user's own lineage callback among ``callbacks`` declares."""
+    own = lineage_callback(callbacks or [])
+    return None if own is None else own.lineage
+
+
 def lineage_callback(callbacks: list[TrainerCallback]) -> LicenseLineageCallback | None:
     """Return the lineage callback among ``callbacks``, if there is one."""
     return next((c for c in callbacks if isinstance(c, LicenseLineageCallback)), None)

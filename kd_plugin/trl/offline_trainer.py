@@ -19,7 +19,7 @@ from kd_plugin.divergence.finite import require_finite
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.trl.collator import TeacherTargetCollator
 from kd_plugin.trl.distillation_head import add_distillation_head
-from kd_plugin.trl.lineage_callback import LineageSavingMixin, with_lineage
+from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, with_lineage
 from kd_plugin.trl.offline_config import OfflineKDConfig
 from kd_plugin.trl.start import dataset_sources, load_vocabulary, start_lineage, student_source
 
@@ -80,6 +80,7 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
             outputs=[self.teacher_cache.source],
             datasets=dataset_sources(train_dataset),
             args=args,
+            declared=declared_lineage(callbacks),
         )
         vocabulary = load_vocabulary(model, processing_class, args)
         self.teacher_cache.require_compatible(vocabulary, temperature=args.temperature)

@@ -20,7 +20,7 @@ from kd_plugin.panel import Correction, TeacherPanel, panel_groups, score_rows
 from kd_plugin.panel.combining import scored_positions
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import LocalTeacher
-from kd_plugin.trl.lineage_callback import LineageSavingMixin, with_lineage
+from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.start import dataset_sources, load_vocabulary, start_lineage, student_source
 
@@ -84,6 +84,7 @@ class TeacherPanelTrainer(LineageSavingMixin, DistillationTrainer):
             teachers=[teacher.source for teacher in self.panel.teachers.values()],
             datasets=dataset_sources(train_dataset),
             args=args,
+            declared=declared_lineage(callbacks),
         )
         self._vocabulary = load_vocabulary(model, processing_class, args)
         for name, teacher in self.panel.teachers.items():

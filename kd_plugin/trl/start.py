@@ -56,11 +56,21 @@ def start_lineage(
     method: str,
     student: Source,
     args: TrainingArguments,
+    declared: Any = None,
     teachers: Sequence[Source] = (),
     outputs: Sequence[Source] = (),
     datasets: Sequence[Source] = (),
 ) -> RunLineage:
     """Describe the run and pass the license gate.
+
+    Args:
+        method: what the lineage calls this training.
+        student: the student's initialisation.
+        args: the trainer's settings, whose ``lineage`` is what the user declares.
+        declared: the declaration where ``args`` has none, such as that of a user's own lineage callback.
+        teachers: models that score or write for the student.
+        outputs: caches.
+        datasets: datasets with a name.
 
     Raises:
         LicenseRefusedError: the terms of a source forbid training.
@@ -71,7 +81,7 @@ def start_lineage(
         teachers=teachers,
         outputs=outputs,
         datasets=datasets,
-        config=args.lineage,  # type: ignore[attr-defined]
+        config=declared if args.lineage is None else args.lineage,  # type: ignore[attr-defined]
         config_hash=_config_hash(args),
     )
     run.require_trainable()

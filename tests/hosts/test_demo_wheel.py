@@ -37,7 +37,8 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(built):
 
 def test_the_source_distribution_can_be_tested(built):
     (sdist,) = built.glob("*.tar.gz")
-    names = {n.split("/", 1)[1] for n in tarfile.open(sdist).getnames() if "/" in n}
+    with tarfile.open(sdist) as archive:
+        names = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
     assert {"README.md", "LICENSE", "Makefile", "constraints.txt", "tests/tiny.py", "docs/quickstart.md"} <= names
 
 

@@ -111,6 +111,18 @@ def test_another_trainer_with_the_callback(tmp_path, student_dir):
     assert_whole(tmp_path / "twin")
 
 
+def test_a_users_own_callback_declares_for_our_trainers(tmp_path, student_dir, cache):
+    trainer = OfflineKDTrainer(
+        model=student_dir,
+        args=OfflineKDConfig(**saving(tmp_path)),
+        teacher_cache=cache,
+        processing_class=byte_tokenizer(),
+        callbacks=[LicenseLineageCallback(lineage=RUN)],
+    )
+    trainer.train()
+    assert record(tmp_path / "checkpoint-2")["run"]["id"] == "test-run"
+
+
 def test_the_callback_refuses_when_the_trainer_is_built(tmp_path, student_dir):
     lineage = {"datasets": [{"repo": "someone/answers", "license": "mit", "generated_by": ["gpt-4o"]}]}
     with pytest.raises(LicenseRefusedError, match="OpenAI"):
