@@ -28,7 +28,8 @@ def built(tmp_path_factory):
 
 def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(built):
     (wheel,) = built.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
     assert {n.split("/")[0].split("-")[0] for n in names} == {"kd_plugin"}
     for needed in ("py.typed", "lineage/licenses.toml", "demo/data/arithmetic.json", "demo/data/general.json"):
         assert f"kd_plugin/{needed}" in names
