@@ -1,25 +1,50 @@
-"""``kd-plugin lineage``: show and verify who taught a checkpoint, under which terms."""
+"""``kd-plugin lineage``: who taught a checkpoint, under which terms, and what whoever ships it owes."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from kd_plugin.errors import LineageError
+from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import NO_ADVICE, load_record, verify
 
 _ABOUT = f"""Who taught a checkpoint, under which terms, and what whoever ships it owes.
 
-  show DIR     the lineage as a tree, with decision, findings and duties
-  verify DIR   recompute everything from the files alone, offline
+before a run:
+  check CONFIG   the verdict from declarations and what is on disk, before anything runs
+
+on a checkpoint:
+  show DIR       the lineage as a tree, with decision, findings and duties
+  verify DIR     recompute everything from the files alone, offline
+  diff A B       what changed between two checkpoints
+  export DIR     CycloneDX 1.6, SPDX 3.0.1 or Markdown
+  graph DIR      the lineage as one self-contained SVG
 
 {NO_ADVICE}"""
+_CHECK = """Print the verdict that a run with these declarations would get. Loads no model, needs no network.
+
+example (lineage.yaml):
+  student: {repo: Qwen/Qwen2.5-7B, license: apache-2.0, name: acme-small}
+  teachers:
+    r1:  {repo: deepseek-ai/DeepSeek-R1, license: mit, signal: text}
+  datasets:
+    - {repo: someone/instructions, license: cc-by-4.0, generated_by: []}
+  use: {commercial: true, distribute: true, eu_domiciled: false, mau_over_700m_at_release: false}
+
+  kd-plugin lineage check lineage.yaml
+
+exit codes:
+  0  allowed, with or without duties
+  1  refused: terms forbid it, are not known, or a duty is violated
+  2  the declarations cannot be read
+  3  facts are missing that the terms turn on"""
 _SHOW = """Show the lineage of a checkpoint: what it was made from, the decision, and the duties of whoever ships it.
 
 example:
@@ -38,7 +63,23 @@ exit codes:
   1  violation: the files are whole, and the terms forbid something, or a duty is not met
   2  tampered: a weight file, a text or the record was changed, is missing or is extra
   3  incomplete: lineage.json is missing, so the checkpoint was not finished"""
+_DIFF = """List what changed from checkpoint A to checkpoint B: sources, duties, findings, facts, decision.
+
+exit codes: 0 nothing, 1 something, 2 a record is damaged, 3 it is missing"""
+_EXPORT = """Print the lineage in a format that other tools read, or write it to --output.
+
+example:
+  kd-plugin lineage export out/checkpoint-100 --format spdx --output sbom.spdx.json
+
+exit codes: 0 done, 2 the record is damaged, 3 it is missing"""
+_GRAPH = """Draw the lineage as one self-contained SVG: no script, nothing fetched.
+
+example:
+  kd-plugin lineage graph out/checkpoint-100 --output lineage.svg
+
+exit codes: 0 done, 2 the record is damaged, 3 it is missing"""
 EXIT_DAMAGED, EXIT_MISSING = 2, 3
+_Run = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,45 +88,82 @@ def main(argv: Sequence[str]) -> int:
         "kd-plugin lineage", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, description, run in (("show", _SHOW, _show), ("verify", _VERIFY, _verify)):
+
+    def add(name: str, description: str, run: _Run, *places: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        command.add_argument("directory", metavar="DIR", type=Path, help="a checkpoint directory")
-        command.add_argument("--json", action="store_true", help="print JSON for machines instead")
+        for place in places:
+            meaning = "a YAML file of declarations" if place == "CONFIG" else "a checkpoint directory"
+            command.add_argument(place.lower(), metavar=place, type=Path, help=meaning)
         command.set_defaults(run=run)
+        return command
+
+    for name, description, run, place in (
+        ("check", _CHECK, _check, "CONFIG"),
+        ("show", _SHOW, _show, "DIR"),
+        ("verify", _VERIFY, _verify, "DIR"),
+    ):
+        add(name, description, run, place).add_argument(
+            "--json", action="store_true", help="print JSON for machines instead"
+        )
+    add("diff", _DIFF, _diff, "A", "B")
+    export = add("export", _EXPORT, _export, "DIR")
+    export.add_argument("--format", choices=("cyclonedx", "spdx", "markdown"), required=True)
+    for command in (export, add("graph", _GRAPH, _graph, "DIR")):
+        command.add_argument("--output", type=Path, help="file to write; without it, standard output")
     arguments = parser.parse_args(argv)
-    result: int = arguments.run(arguments)
-    return result
+    run_command: _Run = arguments.run
+    try:
+        return run_command(arguments)
+    except LineageError as error:
+        print(f"kd-plugin lineage {arguments.command}: {error}", file=sys.stderr)
+        places = [getattr(arguments, name) for name in ("dir", "a", "b") if hasattr(arguments, name)]
+        return EXIT_DAMAGED if all((place / "lineage.json").exists() for place in places) else EXIT_MISSING
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from kd_plugin.lineage import RunLineage, Source
+
+    try:
+        run = RunLineage(method="check", student=Source("student"), config=arguments.config)
+    except (ConfigError, LineageError) as error:
+        print(f"kd-plugin lineage check: {error}", file=sys.stderr)
+        return EXIT_DAMAGED
+    verdict = run.verdict
+    refused = bool(verdict.publication_stops)
+    code = 1 if refused else 3 if verdict.decision == "conditional" else 0
+    if arguments.json:
+        _print_json({"exit_code": code, **verdict.to_json(), "disclaimer": NO_ADVICE})
+        return code
+    from kd_plugin.lineage.tree import verdict_lines
+
+    _console().print(verdict_lines(verdict.to_json(), run.graph))
+    return code
 
 
 def _show(arguments: argparse.Namespace) -> int:
     from kd_plugin.lineage.tree import record_tree
 
-    directory: Path = arguments.directory
-    try:
-        record = load_record(directory)
-        if arguments.json:
-            print(json.dumps(record, indent=2, ensure_ascii=False))
-        else:
-            _console().print(record_tree(record, directory.resolve().name))
-    except LineageError as error:
-        print(f"kd-plugin lineage show: {error}", file=sys.stderr)
-        return EXIT_DAMAGED if (directory / "lineage.json").exists() else EXIT_MISSING
+    record = load_record(arguments.dir)
+    if arguments.json:
+        _print_json(record)
+    else:
+        _console().print(record_tree(record, arguments.dir.resolve().name))
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    report = verify(arguments.directory)
+    report = verify(arguments.dir)
     decision = report.verdict.decision if report.verdict else None
     if arguments.json:
         problems = [{"kind": p.kind, "where": p.where, "message": p.message} for p in report.problems]
         outcome = {"exit_code": report.exit_code, "decision": decision, "problems": problems}
-        print(json.dumps({**outcome, "notes": report.notes, "disclaimer": NO_ADVICE}, indent=2, ensure_ascii=False))
+        _print_json({**outcome, "notes": report.notes, "disclaimer": NO_ADVICE})
         return report.exit_code
     console = _console()
     word = ("good", "violation", "tampered", "incomplete")[report.exit_code]
-    console.print(Text.assemble((word, "green" if word == "good" else "red"), f"  {arguments.directory}"))
+    console.print(Text.assemble((word, "green" if word == "good" else "red"), f"  {arguments.dir}"))
     for problem in report.problems:
         console.print(Text(f"  {problem}"))
     for note in report.notes:
@@ -94,6 +172,45 @@ def _verify(arguments: argparse.Namespace) -> int:
         console.print(Text(f"  decision: {decision.replace('_', ' ')}"))
     console.print(Text(NO_ADVICE, style="italic"))
     return report.exit_code
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from kd_plugin.lineage.diff import differences
+
+    lines = differences(load_record(arguments.a), load_record(arguments.b))
+    for line in lines:
+        print(line)
+    return 1 if lines else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from kd_plugin.lineage import bom, card
+
+    record = load_record(arguments.dir)
+    if arguments.format == "markdown":
+        return _deliver(card.section(record) + "\n", arguments.output)
+    document = bom.cyclonedx(record) if arguments.format == "cyclonedx" else bom.spdx(record)
+    return _deliver(json.dumps(document, indent=2, ensure_ascii=False) + "\n", arguments.output)
+
+
+def _graph(arguments: argparse.Namespace) -> int:
+    from kd_plugin.lineage.svg import graph_svg
+
+    return _deliver(graph_svg(load_record(arguments.dir), arguments.dir.resolve().name), arguments.output)
+
+
+def _deliver(text: str, output: Path | None) -> int:
+    from kd_plugin.lineage.write import write_file
+
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_file(output, text.encode())
+    return 0
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _console() -> Console:

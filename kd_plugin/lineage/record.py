@@ -14,6 +14,7 @@ from kd_plugin.errors import LineageError
 
 RECORD = "lineage.json"
 NOTICE = "NOTICE"
+BOM = "bom.cdx.json"
 LICENSES = "LICENSES"
 SCHEMA = "kd-plugin/lineage/1"
 MAX_RECORD = 64 << 20  # bytes; a record of a thousand sources stays far below

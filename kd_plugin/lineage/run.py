@@ -14,6 +14,8 @@ from typing import Any
 from kd_plugin.errors import ConfigError, LicenseRefusedError, LineageError, nearest
 from kd_plugin.lineage import hashing, obligations
 from kd_plugin.lineage import write as files
+from kd_plugin.lineage.bom import bom_text
+from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.config import Declaration, LineageConfig, load_config
 from kd_plugin.lineage.discovery import Found, checkpoint_node, discover, record_overrides
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph, Node
@@ -124,7 +126,7 @@ class RunLineage:
         _refuse(verdict.publication_stops, "Publishing is refused by the terms of the sources", self._remedy)
 
     def write(self, directory: str | Path, *, step: int, parent: str | Path | None = None) -> None:
-        """Write ``LICENSES/``, ``NOTICE`` and, last, ``lineage.json`` beside the weights in ``directory``.
+        """Write ``LICENSES/``, ``NOTICE``, ``bom.cdx.json``, the card and, last, ``lineage.json`` beside the weights.
 
         Args:
             directory: a directory that holds a checkpoint's weights.
@@ -146,20 +148,13 @@ class RunLineage:
         named = {i for node in graph.nodes.values() for i in (*node.licenses, *node.services)}
         terms = {i: self.registry.terms[i] for i in sorted(named | set(self._student.declared_license))}
         verdict = self._judge(graph, self.config.use)
-        placed = files.place_files(
-            directory,
-            obligations.notice_text(graph, terms, verdict),
-            obligations.license_files(graph, terms, self.registry),
-            stale,
-        )
         student = self._student
-        record = {
+        record: dict[str, Any] = {
             "schema": SCHEMA,
             "disclaimer": NO_ADVICE,
             "run": self._run_section(),
             "checkpoint": {"step": step, "parent": self._parent(parent)},
             "subjects": [{"path": s.path, "sha256": s.sha256, "size": s.size} for s in subjects],
-            "files": placed,
             **graph.to_json(),
             "terms": {i: entry.to_json() for i, entry in terms.items()},
             "policy": {
@@ -172,6 +167,14 @@ class RunLineage:
             "effective": verdict.to_json(),
             "overrides": [one.to_json() for one in self._overrides],
         }
+        record["files"] = files.place_files(
+            directory,
+            obligations.notice_text(graph, terms, verdict),
+            bom_text(record),
+            obligations.license_files(graph, terms, self.registry),
+            stale,
+        )
+        update_card(directory, record)
         saved_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         files.place_record(directory, sealed(record, saved_at))
 
@@ -190,7 +193,9 @@ class RunLineage:
         Raises:
             LineageError: the checkpoint's record is missing or damaged, or ``directory`` is not writable.
         """
-        files.copy_lineage(Path(checkpoint), load_record(checkpoint), Path(directory))
+        record = load_record(checkpoint)
+        files.copy_lineage(Path(checkpoint), record, Path(directory))
+        update_card(Path(directory), record)
 
     @cached_property
     def _recorded_graph(self) -> Graph:

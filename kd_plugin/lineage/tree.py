@@ -39,12 +39,15 @@ def record_tree(record: Mapping[str, Any], name: str) -> RenderableType:
     run, effective = record["run"], record["effective"]
     root = Tree(Text.assemble((printable(name), "bold"), f"  step {record['checkpoint']['step']}, {run['method']}"))
     _grow(root, graph, SELF, ())
+    about = Text(f"run       {printable(str(run['id']))}, {printable(str(run['date']))}")
+    return Group(root, Text(), about, verdict_lines(effective, graph))
+
+
+def verdict_lines(effective: Mapping[str, Any], graph: Graph) -> RenderableType:
+    """Return decision, findings and duties for people, with the sentence that this is no advice."""
     lines: list[RenderableType] = [
-        root,
-        Text(),
         Text.assemble("decision  ", _coloured(effective["decision"])),
         Text(f"licence   {effective['license_expression']}"),
-        Text(f"run       {printable(str(run['id']))}, {printable(str(run['date']))}"),
     ]
     if effective["findings"]:
         lines.append(Text("\nfindings", style="bold"))

@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import hashing, obligations
+from kd_plugin.lineage.bom import bom_text
+from kd_plugin.lineage.card import section, section_in
 from kd_plugin.lineage.discovery import record_overrides
 from kd_plugin.lineage.graph import Graph
 from kd_plugin.lineage.policy import evaluate
-from kd_plugin.lineage.record import LICENSES, NOTICE, RECORD, canonical, digest_of, read_record, seal
+from kd_plugin.lineage.record import BOM, LICENSES, MAX_RECORD, NOTICE, RECORD, canonical, digest_of, read_record, seal
 from kd_plugin.lineage.registry import default_registry
 from kd_plugin.lineage.terms import Terms
 from kd_plugin.lineage.verdict import Student, Verdict
@@ -84,8 +86,12 @@ def verify(directory: str | Path) -> VerifyReport:
     problems += _check_files(directory, record)
     verdict, found = _check_verdict(record)
     problems += found
-    chain, notes = _check_parent(directory, record)
-    return VerifyReport(directory, tuple(problems + chain), tuple(notes), verdict)
+    notes: list[str] = []
+    for check in (_check_parent, _check_card):
+        more, said = check(directory, record)
+        problems += more
+        notes += said
+    return VerifyReport(directory, tuple(problems), tuple(notes), verdict)
 
 
 def _check_record(record: Mapping[str, Any], raw: bytes) -> list[Problem]:
@@ -122,12 +128,12 @@ def _check_subjects(directory: Path, record: Mapping[str, Any]) -> list[Problem]
 
 def _check_files(directory: Path, record: Mapping[str, Any]) -> list[Problem]:
     promised = _entries(record["files"])
-    if promised is None or NOTICE not in promised:
+    if promised is None or not {NOTICE, BOM} <= promised.keys():
         return [Problem("tampered", RECORD, "its list of lineage files is malformed")]
     problems = []
     for name, (digest, size) in sorted(promised.items()):
         path = directory / name
-        if name != NOTICE and PurePosixPath(name).parent.as_posix() != LICENSES:
+        if name not in (NOTICE, BOM) and PurePosixPath(name).parent.as_posix() != LICENSES:
             problems.append(Problem("tampered", RECORD, f"it lists {name!r}, which is no lineage file"))
         elif not path.is_file():
             problems.append(Problem("tampered", name, "the file is missing"))
@@ -159,7 +165,7 @@ def _check_verdict(record: Mapping[str, Any]) -> tuple[Verdict | None, list[Prob
                 problems.append(Problem("tampered", RECORD, f"its copy of terms {terms_id!r} is not the registry's"))
         promised = {entry["path"]: entry["sha256"] for entry in record["files"]}
         texts = {f"{LICENSES}/{n}": t for n, t in obligations.license_files(graph, terms, registry).items()}
-        for name, text in {NOTICE: notice, **texts}.items():
+        for name, text in {NOTICE: notice, BOM: bom_text(record), **texts}.items():
             if promised.get(name) != hashing.sha256_text(text):
                 problems.append(Problem("tampered", name, "it is not what the lineage asks for"))
     problems += [Problem("violation", f.subject, str(f)) for f in verdict.publication_stops]
@@ -188,6 +194,24 @@ def _check_parent(directory: Path, record: Mapping[str, Any]) -> tuple[list[Prob
         return [Problem("tampered", f"../{name}/{RECORD}", str(error))], []
     if before["digest"] != parent.get("digest") or digest_of(before) != before["digest"]:
         return [Problem("tampered", f"../{name}/{RECORD}", "it is not the parent that this record was chained to")], []
+    return [], []
+
+
+def _check_card(directory: Path, record: Mapping[str, Any]) -> tuple[list[Problem], list[str]]:
+    """Compare the card's section with the record. A trainer may write its own card again, without the section."""
+    path = directory / "README.md"
+    if record["policy"].get("sha256") != default_registry().sha256 or not path.is_file():
+        return [], []
+    with path.open("rb") as file:
+        found = section_in(file.read(MAX_RECORD).decode("utf-8", "replace"))
+    if found is None:
+        return [], ["README.md has no lineage section; something wrote it after the lineage"]
+    try:
+        expected = section(record)
+    except (LineageError, KeyError, TypeError, AttributeError):
+        return [], []  # the record is malformed, which is reported already
+    if found != expected:
+        return [Problem("tampered", "README.md", "its lineage section is not what the record says")], []
     return [], []
 
 

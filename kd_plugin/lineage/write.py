@@ -9,7 +9,7 @@ from typing import Any
 
 from kd_plugin.errors import LineageError
 from kd_plugin.lineage import hashing
-from kd_plugin.lineage.record import LICENSES, NOTICE, RECORD, canonical, read_record
+from kd_plugin.lineage.record import BOM, LICENSES, NOTICE, RECORD, canonical, read_record
 
 
 def retract(directory: Path) -> list[str]:
@@ -31,9 +31,14 @@ def retract(directory: Path) -> list[str]:
     return placed
 
 
-def place_files(directory: Path, notice: str, licenses: Mapping[str, str], stale: list[str]) -> list[dict[str, Any]]:
-    """Write NOTICE and LICENSES/, drop licence texts that only an older record placed, and return their digests."""
-    texts = {NOTICE: notice} | {f"{LICENSES}/{name}": text for name, text in licenses.items()}
+def place_files(
+    directory: Path, notice: str, bom: str, licenses: Mapping[str, str], stale: list[str]
+) -> list[dict[str, Any]]:
+    """Write NOTICE, the bill of materials and LICENSES/, and return their digests.
+
+    Licence texts that only an older record placed are dropped.
+    """
+    texts = {NOTICE: notice, BOM: bom} | {f"{LICENSES}/{name}": text for name, text in licenses.items()}
     if licenses:
         (directory / LICENSES).mkdir(exist_ok=True)
     for old in set(stale) - set(texts):
@@ -57,7 +62,7 @@ def copy_lineage(checkpoint: Path, record: Mapping[str, Any], directory: Path) -
     """Copy the files that ``record`` lists, and then the record itself, from a checkpoint to ``directory``."""
     retract(directory)
     for name in [str(entry["path"]) for entry in record["files"]]:
-        if name != NOTICE and (not name.startswith(f"{LICENSES}/") or "/" in name[len(LICENSES) + 1 :]):
+        if name not in (NOTICE, BOM) and (not name.startswith(f"{LICENSES}/") or "/" in name[len(LICENSES) + 1 :]):
             raise LineageError(f"{checkpoint / RECORD} lists {name!r}, which is no lineage file; it was edited.")
         (directory / name).parent.mkdir(exist_ok=True)
         write_file(directory / name, (checkpoint / name).read_bytes())

@@ -79,6 +79,8 @@ def test_the_same_run_writes_the_same_bytes_but_for_saved_at_in_another_place_an
         pytest.param(lambda d: (d / "NOTICE").unlink(), id="notice missing"),
         pytest.param(lambda d: flip(d / "LICENSES" / "gemma.txt"), id="licence text edited"),
         pytest.param(lambda d: (d / "LICENSES" / "mit.txt").unlink(), id="licence text missing"),
+        pytest.param(lambda d: flip(d / "bom.cdx.json"), id="bill of materials edited"),
+        pytest.param(lambda d: reword(d / "README.md", "you owe", "you may ignore"), id="duties on the card edited"),
         pytest.param(lambda d: flip(d.parent / "checkpoint-1" / "lineage.json"), id="parent edited"),
         pytest.param(lambda d: (d / "lineage.json").write_bytes(b""), id="record emptied"),
         pytest.param(lambda d: (d / "lineage.json").write_bytes(b"[" * 100_000), id="record nested"),
@@ -126,7 +128,8 @@ def test_a_forger_who_recomputes_the_digest_is_found(saved):
 
 def test_two_hundred_random_edits_and_none_missed(saved):
     rng = random.Random(20261124)
-    files = [p for p in saved.rglob("*") if p.is_file() and p.name not in ("optimizer.pt", "training_args.bin")]
+    apart = ("optimizer.pt", "training_args.bin", "config.json", "README.md")  # a card is free but for its section
+    files = [p for p in saved.rglob("*") if p.is_file() and p.name not in apart]
     for i in range(200):
         path = rng.choice(files)
         before = path.read_bytes()
@@ -247,6 +250,11 @@ def test_copying_to_the_output_directory_keeps_the_lineage_whole(tmp_path):
     run.copy_files(directory, tmp_path / "out")
     assert verify(tmp_path / "out").exit_code == 0
     assert run.covers(tmp_path / "out") and not run_of(tmp_path, "mit", config={"run": {"id": "x"}}).covers(directory)
+
+
+def reword(path, old, new):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
 
 
 def flip(path):

@@ -1,0 +1,162 @@
+"""The model card: front matter that says what is so, and a section for people. The rest of the card is kept."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd_plugin.errors import ConfigError
+from kd_plugin.lineage.config import parse_yaml
+from kd_plugin.lineage.graph import SELF, Graph
+from kd_plugin.lineage.verdict import NO_ADVICE
+from kd_plugin.lineage.write import write_file
+
+_BEGIN, _END = "<!-- kd-plugin lineage: begin -->", "<!-- kd-plugin lineage: end -->"
+_FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+# Expressions without an SPDX id that the hub has an id for
+_HUB_EXPRESSIONS = frozenset(
+    "LicenseRef-" + hub_id
+    for hub_id in (
+        "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma", "openrail", "bigscience-openrail-m",
+        "bigcode-openrail-m", "bigscience-bloom-rail-1.0", "creativeml-openrail-m",
+    )
+)  # fmt: skip
+_TEACHING = {"distilled_logits": "distributions", "trained_on_outputs": "text", "corrected_by": "corrections"}
+
+
+def update_card(directory: Path, record: Mapping[str, Any]) -> None:
+    """Write the lineage into ``README.md`` of a checkpoint, whose own words stay as they are.
+
+    Raises:
+        LineageError: the file cannot be written.
+    """
+    path = directory / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    write_file(path, card_text(text, record).encode())
+
+
+def card_text(text: str, record: Mapping[str, Any]) -> str:
+    """Return a card with the record's front matter and section in the place of older ones."""
+    match = _FRONT.match(text)
+    front: Any = {}
+    if match is not None:
+        try:
+            front = parse_yaml(match[1].encode(), "README.md")
+        except ConfigError:
+            match = None  # what cannot be read as front matter stays in the card as text
+    body = text[match.end() :] if match else text
+    merged = front_matter(front if isinstance(front, Mapping) else {}, record)
+    written = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=120)
+    body = re.sub(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", "\n", body, flags=re.DOTALL).strip("\n")
+    title = "" if body else f"# {_text(record['student'].get('name') or 'Checkpoint')}"
+    return f"---\n{written}---\n\n{body or title}\n\n{_BEGIN}\n{section(record)}\n{_END}\n"
+
+
+def front_matter(front: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hub's metadata: ``license``, ``base_model``, ``tags`` and a ``distillation`` block.
+
+    ``base_model`` is the student's own initialisation: a list there would mean a merge, and the hub knows no
+    relation for teachers. TRL 1.16 writes ``licence: license``, which is dropped.
+    """
+    graph = Graph.from_json(record)
+    merged = {key: value for key, value in front.items() if key != "licence"}
+    merged |= _license_fields(graph, record)
+    base = _hub_base(graph)
+    if base is not None:
+        merged |= {"base_model": base, "base_model_relation": "finetune"}
+    tags = merged.get("tags")
+    kept = [tags] if isinstance(tags, str) else tags if isinstance(tags, list) else []
+    merged["tags"] = list(dict.fromkeys([*kept, "distillation"]))
+    teachers = [
+        {
+            "name": edge.role or graph.nodes[edge.target].name,
+            "model": graph.nodes[edge.target].label,
+            "signal": _TEACHING[edge.kind],
+            "license": list(graph.nodes[edge.target].licenses),
+        }
+        for edge in graph.edges
+        if edge.kind in _TEACHING and graph.nodes[edge.target].kind in ("model", "checkpoint")
+    ]
+    merged["distillation"] = {
+        "method": record["run"]["method"],
+        "decision": record["effective"]["decision"],
+        "lineage": "lineage.json",
+        "teachers": teachers,
+    }
+    return merged
+
+
+def section_in(text: str) -> str | None:
+    """Return the lineage section of a card, or None where it has none."""
+    match = re.search(rf"{re.escape(_BEGIN)}\n(.*?)\n{re.escape(_END)}", text, re.DOTALL)
+    return match[1] if match else None
+
+
+def section(record: Mapping[str, Any]) -> str:
+    """Return the card's section in Markdown: who taught this, under which terms, what is owed."""
+    graph = Graph.from_json(record)
+    effective = record["effective"]
+    lines = [
+        "## License lineage",
+        "",
+        f"Decision: **{_text(effective['decision']).replace('_', ' ')}**. Licence of the weights: "
+        f"`{_text(effective['license_expression'])}`. {NO_ADVICE}",
+        "",
+        "| made from | how | terms |",
+        "|---|---|---|",
+    ]
+    for edge in graph.edges:
+        node = graph.nodes[edge.target]
+        maker = "" if edge.source == SELF else f", by {_text(graph.nodes[edge.source].label)}"
+        terms = ", ".join((*node.licenses, *node.services)) or "see what it was made from"
+        lines.append(f"| {_text(node.label)} | {_text(edge.kind.replace('_', ' '))}{maker} | {_text(terms)} |")
+    if effective["duties"]:
+        lines += ["", "If you ship these weights, you owe:", ""]
+        seen = dict.fromkeys((d["terms"], d["cite"], d["says"], d["basis"], d["status"]) for d in effective["duties"])
+        for terms, cite, says, basis, status in seen:
+            how = "" if basis == "explicit" else ", as a precaution"
+            lines.append(f"- {_text(says)} ({_text(terms)} {_text(cite)}{how}; {_text(status)})")
+    findings = [f for f in effective["findings"] if f["severity"] != "warning"]
+    if findings:
+        lines += ["", "What stands in the way:", ""]
+        lines += [f"- {_text(f['severity'])}: {_text(f['subject'])}: {_text(f['clause'])}" for f in findings]
+    shown = sorted({d["value"] for d in effective["duties"] if d["kind"] == "display" and d.get("value")})
+    lines += ["", *[f"{_text(value)}." for value in shown]] if shown else []
+    lines += ["", "The full record is `lineage.json`; check it with `kd-plugin lineage verify DIR`."]
+    return "\n".join(lines)
+
+
+def _license_fields(graph: Graph, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hub's licence fields: an id the hub knows where one says all, else a name and a link."""
+    expression = record["effective"]["license_expression"]
+    entries = {entry.get("spdx"): terms_id for terms_id, entry in record["terms"].items()}
+    alone = entries.get(expression)
+    if alone is not None and (expression in _HUB_EXPRESSIONS or not expression.startswith("LicenseRef-")):
+        return {"license": alone}
+    words = expression.replace("LicenseRef-", "").lower()
+    name = "see-notice" if expression == "NONE" else re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
+    return {"license": "other", "license_name": name, "license_link": "NOTICE"}
+
+
+def _hub_base(graph: Graph) -> str | None:
+    """Follow the initialisation back to the first model that the hub knows."""
+    at, seen = SELF, {SELF}
+    while True:
+        step = next((e for e in graph.edges if e.source == at and e.kind in ("resumed_from", "initialized_from")), None)
+        if step is None or step.target in seen:
+            return None
+        node = graph.nodes[step.target]
+        if node.repo is not None:
+            return node.repo
+        seen.add(step.target)
+        at = step.target
+
+
+def _text(value: Any) -> str:
+    """Escape what a stranger may have written, for Markdown that may be shown as HTML."""
+    return re.sub(r"([|`*_\[\]<>])", r"\\\1", html.escape(str(value), quote=False)).replace("\n", " ")

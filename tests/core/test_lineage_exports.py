@@ -1,0 +1,174 @@
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import yaml
+
+from kd_plugin.cli.lineage import main
+from kd_plugin.lineage import RunLineage, Source, load_record, verify
+from kd_plugin.lineage.card import card_text
+from tests.core.lineage_help import RUN, checkpoint, model_dir, run_of
+
+TRL_CARD = """---
+base_model: org/base
+library_name: transformers
+model_name: out
+tags:
+- generated_from_trainer
+- trl
+licence: license
+---
+
+# Model Card for out
+
+This model was trained with TRL.
+"""
+
+
+@pytest.fixture
+def saved(tmp_path):
+    directory = checkpoint(tmp_path / "out")
+    (directory / "README.md").write_text(TRL_CARD)
+    student = Source("student", ref="Qwen/Qwen2.5-7B", revision="a" * 40, license="apache-2.0")
+    teachers = [
+        Source("g", ref=model_dir(tmp_path, "<script>alert(1)</script>|x".replace("/", "_"), "gemma")),
+        Source("r1", ref="deepseek-ai/DeepSeek-R1-Distill-Llama-8B", license="mit", signal="text"),
+    ]
+    data = [{"repo": "someone/prompts", "license": "cc-by-4.0"}]
+    use = {"distribute": True, "mau_over_700m_at_release": False}
+    config = {"run": RUN, "datasets": data, "use": use, "student": {"name": "Llama-acme"}}
+    RunLineage(method="teacher_panel", student=student, teachers=teachers, config=config).write(directory, step=3)
+    return directory
+
+
+def test_the_bill_of_materials_is_strictly_valid_cyclonedx(saved):
+    validation = pytest.importorskip("cyclonedx.validation.json")
+    schema = pytest.importorskip("cyclonedx.schema")
+    validator = validation.JsonStrictValidator(schema.SchemaVersion.V1_6)
+    try:
+        problem = validator.validate_str((saved / "bom.cdx.json").read_text())
+    except ImportError as error:  # its extra for validation is not installed
+        pytest.skip(str(error))
+    assert problem is None, problem
+    bom = json.loads((saved / "bom.cdx.json").read_text())
+    refs = {c["bom-ref"] for c in bom["components"]} | {"self"}
+    assert {d["ref"] for d in bom["dependencies"]} == refs
+    assert {r for d in bom["dependencies"] for r in d["dependsOn"]} == refs - {"self"}
+
+
+def test_the_spdx_export_names_every_source_and_its_relations(saved, tmp_path):
+    output = tmp_path / "sbom.json"
+    assert main(["export", str(saved), "--format", "spdx", "--output", str(output)]) == 0
+    document = json.loads(output.read_text())
+    graph = document["@graph"]
+    ids = [e["spdxId"] for e in graph if "spdxId" in e]
+    assert len(ids) == len(set(ids))
+    for relationship in (e for e in graph if e["type"] == "Relationship"):
+        assert relationship["from"] in ids and set(relationship["to"]) <= set(ids)
+    record = load_record(saved)
+    packages = [e for e in graph if e["type"] in ("ai_AIPackage", "dataset_DatasetPackage")]
+    assert len(packages) == len(record["nodes"]) + 1
+    assert {e["relationshipType"] for e in graph if e["type"] == "Relationship"} == {
+        "contains", "descendantOf", "hasDeclaredLicense", "trainedOn",
+    }  # fmt: skip
+
+
+def test_the_card_keeps_trls_words_and_says_what_is_so(saved):
+    text = (saved / "README.md").read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert "licence" not in front
+    assert front["license"] == "other" and front["license_link"] == "NOTICE"
+    assert front["license_name"] == "apache-2.0-and-gemma"
+    assert front["base_model"] == "Qwen/Qwen2.5-7B" and front["base_model_relation"] == "finetune"
+    assert front["tags"] == ["generated_from_trainer", "trl", "distillation"]
+    assert {t["name"] for t in front["distillation"]["teachers"]} == {"g", "r1"}
+    assert "This model was trained with TRL." in text
+    assert "## License lineage" in text and "Built with Llama." in text and "not legal advice" in text
+    assert "<script>" not in text.split("---\n", 2)[2]
+
+
+def test_a_card_written_twice_has_one_section(saved):
+    once = (saved / "README.md").read_text()
+    assert card_text(once, load_record(saved)) == once
+
+
+def test_the_hub_accepts_the_front_matter(saved):
+    from huggingface_hub import ModelCard
+
+    data = ModelCard((saved / "README.md").read_text()).data
+    assert data.license == "other" and data.base_model == "Qwen/Qwen2.5-7B"
+    assert data.to_dict()["distillation"]["method"] == "teacher_panel"
+
+
+def test_a_plain_licence_is_named_by_its_hub_id(tmp_path):
+    directory = checkpoint(tmp_path / "out")
+    run_of(tmp_path, "mit").write(directory, step=1)
+    front = yaml.safe_load((directory / "README.md").read_text().split("---\n")[1])
+    assert front["license"] == "apache-2.0"
+    assert "base_model" not in front  # a local directory is no hub id
+
+
+def test_front_matter_that_cannot_be_read_is_kept_as_text(saved):
+    text = card_text("---\nx: [\n---\nhello\n", load_record(saved))
+    assert "x: [" in text and "hello" in text
+    assert yaml.safe_load(text.split("---\n")[1])["tags"] == ["distillation"]
+
+
+def test_a_later_edit_of_the_card_is_no_tampering(saved):
+    (saved / "README.md").write_text("the trainer writes its own card again")
+    assert verify(saved).exit_code == 0
+
+
+def test_the_graph_is_one_well_formed_svg_without_script(saved, capsys):
+    assert main(["graph", str(saved)]) == 0
+    drawn = capsys.readouterr().out
+    root = ElementTree.fromstring(drawn)
+    assert root.tag.endswith("svg")
+    assert "script" not in {element.tag.rsplit("}")[-1] for element in root.iter()}
+    assert "http" not in drawn.replace("http://www.w3.org/2000/svg", "")
+    assert len([e for e in root.iter() if e.tag.endswith("rect")]) == len(load_record(saved)["nodes"]) + 1
+
+
+def test_markdown_export_is_the_cards_section(saved, capsys):
+    assert main(["export", str(saved), "--format", "markdown"]) == 0
+    assert capsys.readouterr().out.strip() in (saved / "README.md").read_text()
+
+
+def test_diff_lists_what_changed_and_is_silent_otherwise(tmp_path, capsys):
+    first, second, third = (checkpoint(tmp_path / "out", f"checkpoint-{i}") for i in (1, 2, 3))
+    run_of(tmp_path, "mit").write(first, step=1)
+    run_of(tmp_path, "mit").write(second, step=2)
+    run_of(tmp_path, "mit", "gemma").write(third, step=3)
+    assert main(["diff", str(first), str(second)]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["diff", str(second), str(third)]) == 1
+    changed = capsys.readouterr().out
+    assert "+ source: distilled logits teacher-1-gemma [gemma]" in changed
+    assert "- licence: Apache-2.0\n+ licence: Apache-2.0 AND LicenseRef-gemma" in changed
+    (third / "lineage.json").unlink()
+    assert main(["diff", str(second), str(third)]) == 3
+
+
+CHECKS = [
+    ("student: {repo: a/b, license: mit}\nteachers: {r1: {repo: deepseek-ai/DeepSeek-R1, license: mit}}\n", 0),
+    ("student: {repo: a/b, license: mit}\nteachers: {gpt: {endpoint: https://api.openai.com/v1, model: gpt-4o}}\n", 1),
+    ("student: {repo: a/b, license: mit}\nteachers: {x: {repo: c/d}}\n", 1),
+    (
+        "student: {repo: a/b, license: mit, name: acme}\nteachers: {l: {repo: c/d, license: llama3.1}}\n"
+        "use: {distribute: true, mau_over_700m_at_release: false}\n",
+        1,
+    ),
+    ("student: {repo: a/b, license: mit}\nteachers: {l: {repo: c/d, license: llama3.1}}\n", 3),
+    ("student: {repo: a/b, licens: mit}\n", 2),
+    ("student: [\n", 2),
+]
+
+
+@pytest.mark.parametrize(("text", "code"), CHECKS)
+def test_check_has_an_exit_code_for_every_outcome(tmp_path, capsys, text, code):
+    path = tmp_path / "lineage.yaml"
+    path.write_text(text)
+    assert main(["check", str(path)]) == code
+    shown = capsys.readouterr()
+    assert ("not legal advice" in shown.out) == (code != 2)
+    assert main(["check", str(path), "--json"]) == code
