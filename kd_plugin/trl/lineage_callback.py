@@ -51,6 +51,7 @@ class LicenseLineageCallback(TrainerCallback):
         self.method = method
         self.run = run
         self._step = 0
+        self._publishing = False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **kwargs: Any
@@ -77,6 +78,7 @@ class LicenseLineageCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remember the step, for saves that the user asks for."""
         self._step = state.global_step
+        self._publishing = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete checkpoints whose weights did not pass through ``save_pretrained``, such as sharded ones."""
@@ -90,6 +92,7 @@ class LicenseLineageCallback(TrainerCallback):
         """Stop a push that the terms forbid, and put the checkpoint's lineage where the push takes its files."""
         if not state.is_world_process_zero:
             return
+        self._publishing = True
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if checkpoint.is_dir():
             self._run.require_publishable(checkpoint)
@@ -105,10 +108,16 @@ class LicenseLineageCallback(TrainerCallback):
         """Write the lineage of the weights in ``directory``.
 
         A failure leaves the weights and no marker: training goes on, and publishing is refused.
+
+        Raises:
+            KDError: the lineage cannot be written, and the weights are about to be published.
+            OSError: likewise.
         """
         try:
             self._run.write(directory, step=self._step)
         except (KDError, OSError) as error:
+            if self._publishing:
+                raise
             logger.error(f"The weights in {directory} are saved, but their lineage is not: {error}")
 
     @property

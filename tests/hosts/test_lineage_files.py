@@ -2,13 +2,14 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from kd_plugin.cache import TopK, capture
-from kd_plugin.errors import LicenseRefusedError
+from kd_plugin.errors import LicenseRefusedError, LineageError
 from kd_plugin.lineage import verify
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import (
@@ -165,6 +166,20 @@ def test_weights_without_a_marker_when_lineage_cannot_be_written(tmp_path, stude
     trainer.train()
     assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
     assert verify(tmp_path / "checkpoint-2").exit_code == 3
+    # what a push calls first refuses, and so does the save that a push makes
+    events = trainer.callback_handler
+    with pytest.raises(LineageError):
+        events.on_push_begin(trainer.args, trainer.state, trainer.control)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_model()
+
+
+def test_a_push_takes_the_checkpoints_lineage(tmp_path, student_dir, cache):
+    trainer = offline(tmp_path, student_dir, cache)
+    trainer.train()
+    trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    shutil.copy(tmp_path / "checkpoint-2" / "model.safetensors", tmp_path)  # as transformers does next
+    assert_whole(tmp_path)
 
 
 def test_a_resumed_run_stays_one_run_and_chains_to_its_parent(tmp_path, student_dir, cache):
