@@ -87,7 +87,8 @@ def prepare_teacher(models: Path, note: Note = print) -> Prepared:
                 method="plain_copy", student=Source("student", ref=REPO, revision=revision, license=LICENSE)
             )
             lineage.write(ready, step=0)
-            ready.rename(directory)  # in one step: a directory of this name is always whole
+            if not directory.is_dir():  # another demo that shares the folder may have been faster
+                ready.rename(directory)  # in one step: a directory of this name is always whole
     origin = (directory / "README.md").read_text(encoding="utf-8").split("Origin: ", 1)[-1].split("\n", 1)[0]
     return Prepared(str(directory), REPO, origin)
 

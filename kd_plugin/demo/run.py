@@ -17,7 +17,6 @@ from rich.console import Console
 from kd_plugin.demo import report, stages
 from kd_plugin.demo.config import DemoConfig
 from kd_plugin.demo.model import Prepared, prepare_teacher
-from kd_plugin.demo.prompts import DOMAINS, questions
 from kd_plugin.demo.stages import MODELS, OFFLINE, PANEL, SPECIALIST, START, Stage
 from kd_plugin.demo.state import DemoState, require_writable
 
@@ -53,7 +52,7 @@ def run_demo(config: DemoConfig, console: Console, *, fresh: bool = False) -> in
         }
         code = _verify(stage)
         report.show_results(console, measured, state.result("answers")["math_teacher_right"])
-        report.show_samples(console, {d: questions("held_out", d, 1)[0] for d in DOMAINS}, measured)
+        report.show_samples(console, stages.sample_questions(config), measured)
         report.show_next(console, state.directory, time.monotonic() - started, _peak_gigabytes())
     return code
 
@@ -102,7 +101,7 @@ def _verify(stage: Stage) -> int:
 
     stage.console.print("[bold]9[/bold] verify the lineage of each checkpoint", highlight=False)
     worst = 0
-    for name in (SPECIALIST, OFFLINE, PANEL):
+    for name in (SPECIALIST, START, OFFLINE, PANEL):
         found = verify(stage.path(name))
         worst = max(worst, found.exit_code)
         stage.console.print(f"  {name}: {'verified' if found.exit_code == 0 else '; '.join(map(str, found.problems))}")
@@ -116,7 +115,6 @@ def _be_quiet() -> None:
 
     # Settings that transformers 5.23 renames while TRL 1.16 still uses the old names
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -125,7 +123,8 @@ def _be_quiet() -> None:
 def _use_threads(threads: int) -> None:
     import torch
 
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or allowed)
 
 
 def _peak_gigabytes() -> float:
