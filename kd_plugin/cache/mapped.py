@@ -23,7 +23,6 @@ from torch import Tensor
 from kd_plugin.cache.files import sha256_file
 from kd_plugin.cache.manifest import Manifest, unseal
 from kd_plugin.cache.mapping import BLOCK_BYTES, MAPPED_VERSION, FlatFile, bucket_bits
-from kd_plugin.cache.targets import TopK
 from kd_plugin.errors import CacheCorruptionError, DataError
 from kd_plugin.signals import SparseSignal
 
@@ -93,7 +92,7 @@ class _Targets:
     ids: CheckedFile
     logprobs: CheckedFile
     tail: CheckedFile
-    offsets: CheckedFile
+    offsets: CheckedFile | None
     draws: CheckedFile | None
 
 
@@ -124,13 +123,12 @@ class Mapped:
             opened["ids.bin"],
             opened["logprobs.bin"],
             opened["tail.bin"],
-            opened["offsets.bin"],
+            opened.get("offsets.bin"),
             opened.get("draws.bin"),
         )
         self.tokens = files["tail.bin"].items
-        # Top-k lists equally many everywhere, so a target is found without the offsets.
+        # Top-k lists equally many everywhere, so a target is found without offsets.
         self._width = files["ids.bin"].items // max(self.tokens, 1)
-        self._uniform = isinstance(manifest.settings.targets, TopK)
 
     def signal(self, index: Tensor) -> SparseSignal:
         """Gather the targets of number ``index`` (N,); see :meth:`TeacherCache.signal`."""
@@ -138,7 +136,7 @@ class Mapped:
         targets = self._targets
         self._targets.tail.verify(numbers, numbers)
         tail = targets.tail.tensor.index_select(0, index)
-        if self._uniform:
+        if targets.offsets is None:
             width = self._width
             for file in (targets.ids, targets.logprobs):
                 file.verify(numbers * width, numbers * width + width - 1)

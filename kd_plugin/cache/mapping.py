@@ -24,7 +24,7 @@ from kd_plugin.cache.examples import scored_positions
 from kd_plugin.cache.files import explained, sha256_file, sync, temporary_name
 from kd_plugin.cache.manifest import Manifest, Unit, seal
 from kd_plugin.cache.schema import list_values, read_row_groups
-from kd_plugin.cache.targets import Sampled
+from kd_plugin.cache.targets import Sampled, TopK
 from kd_plugin.errors import CacheCorruptionError
 
 BLOCK_BYTES = 256 << 10
@@ -41,14 +41,15 @@ class FlatFile:
         items: how many.
         dtype: NumPy's name of an item's type.
         sha256: of the whole file.
-        checks_sha256: of the file ``<name>.crc``, which holds the CRC-32 of every 256 KiB block.
+        checks_sha256: of the file ``<name>.crc``, which holds the CRC-32 of every 256 KiB block; None for a file
+            that is only checked whole.
     """
 
     name: str
     items: int
     dtype: str
     sha256: str
-    checks_sha256: str
+    checks_sha256: str | None
 
 
 def mapped_directory(cache: Path, manifest: Manifest, mapped_dir: str | Path | None) -> Path:
@@ -144,28 +145,35 @@ class _Writer:
         self._checks += [zlib.crc32(view[start : start + BLOCK_BYTES]) for start in range(0, whole, BLOCK_BYTES)]
         self._pending = data[whole:]
 
-    def finish(self) -> FlatFile:
+    def discard(self) -> None:
+        self._file.close()
+        self._path.unlink()
+
+    def finish(self, with_checks: bool = True) -> FlatFile:
         if self._pending:
             self._checks.append(zlib.crc32(self._pending))
         self._file.close()
+        sync(self._path)
+        self._path.chmod(0o444)
+        whole = self._digest.hexdigest()
+        if not with_checks:
+            return FlatFile(self._path.name, self._items, self._dtype.str, whole, None)
         checks = np.asarray(self._checks, "<u4").tobytes()
         checks_path = self._path.with_name(self._path.name + ".crc")
         checks_path.write_bytes(checks)
-        for path in (self._path, checks_path):
-            sync(path)
-            path.chmod(0o444)
-        digest = hashlib.sha256(checks).hexdigest()
-        return FlatFile(self._path.name, self._items, self._dtype.str, self._digest.hexdigest(), digest)
+        sync(checks_path)
+        checks_path.chmod(0o444)
+        return FlatFile(self._path.name, self._items, self._dtype.str, whole, hashlib.sha256(checks).hexdigest())
 
 
 def _write(cache: Path, manifest: Manifest, directory: Path) -> None:
-    passed, sampled = manifest.settings.passed, isinstance(manifest.settings.targets, Sampled)
+    passed, targets_kept = manifest.settings.passed, manifest.settings.targets
     writers = {
         "target_ids": _Writer(directory, "ids.bin", "<i4"),
         "target_logprobs": _Writer(directory, "logprobs.bin", "<f2"),
         "tail_logmass": _Writer(directory, "tail.bin", "<f4"),
     }
-    if sampled:
+    if isinstance(targets_kept, Sampled):
         writers["target_draws"] = _Writer(directory, "draws.bin", "<i2")
     offsets = _Writer(directory, "offsets.bin", "<i8")
     offsets.append(np.zeros(1, np.int64))
@@ -186,7 +194,11 @@ def _write(cache: Path, manifest: Manifest, directory: Path) -> None:
                 for name, writer in writers.items():
                     writer.append(list_values(table[name])[0])
     sync(rows_path)
-    files = [writer.finish() for writer in (*writers.values(), offsets)]
+    files = [writer.finish() for writer in writers.values()]
+    if isinstance(targets_kept, TopK):
+        offsets.discard()  # equally many everywhere: the offsets are multiples of the count
+    else:
+        files.append(offsets.finish())
     files += _write_index(directory, np.concatenate(keys) if keys else np.zeros((0, 2), "<u8"))
     record = {
         "version": MAPPED_VERSION,
@@ -231,7 +243,7 @@ def _write_index(directory: Path, keys: NDArray[Any]) -> list[FlatFile]:
     ):
         writer = _Writer(directory, name, dtype)
         writer.append(values)
-        files.append(writer.finish())
+        files.append(writer.finish(with_checks=False))
     return files
 
 

@@ -136,10 +136,13 @@ class Store:
         if not manifest.complete:
             raise CacheError(f"{self.directory} lacks {len(manifest.missing_units)} units; it cannot be finished.")
         with explained(f"Finishing {self.directory}", "All units are stored. Run the same command again."):
-            for name, content in (("README.md", card(manifest).encode()), ("manifest.json", seal(manifest.to_json()))):
+            for name, content in (("README.md", card(manifest)), ("manifest.json", seal(manifest.to_json()))):
+                path = self.directory / name
+                if path.is_file() and path.read_bytes() == content:
+                    continue
                 temporary = temporary_name(self.directory / "tmp", name)
                 temporary.write_bytes(content)
-                publish(temporary, self.directory / name)
+                publish(temporary, path)
             self._remove_leftovers()
             for path in (self.directory / "claims").iterdir():
                 path.unlink(missing_ok=True)
@@ -235,14 +238,15 @@ def read_record(path: Path, settings: Settings) -> UnitRecord:
     return UnitRecord(Unit(**values), finished)
 
 
-def card(manifest: Manifest) -> str:
-    """Return the README that lets ``datasets.load_dataset(directory)`` find the shards."""
+def card(manifest: Manifest) -> bytes:
+    """Return the README.md that lets ``datasets.load_dataset(directory)`` find the shards."""
     settings = manifest.settings
-    return (
+    text = (
         "---\nconfigs:\n- config_name: default\n  data_files: data/*.parquet\n---\n\n# Teacher cache\n\n"
         f"What {settings.teacher or 'a teacher'} said at {manifest.tokens} positions of {manifest.rows} examples, "
         "stored by kd-plugin. `manifest.json` says how, and who taught under which terms.\n"
     )
+    return text.encode()
 
 
 def _seal_record(record: UnitRecord, settings: Settings) -> bytes:
