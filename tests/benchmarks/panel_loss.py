@@ -129,7 +129,7 @@ def times(case: Case, repeats: int) -> tuple[dict[str, float], float]:
 def added_peak_here(case: Case, side: str) -> int:
     """Bytes by which the resident set of this process peaks during one step; Linux only."""
     problem = Problem(case)
-    Problem(Case(case.dtype, 1, 8, 64, 8, 8, case.divergence)).step(side)  # imports and thread pools
+    Problem(Case(case.dtype, 1, 8, 256, 8, 8, case.divergence)).step(side)  # imports and thread pools
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at the present resident set
     before = _status("VmRSS")
     problem.step(side)
@@ -139,7 +139,7 @@ def added_peak_here(case: Case, side: str) -> int:
 def added_peak(case: Case, side: str) -> int:
     """The same, measured in a new process."""
     command = [sys.executable, "-m", "tests.benchmarks.panel_loss", "--memory-of", side, json.dumps(asdict(case))]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def _status(field: str) -> int:
