@@ -23,6 +23,10 @@ from kd_plugin.lineage.texts import copyright_lines, recognise
 _MAX_TEXT = 1 << 20  # bytes
 _MAX_FILES = 20  # licence files that are read in one directory
 _LICENSE_FILE = re.compile(r"^(licen[cs]e|copying)([-_. ].*)?$", re.IGNORECASE)
+# What of a hub repository speaks of its terms
+HUB_FILES = re.compile(
+    r"^(readme\.md|notice(\.txt)?|adapter_config\.json|(licen[cs]e|copying)([-_. ].*)?)$", re.IGNORECASE
+)
 _HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
 
 

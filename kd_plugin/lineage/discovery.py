@@ -13,6 +13,7 @@ from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import hashing
 from kd_plugin.lineage.directory import DirectoryFacts, printable, read_directory
 from kd_plugin.lineage.graph import SELF, Edge, Evidence, Graph, Node
+from kd_plugin.lineage.hub import ask_hub
 from kd_plugin.lineage.overrides import Override, read_overrides
 from kd_plugin.lineage.record import RECORD, SCHEMA, load_record
 from kd_plugin.lineage.registry import UNKNOWN, Registry
@@ -66,7 +67,10 @@ def discover(
         return _from_outputs(source)
     if source.record is not None and source.record.get("schema") == SCHEMA:
         return _from_checkpoint(source.record, source.name)
-    directory = _directory(source)
+    directory, hub = _directory(source), None
+    if (directory is None or not (directory / "README.md").is_file()) and _is_hub_id(source.ref):
+        hub = ask_hub(str(source.ref), source.revision, "dataset" if source.kind == "dataset" else "model")
+        directory = hub.directory or directory
     if directory is not None and (directory / RECORD).is_file():
         return _from_checkpoint(load_record(directory), printable(directory.resolve().name))
     facts = DirectoryFacts() if directory is None else read_directory(directory, registry)
@@ -77,6 +81,8 @@ def discover(
     if known is not None:
         readings.append(Evidence("registry of known repositories", known.license, (known.license,)))
     ids, evidence = _decide(readings, registry)
+    if hub is not None and hub.problem is not None:
+        evidence += (Evidence("hub", hub.problem, ()),)
     services = _services(source, registry, directory, repo)
     in_memory = source.kind == "dataset" and source.ref is None
     undeclared = not ids and not services and (in_memory or vouched)
@@ -137,7 +143,7 @@ def _decide(readings: list[Evidence], registry: Registry) -> tuple[tuple[str, ..
 
 def _expression(evidence: tuple[Evidence, ...], ids: tuple[str, ...], registry: Registry) -> str | None:
     """Return the SPDX expression as written where one was, such as a choice, else that of the entries."""
-    written = registry.resolve(evidence[0].value).expression if evidence else None
+    written = registry.resolve(evidence[0].value).expression if evidence and evidence[0].ids else None
     return written or " AND ".join(sorted(s for i in ids if (s := registry.terms[i].spdx))) or None
 
 
@@ -175,6 +181,10 @@ def _directory(source: Source) -> Path | None:
         if isinstance(cached, str):
             return Path(cached).parent
     return None
+
+
+def _is_hub_id(ref: str | None) -> bool:
+    return ref is not None and _HUB_ID.match(ref) is not None and not Path(ref).is_dir()
 
 
 def _identity(source: Source, directory: Path | None) -> tuple[str | None, str | None]:

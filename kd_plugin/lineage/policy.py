@@ -144,7 +144,7 @@ def _judge_declaration(node: Node, path: Path, tally: _Tally) -> None:
         tally.findings.append(_note("base_not_read", node, path, "the terms of a base were not read", evidence, remedy))
     readings = {e.ids for e in node.evidence if e.ids}
     if len(readings) > 1:
-        seen = "; ".join(f"{e.where}: {e.value}" for e in node.evidence)
+        seen = "; ".join(f"{e.where}: {e.value}" for e in node.evidence if e.ids)
         remedy = "the more severe reading counts; correct the source that is wrong"
         clause = "sources disagree on the licence"
         tally.findings.append(_note("sources_disagree", node, path, clause, seen, remedy))
