@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from trl import ModelConfig, ScriptArguments, TrlParser
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from kd_plugin.errors import ConfigError, DataError, nearest
 
@@ -68,8 +68,16 @@ def load_rows(script: ScriptArguments, split: str) -> Any:
     return load_dataset(name, name=script.dataset_config, split=split, streaming=script.dataset_streaming)
 
 
-def finish(trainer: Any, training: Any) -> int:
-    """Train, resuming where ``resume_from_checkpoint`` says so, and save the student with its lineage."""
+def train(command: str, trainer_class: type, config_class: type, argv: Sequence[str]) -> int:
+    """Build the trainer from ``argv``, train, resuming where that says so, and save the student with its lineage."""
+    script, training, model = parse(command, config_class, argv)
+    trainer = trainer_class(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=load_rows(script, script.dataset_train_split),
+        eval_dataset=load_rows(script, script.dataset_test_split) if training.eval_strategy != "no" else None,
+        peft_config=get_peft_config(model),
+    )
     resume = training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("True", "true", True) else resume)
     trainer.save_model(training.output_dir)

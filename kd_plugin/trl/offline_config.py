@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, get_args
 
 from trl import SFTConfig
 
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.sparse import Tail
 from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.trl.shared_fields import DistillationFields
 
 
 @dataclass
-class OfflineKDConfig(SFTConfig):
+class OfflineKDConfig(DistillationFields, SFTConfig):
     """What TRL's ``SFTConfig`` holds, and how the captured targets are fitted.
 
     Every inherited field keeps its meaning. The loss of a token is
@@ -35,7 +36,6 @@ class OfflineKDConfig(SFTConfig):
         },
     )
     jsd_beta: float = field(default=0.5, metadata={"help": "Weight of the teacher in jsd, strictly between 0 and 1."})
-    skew_alpha: float = field(default=0.1, metadata={"help": "Share of the teacher in skew_kl's mixture, in [0, 1)."})
     temperature: float = field(
         default=1.0,
         metadata={"help": "Softmax temperature of the student. Must be the one that the targets were captured at."},
@@ -52,13 +52,6 @@ class OfflineKDConfig(SFTConfig):
     allow_partial: bool = field(
         default=False,
         metadata={"help": "Train on a cache whose capture was interrupted, and on rows that it does not hold."},
-    )
-    lineage: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "License lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, "
-            "overrides and run. What it leaves out is discovered."
-        },
     )
 
     def __post_init__(self):

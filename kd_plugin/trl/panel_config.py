@@ -10,10 +10,11 @@ from trl import DistillationConfig
 from kd_plugin.divergence import Divergence
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.panel import Combine
+from kd_plugin.trl.shared_fields import DistillationFields
 
 
 @dataclass
-class TeacherPanelConfig(DistillationConfig):
+class TeacherPanelConfig(DistillationFields, DistillationConfig):
     """What TRL's ``DistillationConfig`` holds, and how a panel of teachers is combined.
 
     Every inherited field keeps its meaning. With one teacher and default settings the losses and gradients are
@@ -52,17 +53,6 @@ class TeacherPanelConfig(DistillationConfig):
         metadata={
             "help": "forward_kl = KL(teacher || student), reverse_kl = KL(student || teacher), jsd (with `beta`), or "
             "skew_kl (with `skew_alpha`). Left out, `beta` decides as in TRL: 0 forward KL, 1 reverse KL, else JSD."
-        },
-    )
-    skew_alpha: float = field(
-        default=0.1,
-        metadata={"help": "Share of the teacher in skew_kl's mixture, in [0, 1)."},
-    )
-    lineage: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "License lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, "
-            "overrides and run. What it leaves out is discovered."
         },
     )
 

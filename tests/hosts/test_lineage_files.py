@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from kd_plugin.cache import TopK, capture
@@ -110,6 +111,19 @@ def test_another_trainer_with_the_callback(tmp_path, student_dir):
     twin.save_pretrained(tmp_path / "twin")
     assert not type(twin).from_pretrained(tmp_path / "twin").get_input_embeddings().weight.any()
     assert_whole(tmp_path / "twin")
+
+
+def test_a_plain_transformers_trainer(tmp_path, student_dir):
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 4
+    trainer = Trainer(
+        model=AutoModelForCausalLM.from_pretrained(student_dir),
+        args=TrainingArguments(**saving(tmp_path)),
+        train_dataset=rows,
+        callbacks=[LicenseLineageCallback(lineage=RUN)],
+    )
+    trainer.train()
+    assert_whole(tmp_path / "checkpoint-2")
+    assert verify(tmp_path / "checkpoint-2").exit_code == 0
 
 
 def test_a_users_own_callback_declares_for_our_trainers(tmp_path, student_dir, cache):
