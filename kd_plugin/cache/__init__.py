@@ -9,6 +9,6 @@ from kd_plugin.cache.capture import capture
 from kd_plugin.cache.examples import example_id
 from kd_plugin.cache.manifest import Manifest
 from kd_plugin.cache.reader import TeacherCache
-from kd_plugin.cache.targets import Sampled, Targets, TopK
+from kd_plugin.cache.targets import Sampled, Targets, TopK, TopP
 
-__all__ = ["Manifest", "Sampled", "Targets", "TeacherCache", "TopK", "capture", "example_id"]
+__all__ = ["Manifest", "Sampled", "Targets", "TeacherCache", "TopK", "TopP", "capture", "example_id"]

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,23 @@ _POLL_SECONDS = 0.5
 _WEIGHT_SAMPLES = 16  # values of each weight that enter its digest
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A capture whose terms, rows and settings have been checked, before the teacher is loaded.
+
+    Attributes:
+        rows: the dataset.
+        tokenization: turns its rows into examples.
+        settings: of the cache, without the weights' digest and dtype.
+        lineage: nodes and edges of who teaches.
+    """
+
+    rows: Rows
+    tokenization: Tokenization
+    settings: Settings
+    lineage: Mapping[str, Any]
+
+
 def capture(
     dataset: Any,
     teacher: LocalTeacher,
@@ -46,6 +63,7 @@ def capture(
     seed: int = 0,
     lineage: Mapping[str, Any] | str | Path | None = None,
     progress: bool = True,
+    append: bool = False,
 ) -> TeacherCache:
     """Score ``dataset`` with ``teacher`` and store its outputs in ``output_dir``.
 
@@ -69,6 +87,7 @@ def capture(
         seed: of the draws of sampled targets.
         lineage: the declarations that ``kd-plugin lineage check`` reads: a mapping or a YAML file.
         progress: show how far it is, on standard error.
+        append: add ``dataset`` to the finished cache of other data that is in ``output_dir``.
 
     Raises:
         LicenseRefusedError: the teacher's terms forbid training on its outputs; nothing was loaded.
@@ -78,6 +97,51 @@ def capture(
         CacheError: the directory cannot be written, or is damaged.
         NonFiniteError: the teacher's logits are not finite.
     """
+    prepared = prepare(
+        dataset,
+        teacher,
+        targets=targets,
+        temperature=temperature,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        completion_only=completion_only,
+        shard_rows=shard_rows,
+        batch_tokens=batch_tokens,
+        seed=seed,
+        lineage=lineage,
+    )
+    rows, settings = prepared.rows, prepared.settings
+    part = Part(rows.fingerprint(), len(rows), first_unit=0)
+    directory = Path(output_dir)
+    # What can be compared without the weights is compared before they are loaded.
+    if (directory / "manifest.json").exists():
+        require_same(directory, settings, part, ignored=("weights", "dtype"), append=append)
+    model = _placed(teacher)
+    dtype = str(teacher.head.weight.dtype).removeprefix("torch.")
+    settings = replace(settings, weights=weights_digest(model), dtype=dtype)
+    store = Store.create_or_join(directory, settings, [part], prepared.lineage, _engine(), append)
+    _do_units(store, rows, prepared.tokenization, teacher, batch_tokens, progress)
+    manifest = store.finish()
+    if not manifest.rows:
+        raise DataError(f"None of the {len(rows)} rows has a token to score: all were cut or masked away.")
+    return TeacherCache(output_dir)
+
+
+def prepare(
+    dataset: Any,
+    teacher: LocalTeacher,
+    *,
+    targets: Targets,
+    temperature: float = 1.0,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    completion_only: bool | None = None,
+    shard_rows: int = 1024,
+    batch_tokens: int = 16_384,
+    seed: int = 0,
+    lineage: Mapping[str, Any] | str | Path | None = None,
+) -> Prepared:
+    """Check everything that can be checked before the teacher's weights are loaded; see :func:`capture`."""
     from kd_plugin.lineage import outputs_record
 
     _require_positive(temperature=temperature, shard_rows=shard_rows, batch_tokens=batch_tokens)
@@ -87,18 +151,16 @@ def capture(
         tokenizer = teacher.tokenizer
     else:
         Vocabulary.from_tokenizer(tokenizer).require_same_tokens(vocabulary, "dataset's tokenizer", "teacher")
-    template = Vocabulary.from_tokenizer(tokenizer).template_fingerprint
     rows = Rows(dataset)
     tokenization = Tokenization(tokenizer, vocabulary.size, max_length, completion_only)
     tokenization(rows[0], "row 0")
-    part = Part(rows.fingerprint(), len(rows), first_unit=0)
     settings = Settings(
         teacher=_portable(teacher.source.ref),
         revision=teacher.source.revision,
         weights=None,
         dtype=None,
         tokenizer=vocabulary.fingerprint,
-        chat_template=template,
+        chat_template=Vocabulary.from_tokenizer(tokenizer).template_fingerprint,
         vocab_size=vocabulary.size,
         targets=targets,
         temperature=float(temperature),
@@ -108,19 +170,7 @@ def capture(
         shard_rows=shard_rows,
         passed=rows.passed_columns,
     )
-    directory = Path(output_dir)
-    # What can be compared without the weights is compared before they are loaded.
-    if (directory / "manifest.json").exists():
-        require_same(directory, settings, part, ignored=("weights", "dtype"))
-    model = _placed(teacher)
-    dtype = str(teacher.head.weight.dtype).removeprefix("torch.")
-    settings = replace(settings, weights=weights_digest(model), dtype=dtype)
-    store = Store.create_or_join(directory, settings, part, record, _engine())
-    _do_units(store, rows, tokenization, teacher, batch_tokens, progress)
-    manifest = store.finish()
-    if not manifest.rows:
-        raise DataError(f"None of the {len(rows)} rows has a token to score: all were cut or masked away.")
-    return TeacherCache(output_dir)
+    return Prepared(rows, tokenization, settings, record)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd_plugin.cache.targets import Sampled, Targets, TopK
+from kd_plugin.cache.targets import Sampled, Targets, TopK, TopP
 from kd_plugin.errors import NonFiniteError
 from kd_plugin.signals import OutputHead
 
@@ -87,7 +87,7 @@ def extract(
                 chunk = torch.from_numpy(uniforms[start : start + rows]).to(hidden.device, non_blocking=True)
                 parts.append(_sampled(logits, chunk))
             else:
-                parts.append(_top_k(logits, targets))
+                parts.append(_truncated(logits, targets))
     return Extracted.concatenate(parts)
 
 
@@ -96,17 +96,28 @@ def _logits(hidden: Tensor, head: OutputHead, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits / temperature
 
 
-def _top_k(logits: Tensor, targets: TopK) -> Extracted:
-    values, ids = top_k(logits, min(targets.k, logits.shape[-1]))
+def _truncated(logits: Tensor, targets: TopK | TopP) -> Extracted:
+    values, ids = top_k(logits, min(targets.k if isinstance(targets, TopK) else targets.cap, logits.shape[-1]))
     maximum = values[:, :1]
     exponentials = torch.sub(logits, maximum).exp_()
     total = exponentials.sum(-1, keepdim=True)
     logprobs = values - maximum - total.log()
-    tail = _tail(exponentials, ids, total)
-    arrays = _to_host(ids.int(), logprobs.half(), tail, (maximum + total.log()).float())
+    rest = _rest(exponentials, ids)
+    counts = None
+    if isinstance(targets, TopP):
+        mass = logprobs.exp()
+        # A token is listed while those before it have not reached p.
+        listed = mass.cumsum(-1) - mass < targets.p
+        rest = rest + (values - maximum).exp().masked_fill(listed, 0.0).sum(-1, keepdim=True)
+        counts = listed.sum(-1, keepdim=True).int()
+    fields = [ids.int(), logprobs.half(), rest.log() - total.log(), (maximum + total.log()).float()]
+    arrays = _to_host(*fields, *([] if counts is None else [counts]))
     _require_finite(arrays[3])
     n, k = arrays[0].shape
-    return Extracted(np.full(n, k, np.int32), arrays[0].ravel(), arrays[1].ravel(), arrays[2].ravel(), None)
+    if counts is None:
+        return Extracted(np.full(n, k, np.int32), arrays[0].ravel(), arrays[1].ravel(), arrays[2].ravel(), None)
+    kept = np.arange(k) < arrays[4]
+    return Extracted(arrays[4].ravel(), arrays[0][kept], arrays[1][kept], arrays[2].ravel(), None)
 
 
 def _sampled(logits: Tensor, uniforms: Tensor) -> Extracted:
@@ -121,7 +132,7 @@ def _sampled(logits: Tensor, uniforms: Tensor) -> Extracted:
     draws = torch.zeros_like(tokens).scatter_add_(1, rank, torch.ones_like(tokens))
     ids = tokens[:, :1].expand_as(tokens).scatter(1, rank, tokens)
     logprobs = logits.gather(1, ids) - maximum - total.log()
-    tail = _tail(exponentials, ids, total)
+    tail = _rest(exponentials, ids).log() - total.log()
     arrays = _to_host(
         ids.int(), logprobs.half(), tail, (maximum + total.log()).float(), draws.int(), (rank[:, -1:] + 1).int()
     )
@@ -176,10 +187,9 @@ def _draw(exponentials: Tensor, uniforms: Tensor) -> Tensor:
     return group * _GROUP + inside
 
 
-def _tail(exponentials: Tensor, ids: Tensor, total: Tensor) -> Tensor:
-    """Sum what is not listed, rather than subtract from one, which cancels; overwrites ``exponentials``."""
-    rest = exponentials.scatter_(1, ids, 0.0).sum(-1, keepdim=True)
-    return rest.log() - total.log()
+def _rest(exponentials: Tensor, ids: Tensor) -> Tensor:
+    """Sum (N, 1) what is not listed, rather than subtract from one, which cancels; overwrites ``exponentials``."""
+    return exponentials.scatter_(1, ids, 0.0).sum(-1, keepdim=True)
 
 
 def _to_host(*tensors: Tensor) -> list[NDArray[Any]]:

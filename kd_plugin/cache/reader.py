@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kd_plugin.cache.audit import problems
 from kd_plugin.cache.examples import example_id
 from kd_plugin.cache.manifest import Manifest, read_manifest, seal
 from kd_plugin.cache.mapped import Mapped
 from kd_plugin.cache.mapping import build, mapped_directory, verify_shard
-from kd_plugin.cache.store import card, gather
+from kd_plugin.cache.store import gather
 from kd_plugin.cache.targets import Sampled, describe
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError, VocabularyError
 from kd_plugin.lineage.sources import Source
@@ -170,17 +171,11 @@ class TeacherCache:
         """Read every byte of the cache and compare it with what was written.
 
         Raises:
-            CacheCorruptionError: names the first file that differs, what is lost, and how to redo just that.
+            CacheCorruptionError: names each file that differs, what is lost, and how to redo just that.
         """
-        self._verify_shards(whole=True)
-        known = {Path(unit.file).name for unit in self.manifest.units}
-        for path in sorted((self.path / "data").iterdir()):
-            if path.name not in known:
-                raise CacheCorruptionError(f"{path} belongs to no unit of this cache. Move it away.")
-        if self.manifest.finished is not None and (self.path / "README.md").read_bytes() != card(self.manifest):
-            raise CacheCorruptionError(f"{self.path / 'README.md'} was changed. Run the same capture again.")
-        if mapped_directory(self.path, self.manifest, self._mapped_dir).exists():
-            self._mapped.verify()
+        found = problems(self.path, self._mapped_dir)
+        if found:
+            raise CacheCorruptionError("\n".join(found))
 
     @cached_property
     def _mapped(self) -> Mapped:

@@ -15,7 +15,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,9 +55,17 @@ class Store:
 
     @classmethod
     def create_or_join(
-        cls, directory: Path, settings: Settings, part: Part, lineage: Mapping[str, Any], engine: Mapping[str, str]
+        cls,
+        directory: Path,
+        settings: Settings,
+        parts: Sequence[Part],
+        lineage: Mapping[str, Any],
+        engine: Mapping[str, str],
+        append: bool = False,
     ) -> Store:
         """Start a cache in an empty directory, or join the capture that is there.
+
+        With ``append``, a finished cache of other data and the same settings gets the last of ``parts`` as one more.
 
         Raises:
             CacheError: the directory holds something else, or cannot be written.
@@ -68,11 +76,13 @@ class Store:
                 _require_ours(directory)
                 for name in ("data", "units", "claims", "tmp"):
                     (directory / name).mkdir(parents=True, exist_ok=True)
-                manifest = Manifest(settings, (part,), (), lineage, engine, created=_now())
+                manifest = Manifest(settings, tuple(parts), (), lineage, engine, created=_now())
                 temporary = temporary_name(directory / "tmp", "manifest.json")
                 temporary.write_bytes(seal(manifest.to_json()))
                 publish_new(temporary, directory / "manifest.json")
-            require_same(directory, settings, part)
+            require_same(directory, settings, parts[-1], append=append)
+            if append:
+                _extend(directory, parts[-1])
             store = cls(directory, read_manifest(directory))
             for name in ("claims", "tmp"):
                 (directory / name).mkdir(exist_ok=True)
@@ -195,16 +205,28 @@ class Claim:
                 os.utime(self._path)
 
 
-def require_same(directory: Path, settings: Settings, part: Part, ignored: Collection[str] = ()) -> None:
+def require_same(
+    directory: Path, settings: Settings, part: Part, ignored: Collection[str] = (), append: bool = False
+) -> None:
     """Refuse to go on in ``directory`` with other settings, but for the ``ignored`` ones, or another dataset.
+
+    With ``append`` another dataset is what is wanted, once the one before is whole.
 
     Raises:
         ConfigError: names each difference; nothing was changed.
     """
     there = read_manifest(directory)
     differences = there.settings.differences(settings, ignored)
-    if there.parts[-1] != replace(part, first_unit=there.parts[-1].first_unit):
-        last = there.parts[-1]
+    last = there.parts[-1]
+    another = last != replace(part, first_unit=last.first_unit)
+    if another and append:
+        gathered = gather(directory, there)
+        if not gathered.complete:
+            raise ConfigError(
+                f"{directory} is not finished: {len(gathered.missing_units)} units are missing. Finish that capture "
+                "before data is appended."
+            )
+    elif another:
         differences.append(
             f"dataset: {last.rows} rows, fingerprint {last.fingerprint[:12]} against {part.rows} rows, fingerprint "
             f"{part.fingerprint[:12]}"
@@ -214,6 +236,18 @@ def require_same(directory: Path, settings: Settings, part: Part, ignored: Colle
             f"{directory} holds a capture with other settings (there against here): {'; '.join(differences)}. "
             "Nothing was changed. Choose another output directory, or the settings of the one that is there."
         )
+
+
+def _extend(directory: Path, part: Part) -> None:
+    """Add ``part`` to the manifest, unless it is the last one already; several workers write the same."""
+    there = read_manifest(directory)
+    last = there.parts[-1]
+    if last == replace(part, first_unit=last.first_unit):
+        return
+    parts = (*there.parts, replace(part, first_unit=there.unit_count))
+    temporary = temporary_name(directory / "tmp", "manifest.json")
+    temporary.write_bytes(seal(replace(there, parts=parts, units=(), finished=None).to_json()))
+    publish(temporary, directory / "manifest.json")
 
 
 def gather(directory: Path, manifest: Manifest) -> Manifest:

@@ -46,9 +46,29 @@ class Sampled:
             raise ConfigError(f"Sampled(draws={self.draws}) is above {MAX_DRAWS}, the most that a count can hold.")
 
 
-Targets = TopK | Sampled
+@dataclass(frozen=True)
+class TopP:
+    """The most probable tokens that together reach the mass p, at most ``cap`` of them.
 
-_KINDS: dict[str, type[TopK] | type[Sampled]] = {"top_k": TopK, "sampled": Sampled}
+    Few tokens where the teacher is sure, many where it is not. Truncated like :class:`TopK`.
+
+    Attributes:
+        p: mass to reach, in (0, 1).
+        cap: tokens kept at most.
+    """
+
+    p: float = 0.98
+    cap: int = 256
+
+    def __post_init__(self) -> None:
+        _require_count("TopP", "cap", self.cap)
+        if not 0.0 < self.p < 1.0:
+            raise ConfigError(f"TopP(p={self.p}): expected a mass strictly between 0 and 1. For all tokens use TopK.")
+
+
+Targets = TopK | TopP | Sampled
+
+_KINDS: dict[str, type[TopK] | type[TopP] | type[Sampled]] = {"top_k": TopK, "top_p": TopP, "sampled": Sampled}
 
 
 def describe(targets: Targets) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from kd_plugin.cache.capture import batches
 from kd_plugin.cache.draws import uniforms
 from kd_plugin.cache.extract import extract, top_k
-from kd_plugin.cache.targets import Sampled, TopK
+from kd_plugin.cache.targets import Sampled, TopK, TopP
 from kd_plugin.signals import OutputHead
 
 
@@ -27,7 +27,7 @@ def test_top_k_where_the_largest_are_neighbours():
     assert ids[0].tolist() == list(range(6_069, 6_005, -1)) and values[0, 0] == 70
 
 
-@pytest.mark.parametrize("targets", [TopK(3), Sampled(20)])
+@pytest.mark.parametrize("targets", [TopK(3), TopP(0.9, 30), TopP(0.999, 4), Sampled(20)])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_scale_bias_softcap_and_temperature_come_before_the_softmax(targets, softcap):
     generator = torch.Generator().manual_seed(0)
@@ -49,6 +49,16 @@ def test_scale_bias_softcap_and_temperature_come_before_the_softmax(targets, sof
     assert np.abs(found.logprobs - expected).max() < 2.0**-11 * np.abs(expected).max() + 1e-5
     mass = np.bincount(rows, np.exp(expected), 6)
     np.testing.assert_allclose(np.exp(found.tail_logmass), 1 - mass, rtol=1e-4, atol=1e-6)
+
+
+def test_top_p_lists_the_fewest_tokens_that_reach_the_mass():
+    logits = 3.0 * torch.randn(30, 500, generator=torch.Generator().manual_seed(1))
+    found = extract(torch.eye(30), OutputHead(logits.T.contiguous()), TopP(0.9, 20))
+    for row, (count, mass) in enumerate(zip(found.counts, 1 - np.exp(found.tail_logmass), strict=True)):
+        p = logits[row].double().softmax(-1).sort(descending=True).values
+        assert count == min(20, int((p.cumsum(0) < 0.9).sum()) + 1)
+        assert mass == pytest.approx(float(p[:count].sum()), abs=1e-5)
+    assert len(set(found.counts.tolist())) > 3
 
 
 def test_a_tail_of_almost_nothing_is_exact():

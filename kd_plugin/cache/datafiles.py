@@ -1,0 +1,45 @@
+"""Rows to capture from files: JSON, Parquet, a saved dataset, or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kd_plugin.errors import DataError
+
+_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_rows(reference: str, *, split: str = "train", name: str | None = None) -> Any:
+    """Return the ``datasets.Dataset`` that ``reference`` names; it is memory-mapped, so its size does not matter.
+
+    Args:
+        reference: a ``.json``, ``.jsonl`` or ``.parquet`` file, a directory of such files or one that
+            ``save_to_disk`` wrote, or a hub id.
+        split: which split.
+        name: configuration of a hub dataset.
+
+    Raises:
+        DataError: nothing is there, it cannot be read, or it has no such split.
+    """
+    import datasets
+
+    path = Path(reference)
+    try:
+        if path.is_file():
+            if path.suffix not in _FORMATS:
+                raise DataError(f"{path}: expected a file of the kind {', '.join(_FORMATS)}.")
+            loaded = datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+        else:
+            loaded = datasets.load_dataset(reference, name, split=split)
+    except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError, ConnectionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"The dataset {reference!r} (split {split!r}) cannot be read: {error}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise DataError(f"{reference} has no split {split!r}; it has {', '.join(loaded)}.")
+        loaded = loaded[split]
+    return loaded

@@ -1,0 +1,93 @@
+"""``kd-plugin cache``: inspect, verify and extend teacher caches."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd_plugin.errors import CacheCorruptionError
+
+_DESCRIPTION = """\
+info     what a cache holds and who taught it; also of a capture that still runs
+verify   read every byte; name each file that differs, the rows that are lost, and how to redo just those
+merge    join caches of the same teacher and settings over different data into a new one
+append   capture more data into a finished cache; takes the settings of `kd-plugin capture`
+Exit codes: 0 good, 1 refused, damaged or unfinished, 2 wrong usage.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command with ``argv`` and return its exit code."""
+    if argv and argv[0] == "append":
+        from kd_plugin.cli.capture import main as capture
+
+        return capture(argv[1:], append=True)
+    parser = argparse.ArgumentParser(
+        prog="kd-plugin cache", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info|verify|merge|append")
+    info = commands.add_parser("info", help="what a cache holds")
+    info.add_argument("directory", type=Path)
+    info.add_argument("--json", action="store_true", help="the manifest, for programs")
+    verify = commands.add_parser("verify", help="read every byte of a cache")
+    verify.add_argument("directory", type=Path)
+    merge = commands.add_parser("merge", help="join caches of the same settings")
+    merge.add_argument("output_dir", type=Path, help="a new directory")
+    merge.add_argument("caches", type=Path, nargs="+")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "info":
+        return _info(arguments.directory, arguments.json)
+    if arguments.command == "verify":
+        return _verify(arguments.directory)
+    from kd_plugin.cache.merge import merge as merge_caches
+
+    merged = merge_caches(arguments.caches, arguments.output_dir)
+    print(f"{merged.path}: {len(merged)} examples, {merged.tokens} targets.")
+    return 0
+
+
+def _info(directory: Path, as_json: bool) -> int:
+    from kd_plugin.cache.manifest import read_manifest
+    from kd_plugin.cache.store import gather
+    from kd_plugin.cache.targets import describe
+
+    manifest = gather(directory, read_manifest(directory))
+    if as_json:
+        print(json.dumps(manifest.to_json(), indent=1))
+        return 0
+    settings = manifest.settings
+    size, entries = sum(u.bytes for u in manifest.units), sum(u.entries for u in manifest.units)
+    done = "finished" if manifest.complete else f"{len(manifest.units)} of {manifest.unit_count} units"
+    kept = ", ".join(f"{name} {value}" for name, value in describe(settings.targets).items() if name != "kind")
+    tokens = max(manifest.tokens, 1)
+    lines = {
+        "teacher": f"{settings.teacher or 'unnamed'} in {settings.dtype}, temperature {settings.temperature}",
+        "targets": f"{describe(settings.targets)['kind']} ({kept}), {entries / tokens:.1f} tokens listed a position",
+        "state": f"{done}, begun {manifest.created}, finished {manifest.finished or 'not yet'}",
+        "examples": f"{manifest.rows} ({manifest.dropped_rows} rows dropped)",
+        "positions": f"{manifest.tokens} with a target",
+        "size": f"{size / 1e6:.1f} MB, {size / tokens:.1f} bytes a position with its tokens",
+        "vocabulary": f"{settings.vocab_size} tokens, fingerprint {settings.tokenizer[:12]}",
+        "digest": manifest.content_digest,
+    }
+    for name, value in lines.items():
+        print(f"{name:<11} {value}")
+    return 0
+
+
+def _verify(directory: Path) -> int:
+    from kd_plugin.cache.audit import problems
+    from kd_plugin.cache.manifest import read_manifest
+    from kd_plugin.cache.store import gather
+
+    found = problems(directory)
+    if found:
+        raise CacheCorruptionError("\n".join(found))
+    manifest = gather(directory, read_manifest(directory))
+    if not manifest.complete:
+        print(f"{directory}: {len(manifest.units)} units are whole, {len(manifest.missing_units)} are not done yet.")
+        return 1
+    print(f"{directory}: every byte is as it was written ({len(manifest.units)} units, {manifest.tokens} targets).")
+    return 0
