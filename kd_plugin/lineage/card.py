@@ -36,8 +36,9 @@ def update_card(directory: Path, record: Mapping[str, Any]) -> None:
         LineageError: the file cannot be written.
     """
     path = directory / "README.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    write_file(path, card_text(text, record).encode())
+    # Bytes that are no UTF-8 pass through unchanged
+    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
+    write_file(path, card_text(text, record).encode("utf-8", "surrogateescape"))
 
 
 def card_text(text: str, record: Mapping[str, Any]) -> str:
@@ -46,7 +47,7 @@ def card_text(text: str, record: Mapping[str, Any]) -> str:
     front: Any = {}
     if match is not None:
         try:
-            front = parse_yaml(match[1].encode(), "README.md")
+            front = parse_yaml(match[1].encode("utf-8", "surrogateescape"), "README.md")
         except ConfigError:
             match = None  # what cannot be read as front matter stays in the card as text
     body = text[match.end() :] if match else text

@@ -45,7 +45,6 @@ def discover(
     registry: Registry,
     *,
     repo: str | None = None,
-    digests: bool = False,
     vouched: bool = False,
     seen: tuple[str, ...] = (),
 ) -> Found:
@@ -55,7 +54,6 @@ def discover(
         source: what the run or the user declares.
         registry: licences and services.
         repo: hub id that the user declares for a source that is loaded from elsewhere.
-        digests: also hash the weights of a local model that has no commit.
         vouched: the user declared the terms of a model made from this one, and so answers for it where nothing
             is found here; that shows as a warning.
         seen: references that lead here, against loops.
@@ -103,7 +101,6 @@ def discover(
         copyright=facts.copyright,
         notice=facts.notice,
         texts=_unshipped_texts(ids, facts, registry),
-        weights=_weights(directory) if digests and directory is not None and not revision else {},
         undeclared=undeclared,
     )
     graph = Graph.of([node], [])
@@ -211,8 +208,19 @@ def _host(endpoint: str | None) -> str | None:
     return None if endpoint is None else urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname
 
 
-def _weights(directory: Path) -> dict[str, str]:
-    return {subject.path: subject.sha256 for subject in hashing.subjects(directory)}
+def with_weights(found: Found, source: Source) -> Found:
+    """Add the digests of a local model's weights, by which it is known where there is no commit.
+
+    What was found before training stays: only the digests are new, so that the record rests on what the gate saw.
+    """
+    node = found.node
+    if node.kind != "model" or node.revision or source.ref is None or not Path(source.ref).is_dir():
+        return found
+    weights = {subject.path: subject.sha256 for subject in hashing.subjects(Path(source.ref))}
+    named = replace(node, weights=weights)
+    nodes = [named, *(n for n in found.graph.nodes.values() if n.id != node.id)]
+    edges = [replace(e, source=named.id) if e.source == node.id else e for e in found.graph.edges]
+    return Found(named, Graph.of(nodes, edges), found.overrides)
 
 
 def _from_outputs(source: Source) -> Found:

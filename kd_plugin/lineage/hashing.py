@@ -79,5 +79,5 @@ def _walk(directory: Path) -> Iterator[Path]:
                 continue
             if not (path / "lineage.json").exists():
                 yield from _walk(path)
-        elif _WEIGHTS.match(name) and not _NOT_WEIGHTS.match(name):
+        elif _WEIGHTS.match(name) and not _NOT_WEIGHTS.match(name) and path.is_file():  # a pipe would block
             yield path

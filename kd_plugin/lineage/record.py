@@ -23,6 +23,10 @@ _SHAPE: Mapping[str, type] = {
     "schema": str, "digest": str, "saved_at": dict, "run": dict, "checkpoint": dict, "subjects": list, "files": list,
     "nodes": list, "edges": list, "terms": dict, "policy": dict, "student": dict, "effective": dict, "overrides": list,
 }  # fmt: skip
+_ROWS: Mapping[str, tuple[str, ...]] = {
+    "duties": ("terms", "cite", "kind", "says", "node", "basis", "status"),
+    "findings": ("code", "severity", "trigger", "node", "subject", "clause", "evidence", "remedy"),
+}
 
 
 def digest_of(record: Mapping[str, Any]) -> str:
@@ -76,7 +80,21 @@ def read_record(path: Path) -> tuple[dict[str, Any], bytes]:
     for section, key, kind in (("run", "id", str), ("checkpoint", "step", int)):
         if not isinstance(record[section].get(key), kind):
             raise LineageError(f"{path}: field {section}.{key} is missing or no {kind.__name__}; it was edited.")
+    _check_effective(record["effective"], path)
     return record, raw
+
+
+def _check_effective(effective: Mapping[str, Any], path: Path) -> None:
+    """Check what is shown to people, so that a forged record is an error and no crash."""
+    good = all(isinstance(effective.get(key), str) for key in ("decision", "license_expression"))
+    for section, keys in _ROWS.items():
+        rows = effective.get(section)
+        good = good and isinstance(rows, list)
+        for row in rows if isinstance(rows, list) else []:
+            good = good and isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)
+            good = good and isinstance(row.get("path"), list) and all(isinstance(i, str) for i in row["path"])
+    if not good:
+        raise LineageError(f"{path}: field 'effective' is malformed; the record was edited.")
 
 
 def load_record(directory: str | Path) -> dict[str, Any]:

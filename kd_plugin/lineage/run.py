@@ -17,7 +17,7 @@ from kd_plugin.lineage import write as files
 from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.config import Declaration, LineageConfig, load_config
-from kd_plugin.lineage.discovery import Found, checkpoint_node, discover, record_overrides
+from kd_plugin.lineage.discovery import Found, checkpoint_node, discover, record_overrides, with_weights
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph, Node
 from kd_plugin.lineage.overrides import Override
 from kd_plugin.lineage.policy import evaluate
@@ -71,7 +71,7 @@ class RunLineage:
         self._resumed_name = ""
         self.run_id: str = self.config.run.get("id") or uuid.uuid4().hex
         self.started: str = self.config.run.get("date") or datetime.now(UTC).date().isoformat()
-        self._roots = self._discover(digests=False)
+        self._roots = self._discover()
         if resume_from is not None:
             self.resume(resume_from)
 
@@ -199,7 +199,12 @@ class RunLineage:
 
     @cached_property
     def _recorded_graph(self) -> Graph:
-        return self._graph_of(self._discover(digests=True))
+        """The lineage with digests of local weights, which are hashed at the first save."""
+        hashed = []
+        for (edge, found), source in zip(self._roots, self._sources, strict=True):
+            one = with_weights(found, source)
+            hashed.append((replace(edge, target=one.node.id), one))
+        return self._graph_of(hashed)
 
     @property
     def _student(self) -> Student:
@@ -216,7 +221,7 @@ class RunLineage:
         verdict = evaluate(graph, self.registry.terms, facts, self._student, self._overrides, self.started)
         return obligations.settle(verdict, graph, self.registry.terms)
 
-    def _discover(self, *, digests: bool) -> list[tuple[Edge, Found]]:
+    def _discover(self) -> list[tuple[Edge, Found]]:
         """Find every source; edges start at ``self``."""
         text_edge: EdgeKind = "corrected_by" if self.method == "teacher_panel" else "trained_on_outputs"
         wanted: list[tuple[_Declared, EdgeKind]] = [(self.student, "initialized_from")]
@@ -225,11 +230,9 @@ class RunLineage:
             (_Declared(o), "distilled_logits" if o.signal == "logits" else "trained_on_outputs") for o in self.outputs
         ]
         wanted += [(d, "trained_on") for d in self.datasets]
-        found = []
-        for declared, kind in wanted:
-            one = discover(declared.source, self.registry, repo=declared.repo, digests=digests)
-            found.append((Edge(SELF, one.node.id, kind, declared.source.name), one))
-        return found
+        self._sources = [declared.source for declared, _ in wanted]
+        found = [(discover(d.source, self.registry, repo=d.repo), kind, d.source.name) for d, kind in wanted]
+        return [(Edge(SELF, one.node.id, kind, name), one) for one, kind, name in found]
 
     def _graph_of(self, roots: list[tuple[Edge, Found]]) -> Graph:
         graph = Graph.of([], [edge for edge, _ in roots]).merged(*(found.graph for _, found in roots))
@@ -291,7 +294,7 @@ def outputs_record(
     declared = load_config(config)
     registry = _registry(declared)
     sources = [*_match_teachers([teacher], declared), *_match_datasets(datasets, declared)]
-    behind = [discover(one.source, registry, repo=one.repo, digests=True) for one in sources]
+    behind = [with_weights(discover(one.source, registry, repo=one.repo), one.source) for one in sources]
     node = Node("teacher_outputs", f"outputs of {behind[0].node.label}")
     edges = []
     for one, found in zip(sources, behind, strict=True):

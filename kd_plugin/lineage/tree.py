@@ -38,7 +38,7 @@ def record_tree(record: Mapping[str, Any], name: str) -> RenderableType:
     graph = Graph.from_json(record)
     run, effective = record["run"], record["effective"]
     root = Tree(Text.assemble((printable(name), "bold"), f"  step {record['checkpoint']['step']}, {run['method']}"))
-    _grow(root, graph, SELF, ())
+    _grow(root, graph, SELF, set())
     about = Text(f"run       {printable(str(run['id']))}, {printable(str(run['date']))}")
     return Group(root, Text(), about, verdict_lines(effective, graph))
 
@@ -65,14 +65,18 @@ def verdict_lines(effective: Mapping[str, Any], graph: Graph) -> RenderableType:
     return Group(*lines)
 
 
-def _grow(tree: Tree, graph: Graph, node_id: str, above: tuple[str, ...]) -> None:
+def _grow(tree: Tree, graph: Graph, node_id: str, shown: set[str]) -> None:
+    """Add what ``node_id`` was made from; what is shown already is named again, not spelled out again."""
     for edge in graph.edges:
-        if edge.source != node_id or edge.target in above:
+        if edge.source != node_id:
             continue
         node = graph.nodes[edge.target]
         role = f" ({printable(edge.role)})" if edge.role and edge.role != node.label else ""
-        branch = tree.add(Text(f"{_EDGE_WORDS[edge.kind]}{role}: {_describe(node)}"))
-        _grow(branch, graph, edge.target, (*above, edge.target))
+        again = " (see above)" if edge.target in shown and node.kind != "dataset" else ""
+        branch = tree.add(Text(f"{_EDGE_WORDS[edge.kind]}{role}: {_describe(node)}{again}"))
+        if edge.target not in shown:
+            shown.add(edge.target)
+            _grow(branch, graph, edge.target, shown)
 
 
 def _describe(node: Node) -> str:

@@ -87,6 +87,11 @@ def verify(directory: str | Path) -> VerifyReport:
     verdict, found = _check_verdict(record)
     problems += found
     notes: list[str] = []
+    if record["policy"].get("sha256") != default_registry().sha256:
+        version = record["policy"].get("version")
+        notes.append(
+            f"judged by registry {version}, which is not the installed one: its own copy of the terms was used"
+        )
     for check in (_check_parent, _check_card):
         more, said = check(directory, record)
         problems += more

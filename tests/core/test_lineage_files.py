@@ -146,6 +146,42 @@ def test_two_hundred_random_edits_and_none_missed(saved):
     assert verify(saved).exit_code == 0
 
 
+def test_what_the_gate_saw_is_recorded_although_a_source_is_gone_by_then(tmp_path):
+    run = run_of(tmp_path, "gemma")
+    shutil.rmtree(tmp_path / "teacher-0-gemma")
+    directory = checkpoint(tmp_path / "out")
+    run.write(directory, step=1)
+    assert load_record(directory)["effective"]["license_expression"] == "Apache-2.0 AND LicenseRef-gemma"
+    assert verify(directory).exit_code == 0
+
+
+def test_local_models_are_known_by_their_weights(tmp_path):
+    run = run_of(tmp_path, "gemma")
+    directory = checkpoint(tmp_path / "out")
+    run.write(directory, step=1)
+    models = [n for n in load_record(directory)["nodes"] if n["kind"] == "model"]
+    assert len({n["weights"]["model.safetensors"] for n in models}) == len(models) == 2
+
+
+def test_records_that_would_crash_a_reader_are_errors(saved):
+    original = json.loads((saved / "lineage.json").read_bytes())
+    for effective in (
+        {},
+        {**original["effective"], "duties": [1]},
+        {**original["effective"], "findings": [{"severity": []}]},
+        {**original["effective"], "decision": 1},
+    ):
+        (saved / "lineage.json").write_bytes(reseal({**original, "effective": effective}))
+        assert verify(saved).exit_code == 2
+        with pytest.raises(LineageError, match="malformed"):
+            load_record(saved)
+
+
+def test_a_pipe_among_the_weights_does_not_block(saved):
+    os.mkfifo(saved / "pipe.safetensors")
+    assert verify(saved).exit_code == 0
+
+
 def test_a_violation_is_reported_by_verify(tmp_path):
     facts = {"distribute": True, "mau_over_700m_at_release": False}
     run = run_of(tmp_path, "llama3.1", config={"use": facts, "student": {"name": "acme"}})

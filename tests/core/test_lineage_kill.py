@@ -27,7 +27,6 @@ def test_killed_at_any_moment_it_is_whole_or_unfinished_and_never_wrong(tmp_path
     student = model_dir(tmp_path, "student", "gemma")
     directory = checkpoint(tmp_path / "out", weights=b"w" * 1000)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
-    seen = set()
     for attempt in range(5):
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, student, str(directory)], stdout=subprocess.PIPE, env=environment
@@ -38,5 +37,3 @@ def test_killed_at_any_moment_it_is_whole_or_unfinished_and_never_wrong(tmp_path
         writer.wait()
         report = verify(directory)
         assert report.exit_code in (0, 3), report.problems
-        seen.add(report.exit_code)
-    assert seen  # which of the two is met is a matter of timing
