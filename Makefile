@@ -51,7 +51,8 @@ format: $(STAMP) ## Put the code into the project's format.
 	@$(PY) -m ruff format .
 
 bench: $(STAMP) ## Run the benchmarks.
-	@for script in tests/benchmarks/[a-z]*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+	@for script in tests/benchmarks/[a-z]*.py; do \
+		name=$$(basename $$script .py); echo "== $$name"; $(PY) -m tests.benchmarks.$$name $(ARGS) || exit 1; done
 
 wheel-test: $(STAMP) ## Build the wheel, install it alone with [trl], and run the demo's first minute from it.
 	@$(PY) -m pytest tests/hosts/test_demo_wheel.py -m wheel -v $(ARGS)

@@ -3,10 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from kd_plugin.cli.main import main
 from tests.tiny import save_tiny
 
-QUICKSTART = Path(__file__).parents[2] / "docs" / "quickstart.md"
+CHECKOUT = Path(__file__).parents[2]
+QUICKSTART = CHECKOUT / "docs" / "quickstart.md"
+PAGES = sorted([*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/*.md"), *CHECKOUT.glob("integrations/**/*.md")])
 
 
 def blocks(language):
@@ -39,3 +43,26 @@ def test_the_quickstarts_declarations_are_accepted(tmp_path):
     math = Source("math", ref=save_tiny(tmp_path / "math", license=None))
     run = RunLineage(method="x", student=student, teachers=[math], config=tmp_path / "lineage.yaml")
     run.require_trainable()
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_link_within_the_project_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_index():
+    index = (CHECKOUT / "docs" / "index.md").read_text(encoding="utf-8")
+    missing = [p.name for p in CHECKOUT.glob("docs/*.md") if p.name != "index.md" and f"({p.name})" not in index]
+    assert missing == []
