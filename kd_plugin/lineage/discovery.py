@@ -233,11 +233,21 @@ def _from_outputs(source: Source) -> Found:
     outputs = source.record.get("outputs", {})
     if not isinstance(outputs, Mapping):
         raise LineageError(f"The record of {source.name!r} has 'outputs' {outputs!r}; expected a mapping.")
-    details = {key: value for key, value in outputs.items() if key != "digest" and value is not None}
+    details = {str(k): _recordable(v) for k, v in outputs.items() if k != "digest" and v is not None}
     node = replace(bare, digest=outputs.get("digest"), details=details)
     edges = [replace(e, source=node.id) if e.source == bare.id else e for e in graph.edges]
     nodes = [node, *(n for n in graph.nodes.values() if n.id != bare.id)]
     return Found(node, Graph.of(nodes, edges), record_overrides(source.record))
+
+
+def _recordable(value: Any) -> Any:
+    """Return a fact in the form that canonical JSON can hold: integers beyond 2^53 become text."""
+    if isinstance(value, Mapping):
+        return {str(key): _recordable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_recordable(item) for item in value]
+    exact = value is None or isinstance(value, bool | str | float) or (isinstance(value, int) and abs(value) < 2**53)
+    return value if exact else str(value)
 
 
 def _from_checkpoint(record: Mapping[str, Any], name: str) -> Found:

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_plugin.errors import LineageError
+
 _CHUNK = 4 << 20
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|ckpt|distcp|h5|msgpack|onnx)$")
 # What a trainer keeps beside the weights. DeepSpeed's *_optim_states.pt are not among these: under ZeRO they hold
@@ -40,8 +42,19 @@ def weight_files(directory: Path) -> list[Path]:
 
     Directories below it that are checkpoints of their own (``checkpoint-*``, or holding a ``lineage.json``)
     and hidden ones are left out.
+
+    Raises:
+        LineageError: a file's name cannot be written down.
     """
-    return sorted(_walk(directory))
+    files = sorted(_walk(directory))
+    for path in files:
+        if (
+            not path.relative_to(directory).as_posix().isprintable()
+        ):  # a record could not name it, and a terminal should not print it
+            raise LineageError(
+                f"The weight file {path.name!a} has a name that is not plain text; rename it and save again."
+            )
+    return files
 
 
 def subjects(directory: Path, workers: int | None = None) -> list[Subject]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from kd_plugin.lineage.registry import UNKNOWN, Registry, default_registry, load
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.verdict import NO_ADVICE, Finding, Student, Verdict
 
+logger = logging.getLogger(__name__)
 _VERSIONS = ("torch", "transformers", "trl", "lightning", "kd-plugin")
 
 
@@ -72,6 +74,7 @@ class RunLineage:
         self.run_id: str = self.config.run.get("id") or uuid.uuid4().hex
         self.started: str = self.config.run.get("date") or datetime.now(UTC).date().isoformat()
         self._roots = self._discover()
+        self._warned = False
         if resume_from is not None:
             self.resume(resume_from)
 
@@ -103,10 +106,16 @@ class RunLineage:
     def require_trainable(self) -> None:
         """Refuse to train where the terms of a source forbid it, or nothing is known of them.
 
+        What does not forbid training, and stands in the way of distribution or should be known, is logged once as
+        warnings.
+
         Raises:
             LicenseRefusedError: names every source, clause and piece of evidence, and the way out.
         """
         _refuse(self.verdict.refusals, "Training is refused by the terms of its sources", self._remedy)
+        for finding in self.verdict.findings if not self._warned else ():
+            logger.warning("license lineage: %s: %s", finding.severity, finding)
+        self._warned = True
 
     def require_publishable(self, directory: str | Path | None = None) -> None:
         """Refuse to publish a checkpoint whose lineage is unfinished or whose terms forbid distribution.

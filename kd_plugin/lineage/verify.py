@@ -120,7 +120,10 @@ def _check_subjects(directory: Path, record: Mapping[str, Any]) -> list[Problem]
     if promised is None:
         return [Problem("tampered", RECORD, "its list of weight files is malformed")]
     problems = []
-    there = {subject.path: subject for subject in hashing.subjects(directory)}
+    try:
+        there = {subject.path: subject for subject in hashing.subjects(directory)}
+    except LineageError as error:
+        return [Problem("tampered", "weights", str(error))]
     for name in sorted(promised.keys() | there.keys()):
         if name not in there:
             problems.append(Problem("tampered", name, "the weight file is missing"))

@@ -177,6 +177,14 @@ def test_records_that_would_crash_a_reader_are_errors(saved):
             load_record(saved)
 
 
+def test_a_weight_file_whose_name_is_no_text_is_one_clear_error(tmp_path):
+    directory = checkpoint(tmp_path / "out")
+    (directory / "a\x1b[2J.safetensors").write_bytes(b"x")
+    with pytest.raises(LineageError, match="not plain text"):
+        run_of(tmp_path, "mit").write(directory, step=1)
+    assert verify(directory).exit_code == 3
+
+
 def test_a_pipe_among_the_weights_does_not_block(saved):
     os.mkfifo(saved / "pipe.safetensors")
     assert verify(saved).exit_code == 0

@@ -153,3 +153,21 @@ def test_the_gate_needs_no_network_and_loads_no_model(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     student = Source("student", ref="nobody/knows-this")
     assert "Unknown licence" in refusal(RunLineage(method="sft", student=student))
+
+
+def test_what_does_not_stop_training_is_logged_once(tmp_path, caplog):
+    run = run_of(tmp_path, "llama3.1")
+    run.require_trainable()
+    run.require_trainable()
+    shown = [r.getMessage() for r in caplog.records]
+    assert len(shown) == 2 and all("conditional" in m and "say it once in the config" in m for m in shown)
+
+
+def test_a_caches_facts_that_canonical_json_cannot_hold_become_text(tmp_path):
+    record = outputs_record(Source("g", ref=model_dir(tmp_path, "g", "mit")))
+    facts = {"digest": "d", "rows": 3, "sampling": {"seed": 2**60, "temperature": 1.0}}
+    cache = Source("cache", "teacher_outputs", record={**record, "outputs": facts})
+    run = RunLineage(method="offline_kd", student=Source("s", ref=model_dir(tmp_path, "s", "mit")), outputs=[cache])
+    (node,) = [n for n in run.graph.nodes.values() if n.kind == "teacher_outputs"]
+    assert node.details == {"rows": 3, "sampling": {"seed": str(2**60), "temperature": 1.0}}
+    assert node.digest == "d"
