@@ -35,6 +35,7 @@ class Declaration:
     model: str | None = None
     signal: str | None = None
     generated_by: tuple[str, ...] | None = None
+    generators: tuple[Source, ...] | None = None
     name: str | None = None
     declared_license: str | None = None
 
@@ -48,6 +49,7 @@ class Declaration:
             "model": self.model,
             "signal": self.signal,
             "generated_by": self.generated_by,
+            "generators": self.generators,
         }
         return replace(source, **{k: v for k, v in values.items() if v is not None})
 
@@ -167,12 +169,30 @@ def _declaration(value: Any, where: str, keys: tuple[str, ...]) -> Declaration:
             raise ConfigError(f"{where}.{key} must be a string, got {item!r}.")
     if data.get("signal") not in (None, "text", "logits"):
         raise ConfigError(f"{where}.signal must be 'text' or 'logits', got {data['signal']!r}.")
-    if generated is not None:
-        generated = [generated] if isinstance(generated, str) else generated
-        if not isinstance(generated, list | tuple) or not all(isinstance(g, str) for g in generated):
-            raise ConfigError(f"{where}.generated_by must be a list of model names, got {generated!r}.")
-        generated = tuple(generated)
-    return Declaration(**data, generated_by=generated)
+    if generated is None:
+        return Declaration(**data)
+    items = [generated] if isinstance(generated, str | Mapping) else generated
+    if not isinstance(items, list | tuple) or not all(isinstance(g, str | Mapping) for g in items):
+        raise ConfigError(f"{where}.generated_by must be a list of model names or mappings, got {generated!r}.")
+    writers = [_writer(g, f"{where}.generated_by[{i}]") for i, g in enumerate(items) if isinstance(g, Mapping)]
+    return Declaration(**data, generated_by=tuple(g for g in items if isinstance(g, str)), generators=tuple(writers))
+
+
+def _writer(item: Mapping[str, Any], where: str) -> Source:
+    """Read a model that wrote a dataset: its name, and what is declared of it."""
+    data = _mapping(item, where, ("model", "license", "revision", "endpoint"))
+    if not isinstance(data.get("model"), str) or not all(isinstance(v, str | None) for v in data.values()):
+        raise ConfigError(f"{where} must say which model, as in {{model: org/name, license: mit}}; got {item!r}.")
+    name = data["model"]
+    return Source(
+        name,
+        "model",
+        name,
+        revision=data.get("revision"),
+        license=data.get("license"),
+        endpoint=data.get("endpoint"),
+        signal="text",
+    )
 
 
 def _facts(value: Any, where: str) -> dict[str, bool]:

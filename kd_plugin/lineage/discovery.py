@@ -106,15 +106,17 @@ def discover(
     graph = Graph.of([node], [])
     trail = (*seen, source.ref or "")
     vouch = any(e.where == DECLARED and e.ids != (UNKNOWN,) for e in evidence) or vouched
-    behind = [(base, kind, vouch) for base, kind in facts.bases]
-    if known is not None and known.base is not None and known.base not in {base for base, _ in facts.bases}:
-        behind.append((known.base, "initialized_from", vouch))
-    behind += [(name, "trained_on_outputs", False) for name in source.generated_by]
+    bases = list(facts.bases)
+    if known is not None and known.base is not None and known.base not in {base for base, _ in bases}:
+        bases.append((known.base, "initialized_from"))
+    behind = [(Source(base, "model", base), kind, vouch) for base, kind in bases]
+    written_by = [*(Source(name, "model", name) for name in source.generated_by), *source.generators]
+    behind += [(one, "trained_on_outputs", False) for one in written_by]
     overrides: tuple[Override, ...] = ()
-    for reference, kind, answered in behind:
-        if reference in (*trail, repo) or len(trail) > _MAX_DEPTH:
+    for one, kind, answered in behind:
+        if one.ref in (*trail, repo) or len(trail) > _MAX_DEPTH:
             continue
-        found = discover(Source(reference, "model", reference), registry, vouched=answered, seen=trail)
+        found = discover(one, registry, vouched=answered, seen=trail)
         graph = graph.merged(found.graph, Graph.of([], [Edge(node.id, found.node.id, kind)]))
         overrides += found.overrides
     return Found(node, graph, overrides)

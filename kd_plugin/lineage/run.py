@@ -258,6 +258,11 @@ class RunLineage:
             return finding.remedy
         if edge.kind == "initialized_from":
             line = "student: {license: apache-2.0}"
+        elif edge.target in self.graph.nodes and self.graph.nodes[edge.target].kind == "teacher_outputs":
+            return "capture these outputs again, with a kd-plugin that records who taught"
+        elif edge.kind == "trained_on" and edge.target != finding.node:
+            writer = f"{{model: {finding.subject}, license: apache-2.0}}"
+            line = f"datasets: [{{repo: {edge.role}, generated_by: [{writer}]}}]"
         elif edge.kind == "trained_on":
             line = f"datasets: [{{repo: {edge.role}, license: cc-by-4.0}}]"
         else:

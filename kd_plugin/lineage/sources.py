@@ -24,6 +24,7 @@ class Source:
         model: model name that is sent to the endpoint.
         signal: what reaches the student: distributions, or text only.
         generated_by: names of the models that wrote a dataset.
+        generators: models that wrote a dataset and of which more than the name is declared.
         record: a lineage node (and its ancestors) that the source brings along, such as a cache's manifest
             or a checkpoint's ``lineage.json``; None leaves it to discovery.
     """
@@ -37,4 +38,5 @@ class Source:
     model: str | None = None
     signal: Signal = "logits"
     generated_by: tuple[str, ...] = ()
+    generators: tuple[Source, ...] = ()
     record: Mapping[str, Any] | None = field(default=None, compare=False)

@@ -17,6 +17,8 @@ from kd_plugin.lineage.registry import default_registry, parse_registry
         ({"teachers": {"t": {"signal": "hidden"}}}, "'text' or 'logits', got 'hidden'"),
         ({"student": {"name": 3}}, "lineage.student.name must be a string, got 3"),
         ({"datasets": [{"generated_by": [1]}]}, "must be a list of model names"),
+        ({"datasets": [{"generated_by": [{"license": "mit"}]}]}, r"generated_by\[0\] must say which model"),
+        ({"datasets": [{"generated_by": [{"modle": "x"}]}]}, "unknown key 'modle'.*'model'"),
         ({"run": {"ID": "x"}}, "unknown key 'ID'"),
         (["x"], "must be a mapping, got list"),
     ],

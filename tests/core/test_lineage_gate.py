@@ -51,6 +51,17 @@ def test_a_dataset_that_a_closed_model_wrote_is_refused(tmp_path):
     assert "gpt-4: OpenAI" in message
 
 
+def test_a_dataset_that_an_unknown_model_wrote_is_refused_and_its_cure_cures(tmp_path):
+    def run(writer):
+        datasets = [{"repo": "someone/texts", "license": "mit", "generated_by": [writer]}]
+        return run_of(tmp_path, config={"datasets": datasets})
+
+    cure = "datasets: [{repo: someone/texts, generated_by: [{model: org/writer, license: apache-2.0}]}]"
+    assert cure in refusal(run("org/writer"))
+    run({"model": "org/writer", "license": "apache-2.0"}).require_trainable()
+    assert "OpenAI" in refusal(run({"model": "gpt-4o", "license": "mit"}))
+
+
 def test_a_cache_cannot_be_captured_from_a_closed_model(tmp_path):
     with pytest.raises(LicenseRefusedError, match="Anthropic"):
         outputs_record(Source("t", endpoint="https://api.anthropic.com", model="claude-sonnet-4"))
@@ -136,7 +147,8 @@ def test_gemma_makes_the_student_its_derivative_through_a_cache_and_a_checkpoint
 def test_a_cache_without_lineage_is_refused(tmp_path):
     student = Source("s", ref=model_dir(tmp_path, "s", "mit"))
     run = RunLineage(method="offline_kd", student=student, outputs=[Source("old", "teacher_outputs")])
-    assert "old: Unknown licence" in refusal(run)
+    message = refusal(run)
+    assert "old: Unknown licence" in message and "capture these outputs again" in message
 
 
 def test_a_declaration_for_a_teacher_that_is_not_there_names_the_teachers(tmp_path):
