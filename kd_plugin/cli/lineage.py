@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kd_plugin.errors import ConfigError, LineageError
-from kd_plugin.lineage import NO_ADVICE, load_record, verify
+from kd_plugin.lineage import NO_ADVICE, Problem, load_record, verify
 
 _ABOUT = f"""Who taught a checkpoint, under which terms, and what whoever ships it owes.
 
@@ -26,6 +27,7 @@ on a checkpoint:
   diff A B       what changed between two checkpoints
   export DIR     CycloneDX 1.6, SPDX 3.0.1 or Markdown
   graph DIR      the lineage as one self-contained SVG
+  sign DIR       sign it with a local key; verify DIR --key checks that
 
 {NO_ADVICE}"""
 _CHECK = """Print the verdict that a run with these declarations would get. Loads no model, needs no network.
@@ -78,6 +80,15 @@ example:
   kd-plugin lineage graph out/checkpoint-100 --output lineage.svg
 
 exit codes: 0 done, 2 the record is damaged, 3 it is missing"""
+_SIGN = """Sign every file of a checkpoint with a local elliptic-curve key, into lineage.sig.
+
+example:
+  openssl ecparam -name prime256v1 -genkey -noout -out private.pem
+  openssl ec -in private.pem -pubout -out public.pem
+  kd-plugin lineage sign out/checkpoint-100 --key private.pem
+  kd-plugin lineage verify out/checkpoint-100 --key public.pem
+
+exit codes: 0 signed, 1 no key or no model-signing, 2 the checkpoint is tampered, 3 it is incomplete"""
 EXIT_DAMAGED, EXIT_MISSING = 2, 3
 _Run = Callable[[argparse.Namespace], int]
 
@@ -104,9 +115,11 @@ def main(argv: Sequence[str]) -> int:
         ("show", _SHOW, _show, "DIR"),
         ("verify", _VERIFY, _verify, "DIR"),
     ):
-        add(name, description, run, place).add_argument(
-            "--json", action="store_true", help="print JSON for machines instead"
-        )
+        command = add(name, description, run, place)
+        command.add_argument("--json", action="store_true", help="print JSON for machines instead")
+        if name == "verify":
+            command.add_argument("--key", type=Path, help="PEM file of the public key that lineage.sig must hold for")
+    add("sign", _SIGN, _sign, "DIR").add_argument("--key", type=Path, required=True, help="PEM file of a private key")
     add("diff", _DIFF, _diff, "A", "B")
     export = add("export", _EXPORT, _export, "DIR")
     export.add_argument("--format", choices=("cyclonedx", "spdx", "markdown"), required=True)
@@ -155,6 +168,12 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     report = verify(arguments.dir)
+    if arguments.key is not None and report.exit_code != EXIT_MISSING:
+        from kd_plugin.lineage.signing import SIGNATURE, signature_problem
+
+        reason = signature_problem(arguments.dir, arguments.key)
+        if reason is not None:
+            report = replace(report, problems=(*report.problems, Problem("tampered", SIGNATURE, reason)))
     decision = report.verdict.decision if report.verdict else None
     if arguments.json:
         problems = [{"kind": p.kind, "where": p.where, "message": p.message} for p in report.problems]
@@ -172,6 +191,13 @@ def _verify(arguments: argparse.Namespace) -> int:
         console.print(Text(f"  decision: {decision.replace('_', ' ')}"))
     console.print(Text(NO_ADVICE, style="italic"))
     return report.exit_code
+
+
+def _sign(arguments: argparse.Namespace) -> int:
+    from kd_plugin.lineage.signing import sign
+
+    print(f"signed: {sign(arguments.dir, arguments.key)}")
+    return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
