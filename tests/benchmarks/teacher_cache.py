@@ -1,0 +1,152 @@
+"""What the teacher cache costs to fill, to keep and to read.
+
+python -m tests.benchmarks.teacher_cache read --examples 10000 --k 64
+python -m tests.benchmarks.teacher_cache capture --model DIR --dtype bfloat16
+python -m tests.benchmarks.teacher_cache size --model DIR --text FILE
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from kd_plugin.cache import Sampled, TeacherCache, TopK, capture, example_id
+from kd_plugin.cache.examples import Example, scored_positions
+from kd_plugin.cache.extract import Extracted, extract
+from kd_plugin.cache.manifest import Part, Settings
+from kd_plugin.cache.schema import CapturedRow, to_table
+from kd_plugin.cache.store import Store
+from kd_plugin.teachers import LocalTeacher
+
+VOCAB = 49_152
+
+
+def synthetic(directory: Path, examples: int, length: int, k: int) -> TeacherCache:
+    """Fill a cache with random targets: only their number and size matter here."""
+    settings = Settings("none", None, "none", "float32", "none", None, VOCAB, TopK(k), 1.0, 0, None, None, 4096, ())
+    part = Part("synthetic", examples, 0)
+    store = Store.create_or_join(directory, settings, [part], {"nodes": [], "edges": []}, {})
+    for unit in store.missing():
+        count, rng, rows = store.manifest.rows_of(unit)[2], np.random.default_rng(unit), []
+        for _ in range(count):
+            ids, mask = rng.integers(0, VOCAB, length).astype(np.int32), np.ones(length, np.int8)
+            scored = scored_positions(mask)
+            n = len(scored)
+            targets = Extracted(
+                counts=np.full(n, k, np.int32),
+                ids=rng.integers(0, VOCAB, n * k).astype(np.int32),
+                logprobs=(-np.sort(rng.random((n, k)) * 8, axis=1) - 3).astype(np.float16).ravel(),
+                tail_logmass=np.full(n, -5, np.float32),
+                draws=None,
+            )
+            rows.append(CapturedRow(Example(example_id(ids), ids, mask, scored, {}), targets))
+        tokens = count * (length - 1)
+        store.commit(unit, to_table(rows, (), False), input_tokens=count * length, tokens=tokens, entries=tokens * k)
+    store.finish()
+    return TeacherCache(directory)
+
+
+def read(arguments: argparse.Namespace) -> None:
+    """Read the targets of random examples, as training does: first verifying, then verified."""
+    with tempfile.TemporaryDirectory() as directory:
+        cache = synthetic(Path(directory) / "cache", arguments.examples, arguments.length, arguments.k)
+        before = private_megabytes()
+        start = time.perf_counter()
+        cache.dataset()
+        print(f"materialised in {time.perf_counter() - start:.1f} s, {private_megabytes() - before:+d} MB")
+        start = time.perf_counter()
+        again = TeacherCache(cache.path)
+        again.dataset()
+        print(f"opened again in {time.perf_counter() - start:.2f} s")
+        per_row, generator = arguments.length - 1, torch.Generator().manual_seed(0)
+
+        def rate(batches: int) -> float:
+            start, rows = time.perf_counter(), 0
+            for _ in range(batches):
+                chosen = torch.randint(0, arguments.examples, (64,), generator=generator)
+                index = (chosen[:, None] * per_row + torch.arange(per_row)).flatten()
+                again.signal(index)
+                rows += len(index)
+            return rows / (time.perf_counter() - start) / 1e6
+
+        print(f"first touch (verifying) {rate(50):.2f} M targets/s")
+        for start in range(0, cache.tokens, 4096):  # touch every block once
+            again.signal(torch.arange(start, min(start + 4096, cache.tokens)))
+        print(f"verified {max(rate(50) for _ in range(3)):.2f} M targets/s, {private_megabytes() - before:+d} MB")
+
+
+def throughput(arguments: argparse.Namespace) -> None:
+    """Time scoring and extraction against the teacher's bare forward, interleaved, best of the rounds."""
+    teacher = LocalTeacher(arguments.model, dtype=arguments.dtype)
+    ids = torch.randint(0, teacher.vocabulary.size, (8, 256), generator=torch.Generator().manual_seed(0))
+    attention, positions = torch.ones_like(ids), torch.arange(ids.numel())
+    random = np.random.default_rng(0).random((ids.numel(), 50))
+    model = teacher.model
+
+    @torch.no_grad()
+    def bare() -> None:
+        model(input_ids=ids, attention_mask=attention, use_cache=False)
+
+    def kept(targets: TopK | Sampled) -> None:
+        signal = teacher.score(ids, attention, positions)
+        extract(signal.hidden, signal.head, targets, uniforms=random)
+
+    ways = {"bare forward": bare, "top-64": lambda: kept(TopK(64)), "50 draws": lambda: kept(Sampled(50))}
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(arguments.rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            best[name] = min(best[name], time.perf_counter() - start)
+    for name, seconds in best.items():
+        share = best["bare forward"] / seconds
+        print(f"{name}: {ids.numel() / seconds:.0f} tokens/s, {share:.2f} of the bare forward")
+
+
+def size(arguments: argparse.Namespace) -> None:
+    """Store what the teacher says about a text, and weigh the columns."""
+    text = Path(arguments.text).read_text(encoding="utf-8")
+    rows = [{"text": text[i : i + 1000]} for i in range(0, min(len(text), 20_000), 1000)]
+    teacher = LocalTeacher(arguments.model, dtype=arguments.dtype)
+    for targets in (TopK(64), Sampled(50)):
+        with tempfile.TemporaryDirectory() as directory:
+            cache = capture(rows, teacher, Path(directory) / "c", targets=targets, progress=False)
+            metadata = pq.ParquetFile(cache.path / "data" / "00000.parquet").metadata
+            sizes: dict[str, float] = {}
+            for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                for column in map(group.column, range(group.num_columns)):
+                    name = column.path_in_schema.split(".")[0]
+                    sizes[name] = sizes.get(name, 0) + column.total_compressed_size / cache.tokens
+            stored = sum(v for name, v in sizes.items() if name.startswith("target") or name == "tail_logmass")
+            columns = ", ".join(f"{name} {value:.1f}" for name, value in sizes.items())
+            print(f"{targets}: {stored:.0f} bytes a target over {cache.tokens} ({columns})")
+
+
+def private_megabytes() -> int:
+    """Memory of this process that no file backs."""
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("RssAnon:") + 1]) // 1024
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    reading = commands.add_parser("read")
+    reading.add_argument("--examples", type=int, default=10_000)
+    reading.add_argument("--length", type=int, default=40)
+    reading.add_argument("--k", type=int, default=64)
+    reading.set_defaults(run=read)
+    for name, run in (("capture", throughput), ("size", size)):
+        command = commands.add_parser(name)
+        command.add_argument("--model", required=True)
+        command.add_argument("--dtype", default="bfloat16")
+        command.add_argument("--rounds", type=int, default=4)
+        command.add_argument("--text")
+        command.set_defaults(run=run)
+    torch.set_num_threads(1)
+    chosen = parser.parse_args()
+    chosen.run(chosen)
