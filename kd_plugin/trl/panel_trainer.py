@@ -188,7 +188,7 @@ class TeacherPanelTrainer(LineageSavingMixin, DistillationTrainer):
             temperature=self.temperature,
         )
         self._count(corrections, loss)
-        count = positions.new_tensor(positions.numel())
+        count = positions.new_full((), positions.numel())
         normaliser = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if isinstance(normaliser, Tensor):
             normaliser = normaliser.to(loss.loss_sum.device)
@@ -202,7 +202,9 @@ class TeacherPanelTrainer(LineageSavingMixin, DistillationTrainer):
         groups = dict.fromkeys(tuple(c.signals) for c in corrections if c.positions)
         for judges, values in zip(groups, loss.divergences, strict=True):
             for name, value in zip(judges, values, strict=True):
-                totals[names.index(name)] += torch.stack([value.sum(), value.new_tensor(float(value.numel()))])
+                row = totals[names.index(name)]
+                row[0] += value.sum()
+                row[1] += value.numel()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the parent does, with each teacher's mean divergence (nats a token) and tokens over all ranks."""
