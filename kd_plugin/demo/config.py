@@ -48,7 +48,7 @@ class DemoConfig:
     seed: int = 0
     threads: int = 0
     train_prompts: int = 96
-    held_out_prompts: int = 32
+    held_out_prompts: int = 16
     max_completion_length: int = 32
     batch_size: int = 16
     specialist_steps: int = 12
@@ -56,8 +56,8 @@ class DemoConfig:
     top_k: int = 64
     offline_steps: int = 32
     offline_learning_rate: float = 3e-4
-    panel_steps: int = 12
-    panel_learning_rate: float = 2e-4
+    panel_steps: int = 14
+    panel_learning_rate: float = 1.5e-4
 
     def __post_init__(self) -> None:
         for name in (

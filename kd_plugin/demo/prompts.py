@@ -19,7 +19,7 @@ class Question:
     Attributes:
         domain: ``math`` (problems from reasoning-gym) or ``general``; names the teacher that judges it.
         text: what the user asks.
-        answer: the known answer of a math problem; None in ``general``.
+        answer: the known answer of a math problem, from which the math teacher learns; None in ``general``.
     """
 
     domain: str

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from kd_plugin.cache import TeacherCache, TopK, capture
 from kd_plugin.demo.config import DemoConfig
-from kd_plugin.demo.evaluate import Answer, Measurement, answer, held_out_kl, open_model, share_right
+from kd_plugin.demo.evaluate import Answer, Measurement, answer, held_out_kl, open_model
 from kd_plugin.demo.model import Prepared, cut_student
 from kd_plugin.demo.progress import Bar, training_bar
 from kd_plugin.demo.prompts import DOMAINS, GENERAL, MATH, Question, questions
@@ -154,8 +154,7 @@ def write_answers(stage: Stage) -> dict[str, Any]:
             written += len(asked)
     path = state.claim(ANSWERS)
     path.write_text(json.dumps(found), encoding="utf-8")
-    texts = [a["text"] for a in found[MATH]]
-    return {"answers": total, "math_teacher_right": share_right(held_out[MATH], texts)}
+    return {"answers": total}
 
 
 def fill_cache(stage: Stage) -> dict[str, Any]:
@@ -234,13 +233,9 @@ def measure(stage: Stage, name: str) -> dict[str, Any]:
         MATH: open_model(stage.path(SPECIALIST), stage.tokenizer),
     }
     kl = {d: held_out_kl(student, teachers[d], _answers(stage, d)) for d in DOMAINS}
-    asked: dict[str, list[Question]] = {d: questions("held_out", d, config.limit("held_out", d)) for d in DOMAINS}
     shown = sample_questions(config)
-    everything = [*asked[MATH], *shown.values()]
-    texts = [a.text for a in answer(student.model, stage.tokenizer, everything, config.max_completion_length)]
-    right = share_right(asked[MATH], texts[: len(asked[MATH])])
-    samples = dict(zip(shown, texts[len(asked[MATH]) :], strict=True))
-    return asdict(Measurement(kl=kl, right=right, samples=samples))
+    texts = [a.text for a in answer(student.model, stage.tokenizer, list(shown.values()), config.max_completion_length)]
+    return asdict(Measurement(kl=kl, samples=dict(zip(shown, texts, strict=True))))
 
 
 def sample_questions(config: DemoConfig) -> dict[str, Question]:

@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from kd_plugin.demo import make_prompts, model
 from kd_plugin.demo.config import DemoConfig
-from kd_plugin.demo.evaluate import share_right
-from kd_plugin.demo.prompts import DOMAINS, MATH, Question, available, questions
+from kd_plugin.demo.prompts import DOMAINS, available, questions
 from kd_plugin.demo.state import STATE, DemoState, RunConflictError
-from kd_plugin.errors import ConfigError, DataError, LicenseRefusedError
+from kd_plugin.errors import ConfigError, DataError, LicenseRefusedError, LineageError
 from kd_plugin.lineage import load_record, verify
 from tests.tiny import save_tiny
 
@@ -37,11 +36,6 @@ def test_the_bundled_arithmetic_is_what_reasoning_gym_generates():
 def test_no_question_is_both_learned_and_measured(domain):
     splits = [{q.text for q in questions(s, domain, available(s, domain))} for s in ("train", "held_out")]
     assert all(splits) and not splits[0] & splits[1]
-
-
-def test_the_last_number_of_an_answer_counts():
-    asked = [Question(MATH, "2 - 5 =", "-3")] * 4
-    assert share_right(asked, ["2 - 5 = -3", "-3.", "3", ""]) == 0.5
 
 
 # Settings
@@ -256,3 +250,7 @@ def test_the_hubs_copy_becomes_a_plain_model_with_lineage(tmp_path, monkeypatch)
     assert verify(ready.ref).exit_code == 0
     monkeypatch.setattr(model, "_from_hub", lambda *a: pytest.fail("fetched again"))
     assert model.prepare_teacher(tmp_path / "models") == ready
+    with (Path(ready.ref) / "model.safetensors").open("ab") as weights:
+        weights.write(b"x")
+    with pytest.raises(LineageError, match=r"is not what the demo wrote there.*Delete it"):
+        model.prepare_teacher(tmp_path / "models")
