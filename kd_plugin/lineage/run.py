@@ -5,25 +5,26 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.errors import ConfigError, LicenseRefusedError, LineageError, nearest
+from kd_plugin.errors import LicenseRefusedError, LineageError
 from kd_plugin.lineage import hashing, obligations
 from kd_plugin.lineage import write as files
 from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import update_card
-from kd_plugin.lineage.config import Declaration, LineageConfig, load_config
+from kd_plugin.lineage.config import LineageConfig, load_config
+from kd_plugin.lineage.declared import Declared, match_datasets, match_teachers, registry_of, shipped_student
 from kd_plugin.lineage.discovery import Found, checkpoint_node, discover, record_overrides, with_weights
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph, Node
 from kd_plugin.lineage.overrides import Override
 from kd_plugin.lineage.policy import evaluate
 from kd_plugin.lineage.record import RECORD, SCHEMA, load_record, sealed
-from kd_plugin.lineage.registry import UNKNOWN, Registry, default_registry, load_registry
+from kd_plugin.lineage.registry import Registry
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.verdict import NO_ADVICE, Finding, Student, Verdict
 
@@ -63,12 +64,12 @@ class RunLineage:
     ) -> None:
         self.method = method
         self.config: LineageConfig = load_config(config)
-        self.registry: Registry = _registry(self.config)
+        self.registry: Registry = registry_of(self.config)
         self.config_hash = config_hash
-        self.student = _Declared.of(student, self.config.student)
-        self.teachers = _match_teachers(teachers, self.config)
+        self.student = Declared.of(student, self.config.student)
+        self.teachers = match_teachers(teachers, self.config)
         self.outputs = list(outputs)
-        self.datasets = _match_datasets(datasets, self.config)
+        self.datasets = match_datasets(datasets, self.config)
         self.resumed: Mapping[str, Any] | None = None
         self._resumed_name = ""
         self.run_id: str = self.config.run.get("id") or uuid.uuid4().hex
@@ -217,7 +218,7 @@ class RunLineage:
 
     @property
     def _student(self) -> Student:
-        return _shipped_student(self.config, self.registry)
+        return shipped_student(self.config, self.registry)
 
     @property
     def _overrides(self) -> tuple[Override, ...]:
@@ -233,10 +234,10 @@ class RunLineage:
     def _discover(self) -> list[tuple[Edge, Found]]:
         """Find every source; edges start at ``self``."""
         text_edge: EdgeKind = "corrected_by" if self.method == "teacher_panel" else "trained_on_outputs"
-        wanted: list[tuple[_Declared, EdgeKind]] = [(self.student, "initialized_from")]
+        wanted: list[tuple[Declared, EdgeKind]] = [(self.student, "initialized_from")]
         wanted += [(t, "distilled_logits" if t.source.signal == "logits" else text_edge) for t in self.teachers]
         wanted += [
-            (_Declared(o), "distilled_logits" if o.signal == "logits" else "trained_on_outputs") for o in self.outputs
+            (Declared(o), "distilled_logits" if o.signal == "logits" else "trained_on_outputs") for o in self.outputs
         ]
         wanted += [(d, "trained_on") for d in self.datasets]
         self._sources = [declared.source for declared, _ in wanted]
@@ -306,8 +307,8 @@ def outputs_record(
         LicenseRefusedError: the teacher's terms forbid training on its outputs, or nothing is known of them.
     """
     declared = load_config(config)
-    registry = _registry(declared)
-    sources = [*_match_teachers([teacher], declared), *_match_datasets(datasets, declared)]
+    registry = registry_of(declared)
+    sources = [*match_teachers([teacher], declared), *match_datasets(datasets, declared)]
     behind = [with_weights(discover(one.source, registry, repo=one.repo), one.source) for one in sources]
     node = Node("teacher_outputs", f"outputs of {behind[0].node.label}")
     edges = []
@@ -320,7 +321,7 @@ def outputs_record(
     used = graph.merged(Graph.of([], [Edge(SELF, node.id, edges[0].kind)]))
     overrides = tuple(sorted({*declared.overrides, *(o for found in behind for o in found.overrides)}))
     today = declared.run.get("date") or datetime.now(UTC).date().isoformat()
-    student = _shipped_student(declared, registry)
+    student = shipped_student(declared, registry)
     verdict = evaluate(used, registry.terms, declared.use, student, overrides, today)
 
     def remedy(finding: Finding) -> str:
@@ -334,72 +335,10 @@ def outputs_record(
     return {**record, "overrides": [o.to_json() for o in overrides]} if overrides else record
 
 
-def _registry(config: LineageConfig) -> Registry:
-    return default_registry() if config.registry is None else load_registry(config.registry)
-
-
 def _refuse(findings: Sequence[Finding], headline: str, remedy: Any) -> None:
     if findings:
         lines = [f"- {replace(finding, remedy=remedy(finding))}" for finding in findings]
         raise LicenseRefusedError("\n".join([f"{headline}.", *lines, NO_ADVICE]))
-
-
-@dataclass(frozen=True)
-class _Declared:
-    """A source with what the user declares of it, and the hub id that the user declares, if any."""
-
-    source: Source
-    repo: str | None = None
-
-    @classmethod
-    def of(cls, source: Source, declaration: Declaration) -> _Declared:
-        return cls(declaration.applied_to(source), declaration.repo)
-
-
-def _shipped_student(config: LineageConfig, registry: Registry) -> Student:
-    """Return what the user says of the checkpoint.
-
-    Raises:
-        ConfigError: the licence under which it would be shipped is not known.
-    """
-    written = config.student.declared_license
-    if written is None:
-        return Student(config.student.name)
-    resolution = registry.resolve(written)
-    if UNKNOWN in resolution.ids:
-        raise ConfigError(
-            f"lineage.student.declared_license is {written!r}, which the registry does not know.{resolution.hint} "
-            "Expected a hub licence id, an SPDX expression, or 'own'."
-        )
-    return Student(config.student.name, resolution.ids)
-
-
-def _match_teachers(teachers: Sequence[Source], config: LineageConfig) -> list[_Declared]:
-    """Join declarations to teachers by name; without any teacher, the declared ones are the teachers."""
-    known = [t.name for t in teachers]
-    if not teachers:
-        return [_Declared.of(Source(name), declaration) for name, declaration in sorted(config.teachers.items())]
-    for name in config.teachers:
-        if name not in known:
-            raise ConfigError(
-                f"lineage.teachers names {name!r}, which is no teacher of this run; its teachers are "
-                f"{', '.join(map(repr, known))}.{nearest(name, known)}"
-            )
-    return [_Declared.of(t, config.teachers.get(t.name, Declaration())) for t in teachers]
-
-
-def _match_datasets(datasets: Sequence[Source], config: LineageConfig) -> list[_Declared]:
-    """Join declarations to datasets by name or hub id; the others are datasets of their own."""
-    left = list(config.datasets)
-    matched = []
-    for source in datasets:
-        mine = next((d for d in left if {d.repo, d.name} & {source.name, source.ref} - {None}), None)
-        if mine is not None:
-            left.remove(mine)
-        matched.append(_Declared.of(source, mine or Declaration()))
-    names = [d.name or d.repo or f"dataset {i + 1}" for i, d in enumerate(left)]
-    extra = [Source(name, "dataset", signal="text") for name in names]
-    return matched + [_Declared.of(source, d) for source, d in zip(extra, left, strict=True)]
 
 
 def _version(name: str) -> str | None:
