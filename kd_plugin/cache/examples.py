@@ -246,7 +246,12 @@ class Rows:
 
     def _batches(self) -> Iterator[list[Mapping[str, Any]]]:
         for start in range(0, len(self), _FINGERPRINT_ROWS):
-            yield [self[i] for i in range(start, min(start + _FINGERPRINT_ROWS, len(self)))]
+            stop = min(start + _FINGERPRINT_ROWS, len(self))
+            if hasattr(self._dataset, "column_names"):
+                columns = self._dataset[start:stop]  # one read of the table, not one a row
+                yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            else:
+                yield [self[i] for i in range(start, stop)]
 
 
 def _plain_value(value: Any) -> Any:
