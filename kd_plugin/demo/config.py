@@ -47,16 +47,16 @@ class DemoConfig:
     student_layers: str = "0-8,19-29"
     seed: int = 0
     threads: int = 0
-    train_prompts: int = 96
+    train_prompts: int = 80
     held_out_prompts: int = 16
     max_completion_length: int = 32
     batch_size: int = 16
-    specialist_steps: int = 12
+    specialist_steps: int = 9
     specialist_learning_rate: float = 2e-4
     top_k: int = 64
-    offline_steps: int = 32
+    offline_steps: int = 24
     offline_learning_rate: float = 3e-4
-    panel_steps: int = 14
+    panel_steps: int = 10
     panel_learning_rate: float = 1.5e-4
 
     def __post_init__(self) -> None:
