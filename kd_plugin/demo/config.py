@@ -16,7 +16,7 @@ _PLACES = ("output_dir", "model_cache", "threads")
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Settings of ``kd-plugin demo``; the defaults take about four minutes on two CPU cores.
+    """Settings of ``kd-plugin demo``; the defaults take some minutes on two CPU cores.
 
     Attributes:
         output_dir: Directory for everything that the demo writes. It must be new, empty, or the demo's own.
