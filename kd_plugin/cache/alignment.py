@@ -19,7 +19,8 @@ from kd_plugin.signals import SparseSignal
 
 # Targets shifted by one gain several nats a token at the wrong offset; chance differences stay far below this
 _MARGIN = 0.5
-_FEWEST = 32
+_STANDARD_ERRORS = 4.0
+_FEWEST = 64
 
 
 @dataclass(frozen=True)
@@ -28,25 +29,28 @@ class Alignment:
 
     Attributes:
         logprob: offset to mean: 0 is the token that the target is for, -1 the one before it, 1 the one after.
+        error: offset to the standard error of its mean advantage over offset 0, in nats.
         positions: number of positions looked at.
     """
 
     logprob: Mapping[int, float]
+    error: Mapping[int, float]
     positions: int
 
     @property
     def shift(self) -> int:
         """The offset at which targets fit best, 0 unless another one fits clearly better."""
         best = max(self.logprob, key=self.logprob.__getitem__)
-        clear = self.positions >= _FEWEST and self.logprob[best] - self.logprob[0] > _MARGIN
-        return best if clear else 0
+        advantage = self.logprob[best] - self.logprob[0]
+        clear = advantage > max(_MARGIN, _STANDARD_ERRORS * self.error[best])
+        return best if clear and self.positions >= _FEWEST else 0
 
 
 def measure_alignment(cache: TeacherCache, rows: int = 64) -> Alignment:
     """Hold the targets of up to ``rows`` rows, spread over the cache, against the tokens beside them."""
     dataset = cache.dataset()
     step = max(1, len(dataset) // rows)
-    sums, count = {-1: 0.0, 0: 0.0, 1: 0.0}, 0
+    given: dict[int, list[Tensor]] = {-1: [], 0: [], 1: []}
     for row in list(range(0, len(dataset), step))[:rows]:
         example = dataset[row]
         tokens = torch.as_tensor(example["input_ids"])
@@ -56,10 +60,14 @@ def measure_alignment(cache: TeacherCache, rows: int = 64) -> Alignment:
         if not len(inner):
             continue
         signal = cache.signal(index[inner])
-        for offset in sums:
-            sums[offset] += float(_logprob_of(tokens[inner + 1 + offset], signal, cache.manifest.vocab_size).sum())
-        count += len(inner)
-    return Alignment({offset: total / max(count, 1) for offset, total in sums.items()}, count)
+        for offset, values in given.items():
+            values.append(_logprob_of(tokens[inner + 1 + offset], signal, cache.manifest.vocab_size))
+    if not given[0]:
+        return Alignment(dict.fromkeys(given, 0.0), dict.fromkeys(given, 0.0), 0)
+    logprob = {offset: torch.cat(values) for offset, values in given.items()}
+    count = len(logprob[0])
+    error = {o: float((x - logprob[0]).std(correction=0)) / count**0.5 for o, x in logprob.items()}
+    return Alignment({offset: float(x.mean()) for offset, x in logprob.items()}, error, count)
 
 
 def require_aligned(cache: TeacherCache, rows: int = 64) -> Alignment:
