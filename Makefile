@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (the first time takes some minutes) ..."
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install -qq --disable-pip-version-check "pip==$(PIP_VERSION)"
-	@$(PY) -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt --editable ".[trl,dev]"
+	@$(PY) -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt --editable ".[all,sign,dev]"
 	@touch $@
 
 demo: $(STAMP) ## Distil a real model both ways and verify its lineage. Options: make demo ARGS="--fresh"
