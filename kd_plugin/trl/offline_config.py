@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 from trl import SFTConfig
 
 from kd_plugin.divergence import Divergence
-from kd_plugin.divergence.sparse import Tail
-from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.divergence.objective import OfflineObjective
+from kd_plugin.errors import ConfigError
 from kd_plugin.trl.shared_fields import DistillationFields
 
 
@@ -56,18 +56,6 @@ class OfflineKDConfig(DistillationFields, SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.tail not in get_args(Tail):
-            raise ConfigError(
-                f"Unknown tail {self.tail!r}; expected one of {', '.join(get_args(Tail))}."
-                + nearest(self.tail, list(get_args(Tail)))
-            )
-        if min(self.kd_weight, self.ce_weight) < 0 or self.kd_weight + self.ce_weight <= 0:
-            raise ConfigError(
-                f"kd_weight is {self.kd_weight} and ce_weight {self.ce_weight}; expected two numbers of at least 0 "
-                "that are not both 0."
-            )
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature is {self.temperature}; expected a positive number.")
         if self.loss_type != "nll":
             raise ConfigError(
                 f"loss_type is {self.loss_type!r}; offline KD replaces the loss, so leave it at its default, 'nll'."
@@ -77,8 +65,22 @@ class OfflineKDConfig(DistillationFields, SFTConfig):
                 "label_smoothing_factor smooths one-hot labels; offline KD has the teacher's distribution in their "
                 "place. Set it to 0."
             )
-        self.resolved_divergence()
+        self.objective()
 
     def resolved_divergence(self) -> Divergence:
         """Return the divergence that ``divergence``, ``jsd_beta`` and ``skew_alpha`` name."""
         return Divergence(self.divergence, beta=self.jsd_beta, alpha=self.skew_alpha)
+
+    def objective(self) -> OfflineObjective:
+        """Return what the fields say is minimised.
+
+        Raises:
+            ConfigError: an unknown name, or a temperature or weights out of range.
+        """
+        return OfflineObjective(
+            self.resolved_divergence(),
+            temperature=self.temperature,
+            tail=self.tail,  # type: ignore[arg-type]
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+        )

@@ -15,13 +15,15 @@ from trl.data_utils import pack_dataset
 
 from kd_plugin.cache import TeacherCache
 from kd_plugin.cache.alignment import require_aligned
+from kd_plugin.cache.joining import not_in_cache
 from kd_plugin.divergence.finite import require_finite
 from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.lineage.start import dataset_sources, student_source
 from kd_plugin.trl.collator import TeacherTargetCollator
 from kd_plugin.trl.distillation_head import add_distillation_head
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, with_lineage
 from kd_plugin.trl.offline_config import OfflineKDConfig
-from kd_plugin.trl.start import dataset_sources, load_vocabulary, start_lineage, student_source
+from kd_plugin.trl.start import load_vocabulary, start_lineage
 
 logger = logging.get_logger(__name__)
 
@@ -76,7 +78,7 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
         self.teacher_cache = _open_cache(teacher_cache or args.teacher_cache, args)
         run = start_lineage(
             method="offline_kd",
-            student=student_source(model, args.model_init_kwargs),
+            student=student_source(model, (args.model_init_kwargs or {}).get("revision")),
             outputs=[self.teacher_cache.source],
             datasets=dataset_sources(train_dataset),
             args=args,
@@ -115,11 +117,7 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
         add_distillation_head(
             self.model.get_base_model() if peft_configs else self.model,
             vocab_size=vocabulary.size,
-            divergence=args.resolved_divergence(),
-            temperature=args.temperature,
-            tail=args.tail,  # type: ignore[arg-type]
-            kd_weight=args.kd_weight,
-            ce_weight=args.ce_weight,
+            objective=args.objective(),
         )
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -172,7 +170,7 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
         if not missing:
             return joined
         if not self._allow_partial:
-            raise _not_in_cache(
+            raise not_in_cache(
                 self.teacher_cache,
                 f"{len(missing)} of {len(joined)} rows of the {dataset_name} dataset",
                 f"the first is row {missing[0]}",
@@ -194,7 +192,7 @@ class _Join:
         index = self.cache.teacher_index(example["input_ids"])
         if index is None:
             if not self.allow_missing:
-                raise _not_in_cache(self.cache, "A row of a streamed dataset", f"it starts {example['input_ids'][:8]}")
+                raise not_in_cache(self.cache, "A row of a streamed dataset", f"it starts {example['input_ids'][:8]}")
             index = [-1] * len(example["input_ids"])
         return {"teacher_index": index}
 
@@ -212,11 +210,3 @@ def _open_cache(cache: TeacherCache | str | None, args: OfflineKDConfig) -> Teac
             "directory as teacher_cache."
         )
     return cache if isinstance(cache, TeacherCache) else TeacherCache(cache, allow_partial=args.allow_partial)
-
-
-def _not_in_cache(cache: TeacherCache, what: str, where: str) -> DataError:
-    return DataError(
-        f"{what} are not in the teacher cache {cache.path}; {where}. Rows are joined by their token ids, so the same "
-        "tokenizer, chat template and text as at capture are needed. Capture these rows too, leave train_dataset out "
-        "to train on the cache's own rows, or set allow_partial=True to train without their targets."
-    )

@@ -6,25 +6,23 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.models import prepare_deepspeed
 
 from kd_plugin.divergence.finite import require_finite
 from kd_plugin.divergence.fused import PanelLoss, fused_panel_divergence
 from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.lineage.start import dataset_sources, student_source
 from kd_plugin.panel import Correction, TeacherPanel, panel_groups, score_rows
+from kd_plugin.panel.checks import check_rows, require_one_vocabulary
 from kd_plugin.panel.combining import scored_positions
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
-from kd_plugin.trl.start import dataset_sources, load_vocabulary, start_lineage, student_source
-
-logger = logging.get_logger(__name__)
+from kd_plugin.trl.start import load_vocabulary, start_lineage
 
 
 class TeacherPanelTrainer(LineageSavingMixin, DistillationTrainer):
@@ -76,30 +74,18 @@ class TeacherPanelTrainer(LineageSavingMixin, DistillationTrainer):
             )
         self.panel = _panel_from(teacher_model, teacher_models, args)
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
-            _check_rows(dataset, name, self.panel)
+            check_rows(dataset, name, self.panel)
 
         run = start_lineage(
             method="teacher_panel",
-            student=student_source(model, args.model_init_kwargs),
+            student=student_source(model, (args.model_init_kwargs or {}).get("revision")),
             teachers=[teacher.source for teacher in self.panel.teachers.values()],
             datasets=dataset_sources(train_dataset),
             args=args,
             declared=declared_lineage(callbacks),
         )
         self._vocabulary = load_vocabulary(model, processing_class, args)
-        for name, teacher in self.panel.teachers.items():
-            if isinstance(teacher, LocalTeacher) and not teacher.names_a_tokenizer:
-                logger.warning(
-                    f"Teacher {name!r} is a loaded model that names no tokenizer; its token ids are taken to be the "
-                    "student's. Pass LocalTeacher(model, tokenizer=...) to have them checked."
-                )
-                teacher.assume_vocabulary(self._vocabulary)
-            self._vocabulary.require_same_tokens(teacher.vocabulary, "student", f"teacher {name!r}")
-            for difference in self._vocabulary.differences_that_change_lengths(teacher.vocabulary):
-                logger.warning(
-                    f"The student and teacher {name!r} differ in their {difference}: the teacher may never reward "
-                    "the student for stopping, and lengths can explode."
-                )
+        require_one_vocabulary(self.panel, self._vocabulary)
 
         super().__init__(
             model=model,
@@ -268,27 +254,3 @@ def _named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, An
     elif eval_dataset is not None:
         named.append(("eval_dataset", eval_dataset))
     return named
-
-
-def _check_rows(dataset: Any, name: str, panel: TeacherPanel) -> None:
-    """Refuse a dataset without prompts or with rows that no teacher can judge, before anything is loaded."""
-    columns = dataset.column_names or list(next(iter(dataset)))
-    if "prompt" not in columns:
-        raise DataError(
-            f"{name} has no column 'prompt'; it has {', '.join(map(repr, columns))}. The student writes the "
-            "completions itself, so each row needs the prompt alone, as text or as messages."
-        )
-    if not isinstance(dataset, Dataset):
-        first = next(iter(dataset))
-        panel.judges(first.get("teacher_id"), first.get("domain"))
-        return
-    ids = dataset["teacher_id"] if "teacher_id" in columns else [None]
-    domains = dataset["domain"] if "domain" in columns else [None]
-    seen = set()
-    for row in range(max(len(ids), len(domains))):
-        teacher_id = ids[row] if len(ids) > row else None
-        domain = domains[row] if len(domains) > row else None
-        key = (tuple(teacher_id) if isinstance(teacher_id, list) else teacher_id, domain)
-        if key not in seen:
-            seen.add(key)
-            panel.judges(teacher_id, domain)

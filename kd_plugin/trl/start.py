@@ -1,18 +1,16 @@
-"""What must be known and hold before a model is loaded."""
+"""What must be known and hold before a TRL trainer loads a model."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import RunLineage, Source, load_record
+from kd_plugin.lineage.start import start_run
 from kd_plugin.vocab import Vocabulary
 
 # Where a run is written and how it reports is no part of what it does
@@ -30,25 +28,6 @@ _NOT_IN_THE_HASH = frozenset(
         "project",
     }
 )
-
-
-def student_source(model: str | PreTrainedModel, model_init_kwargs: Any) -> Source:
-    """Name the student's initialisation: a path, a hub id, or where a loaded model says that it came from."""
-    if isinstance(model, str):
-        return Source(name="student", ref=model, revision=(model_init_kwargs or {}).get("revision"))
-    return Source(name="student", ref=getattr(model.config, "_name_or_path", None) or None)
-
-
-def dataset_sources(*datasets: Any) -> list[Source]:
-    """Name the hub datasets among ``datasets``; what was made in memory is for the user to declare."""
-    found: dict[str, Source] = {}
-    for dataset in datasets:
-        downloads = dataset.info.download_checksums if isinstance(dataset, Dataset) else None
-        for url in downloads or {}:
-            if url.startswith("hf://datasets/"):
-                repo, _, revision = "/".join(url.removeprefix("hf://datasets/").split("/")[:2]).partition("@")
-                found[repo] = Source(name=repo, kind="dataset", ref=repo, revision=revision or None, signal="text")
-    return list(found.values())
 
 
 def start_lineage(
@@ -75,17 +54,16 @@ def start_lineage(
     Raises:
         LicenseRefusedError: the terms of a source forbid training.
     """
-    run = RunLineage(
+    settings = {key: value for key, value in args.to_dict().items() if key not in _NOT_IN_THE_HASH}
+    return start_run(
         method=method,
         student=student,
+        settings=settings,
+        declared=declared if args.lineage is None else args.lineage,  # type: ignore[attr-defined]
         teachers=teachers,
         outputs=outputs,
         datasets=datasets,
-        config=declared if args.lineage is None else args.lineage,  # type: ignore[attr-defined]
-        config_hash=_config_hash(args),
     )
-    run.require_trainable()
-    return run
 
 
 def load_vocabulary(model: str | PreTrainedModel, processing_class: Any, args: Any) -> Vocabulary:
@@ -119,9 +97,3 @@ def refuse_another_run(output_dir: str, run: RunLineage) -> None:
         "Go on with it by trainer.train(resume_from_checkpoint=True), or choose another output_dir; nothing was "
         "changed."
     )
-
-
-def _config_hash(args: TrainingArguments) -> str:
-    """Hash the settings that decide what a run does; the same settings elsewhere give the same hash."""
-    settings = {key: value for key, value in args.to_dict().items() if key not in _NOT_IN_THE_HASH}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,94 @@
+"""Bring the cached targets of a batch together with its tokens, and rows together with the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_plugin.cache.reader import TeacherCache
+from kd_plugin.errors import DataError
+
+# Name under which a batch carries its targets to the student's forward pass
+TARGET = "teacher_target"
+
+
+def batch_targets(cache: TeacherCache, labels: Tensor, indices: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Gather the targets of a batch's N scored positions: position t is scored where token t+1 has a label.
+
+    Everything happens on the CPU, so that a data loader's workers do it ahead of the step.
+
+    Args:
+        cache: where ``indices`` point to.
+        labels: (B, L) next-token labels as transformers takes them, -100 for none.
+        indices: the ``teacher_index`` of each example, unpadded; one more level than the B rows where a
+            padding-free row holds all examples.
+
+    Returns:
+        ``positions`` (N,) into the flattened (B * L), ``labels`` (N,), ``weights`` (N,) 0 where the cache holds
+        nothing, and the targets' ``ids``, ``logprobs`` (N, K), ``tail_logmass`` (N,), and ``draws`` (N, K) where they
+        were sampled.
+    """
+    rows, length = labels.shape
+    padded = torch.full((rows, length), -1, dtype=torch.int64)
+    if rows == len(indices):
+        for row, index in enumerate(indices):
+            padded[row, : len(index)] = torch.as_tensor(index)
+    else:  # padding-free: one row holds all examples
+        flat = [i for index in indices for i in index]
+        padded[0, : len(flat)] = torch.as_tensor(flat)
+
+    next_labels = torch.full_like(labels, -100)
+    next_labels[:, :-1] = labels[:, 1:]
+    positions = (next_labels.flatten() != -100).nonzero().flatten()
+    wanted = padded.flatten()[positions]
+    stored = wanted >= 0
+    signal = cache.signal(wanted[stored])
+    if bool(stored.all()):
+        fields = {"ids": signal.ids, "logprobs": signal.logprobs, "tail_logmass": signal.tail_logmass}
+        if signal.draws is not None:
+            fields["draws"] = signal.draws
+    else:
+        fields = _spread(signal, stored)
+    return {
+        "positions": positions,
+        "labels": next_labels.flatten()[positions],
+        "weights": stored.float(),
+        **fields,
+    }
+
+
+def not_in_cache(cache: TeacherCache, what: str, where: str) -> DataError:
+    """Return the error for rows that the cache does not hold.
+
+    Args:
+        cache: the cache.
+        what: which rows, such as ``"2 of 8 rows of the train dataset"``.
+        where: which is the first.
+    """
+    return DataError(
+        f"{what} are not in the teacher cache {cache.path}; {where}. Rows are joined by their token ids, so the same "
+        "tokenizer, chat template and text as at capture are needed. Capture these rows too, leave train_dataset out "
+        "to train on the cache's own rows, or set allow_partial=True to train without their targets."
+    )
+
+
+def _spread(signal: Any, stored: Tensor) -> dict[str, Tensor]:
+    """Give the positions without a target an empty one: no token listed, all mass in the tail."""
+    count, width = stored.numel(), signal.ids.shape[1]
+
+    def spread(values: Tensor, shape: tuple[int, ...], fill: float) -> Tensor:
+        out = values.new_full(shape, fill)
+        out[stored] = values
+        return out
+
+    fields = {
+        "ids": spread(signal.ids, (count, width), 0),
+        "logprobs": spread(signal.logprobs, (count, width), -torch.inf),
+        "tail_logmass": spread(signal.tail_logmass, (count,), 0.0),
+    }
+    if signal.draws is not None:
+        fields["draws"] = spread(signal.draws, (count, width), 0)
+    return fields

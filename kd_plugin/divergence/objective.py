@@ -1,0 +1,95 @@
+"""Offline KD's loss of a batch: the student's backbone, its head, and the cached targets at the scored positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from kd_plugin.divergence.listed import Tail
+from kd_plugin.divergence.sparse import SparseLoss, fused_sparse_divergence
+from kd_plugin.divergence.spec import Divergence
+from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.signals import OutputHead, SparseSignal
+
+
+@dataclass(frozen=True)
+class OfflineObjective:
+    """What offline KD minimises: per token ``kd_weight * D(teacher, student) + ce_weight * cross-entropy``.
+
+    Attributes:
+        divergence: which D.
+        temperature: of the student's softmax.
+        tail: what stands for the tokens that top-k targets leave out.
+        kd_weight: weight of the divergence.
+        ce_weight: weight of the cross-entropy.
+
+    Raises:
+        ConfigError: an unknown tail, a temperature or weights out of range.
+    """
+
+    divergence: Divergence
+    temperature: float = 1.0
+    tail: Tail = "bucket"
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.tail not in get_args(Tail):
+            raise ConfigError(
+                f"Unknown tail {self.tail!r}; expected one of {', '.join(get_args(Tail))}."
+                + nearest(self.tail, list(get_args(Tail)))
+            )
+        if min(self.kd_weight, self.ce_weight) < 0 or self.kd_weight + self.ce_weight <= 0:
+            raise ConfigError(
+                f"kd_weight is {self.kd_weight} and ce_weight {self.ce_weight}; expected two numbers of at least 0 "
+                "that are not both 0."
+            )
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature is {self.temperature}; expected a positive number.")
+
+    def loss(self, hidden: Tensor, head: OutputHead, target: Mapping[str, Tensor]) -> SparseLoss:
+        """Return the summed loss of a batch.
+
+        Args:
+            hidden: (B, L, H) last hidden states of the student.
+            head: its output head, cut to the vocabulary.
+            target: what :func:`kd_plugin.cache.joining.batch_targets` gathers.
+        """
+        hidden = hidden.to(head.weight.device)
+        device = hidden.device
+        signal = SparseSignal(target["ids"], target["logprobs"], target["tail_logmass"], target.get("draws"))
+        return fused_sparse_divergence(
+            hidden.reshape(-1, hidden.shape[-1]).index_select(0, target["positions"].to(device)),
+            head,
+            signal.to(device),
+            self.divergence,
+            temperature=self.temperature,
+            tail=self.tail,
+            weights=target["weights"].to(device),
+            labels=target["labels"].to(device),
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+        )
+
+
+def load_balancing_loss(model: Any, outputs: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """Return a mixture-of-experts student's auxiliary loss, where its forward pass was asked for router logits.
+
+    Args:
+        model: the student.
+        outputs: of its backbone.
+        kwargs: what the backbone was called with.
+    """
+    if not kwargs.get("output_router_logits"):
+        return None
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    loss = load_balancing_loss_func(
+        outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+    )
+    return loss if isinstance(loss, Tensor) else torch.zeros(())
