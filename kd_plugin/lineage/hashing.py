@@ -38,7 +38,7 @@ class Subject:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """List the weight files that belong to a checkpoint directory, sorted.
+    """List the weight files that belong to a checkpoint, sorted; a checkpoint of a single file is that file.
 
     Directories below it that are checkpoints of their own (``checkpoint-*``, or holding a ``lineage.json``)
     and hidden ones are left out.
@@ -46,11 +46,9 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         LineageError: a file's name cannot be written down.
     """
-    files = sorted(_walk(directory))
+    files = [directory] if directory.is_file() else sorted(_walk(directory))
     for path in files:
-        if (
-            not path.relative_to(directory).as_posix().isprintable()
-        ):  # a record could not name it, and a terminal should not print it
+        if not name_in(directory, path).isprintable():  # a record could not name it, and a terminal should not print it
             raise LineageError(
                 f"The weight file {path.name!a} has a name that is not plain text; rename it and save again."
             )
@@ -63,9 +61,14 @@ def subjects(directory: Path, workers: int | None = None) -> list[Subject]:
     with ThreadPoolExecutor(workers or min(32, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(sha256_file, files))
     return sorted(
-        Subject(path.relative_to(directory).as_posix(), digest, path.stat().st_size)
+        Subject(name_in(directory, path), digest, path.stat().st_size)
         for path, digest in zip(files, digests, strict=True)
     )
+
+
+def name_in(checkpoint: Path, file: Path) -> str:
+    """Return how a record names a weight file: relative to its directory, with forward slashes."""
+    return file.name if file == checkpoint else file.relative_to(checkpoint).as_posix()
 
 
 def sha256_file(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import rfc8785
 
 from kd_plugin.errors import LineageError
+from kd_plugin.lineage.place import lineage_directory
 
 RECORD = "lineage.json"
 NOTICE = "NOTICE"
@@ -98,12 +99,12 @@ def _check_effective(effective: Mapping[str, Any], path: Path) -> None:
 
 
 def load_record(directory: str | Path) -> dict[str, Any]:
-    """Read the record of a checkpoint directory and check its digest.
+    """Read the record of a checkpoint, a directory or a single file, and check its digest.
 
     Raises:
         LineageError: missing, damaged, or its digest does not fit.
     """
-    path = Path(directory) / RECORD
+    path = lineage_directory(directory) / RECORD
     record, _ = read_record(path)
     expected = _digest_or_none(record)
     if record["digest"] != expected:

@@ -22,10 +22,12 @@ from kd_plugin.lineage.declared import Declared, match_datasets, match_teachers,
 from kd_plugin.lineage.discovery import Found, checkpoint_node, discover, record_overrides, with_weights
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph, Node
 from kd_plugin.lineage.overrides import Override
+from kd_plugin.lineage.place import lineage_directory
 from kd_plugin.lineage.policy import evaluate
 from kd_plugin.lineage.record import RECORD, SCHEMA, load_record, sealed
 from kd_plugin.lineage.registry import Registry
 from kd_plugin.lineage.sources import Source
+from kd_plugin.lineage.terms import Terms
 from kd_plugin.lineage.verdict import NO_ADVICE, Finding, Student, Verdict
 
 logger = logging.getLogger(__name__)
@@ -139,7 +141,8 @@ class RunLineage:
         """Write ``LICENSES/``, ``NOTICE``, ``bom.cdx.json``, the card and, last, ``lineage.json`` beside the weights.
 
         Args:
-            directory: a directory that holds a checkpoint's weights.
+            directory: a directory that holds a checkpoint's weights, or a checkpoint of a single file, whose
+                lineage lies beside it; see :func:`~kd_plugin.lineage.place.lineage_directory`.
             step: optimizer steps done.
             parent: directory of the checkpoint before this one, to whose digest this one is chained.
 
@@ -147,13 +150,41 @@ class RunLineage:
             LineageError: there are no weights, or the directory is not writable. The weights stay as they are,
                 and the record is absent.
         """
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise LineageError(f"{str(directory)!r} is no directory; lineage is written beside weights that are there.")
+        weights, directory = Path(directory), lineage_directory(directory)
+        if not weights.exists():
+            raise LineageError(f"{str(weights)!r} is not there; lineage is written beside weights that are there.")
+        directory.mkdir(exist_ok=True)
         stale = files.retract(directory)
-        subjects = hashing.subjects(directory)
+        subjects = hashing.subjects(weights)
         if not subjects:
-            raise LineageError(f"{str(directory)!r} holds no weight files; lineage is written after the weights.")
+            raise LineageError(f"{str(weights)!r} holds no weight files; lineage is written after the weights.")
+        record, terms, verdict = self._content(step, parent, subjects)
+        graph = self._recorded_graph
+        record["files"] = files.place_files(
+            directory,
+            obligations.notice_text(graph, terms, verdict),
+            bom_text(record),
+            obligations.license_files(graph, terms, self.registry),
+            stale,
+        )
+        update_card(directory, record)
+        saved_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        files.place_record(directory, sealed(record, saved_at))
+
+    def summary(self, *, step: int, parent: str | Path | None = None) -> dict[str, Any]:
+        """Return what :meth:`write` records, less the digests of weights and files: for inside a checkpoint.
+
+        Args:
+            step: optimizer steps done.
+            parent: directory of the checkpoint before this one.
+        """
+        record, _, _ = self._content(step, parent, ())
+        return {key: value for key, value in record.items() if key != "subjects"}
+
+    def _content(
+        self, step: int, parent: str | Path | None, subjects: Sequence[hashing.Subject]
+    ) -> tuple[dict[str, Any], dict[str, Terms], Verdict]:
+        """Build the record of a checkpoint, before its files are placed."""
         graph = self._recorded_graph
         named = {i for node in graph.nodes.values() for i in (*node.licenses, *node.services)}
         terms = {i: self.registry.terms[i] for i in sorted(named | set(self._student.declared_license))}
@@ -177,24 +208,15 @@ class RunLineage:
             "effective": verdict.to_json(),
             "overrides": [one.to_json() for one in self._overrides],
         }
-        record["files"] = files.place_files(
-            directory,
-            obligations.notice_text(graph, terms, verdict),
-            bom_text(record),
-            obligations.license_files(graph, terms, self.registry),
-            stale,
-        )
-        update_card(directory, record)
-        saved_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        files.place_record(directory, sealed(record, saved_at))
+        return record, terms, verdict
 
     def covers(self, directory: str | Path) -> bool:
         """Whether this run's record in ``directory`` names every weight file there, by name and size."""
-        directory = Path(directory)
-        if not (directory / RECORD).is_file():
+        weights = Path(directory)
+        if not (lineage_directory(weights) / RECORD).is_file():
             return False
-        record = load_record(directory)
-        there = {p.relative_to(directory).as_posix(): p.stat().st_size for p in hashing.weight_files(directory)}
+        record = load_record(weights)
+        there = {hashing.name_in(weights, p): p.stat().st_size for p in hashing.weight_files(weights)}
         return record["run"]["id"] == self.run_id and there == {s["path"]: s["size"] for s in record["subjects"]}
 
     def copy_files(self, checkpoint: str | Path, directory: str | Path) -> None:

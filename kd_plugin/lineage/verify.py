@@ -14,6 +14,7 @@ from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import section, section_in
 from kd_plugin.lineage.discovery import record_overrides
 from kd_plugin.lineage.graph import Graph
+from kd_plugin.lineage.place import lineage_directory, weights_of
 from kd_plugin.lineage.policy import evaluate
 from kd_plugin.lineage.record import BOM, LICENSES, MAX_RECORD, NOTICE, RECORD, canonical, digest_of, read_record, seal
 from kd_plugin.lineage.registry import default_registry
@@ -66,11 +67,12 @@ def verify(directory: str | Path) -> VerifyReport:
     """Check a checkpoint's lineage against its files, recomputing digests and verdict; no network, no model.
 
     Raises:
-        LineageError: ``directory`` is no directory.
+        LineageError: there is nothing at ``directory``.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise LineageError(f"{str(directory)!r} is no directory; expected a checkpoint.")
+    weights = Path(directory)
+    if not weights.exists():
+        raise LineageError(f"{str(weights)!r} is not there; expected a checkpoint.")
+    directory = lineage_directory(weights)
     path = directory / RECORD
     if not path.is_file():
         problem = Problem(
@@ -82,7 +84,7 @@ def verify(directory: str | Path) -> VerifyReport:
         problems = _check_record(record, raw)
     except LineageError as error:
         return VerifyReport(directory, (Problem("tampered", RECORD, str(error)),))
-    problems += _check_subjects(directory, record)
+    problems += _check_subjects(weights_of(directory), record)
     problems += _check_files(directory, record)
     verdict, found = _check_verdict(record)
     problems += found
@@ -115,13 +117,13 @@ def _check_record(record: Mapping[str, Any], raw: bytes) -> list[Problem]:
     return problems
 
 
-def _check_subjects(directory: Path, record: Mapping[str, Any]) -> list[Problem]:
+def _check_subjects(weights: Path, record: Mapping[str, Any]) -> list[Problem]:
     promised = _entries(record["subjects"])
     if promised is None:
         return [Problem("tampered", RECORD, "its list of weight files is malformed")]
     problems = []
     try:
-        there = {subject.path: subject for subject in hashing.subjects(directory)}
+        there = {subject.path: subject for subject in hashing.subjects(weights)}
     except LineageError as error:
         return [Problem("tampered", "weights", str(error))]
     for name in sorted(promised.keys() | there.keys()):
@@ -193,7 +195,7 @@ def _check_parent(directory: Path, record: Mapping[str, Any]) -> tuple[list[Prob
     name = parent.get("name") if isinstance(parent, Mapping) else None
     if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\\" in name:
         return [Problem("tampered", RECORD, "its parent is malformed")], []
-    sibling = directory.resolve().parent / name / RECORD
+    sibling = lineage_directory(directory.resolve().parent / name) / RECORD
     if not sibling.is_file():
         return [], [f"parent {name!r} is no longer beside this checkpoint; its digest could not be compared"]
     try:
