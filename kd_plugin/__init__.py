@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Divergence": "kd_plugin.divergence",
     "LocalTeacher": "kd_plugin.teachers",
+    "ServerTeacher": "kd_plugin.teachers",
     "TeacherCache": "kd_plugin.cache",
     "TeacherPanel": "kd_plugin.panel",
     "capture": "kd_plugin.cache",
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from kd_plugin.cache import TeacherCache, capture  # type: ignore[no-redef]
     from kd_plugin.divergence import Divergence
     from kd_plugin.panel import TeacherPanel
-    from kd_plugin.teachers import LocalTeacher
+    from kd_plugin.teachers import LocalTeacher, ServerTeacher
 
-__all__ = ["Divergence", "LocalTeacher", "TeacherCache", "TeacherPanel", "__version__", "capture"]
+__all__ = ["Divergence", "LocalTeacher", "ServerTeacher", "TeacherCache", "TeacherPanel", "__version__", "capture"]
 
 
 def __getattr__(name: str) -> Any:

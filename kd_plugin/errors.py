@@ -37,6 +37,10 @@ class LicenseRefusedError(KDError, PermissionError):
     """The terms of a source forbid what the run would do."""
 
 
+class ServerError(KDError, ConnectionError):
+    """A teacher's server is away, refuses a request, or answers something else than was asked."""
+
+
 class NonFiniteError(KDError, ArithmeticError):
     """A loss or a target is NaN or infinite."""
 

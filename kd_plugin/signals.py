@@ -125,12 +125,15 @@ class SparseSignal:
         logprobs: (N, K) nats under the teacher's full softmax.
         tail_logmass: (N,) log of the probability not listed; ``-inf`` when everything is listed.
         draws: (N, K) how often each token was drawn, for sampled targets; None for top-k.
+        written_logprobs: (N,) nats of the token that really stands at the next position, listed or not, where
+            the teacher tells; None where it does not.
     """
 
     ids: Tensor
     logprobs: Tensor
     tail_logmass: Tensor
     draws: Tensor | None = None
+    written_logprobs: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -142,6 +145,7 @@ class SparseSignal:
             self.logprobs.to(device, non_blocking=True),
             self.tail_logmass.to(device, non_blocking=True),
             None if self.draws is None else self.draws.to(device, non_blocking=True),
+            None if self.written_logprobs is None else self.written_logprobs.to(device, non_blocking=True),
         )
 
 

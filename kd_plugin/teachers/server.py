@@ -1,0 +1,237 @@
+"""A teacher behind vLLM's OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.lineage.sources import Source
+from kd_plugin.signals import SparseSignal
+from kd_plugin.teachers.client import Client
+from kd_plugin.teachers.handshake import shake_hands
+from kd_plugin.teachers.replies import Asking, Listed
+from kd_plugin.vocab import Vocabulary
+
+
+class ServerTeacher:
+    """A model on a vLLM server, asked by token ids for ``prompt_logprobs``.
+
+    Nothing is sent until the first score, so that the license gate can refuse it before. Then the server is asked
+    what it serves, and must have the same tokenizer and allow ``top_k`` tokens.
+
+    Args:
+        url: address of the server, ``http://host:port``, with or without ``/v1``.
+        model: the name under which the server lists the model; None takes the only one.
+        tokenizer: the teacher's tokenizer, or a directory or hub id to load it from; None takes ``repo``, else
+            ``model``.
+        name: how metrics and lineage call it.
+        top_k: tokens listed a position, or ``"all"`` for the whole distribution (small vocabularies, few tokens:
+            an answer then takes about 60 bytes a token of the vocabulary).
+        timeout: seconds until a request without an answer counts as failed.
+        max_concurrency: requests at a time.
+        max_retries: further attempts of a request while the server is away, overloaded or restarting.
+        api_key_env: environment variable with the server's key; it is never written or shown.
+        repo: hub id or directory of the weights that are served, where their terms can be read; None takes
+            ``model``.
+        revision: branch, tag or commit of ``repo``.
+        license: declared licence where none can be discovered.
+
+    Raises:
+        ConfigError: a setting is out of range, or the url holds credentials.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        *,
+        tokenizer: Any = None,
+        name: str = "teacher",
+        top_k: int | Literal["all"] = 64,
+        timeout: float = 600.0,
+        max_concurrency: int = 16,
+        max_retries: int = 8,
+        api_key_env: str | None = None,
+        repo: str | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+    ) -> None:
+        if top_k != "all" and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ConfigError(f"top_k={top_k!r}: expected a whole number of at least 1, or 'all'.")
+        self.name = name
+        self.top_k = top_k
+        self.client = Client(
+            url,
+            timeout=timeout,
+            max_concurrency=max_concurrency,
+            max_retries=max_retries,
+            api_key_env=api_key_env,
+        )
+        self._model, self._repo = model, repo or model
+        self._revision, self._license = revision, license
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._served: Mapping[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"ServerTeacher({self.client.root!r}, {self._model!r}, name={self.name!r}, top_k={self.top_k!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what cannot be copied; a copy asks the server again."""
+        return {**{k: v for k, v in self.__dict__.items() if k != "_lock"}, "_served": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    @cached_property
+    def source(self) -> Source:
+        """What this teacher is, known before the first request: endpoint, model name, and where the terms are."""
+        return Source(
+            name=self.name,
+            ref=self._repo,
+            revision=self._revision,
+            license=self._license,
+            endpoint=self.client.root,
+            model=self._model,
+        )
+
+    @property
+    def names_a_tokenizer(self) -> bool:
+        """Whether a tokenizer was given or can be looked up."""
+        return self._tokenizer is not None or self._repo is not None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The teacher's tokenizer, loaded on first use."""
+        found = self._tokenizer if self._tokenizer is not None else self._repo
+        if found is None:
+            raise ConfigError(
+                f"Teacher {self.name!r} at {self.client.root} has no tokenizer. Pass ServerTeacher(..., "
+                "tokenizer=...): the tokenizer, its directory or its hub id."
+            )
+        if not isinstance(found, str | Path):
+            return found
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(found, revision=self._revision if found == self._repo else None)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"No tokenizer can be loaded from {found!r} for teacher {self.name!r} ({error}). Pass tokenizer: its "
+                "directory or hub id, where that is not the name of the model on the server."
+            ) from error
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The token ids that this teacher speaks."""
+        return Vocabulary.from_tokenizer(self.tokenizer)
+
+    @property
+    def listed(self) -> int:
+        """Tokens listed a position: ``top_k``, or all that there are."""
+        size = self.vocabulary.size
+        return size if self.top_k == "all" else min(self.top_k, size)
+
+    @property
+    def lists_all(self) -> bool:
+        """Whether every token is listed, so that there is no tail."""
+        return self.listed == self.vocabulary.size
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that a row may have: the server's limit less the one that it insists on writing."""
+        limit = self.check().get("max_model_len")
+        return None if limit is None else int(limit) - 1
+
+    def check(self) -> Mapping[str, Any]:
+        """Ask the server once what it serves, and refuse it unless that is what was configured.
+
+        Returns:
+            The server's own description of the model.
+
+        Raises:
+            ServerError: it is away, or does not serve the model.
+            VocabularyError: its tokenizer is another one.
+            ConfigError: it lists fewer than ``top_k`` tokens.
+        """
+        with self._lock:
+            if self._served is None:
+                self._served = shake_hands(self.client, self._asking(self._model), self.tokenizer, self.name)
+        return self._served
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> SparseSignal:
+        """Judge the next token at ``positions``; see :meth:`~kd_plugin.teachers.base.Teacher.score`.
+
+        A server judges tokens that are written, so the last token of a row is no position. Rows are asked for at
+        once, ``max_concurrency`` at a time, each up to the token after its last position.
+
+        Raises:
+            DataError: a position has no next token, or a row is longer than the server takes.
+            ServerError: the server stayed away, or its answer lacks something.
+        """
+        ids, mask, flat = input_ids.cpu().numpy(), attention_mask.cpu().numpy() != 0, positions.cpu().numpy()
+        rows, columns = flat // ids.shape[1], flat % ids.shape[1]
+        order, prompts, wanted = [], [], []
+        for row in np.unique(rows):
+            at = np.flatnonzero(rows == row)
+            # Where each column lies once the padding is gone.
+            places = np.cumsum(mask[row]) - 1
+            tokens = ids[row][mask[row]].tolist()
+            here = places[columns[at]]
+            if not mask[row, columns[at]].all() or here.max() + 1 >= len(tokens):
+                raise DataError(
+                    f"Teacher {self.name!r}: row {row} is to be scored at padding or at its last token. A server "
+                    "judges tokens that are written: positions must have a next token."
+                )
+            order.append(at)
+            prompts.append(tokens[: here.max() + 2])
+            wanted.append(here.tolist())
+        device = input_ids.device
+        if not order:
+            empty = torch.zeros(0, self.listed, device=device)
+            return SparseSignal(empty.long(), empty, empty.sum(1), None, empty.sum(1))
+        answers = self.score_tokens(prompts, wanted)
+        back = np.argsort(np.concatenate(order), kind="stable")
+
+        def joined(name: str, dtype: torch.dtype) -> Tensor:
+            return torch.from_numpy(np.concatenate([getattr(a, name) for a in answers])[back]).to(device, dtype)
+
+        return SparseSignal(
+            joined("ids", torch.int64),
+            joined("logprobs", torch.float32),
+            joined("tail_logmass", torch.float32),
+            None,
+            joined("written", torch.float32),
+        )
+
+    def score_tokens(self, prompts: list[list[int]], positions: list[list[int]]) -> list[Listed]:
+        """Judge token lists without padding, each at its own positions; ``score`` and captures share this.
+
+        Raises:
+            DataError: a row is longer than the server takes.
+            ServerError: the server stayed away, or its answer lacks something.
+        """
+        longest, limit = max(map(len, prompts)), self.max_length
+        if limit is not None and longest > limit:
+            raise DataError(
+                f"A row has {longest} tokens; {self.client.root} takes {limit}. Set max_length={limit}, or start the "
+                f"server with --max-model-len {longest + 1}."
+            )
+
+        asking = self._asking(str(self.check()["id"]))
+        return self.client.post_all(
+            "/v1/completions",
+            [asking.request(tokens) for tokens in prompts],
+            lambda number, answer: asking.read(answer, prompts[number], positions[number]),
+        )
+
+    def _asking(self, model: str | None) -> Asking:
+        return Asking(self.client.root, model, self.listed, self.vocabulary.size)
