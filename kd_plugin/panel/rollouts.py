@@ -1,0 +1,126 @@
+"""Who writes what the panel corrects: the student, the dataset, or the student under the panel's eye.
+
+Shape suffixes: B rows, N proposed tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Tokens = list[int]
+Propose = Callable[[Sequence[int], list[Tokens], int], list[Tokens]]
+Judge = Callable[[Sequence[int], list[Tokens], list[Tokens]], list[Tensor]]
+
+
+def on_policy_rows(rows: int, fraction: float, *, seed: int, step: int, rank: int = 0) -> list[bool]:
+    """Choose the rows of a generation batch that the student writes; the dataset's completions fill the others.
+
+    The number is ``rows * fraction``, rounded up or down so that it is right on average over steps. The choice
+    is a function of the arguments alone, so that a resumed run repeats it.
+
+    Args:
+        rows: rows of this rank's generation batch.
+        fraction: share that the student writes, in [0, 1].
+        seed: of the run.
+        step: optimizer step that the batch is generated for.
+        rank: of this process.
+
+    Returns:
+        One flag a row; True where the student writes.
+    """
+    generator = seeded(seed, step, rank)
+    wanted = rows * fraction
+    count = int(wanted) + int(torch.rand((), generator=generator) < wanted - int(wanted))
+    chosen = set(torch.randperm(rows, generator=generator)[:count].tolist())
+    return [row in chosen for row in range(rows)]
+
+
+def seeded(seed: int, step: int, rank: int) -> torch.Generator:
+    """Return a CPU generator that depends on the three numbers alone."""
+    generator = torch.Generator()
+    generator.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    return generator
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """A response that the student wrote and the panel kept on its own support.
+
+    Attributes:
+        tokens: the response, the end-of-sequence token included where it was reached.
+        replaced: one flag a token; True where the panel put its token in the place of the student's.
+    """
+
+    tokens: tuple[int, ...]
+    replaced: tuple[bool, ...]
+
+
+def interleave(
+    prompts: Sequence[Tokens],
+    propose: Propose,
+    judge: Judge,
+    *,
+    max_new_tokens: int,
+    block: int,
+    top_k: int,
+    end_tokens: Sequence[int],
+    generator: torch.Generator,
+) -> list[Interleaved]:
+    """Let the student write, and replace each token that the panel ranks below ``top_k`` by one of the panel's.
+
+    Speculative knowledge distillation (Xu et al., arXiv 2410.11325, algorithm 1): early rollouts of a weak student
+    stay where the teachers' judgement means something. The student proposes some tokens at once; those before the
+    first that the panel does not rank among its ``top_k`` stand; that one is drawn anew from the panel's ``top_k``
+    tokens, in proportion to their probability; then the student goes on from there.
+
+    Args:
+        prompts: B prompts as token ids.
+        propose: ``(row numbers, prefixes, N) -> proposals``; each of 1 to N tokens, ending at an end token.
+        judge: ``(row numbers, prefixes, proposals) -> log-probabilities``; one (len(proposal), V) tensor a row, the
+            panel's distribution at each proposed token.
+        max_new_tokens: longest response.
+        block: N, tokens proposed at a time. Larger blocks call the panel less often and discard more.
+        top_k: rank up to which a student's token stands, from 1.
+        end_tokens: ids that end a response.
+        generator: CPU generator of the panel's tokens.
+
+    Returns:
+        One response a prompt.
+    """
+    ends = set(end_tokens)
+    tokens: list[Tokens] = [[] for _ in prompts]
+    replaced: list[list[bool]] = [[] for _ in prompts]
+    writing = [row for row in range(len(prompts)) if max_new_tokens > 0]
+    while writing:
+        prefixes = [list(prompts[row]) + tokens[row] for row in writing]
+        room = min(block, max(max_new_tokens - len(tokens[row]) for row in writing))
+        proposals = [
+            proposal[: max_new_tokens - len(tokens[row])]
+            for row, proposal in zip(writing, propose(writing, prefixes, room), strict=True)
+        ]
+        judged = judge(writing, prefixes, proposals)
+        for row, proposal, logprobs in zip(writing, proposals, judged, strict=True):
+            accepted, substitute = _first_rejection(proposal, logprobs, top_k, generator)
+            tokens[row] += proposal[:accepted] + substitute
+            replaced[row] += [False] * accepted + [True] * len(substitute)
+        writing = [row for row in writing if len(tokens[row]) < max_new_tokens and tokens[row][-1] not in ends]
+    return [Interleaved(tuple(t), tuple(r)) for t, r in zip(tokens, replaced, strict=True)]
+
+
+def _first_rejection(
+    proposal: Tokens, logprobs: Tensor, top_k: int, generator: torch.Generator
+) -> tuple[int, Tokens]:
+    """Return how many proposed tokens stand, and the panel's token for the next one (none when all stand)."""
+    values, ids = logprobs.topk(min(top_k, logprobs.size(-1)), dim=-1)
+    proposed = torch.tensor(proposal, device=ids.device).unsqueeze(-1)
+    stands = (ids == proposed).any(dim=-1).tolist()  # one transfer a row; whole blocks are decided at once
+    if all(stands):
+        return len(proposal), []
+    first = stands.index(False)
+    probabilities = values[first].float().softmax(dim=-1).cpu()
+    choice = int(torch.multinomial(probabilities, 1, generator=generator))
+    return first, [int(ids[first, choice])]
