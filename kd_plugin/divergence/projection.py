@@ -76,14 +76,14 @@ class Workspace:
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
-        self.rows, self._vocab_size, self._device = rows, vocab_size, device
+        self.rows, self._vocab_size, self.device = rows, vocab_size, device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
         """Return the first ``rows`` rows of the buffer ``name``, (rows, V), with whatever it holds."""
         key = (name, dtype)
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(self.rows, self._vocab_size, dtype=dtype, device=self._device)
+            self._buffers[key] = torch.empty(self.rows, self._vocab_size, dtype=dtype, device=self.device)
         return self._buffers[key][:rows]
 
 
@@ -110,8 +110,9 @@ class Projector:
         temperature: float,
         keep_slope: bool = False,
     ) -> None:
-        self.weight_VH = head.weight.detach().to(dtype)
-        self.bias_V = None if head.bias is None else head.bias.detach().to(statistics)
+        # An offloaded teacher's head comes to the device for as long as it is used
+        self.weight_VH = head.weight.detach().to(workspace.device, dtype)
+        self.bias_V = None if head.bias is None else head.bias.detach().to(workspace.device, statistics)
         self.multiplier = head.logit_scale / temperature
         self.workspace, self.statistics = workspace, statistics
         self._name, self._keep_slope = name, keep_slope
@@ -244,12 +245,17 @@ def without_unused(hidden_RH: Tensor, used_R1: Tensor) -> Tensor:
 
 
 def require_hidden(hidden_NH: Tensor, temperature: float) -> None:
-    """Refuse hidden states that are not (N, H), and a temperature that cannot divide logits."""
+    """Refuse hidden states that are not (N, H), and what :func:`require_temperature` refuses."""
     if hidden_NH.dim() != 2:
         raise ConfigError(
             f"student_hidden has shape {tuple(hidden_NH.shape)}; expected (positions, width). Select the scored "
             "positions first, as hidden[mask]."
         )
+    require_temperature(temperature)
+
+
+def require_temperature(temperature: float) -> None:
+    """Refuse a temperature that cannot divide logits."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise ConfigError(f"temperature is {temperature}; it divides logits and must be a positive number.")
 

@@ -28,97 +28,150 @@ from kd_plugin.divergence.spec import Divergence
 class Tiles:
     """Buffers and state of one chunk: the student's distribution, and a summed over the teachers so far.
 
-    Call :meth:`start`, then :meth:`add_teacher` for each teacher, then :meth:`gradient`.
+    Call :meth:`start`; for each teacher :meth:`take` and :meth:`add`; then :meth:`gradient`. Teachers that are
+    compared at another temperature follow after :meth:`restart`.
 
     Args:
         workspace: where the buffers live.
         dtype: of all buffers.
-        divergence: which divergence.
-        multiplier: factor of the gradient (logit scale over temperature).
         need_grad: whether :meth:`gradient` will be called.
     """
 
-    def __init__(
-        self,
-        workspace: Workspace,
-        dtype: torch.dtype,
-        divergence: Divergence,
-        multiplier: float,
-        need_grad: bool,
-    ) -> None:
-        self._workspace, self._dtype = workspace, dtype
-        self._name = "forward_kl" if divergence.name == "skew_kl" and divergence.alpha == 0.0 else divergence.name
-        self._share = divergence.beta if self._name == "jsd" else divergence.alpha
-        self._multiplier, self._need_grad = multiplier, need_grad
+    def __init__(self, workspace: Workspace, dtype: torch.dtype, need_grad: bool) -> None:
+        self._workspace, self._dtype, self._need_grad = workspace, dtype, need_grad
 
-    def start(self, logits_RV: Tensor, teachers: int) -> Tensor:
+    def start(self, logits_RV: Tensor, multiplier: float, teachers: int) -> Tensor:
         """Begin a chunk; ``logits_RV`` becomes the student's log-probabilities in place.
+
+        Args:
+            logits_RV: the student's logits over the temperature.
+            multiplier: factor of the gradient (logit scale over temperature).
+            teachers: how many will be added until the next start or restart.
 
         Returns:
             (R,) entropy in nats.
         """
-        self._rows, self._teachers = logits_RV.shape[0], teachers
+        self._finished_RV: Tensor | None = None
+        return self._begin(logits_RV, multiplier, teachers)
+
+    def restart(self, logits_RV: Tensor, multiplier: float, teachers: int) -> None:
+        """Go on with the student's logits at another temperature; what was added so far is kept."""
+        if self._need_grad:
+            gradient_RV = self._fold()
+            if self._finished_RV is None:
+                self._finished_RV = self._buffer("finished").copy_(gradient_RV)
+        self._begin(logits_RV, multiplier, teachers)
+
+    def _begin(self, logits_RV: Tensor, multiplier: float, teachers: int) -> Tensor:
+        self._rows, self._teachers, self._multiplier = logits_RV.shape[0], teachers, multiplier
         self._logq_RV, self._q_RV = logits_RV, self._buffer("q")
         normalise_(logits_RV, self._q_RV)
-        self._total_RV: Tensor | None = None
-        self._factor_R1: Tensor | float = 0.0  # Σ w for the forward KL, ⟨q, a⟩ for the others
+        self._a_RV: Tensor | None = None  # Σ w·a
+        self._p_sum_RV: Tensor | None = None  # Σ w·p of the forward KL
+        self._factor_R1: Tensor | float = 0.0  # Σ w of the forward KL, less ⟨q, Σ w·a⟩ of the others
         return torch.mul(self._q_RV, self._logq_RV, out=self._buffer("p")).sum(-1).neg_()
 
-    def add_teacher(self, logits_RV: Tensor, weight_R: Tensor) -> Tensor:
-        """Take in one teacher's logits (overwritten) with its weights.
+    def take(self, logits_RV: Tensor) -> None:
+        """Take in a teacher's logits, which become its log-probabilities in place."""
+        self._logp_RV, self._p_RV = logits_RV, self._buffer("p")
+        normalise_(logits_RV, self._p_RV)
+
+    def teacher_entropy(self) -> Tensor:
+        """(R,) entropy in nats of the teacher that was taken in last."""
+        return torch.mul(self._p_RV, self._logp_RV, out=self._buffer("scratch")).sum(-1).neg_()
+
+    def value(self, divergence: Divergence) -> Tensor:
+        """(R,) divergence in nats of the teacher that was taken in last, which stays as it is."""
+        gap_RV = torch.sub(self._logp_RV, self._logq_RV, out=self._buffer("gap"))
+        return self._compare(gap_RV, self._buffer("copy").copy_(self._p_RV), divergence, None)
+
+    def add(self, weight_R: Tensor, divergence: Divergence) -> Tensor:
+        """Compare with the teacher that was taken in last, and use it up.
+
+        Args:
+            weight_R: its weight at each position.
+            divergence: which divergence.
 
         Returns:
             (R,) divergence in nats, before weighting.
         """
-        p_RV = self._buffer("p")
-        normalise_(logits_RV, p_RV)
-        gap_RV = logits_RV.sub_(self._logq_RV)  # log p − log q
-        match self._name:
+        gap_RV = self._logp_RV.sub_(self._logq_RV)  # log p − log q
+        return self._compare(gap_RV, self._p_RV, divergence, weight_R * self._multiplier if self._need_grad else None)
+
+    def _compare(self, gap_RV: Tensor, p_RV: Tensor, divergence: Divergence, weight_R: Tensor | None) -> Tensor:
+        """Value of one divergence; its gradient is added where there is a weight. Overwrites both buffers."""
+        name = "forward_kl" if divergence.name == "skew_kl" and divergence.alpha == 0.0 else divergence.name
+        share = divergence.beta if name == "jsd" else divergence.alpha
+        match name:
             case "forward_kl":
                 value_R = gap_RV.mul_(p_RV).sum(-1)
-                self._accumulate(p_RV, weight_R, 1.0, 1.0)
+                self._add_teacher_mass(p_RV, weight_R)
             case "reverse_kl":
                 value_R = torch.mul(self._q_RV, gap_RV, out=p_RV).sum(-1).neg_()
-                self._accumulate(gap_RV, weight_R, -1.0, value_R)
+                self._add_slope(gap_RV, weight_R, -1.0, value_R)
             case "jsd":
-                rise_RV = self._log_mixture_over_q(gap_RV)
-                value_R = gap_RV.sub_(rise_RV).mul_(p_RV).sum(-1) * self._share
-                student_R = torch.mul(self._q_RV, rise_RV, out=p_RV).sum(-1) * (self._share - 1.0)
+                rise_RV = self._log_mixture_over_q(gap_RV, share)
+                value_R = gap_RV.sub_(rise_RV).mul_(p_RV).sum(-1) * share
+                student_R = torch.mul(self._q_RV, rise_RV, out=p_RV).sum(-1) * (share - 1.0)
                 value_R = value_R + student_R
-                self._accumulate(rise_RV, weight_R, self._share - 1.0, student_R)
+                self._add_slope(rise_RV, weight_R, share - 1.0, student_R)
             case _:
-                ratio_RV = gap_RV.sub_(self._log_mixture_over_q(gap_RV))
+                ratio_RV = gap_RV.sub_(self._log_mixture_over_q(gap_RV, share))
                 value_R = torch.mul(p_RV, ratio_RV, out=p_RV).sum(-1)
-                if self._need_grad:
+                if weight_R is not None:
                     torch.mul(self._q_RV, ratio_RV.exp_(), out=p_RV)
-                    self._accumulate(ratio_RV, weight_R, self._share - 1.0, p_RV.sum(-1) * (self._share - 1.0))
+                    self._add_slope(ratio_RV, weight_R, share - 1.0, p_RV.sum(-1) * (share - 1.0))
         return value_R
 
-    def gradient(self) -> Tensor:
-        """(R, V) gradient of Σ w·D in the student's logits times the multiplier; overwrites the chunk's buffers."""
-        assert self._total_RV is not None
-        if self._name == "forward_kl":
-            return self._q_RV.mul_(self._factor_R1).sub_(self._total_RV)
-        return self._total_RV.sub_(self._factor_R1).mul_(self._q_RV)
-
-    def _accumulate(self, a_RV: Tensor, weight_R: Tensor, sign: float, mean_R: Tensor | float) -> None:
-        """Add ``sign · w · a`` to the total, and ``w · mean`` to the factor; ``a_RV`` may be overwritten."""
+    def rescale(self, factor_R: Tensor) -> None:
+        """Multiply the weights of all teachers so far."""
         if not self._need_grad:
             return
-        weight_R = weight_R * self._multiplier
-        self._factor_R1 = self._factor_R1 + (weight_R * mean_R).unsqueeze(-1)
-        signed_R1 = (weight_R * sign).unsqueeze(-1)
-        if self._total_RV is not None:
-            self._total_RV.addcmul_(a_RV, signed_R1)
-        elif self._teachers == 1:
-            self._total_RV = a_RV.mul_(signed_R1)
-        else:
-            self._total_RV = torch.mul(a_RV, signed_R1, out=self._buffer("total"))
+        factor_R1 = factor_R.unsqueeze(-1)
+        for total_RV in (self._a_RV, self._p_sum_RV, self._finished_RV):
+            if total_RV is not None:
+                total_RV.mul_(factor_R1)
+        self._factor_R1 = self._factor_R1 * factor_R1
 
-    def _log_mixture_over_q(self, gap_RV: Tensor) -> Tensor:
+    def gradient(self) -> Tensor:
+        """(R, V) gradient of Σ w·D in the student's projection; overwrites the chunk's buffers."""
+        return self._fold()
+
+    def _fold(self) -> Tensor:
+        if self._a_RV is None:
+            assert self._p_sum_RV is not None
+            total_RV = self._q_RV.mul_(self._factor_R1).sub_(self._p_sum_RV)
+        else:
+            total_RV = self._a_RV.add_(self._factor_R1).mul_(self._q_RV)
+            if self._p_sum_RV is not None:
+                total_RV.sub_(self._p_sum_RV)
+        return total_RV if self._finished_RV is None else self._finished_RV.add_(total_RV)
+
+    def _add_teacher_mass(self, p_RV: Tensor, weight_R: Tensor | None) -> None:
+        if weight_R is None:
+            return
+        self._factor_R1 = self._factor_R1 + weight_R.unsqueeze(-1)
+        self._p_sum_RV = self._accumulated(self._p_sum_RV, p_RV, weight_R, "p_sum")
+
+    def _add_slope(self, a_RV: Tensor, weight_R: Tensor | None, sign: float, mean_R: Tensor) -> None:
+        """Add ``sign · w · a`` to the total, and take ``w · ⟨q, a⟩`` from the factor."""
+        if weight_R is None:
+            return
+        self._factor_R1 = self._factor_R1 - (weight_R * mean_R).unsqueeze(-1)
+        self._a_RV = self._accumulated(self._a_RV, a_RV, weight_R * sign, "a_sum")
+
+    def _accumulated(self, total_RV: Tensor | None, part_RV: Tensor, weight_R: Tensor, name: str) -> Tensor:
+        weight_R1 = weight_R.unsqueeze(-1)
+        if total_RV is not None:
+            return total_RV.addcmul_(part_RV, weight_R1)
+        if self._teachers == 1:
+            return part_RV.mul_(weight_R1)
+        return torch.mul(part_RV, weight_R1, out=self._buffer(name))
+
+    def _log_mixture_over_q(self, gap_RV: Tensor, share: float) -> Tensor:
         """log(share·p + (1−share)·q) − log q, from log p − log q."""
-        rest = torch.tensor(math.log1p(-self._share), dtype=self._dtype, device=gap_RV.device)
-        shifted_RV = torch.add(gap_RV, math.log(self._share), out=self._buffer("mixture"))
+        rest = torch.tensor(math.log1p(-share), dtype=self._dtype, device=gap_RV.device)
+        shifted_RV = torch.add(gap_RV, math.log(share), out=self._buffer("scratch"))
         return torch.logaddexp(shifted_RV, rest, out=shifted_RV)
 
     def _buffer(self, name: str) -> Tensor:

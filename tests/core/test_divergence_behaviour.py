@@ -11,9 +11,9 @@ from kd_plugin.divergence import (
     TeacherTerm,
     fused_panel_divergence,
     fused_sparse_divergence,
+    panel_pass,
     require_finite,
 )
-from kd_plugin.divergence import fused as fused_module
 from kd_plugin.errors import ConfigError, NonFiniteError, VocabularyError
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 
@@ -180,9 +180,9 @@ def test_compiled_function_agrees(loss_of):
 
 def test_head_is_projected_once_whatever_the_number_of_teachers(monkeypatch):
     calls = []
-    original = fused_module.Projector.__call__
+    original = panel_pass.Projector.__call__
     monkeypatch.setattr(
-        fused_module.Projector, "__call__", lambda self, h: calls.append(self.weight_VH.shape[1]) or original(self, h)
+        panel_pass.Projector, "__call__", lambda self, h: calls.append(self.weight_VH.shape[1]) or original(self, h)
     )
     hidden, weight = leaves()
     terms = tuple(TeacherTerm(teacher()) for _ in range(3))
