@@ -230,7 +230,7 @@ def _do_unit(
             done[i] = CapturedRow(kept[i], targets)
         bar.advance(len(batch), sum(len(example.input_ids) for example in chosen))
     captured = [row for row in done if row is not None]
-    table = to_table(captured, settings.passed, isinstance(settings.targets, Sampled))
+    table = to_table(captured, settings.passed, settings.targets)
     store.commit(
         index,
         table,
@@ -287,6 +287,7 @@ def _split(extracted: Extracted, positions: Sequence[int]) -> list[Extracted]:
                 extracted.logprobs[entries],
                 extracted.tail_logmass[at],
                 None if extracted.draws is None else extracted.draws[entries],
+                None if extracted.mean_logprob is None else extracted.mean_logprob[at],
             )
         )
     return parts

@@ -36,6 +36,7 @@ class Extracted:
         logprobs: float16 nats, rounded to nearest: off by at most 2^-11 of the value (0.004 nats at -8).
         tail_logmass: (N,) float32 log of the probability not listed, -inf when all is.
         draws: uint16 counts of each token, or None.
+        mean_logprob: (N,) float32 mean over the draws of their log-probability in nats, or None.
     """
 
     counts: NDArray[np.int32]
@@ -43,17 +44,20 @@ class Extracted:
     logprobs: NDArray[np.float16]
     tail_logmass: NDArray[np.float32]
     draws: NDArray[np.uint16] | None
+    mean_logprob: NDArray[np.float32] | None = None
 
     @classmethod
     def concatenate(cls, parts: list[Extracted]) -> Extracted:
         """Join parts in order."""
         draws = [part.draws for part in parts if part.draws is not None]
+        means = [part.mean_logprob for part in parts if part.mean_logprob is not None]
         return cls(
             np.concatenate([part.counts for part in parts]),
             np.concatenate([part.ids for part in parts]),
             np.concatenate([part.logprobs for part in parts]),
             np.concatenate([part.tail_logmass for part in parts]),
             np.concatenate(draws) if draws else None,
+            np.concatenate(means) if means else None,
         )
 
 
@@ -135,15 +139,23 @@ def _sampled(logits: Tensor, uniforms: Tensor) -> Extracted:
     draws = torch.zeros_like(tokens).scatter_add_(1, rank, torch.ones_like(tokens))
     ids = tokens[:, :1].expand_as(tokens).scatter(1, rank, tokens)
     logprobs = logits.gather(1, ids) - maximum - total.log()
+    # Counts beyond the last distinct token are 0, so what `logprobs` repeats there does not weigh
+    mean = (draws * logprobs).sum(-1) / draws.shape[1]
     tail = _rest(exponentials, ids).log() - total.log()
     arrays = _to_host(
-        ids.int(), logprobs.half(), tail, (maximum + total.log()).float(), draws.int(), (rank[:, -1:] + 1).int()
+        ids.int(),
+        logprobs.half(),
+        tail,
+        (maximum + total.log()).float(),
+        draws.int(),
+        (rank[:, -1:] + 1).int(),
+        mean.float(),
     )
     _require_finite(arrays[3])
     counts = arrays[5].ravel()
     listed = np.arange(ids.shape[1]) < counts[:, None]
     return Extracted(
-        counts, arrays[0][listed], arrays[1][listed], arrays[2].ravel(), arrays[4][listed].astype(np.uint16)
+        counts, arrays[0][listed], arrays[1][listed], arrays[2].ravel(), arrays[4][listed].astype(np.uint16), arrays[6]
     )
 
 

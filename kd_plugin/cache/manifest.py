@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cache.targets import Targets, describe, from_description
+from kd_plugin.cache.targets import Sampled, Targets, describe, from_description
 from kd_plugin.errors import CacheCorruptionError, CacheError
 
 FORMAT = "kd-plugin teacher cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the first version keeps each log-probability of sampled targets; it is read, and added to
 POSITION_CONVENTION = "the target at position t is the distribution over token t+1"
 
 
@@ -155,6 +155,12 @@ class Manifest:
     finished: str | None = None
 
     @property
+    def version(self) -> int:
+        """The first version of the format that has what this cache holds."""
+        targets = self.settings.targets
+        return 2 if isinstance(targets, Sampled) and targets.logprobs == "mean" else 1
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens over which the softmax was taken."""
         return self.settings.vocab_size
@@ -206,7 +212,7 @@ class Manifest:
         """Return plain values, in the order in which people read them."""
         return {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": self.version,
             "position_convention": POSITION_CONVENTION,
             "created": self.created,
             "finished": self.finished,
@@ -275,10 +281,10 @@ def read_manifest(directory: Path) -> Manifest:
         "The shards are not affected. Restore manifest.json from a copy, or move it away and run the same capture "
         "again: units that are there are kept.",
     )
-    if values.get("format") != FORMAT or values.get("version") != FORMAT_VERSION:
+    if values.get("format") != FORMAT or values.get("version") not in range(1, FORMAT_VERSION + 1):
         raise CacheError(
             f"{path} says format {values.get('format')!r} version {values.get('version')!r}; this kd-plugin reads "
-            f"{FORMAT!r} version {FORMAT_VERSION}. Read it with the kd-plugin that wrote it, or a newer one."
+            f"{FORMAT!r} up to version {FORMAT_VERSION}. Read it with the kd-plugin that wrote it, or a newer one."
         )
     return Manifest.from_json(values)
 

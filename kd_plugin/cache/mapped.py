@@ -90,10 +90,11 @@ class CheckedFile:
 @dataclass(frozen=True)
 class _Targets:
     ids: CheckedFile
-    logprobs: CheckedFile
     tail: CheckedFile
+    logprobs: CheckedFile | None
     offsets: CheckedFile | None
     draws: CheckedFile | None
+    mean_logprob: CheckedFile | None
 
 
 class Mapped:
@@ -121,10 +122,11 @@ class Mapped:
         self._files = files
         self._targets = _Targets(
             opened["ids.bin"],
-            opened["logprobs.bin"],
             opened["tail.bin"],
+            opened.get("logprobs.bin"),
             opened.get("offsets.bin"),
             opened.get("draws.bin"),
+            opened.get("mean_logprob.bin"),
         )
         self.tokens = files["tail.bin"].items
         # Top-k lists equally many everywhere, so a target is found without offsets.
@@ -137,6 +139,7 @@ class Mapped:
         self._targets.tail.verify(numbers, numbers)
         tail = targets.tail.tensor.index_select(0, index)
         if targets.offsets is None:
+            assert targets.logprobs is not None
             width = self._width
             for file in (targets.ids, targets.logprobs):
                 file.verify(numbers * width, numbers * width + width - 1)
@@ -156,11 +159,13 @@ class Mapped:
             return file.tensor.index_select(0, flat).view_as(at)
 
         ids = gather(targets.ids).long().masked_fill_(~listed, 0)
-        logprobs = gather(targets.logprobs).float().masked_fill_(~listed, -torch.inf)
-        if targets.draws is None:
-            return SparseSignal(ids, logprobs, tail)
-        draws = gather(targets.draws).long().masked_fill_(~listed, 0)
-        return SparseSignal(ids, logprobs, tail, draws)
+        draws = None if targets.draws is None else gather(targets.draws).long().masked_fill_(~listed, 0)
+        if targets.logprobs is not None:
+            return SparseSignal(ids, gather(targets.logprobs).float().masked_fill_(~listed, -torch.inf), tail, draws)
+        assert draws is not None and targets.mean_logprob is not None
+        targets.mean_logprob.verify(numbers, numbers)
+        mean = targets.mean_logprob.tensor.index_select(0, index)
+        return SparseSignal(ids, _logprobs_of_draws(draws, mean), tail, draws)
 
     def teacher_index(self, key: bytes) -> list[int] | None:
         """Return the per-token column of the example whose 16-byte id is ``key``, or None."""
@@ -228,3 +233,18 @@ class Mapped:
     def _verify_whole(self, path: Path, sha256: str) -> None:
         if not path.is_file() or sha256_file(path) != sha256:
             raise CacheCorruptionError(f"{path} is missing or was changed: its digest does not match. {self._way_out}")
+
+
+def _logprobs_of_draws(draws: Tensor, mean: Tensor) -> Tensor:
+    """Estimate log-probabilities (N, K) by the draws' frequencies, shifted so that their mean over the draws is right.
+
+    The forward KL takes only that mean, so it is what it would be with each token's own log-probability.
+
+    Args:
+        draws: (N, K) counts; 0 for padding, which becomes -inf.
+        mean: (N,) mean log-probability of the draws, in nats.
+    """
+    logs = draws.float().log()
+    weight = draws / draws.sum(-1, keepdim=True).clamp(min=1)
+    shift = mean - (weight * logs.clamp(min=0.0)).sum(-1)
+    return logs + shift[:, None]

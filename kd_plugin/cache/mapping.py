@@ -170,11 +170,14 @@ def _write(cache: Path, manifest: Manifest, directory: Path) -> None:
     passed, targets_kept = manifest.settings.passed, manifest.settings.targets
     writers = {
         "target_ids": _Writer(directory, "ids.bin", "<i4"),
-        "target_logprobs": _Writer(directory, "logprobs.bin", "<f2"),
         "tail_logmass": _Writer(directory, "tail.bin", "<f4"),
     }
     if isinstance(targets_kept, Sampled):
         writers["target_draws"] = _Writer(directory, "draws.bin", "<i2")
+    if isinstance(targets_kept, Sampled) and targets_kept.logprobs == "mean":
+        writers["mean_logprob"] = _Writer(directory, "mean_logprob.bin", "<f4")
+    else:
+        writers["target_logprobs"] = _Writer(directory, "logprobs.bin", "<f2")
     offsets = _Writer(directory, "offsets.bin", "<i8")
     offsets.append(np.zeros(1, np.int64))
     keys: list[NDArray[Any]] = []

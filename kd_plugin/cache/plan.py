@@ -11,7 +11,7 @@ from typing import Any
 from kd_plugin.cache.capture import batches, prepare, score
 from kd_plugin.cache.examples import Example
 from kd_plugin.cache.schema import CapturedRow, to_table, write_shard
-from kd_plugin.cache.targets import Sampled, Targets
+from kd_plugin.cache.targets import Targets
 from kd_plugin.errors import DataError
 from kd_plugin.teachers import LocalTeacher
 
@@ -78,7 +78,7 @@ def estimate(dataset: Any, teacher: LocalTeacher, *, targets: Targets, batch_tok
         results = score(chosen, teacher, prepared.settings)
         seconds = time.perf_counter() - started
     captured = [CapturedRow(e, t) for e, t in zip(chosen, results, strict=True)]
-    table = to_table(captured, prepared.settings.passed, isinstance(targets, Sampled))
+    table = to_table(captured, prepared.settings.passed, targets)
     with tempfile.TemporaryDirectory() as directory:
         shard = Path(directory) / "probe.parquet"
         write_shard(shard, table, prepared.settings.digest, 0)

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from kd_plugin.cache.examples import Example
 from kd_plugin.cache.extract import Extracted
+from kd_plugin.cache.targets import Sampled, Targets
 from kd_plugin.errors import CacheCorruptionError
 
 METADATA_SETTINGS, METADATA_UNIT = b"kd_plugin.settings", b"kd_plugin.unit"
 _ROW_GROUP = 128  # rows: the most that is in memory when a shard is read
-_SPLIT = ("input_ids", "target_ids", "target_logprobs", "tail_logmass")
+_SPLIT = ("input_ids", "target_ids", "target_logprobs", "mean_logprob", "tail_logmass")
 _DICTIONARY = ("completion_mask", "target_counts", "target_draws")
 
 
@@ -40,7 +41,7 @@ class CapturedRow:
     targets: Extracted
 
 
-def shard_schema(passed: Sequence[str], with_draws: bool) -> pa.Schema:
+def shard_schema(passed: Sequence[str], targets: Targets) -> pa.Schema:
     """Return the columns of a shard; see docs/teacher-cache.md for their meaning."""
     fields = [
         pa.field("example_id", pa.string(), nullable=False),
@@ -48,17 +49,17 @@ def shard_schema(passed: Sequence[str], with_draws: bool) -> pa.Schema:
         pa.field("completion_mask", pa.list_(pa.int8()), nullable=False),
         pa.field("target_counts", pa.list_(pa.int32()), nullable=False),
         pa.field("target_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("target_logprobs", pa.list_(pa.float16()), nullable=False),
+        _logprobs_field(targets),
         pa.field("tail_logmass", pa.list_(pa.float32()), nullable=False),
     ]
-    if with_draws:
+    if isinstance(targets, Sampled):
         fields.append(pa.field("target_draws", pa.list_(pa.uint16()), nullable=False))
     return pa.schema([*fields, *(pa.field(name, pa.string()) for name in passed)])
 
 
-def to_table(rows: Sequence[CapturedRow], passed: Sequence[str], with_draws: bool) -> pa.Table:
+def to_table(rows: Sequence[CapturedRow], passed: Sequence[str], targets: Targets) -> pa.Table:
     """Lay ``rows`` out as a table of :func:`shard_schema`."""
-    schema = shard_schema(passed, with_draws)
+    schema = shard_schema(passed, targets)
     columns: dict[str, Any] = {
         "example_id": [row.example.example_id for row in rows],
         "input_ids": _lists([row.example.input_ids for row in rows], pa.int32()),
@@ -68,11 +69,13 @@ def to_table(rows: Sequence[CapturedRow], passed: Sequence[str], with_draws: boo
         "target_logprobs": _lists([row.targets.logprobs for row in rows], pa.float16()),
         "tail_logmass": _lists([row.targets.tail_logmass for row in rows], pa.float32()),
     }
-    if with_draws:
+    if isinstance(targets, Sampled):
         columns["target_draws"] = _lists([_require(row.targets.draws) for row in rows], pa.uint16())
+        columns["mean_logprob"] = _lists([_require(row.targets.mean_logprob) for row in rows], pa.float32())
     for name in passed:
         columns[name] = [row.example.passed.get(name) for row in rows]
-    return pa.table([pa.array(c) if isinstance(c, list) and not c else c for c in columns.values()], schema=schema)
+    kept = [columns[name] for name in schema.names]
+    return pa.table([pa.array(c) if isinstance(c, list) and not c else c for c in kept], schema=schema)
 
 
 def write_shard(path: Path, table: pa.Table, settings_digest: str, unit: int) -> None:
@@ -131,6 +134,12 @@ def _lists(arrays: Sequence[NDArray[Any]], value_type: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat, value_type))
 
 
-def _require(draws: NDArray[np.uint16] | None) -> NDArray[np.uint16]:
-    assert draws is not None
-    return draws
+def _logprobs_field(targets: Targets) -> pa.Field:
+    if isinstance(targets, Sampled) and targets.logprobs == "mean":
+        return pa.field("mean_logprob", pa.list_(pa.float32()), nullable=False)
+    return pa.field("target_logprobs", pa.list_(pa.float16()), nullable=False)
+
+
+def _require(array: NDArray[Any] | None) -> NDArray[Any]:
+    assert array is not None
+    return array

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from kd_plugin.errors import ConfigError, nearest
 
 MAX_DRAWS = 32_767  # counts are mapped as 16-bit signed integers
+
+KeptLogprobs = Literal["mean", "each"]
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,23 @@ class Sampled:
 
     Attributes:
         draws: tokens drawn at a position.
+        logprobs: ``mean`` keeps of the teacher's log-probabilities one number a position, the mean over the draws,
+            which is all that the forward KL takes of them; ``each`` keeps that of every token drawn.
     """
 
     draws: int = 50
+    logprobs: KeptLogprobs = "mean"
 
     def __post_init__(self) -> None:
         _require_count("Sampled", "draws", self.draws)
         if self.draws > MAX_DRAWS:
             raise ConfigError(f"Sampled(draws={self.draws}) is above {MAX_DRAWS}, the most that a count can hold.")
+        if self.logprobs not in get_args(KeptLogprobs):
+            known = list(get_args(KeptLogprobs))
+            raise ConfigError(
+                f"Sampled(logprobs={self.logprobs!r}): expected one of {', '.join(known)}."
+                + nearest(str(self.logprobs), known)
+            )
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,11 @@ _KINDS: dict[str, type[TopK] | type[TopP] | type[Sampled]] = {"top_k": TopK, "to
 def describe(targets: Targets) -> dict[str, Any]:
     """Return ``targets`` as plain values: its kind and its fields."""
     kind = next(name for name, cls in _KINDS.items() if type(targets) is cls)
-    return {"kind": kind, **asdict(targets)}
+    fields = asdict(targets)
+    # The first version of the format kept each log-probability and had no name for it
+    if isinstance(targets, Sampled) and targets.logprobs == "each":
+        del fields["logprobs"]
+    return {"kind": kind, **fields}
 
 
 def from_description(description: Mapping[str, Any]) -> Targets:
@@ -85,6 +100,8 @@ def from_description(description: Mapping[str, Any]) -> Targets:
     """
     fields = dict(description)
     kind = fields.pop("kind", None)
+    if kind == "sampled":
+        fields.setdefault("logprobs", "each")
     if kind not in _KINDS:
         raise ConfigError(
             f"Unknown kind of targets {kind!r}; expected one of {', '.join(_KINDS)}." + nearest(str(kind), list(_KINDS))

@@ -45,7 +45,7 @@ def synthetic(directory: Path, examples: int, length: int, k: int) -> TeacherCac
             )
             rows.append(CapturedRow(Example(example_id(ids), ids, mask, scored, {}), targets))
         tokens = count * (length - 1)
-        store.commit(unit, to_table(rows, (), False), input_tokens=count * length, tokens=tokens, entries=tokens * k)
+        store.commit(unit, to_table(rows, (), TopK(k)), input_tokens=count * length, tokens=tokens, entries=tokens * k)
     store.finish()
     return TeacherCache(directory)
 
