@@ -92,7 +92,7 @@ def write_shard(path: Path, table: pa.Table, settings_digest: str, unit: int) ->
         compression="zstd",
         compression_level=3,
         use_dictionary=[leaf[name] for name in _DICTIONARY if name in leaf],
-        column_encoding={leaf[name]: "BYTE_STREAM_SPLIT" for name in _SPLIT},
+        column_encoding={leaf[name]: "BYTE_STREAM_SPLIT" for name in _SPLIT if name in leaf},
         write_page_checksum=True,
         write_statistics=False,
     )

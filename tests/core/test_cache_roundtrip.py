@@ -75,21 +75,27 @@ def test_padded_head_rows_are_cut_before_the_softmax(tmp_path):
     torch.testing.assert_close(signal.logprobs.exp().sum(-1), torch.ones(len(at)), rtol=1e-3, atol=1e-3)
 
 
-def test_sampled_targets_keep_counts_logprobs_and_tail(teacher, tmp_path):
-    cache = capture(prompt_rows(10), teacher, tmp_path / "c", targets=Sampled(40), shard_rows=4, progress=False)
+@pytest.mark.parametrize("logprobs", ["mean", "each"])
+def test_sampled_targets_keep_counts_logprobs_and_tail(teacher, tmp_path, logprobs):
+    targets = Sampled(40, logprobs)
+    cache = capture(prompt_rows(10), teacher, tmp_path / "c", targets=targets, shard_rows=4, progress=False)
     for row in cache.dataset():
         at, signal = stored(cache, row)
         live = live_logprobs(teacher, row["input_ids"])[at]
         listed = signal.draws > 0
         assert torch.equal(listed, signal.logprobs > -torch.inf)
         assert (signal.draws.sum(-1) == 40).all()
-        expected = live.gather(1, signal.ids)[listed]
-        assert ((signal.logprobs[listed] - expected).abs() <= HALF_STEP * expected.abs() + 1e-5).all()
+        expected = live.gather(1, signal.ids)
+        if logprobs == "each":
+            assert ((signal.logprobs - expected)[listed].abs() <= HALF_STEP * expected[listed].abs() + 1e-5).all()
+        mean = (signal.draws * signal.logprobs.where(listed, 0.0)).sum(-1) / 40
+        tolerance = 1e-5 if logprobs == "mean" else HALF_STEP * 12
+        torch.testing.assert_close(mean, (signal.draws * expected).sum(-1).float() / 40, rtol=0, atol=tolerance)
         mass = (live.exp().gather(1, signal.ids) * listed).sum(-1)
         torch.testing.assert_close(signal.tail_logmass.exp(), (1 - mass).float(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("targets", [TopK(8), Sampled(10)])
+@pytest.mark.parametrize("targets", [TopK(8), Sampled(10), Sampled(10, "each")])
 def test_shuffle_select_filter_and_truncation_keep_the_join(teacher, tmp_path, targets):
     cache = capture(prompt_rows(30), teacher, tmp_path / "c", targets=targets, shard_rows=7, progress=False)
     whole = {row["example_id"]: row for row in cache.dataset()}
