@@ -111,9 +111,7 @@ def interleave(
     return [Interleaved(tuple(t), tuple(r)) for t, r in zip(tokens, replaced, strict=True)]
 
 
-def _first_rejection(
-    proposal: Tokens, logprobs: Tensor, top_k: int, generator: torch.Generator
-) -> tuple[int, Tokens]:
+def _first_rejection(proposal: Tokens, logprobs: Tensor, top_k: int, generator: torch.Generator) -> tuple[int, Tokens]:
     """Return how many proposed tokens stand, and the panel's token for the next one (none when all stand)."""
     values, ids = logprobs.topk(min(top_k, logprobs.size(-1)), dim=-1)
     proposed = torch.tensor(proposal, device=ids.device).unsqueeze(-1)

@@ -1,0 +1,125 @@
+"""Start a panel run off-policy: the first steps fit what teachers once wrote, from a teacher cache.
+
+A student that puts no mass where its teachers do learns slowly from its own rollouts (reverse KL cannot reward what
+is never written); a few steps on the teachers' own text bring it onto their support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_plugin.cache.joining import batch_targets
+from kd_plugin.cache.reader import TeacherCache
+from kd_plugin.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class WarmupBatch:
+    """A micro-batch of cached rows.
+
+    Attributes:
+        input_ids: (B, L) int64, padded on the right.
+        attention_mask: (B, L) 1 for tokens.
+        targets: what :func:`~kd_plugin.cache.joining.batch_targets` gathers, one a cache that has rows here.
+        scored: scored positions of the whole optimizer step, over all micro-batches and ranks.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    targets: tuple[dict[str, Tensor], ...]
+    scored: int
+
+
+class CacheWarmup:
+    """Deals the rows of some caches to optimizer steps.
+
+    Which rows a step gets depends on the seed, the step and the shape of the batch alone: nothing has to be saved for
+    a run to resume, and every rank knows the whole step's number of tokens without asking the others.
+
+    Args:
+        caches: at least one; rows of all are mixed.
+        seed: of the order; each pass over the rows has its own.
+        pad_token_id: fills up short rows.
+        max_length: tokens kept from the start of a row; None keeps all.
+
+    Raises:
+        ConfigError: no cache is given.
+    """
+
+    def __init__(
+        self, caches: Sequence[TeacherCache], *, seed: int, pad_token_id: int, max_length: int | None = None
+    ) -> None:
+        if not caches:
+            raise ConfigError("A warm-up needs at least one teacher cache; got none.")
+        self.caches = tuple(caches)
+        self._seed = seed
+        self._pad = pad_token_id
+        self._max_length = max_length
+        self._rows = [cache.dataset() for cache in self.caches]
+        self._ends = torch.tensor([len(rows) for rows in self._rows]).cumsum(0)
+        self._orders: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def batch(self, step: int, micro_step: int, rows: int, *, micro_steps: int, rank: int, ranks: int) -> WarmupBatch:
+        """Return one rank's micro-batch.
+
+        Args:
+            step: optimizer step, from 0.
+            micro_step: which of the step's ``micro_steps``.
+            rows: rows of a micro-batch.
+            micro_steps: gradient accumulation steps.
+            rank: of this process.
+            ranks: number of processes.
+        """
+        whole_step = rows * micro_steps * ranks
+        numbers = [self._nth(step * whole_step + i) for i in range(whole_step)]
+        mine = numbers[(rank * micro_steps + micro_step) * rows :][:rows]
+        scored = sum(self._scored(number) for number in numbers)
+        return self._collated(mine, scored)
+
+    def _nth(self, position: int) -> int:
+        """Return the row at a position of the endless sequence of shuffled passes."""
+        epoch, within = divmod(position, len(self))
+        if epoch not in self._orders:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}
+            self._orders[epoch] = torch.randperm(len(self), generator=generator)
+        return int(self._orders[epoch][within])
+
+    def _row(self, number: int) -> tuple[int, dict[str, Any]]:
+        """Return which cache a row is in, and the row."""
+        cache = int(torch.searchsorted(self._ends, number, right=True))
+        before = int(self._ends[cache - 1]) if cache else 0
+        row = self._rows[cache][number - before]
+        cut = slice(0, self._max_length)
+        return cache, {
+            name: torch.as_tensor(row[name])[cut] for name in ("input_ids", "completion_mask", "teacher_index")
+        }
+
+    def _scored(self, number: int) -> int:
+        return int(self._row(number)[1]["completion_mask"][1:].sum())
+
+    def _collated(self, numbers: Sequence[int], scored: int) -> WarmupBatch:
+        found = [self._row(number) for number in numbers]
+        lengths = [len(row["input_ids"]) for _, row in found]
+        shape = (len(found), max(lengths))
+        ids, mask = torch.full(shape, self._pad), torch.zeros(shape, dtype=torch.int64)
+        for b, (_, row) in enumerate(found):
+            ids[b, : lengths[b]] = row["input_ids"]
+            mask[b, : lengths[b]] = 1
+        targets = []
+        for c, cache in enumerate(self.caches):
+            labels = torch.full(shape, -100)
+            for b, (owner, row) in enumerate(found):
+                if owner == c:
+                    labels[b, : lengths[b]] = torch.where(row["completion_mask"].bool(), row["input_ids"], -100)
+            if (labels[:, 1:] != -100).any():
+                targets.append(batch_targets(cache, labels, [row["teacher_index"].tolist() for _, row in found]))
+        return WarmupBatch(ids, mask, tuple(targets), scored)
