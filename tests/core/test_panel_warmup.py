@@ -33,7 +33,7 @@ def rows_of(batch):
 def test_each_row_comes_once_a_pass_in_another_order(caches):
     warmup = CacheWarmup(caches, seed=0, pad_token_id=0)
     steps = [rows_of(warmup.batch(step, 0, 3, micro_steps=1, rank=0, ranks=1)) for step in range(6)]
-    passes = [sum(steps[:3], []), sum(steps[3:], [])]
+    passes = [[row for step in part for row in step] for part in (steps[:3], steps[3:])]
     assert len(set(passes[0])) == 9 == len(warmup)
     assert set(passes[0]) == set(passes[1])
     assert passes[0] != passes[1]
