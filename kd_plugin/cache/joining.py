@@ -15,22 +15,27 @@ from kd_plugin.errors import DataError
 TARGET = "teacher_target"
 
 
-def batch_targets(cache: TeacherCache, labels: Tensor, indices: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def batch_targets(
+    cache: TeacherCache, labels: Tensor | None, indices: Sequence[Sequence[int]] | Tensor
+) -> dict[str, Tensor]:
     """Gather the targets of a batch's N scored positions: position t is scored where token t+1 has a label.
 
     Everything happens on the CPU, so that a data loader's workers do it ahead of the step.
 
     Args:
         cache: where ``indices`` point to.
-        labels: (B, L) next-token labels as transformers takes them, -100 for none.
-        indices: the ``teacher_index`` of each example, unpadded; one more level than the B rows where a
-            padding-free row holds all examples.
+        labels: (B, L) next-token labels as transformers takes them, -100 for none. None scores the positions that
+            have a target.
+        indices: the ``teacher_index`` of each example, unpadded, or (B, L) padded with -1. There are more examples
+            than rows where a padding-free row holds all of them.
 
     Returns:
         ``positions`` (N,) into the flattened (B * L), ``labels`` (N,), ``weights`` (N,) 0 where the cache holds
         nothing, and the targets' ``ids``, ``logprobs`` (N, K), ``tail_logmass`` (N,), and ``draws`` (N, K) where they
         were sampled.
     """
+    if labels is None:
+        labels = _labels_of_targets(torch.as_tensor(indices))
     rows, length = labels.shape
     padded = torch.full((rows, length), -1, dtype=torch.int64)
     if rows == len(indices):
@@ -54,7 +59,7 @@ def batch_targets(cache: TeacherCache, labels: Tensor, indices: Sequence[Sequenc
         fields = _spread(signal, stored)
     return {
         "positions": positions,
-        "labels": next_labels.flatten()[positions],
+        "labels": next_labels.flatten()[positions].where(next_labels.flatten()[positions] >= 0, -100),
         "weights": stored.float(),
         **fields,
     }
@@ -73,6 +78,13 @@ def not_in_cache(cache: TeacherCache, what: str, where: str) -> DataError:
         "tokenizer, chat template and text as at capture are needed. Capture these rows too, leave train_dataset out "
         "to train on the cache's own rows, or set allow_partial=True to train without their targets."
     )
+
+
+def _labels_of_targets(indices: Tensor) -> Tensor:
+    """Return labels (B, L) that score the positions with a target, and name no token: -1 counts, -100 does not."""
+    scored = torch.roll(indices >= 0, 1, dims=1)
+    scored[:, 0] = False
+    return torch.where(scored, -1, -100)
 
 
 def _spread(signal: Any, stored: Tensor) -> dict[str, Tensor]:

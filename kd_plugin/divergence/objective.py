@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -50,6 +50,10 @@ class OfflineObjective:
             )
         if self.temperature <= 0:
             raise ConfigError(f"temperature is {self.temperature}; expected a positive number.")
+
+    def without_own(self) -> OfflineObjective:
+        """Return the same objective without cross-entropy, for a host that computes that itself."""
+        return replace(self, ce_weight=0.0)
 
     def loss(self, hidden: Tensor, head: OutputHead, target: Mapping[str, Tensor]) -> SparseLoss:
         """Return the summed loss of a batch.

@@ -61,6 +61,10 @@ class SparseLoss:
     entropy: Tensor
     is_top1: Tensor | None
 
+    def own_mean(self) -> Tensor | None:
+        """Return the mean cross-entropy of the labels in nats, as a model of its own computes it; no graph."""
+        return None if self.nll is None else self.nll.sum() / (self.nll != 0).sum().clamp(min=1)
+
 
 @torch.compiler.disable
 def fused_sparse_divergence(

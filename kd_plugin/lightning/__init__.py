@@ -1,0 +1,11 @@
+"""The Lightning host: callbacks for a module that is there already, and ready modules for configuration files.
+
+student.py finds the student and says what must hold · forward.py lets its forward pass compute the loss · step.py adds
+it to what a training step returns · offline.py and panel.py are the callbacks · lineage.py follows every save ·
+module.py, data.py and cli.py are for those who write YAML and no Python.
+"""
+
+from kd_plugin.lightning.lineage import LicenseLineage
+from kd_plugin.lightning.offline import OfflineKD
+
+__all__ = ["LicenseLineage", "OfflineKD"]

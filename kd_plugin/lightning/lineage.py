@@ -1,0 +1,152 @@
+"""License lineage beside every checkpoint that a Lightning trainer writes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+
+from kd_plugin.errors import KDError
+from kd_plugin.lightning.student import builds_later, find_student
+from kd_plugin.lineage import RunLineage
+from kd_plugin.lineage.place import lineage_directory
+from kd_plugin.lineage.record import RECORD
+from kd_plugin.lineage.start import start_run, student_source
+
+logger = logging.getLogger(__name__)
+IN_CHECKPOINT = "kd_plugin_lineage"
+
+
+class LicenseLineage(Callback):
+    """Refuses what the licenses forbid, and writes lineage wherever the trainer writes weights.
+
+    ``OfflineKD`` and ``TeacherPanelCorrection`` bring one along. On any other module::
+
+        trainer = Trainer(callbacks=[LicenseLineage({"use": {"commercial": True}})])
+
+    Every way of saving ends in the strategy's ``save_checkpoint``, so that is what is followed: ``ModelCheckpoint``
+    with its top-k, last and weights-only files, ``trainer.save_checkpoint``, and the directories of DeepSpeed and
+    FSDP2. A directory holds its lineage itself; beside a file ``x.ckpt`` it lies in ``x.ckpt.lineage/``. The marker
+    ``lineage.json`` is removed before weights are written and comes back last. A checkpoint that is deleted takes its
+    lineage along. The record is also inside the checkpoint, under ``kd_plugin_lineage``.
+
+    Args:
+        lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
+        student: attribute path of the student, where the module holds several models.
+        method: what the lineage calls this training.
+
+    Raises:
+        LicenseRefusedError: before the first batch, if the terms of the student or of a declared teacher or dataset
+            forbid training.
+    """
+
+    def __init__(
+        self,
+        lineage: Mapping[str, Any] | str | Path | None = None,
+        *,
+        student: str | None = None,
+        method: str = "fine_tuning",
+    ) -> None:
+        self.lineage = lineage
+        self.student = student
+        self.method = method
+        self.run: RunLineage | None = None
+        self._restore: Callable[[], None] = lambda: None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Pass the gate where the student is known already, and follow the strategy's saves."""
+        if stage != "fit":
+            return
+        brought = any(getattr(c, "brings_lineage", False) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if self.run is None and not brought and not builds_later(pl_module):
+            self._start(pl_module)
+        self._follow(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Pass the gate, at the latest now: the model is there, and no batch was seen."""
+        if self.run is None:
+            self._start(pl_module)
+        if trainer.ckpt_path and (lineage_directory(trainer.ckpt_path) / RECORD).is_file():
+            self._run.resume(trainer.ckpt_path)
+
+    def _start(self, module: LightningModule) -> None:
+        model = find_student(module, self.student)
+        self.run = start_run(
+            method=self.method, student=student_source(model), settings=dict(module.hparams), declared=self.lineage
+        )
+
+    @property
+    def _run(self) -> RunLineage:
+        if self.run is None:
+            raise KDError("LicenseLineage has no run yet: it begins when the trainer fits.")
+        return self.run
+
+    def _follow(self, trainer: Trainer) -> None:
+        self._restore()
+        strategy = trainer.strategy
+        save, remove = strategy.save_checkpoint, strategy.remove_checkpoint
+
+        @functools.wraps(save)
+        def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
+            path = Path(strategy.broadcast(filepath))
+            if trainer.is_global_zero:
+                (lineage_directory(path) / RECORD).unlink(missing_ok=True)
+            checkpoint[IN_CHECKPOINT] = self._run.summary(step=trainer.global_step)
+            save(checkpoint, path, *args, **kwargs)
+            strategy.barrier("kd_plugin.lineage")
+            if trainer.is_global_zero:
+                self._after(strategy.checkpoint_io, functools.partial(self.write, path, trainer.global_step))
+
+        @functools.wraps(remove)
+        def remove_checkpoint(filepath: str | Path) -> None:
+            path = Path(filepath)
+            beside = lineage_directory(path) if path.is_file() and not path.is_symlink() else None
+            remove(filepath)
+            if trainer.is_global_zero and beside is not None:
+                shutil.rmtree(beside, ignore_errors=True)
+
+        strategy.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+        strategy.remove_checkpoint = remove_checkpoint  # type: ignore[method-assign]
+
+        def restore() -> None:
+            strategy.save_checkpoint, strategy.remove_checkpoint = save, remove  # type: ignore[method-assign]
+
+        self._restore = restore
+
+    def write(self, checkpoint: str | Path, step: int) -> None:
+        """Write the lineage of a checkpoint; a failure leaves the weights and no marker, and training goes on."""
+        try:
+            self._run.write(checkpoint, step=step)
+        except (KDError, OSError) as error:
+            logger.error("The weights in %s are saved, but their lineage is not: %s", checkpoint, error)
+
+    @staticmethod
+    def _after(checkpoint_io: Any, write: Callable[[], None]) -> None:
+        """Write once the weights are there: an asynchronous plugin saves in a thread of its own, one by one."""
+        if isinstance(checkpoint_io, AsyncCheckpointIO) and checkpoint_io._executor is not None:
+            checkpoint_io._executor.submit(write)
+        else:
+            write()
+
+
+def lineage_of(trainer: Trainer, run: RunLineage, module: LightningModule) -> LicenseLineage:
+    """Bind ``run`` to the trainer's lineage callback; where it has none, add one that is set up already."""
+    own = next((c for c in trainer.callbacks if isinstance(c, LicenseLineage)), None)  # type: ignore[attr-defined]
+    if own is None:
+        own = LicenseLineage()
+        own.run = run
+        trainer.callbacks.append(own)  # type: ignore[attr-defined]
+    own.run = run
+    return own
+
+
+def declared_lineage(trainer: Trainer) -> Mapping[str, Any] | str | Path | None:
+    """Return what the trainer's own lineage callback declares."""
+    own = next((c for c in trainer.callbacks if isinstance(c, LicenseLineage)), None)  # type: ignore[attr-defined]
+    return None if own is None else own.lineage

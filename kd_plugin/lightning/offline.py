@@ -1,0 +1,219 @@
+"""Offline KD for a LightningModule that is there already."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from kd_plugin.cache import TeacherCache
+from kd_plugin.cache.alignment import require_aligned
+from kd_plugin.cache.joining import TARGET, batch_targets
+from kd_plugin.divergence import Divergence, Tail, require_finite
+from kd_plugin.divergence.objective import OfflineObjective
+from kd_plugin.errors import ConfigError
+from kd_plugin.lightning.forward import Call, DistillingForward
+from kd_plugin.lightning.lineage import declared_lineage, lineage_of
+from kd_plugin.lightning.step import WINDOW_TOKENS, DistillingStep, Prepared, require_mapping, without
+from kd_plugin.lightning.student import (
+    builds_later,
+    find_student,
+    require_returned_loss,
+    require_supported,
+    tell_transformers_of_zero3,
+)
+from kd_plugin.lineage.start import start_run, student_source
+from kd_plugin.vocab import Vocabulary
+
+logger = logging.getLogger(__name__)
+_INDEX = "teacher_index"
+_WAY_OUT = (
+    "Train on TeacherCache(...).dataset(), or add TeacherCache(...).teacher_index(input_ids) to each row, and let the "
+    "collator pad it with -1."
+)
+
+
+class OfflineKD(Callback):
+    """Adds the divergence from a teacher cache to whatever a module trains on; the module is left as it is.
+
+    The module holds a transformers causal language model somewhere, and its ``training_step`` returns a loss. The
+    batch carries, beside ``input_ids``, ``teacher_index`` (B, L): for each token the number of its target in the
+    cache, -1 for none. The loss becomes ``ce_weight`` times the module's own plus ``kd_weight`` times the divergence,
+    in nats a scored token.
+
+    Args:
+        cache: the teacher cache, or its directory.
+        student: attribute path of the student, where the module holds several models.
+        tokenizer: the student's tokenizer; None reads the one that its ``config`` names.
+        divergence: ``forward_kl``, ``reverse_kl``, ``jsd`` (with ``jsd_beta``) or ``skew_kl`` (with ``skew_alpha``).
+        jsd_beta: weight of the teacher in jsd, strictly between 0 and 1.
+        skew_alpha: share of the teacher in skew_kl's mixture, in [0, 1).
+        temperature: must be the one that the targets were captured at.
+        tail: what stands for the tokens that top-k targets leave out: ``bucket``, ``keep`` or ``renormalise``.
+        kd_weight: weight of the divergence.
+        ce_weight: weight of the module's own loss.
+        allow_partial: train on a cache whose capture was interrupted.
+        lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
+
+    Raises:
+        ConfigError: an unknown name, or numbers out of range. At setup: no student or several, a ``training_step``
+            that leaves no loss to add to, a strategy that is not supported.
+        LicenseRefusedError: at setup, the terms of the teacher forbid training.
+        VocabularyError: at setup, the cache was captured with another tokenizer.
+        DataError: before the first step, batches have no ``teacher_index``.
+    """
+
+    brings_lineage = True
+
+    def __init__(
+        self,
+        cache: TeacherCache | str | Path,
+        *,
+        student: str | None = None,
+        tokenizer: Any = None,
+        divergence: str = "forward_kl",
+        jsd_beta: float = 0.5,
+        skew_alpha: float = 0.1,
+        temperature: float = 1.0,
+        tail: Tail = "bucket",
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        allow_partial: bool = False,
+        lineage: Mapping[str, Any] | str | Path | None = None,
+    ) -> None:
+        if kd_weight <= 0:
+            raise ConfigError(f"kd_weight is {kd_weight}; expected a positive number. Without KD, drop the callback.")
+        self.objective = OfflineObjective(
+            Divergence(divergence, beta=jsd_beta, alpha=skew_alpha), temperature, tail, kd_weight, ce_weight
+        )
+        self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache, allow_partial=allow_partial)
+        self.student = student
+        self.tokenizer = tokenizer
+        self.lineage = lineage
+        self._forward: DistillingForward | None = None
+        self._step: DistillingStep | None = None
+        self._zero3: Any = None
+        self._checked = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides what the callback does, for the hash in the lineage."""
+        return {"objective": self.objective, "cache": self.cache.manifest.content_digest}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the trainer, the module, the cache and the licenses."""
+        self._zero3 = tell_transformers_of_zero3(trainer)
+        if stage != "fit":
+            return
+        require_supported(trainer)
+        require_returned_loss(pl_module)
+        require_aligned(self.cache)
+        self._checked = False
+        if not builds_later(pl_module):
+            self._check(trainer, pl_module, find_student(pl_module, self.student))
+        elif hasattr(pl_module, "student_reference"):
+            self._check(trainer, pl_module, pl_module.student_reference)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the student where it was not there before, and take part in its forward pass."""
+        model = find_student(pl_module, self.student)
+        if not self._checked:
+            self._check(trainer, pl_module, model)
+        self._forward = DistillingForward(model, self._vocabulary.size, self.objective)
+        report = functools.partial(self._report, pl_module)
+        self._step = DistillingStep(trainer, pl_module, self._forward, self._prepare, report)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        if self._step is not None and self._forward is not None:
+            self._step.remove()
+            self._forward.remove()
+            self._step = self._forward = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the first rows, where the loader allows it, so that a missing column shows before any step."""
+        loader: Any = trainer.train_dataloader
+        dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+        if collate is not None and dataset is not None and hasattr(dataset, "__getitem__") and len(dataset):
+            self._require(collate([dataset[0]]))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the loss where it is read anyway; reading it at each step would make the device wait."""
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            require_finite(outputs["loss"], "the offline KD loss")
+
+    def _check(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel | str) -> None:
+        """Pass the license gate and compare vocabularies; neither needs the student's weights."""
+        declared = self.lineage if self.lineage is not None else declared_lineage(trainer)
+        run = start_run(
+            method="offline_kd",
+            student=student_source(model),
+            outputs=[self.cache.source],
+            settings={**dict(module.hparams), **self.settings},
+            declared=declared,
+        )
+        lineage_of(trainer, run, module)
+        tokenizer = self.tokenizer or getattr(module, "tokenizer", None)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(model)
+        self._vocabulary = Vocabulary.from_tokenizer(tokenizer)
+        self.cache.require_compatible(self._vocabulary, temperature=self.objective.temperature)
+        self._checked = True
+
+    def _require(self, batch: Any) -> None:
+        require_mapping(batch, "input_ids", _WAY_OUT)
+        if TARGET not in batch:
+            require_mapping(batch, _INDEX, _WAY_OUT)
+
+    def _prepare(self, batch: Any) -> Prepared:
+        self._require(batch)
+        labels = batch.get("labels")
+        target = batch.get(TARGET)
+        if target is None:
+            # A collator that gathers targets in the loader's workers, as KDDataModule's does, saves this copy
+            target = batch_targets(self.cache, None if labels is None else labels.cpu(), batch[_INDEX].cpu())
+        return Prepared(
+            without(batch, _INDEX, TARGET, WINDOW_TOKENS),
+            target,
+            labels,
+            tuple(batch["input_ids"].shape[:2]),
+            tokens=target["positions"].numel(),
+            window_tokens=batch.get(WINDOW_TOKENS),
+        )
+
+    @staticmethod
+    def _report(module: LightningModule, call: Call, total: Tensor) -> None:
+        found = call.found
+        tokens = max(found.kd.numel(), 1)
+        values = {"kd/loss": total.detach(), "kd/divergence": found.kd.sum() / tokens}
+        values["kd/entropy"] = found.entropy.sum() / tokens
+        if found.nll is not None:
+            values["kd/cross_entropy"] = found.nll.sum() / tokens
+        module.log_dict(values, on_step=True, on_epoch=False, batch_size=call.shape[0])
+
+
+def load_tokenizer(model: PreTrainedModel | str | Path) -> Any:
+    """Load the tokenizer that a student's ``config`` names.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    reference = str(model) if isinstance(model, str | Path) else model.config._name_or_path
+    if not reference:
+        raise ConfigError(
+            "The student was built in memory and names no tokenizer, so its token ids cannot be compared with the "
+            "teacher's. Pass tokenizer=..."
+        )
+    return AutoTokenizer.from_pretrained(reference)

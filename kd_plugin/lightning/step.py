@@ -1,0 +1,154 @@
+"""A module's ``training_step`` with the distillation loss added to what it returns."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.lightning.forward import Call, DistillingForward
+from kd_plugin.lightning.student import loss_of
+
+# What the plugin puts into a batch and takes out again before the module sees it
+WINDOW_TOKENS = "kd_window_tokens"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch that is ready for the module's step.
+
+    Attributes:
+        batch: what the module sees.
+        target: of the objective.
+        labels: (B, L) labels in the batch, or None.
+        shape: (B, L) of the batch.
+        tokens: scored tokens of this rank's micro-batch; a number, or a tensor on the device.
+        window_tokens: those of this rank's whole accumulation window, where the loader knows them.
+    """
+
+    batch: Any
+    target: Any
+    labels: Tensor | None
+    shape: tuple[int, ...]
+    tokens: int | Tensor
+    window_tokens: int | Tensor | None = None
+
+
+class DistillingStep:
+    """Takes the place of a module's ``training_step`` until :meth:`remove`.
+
+    The loss is ``ce_weight`` times the module's own loss plus the divergence, a sum over scored tokens divided by
+    their number over all ranks (and over the accumulation window, where the loader tells it), so that ranks and
+    micro-batches of different lengths give the gradient of one large batch.
+
+    Args:
+        trainer: the trainer.
+        module: whose step is wrapped.
+        forward: the patched student.
+        prepare: turns a batch into what the module and the objective need.
+        report: is told the loss of each step, for logging.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        forward: DistillingForward,
+        prepare: Callable[[Any], Prepared],
+        report: Callable[[Call, Tensor], None],
+    ) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.forward = forward
+        self._prepare = prepare
+        self._report = report
+        self._inner = module.training_step
+        self._had_own = "training_step" in module.__dict__
+        self._joint = True
+        step = functools.wraps(self._inner)(lambda batch, *rest: self(batch, *rest))
+        module.training_step = step  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Give the module its own step back."""
+        if self._had_own:
+            self.module.training_step = self._inner  # type: ignore[method-assign]
+        else:
+            del self.module.training_step
+
+    def __call__(self, batch: Any, *rest: Any) -> Any:
+        """Run the module's step on ``batch`` and return its output with the loss that is trained on."""
+        prepared = self._prepare(batch)
+        weight = self.forward.objective.ce_weight
+        call = Call(prepared.target, prepared.labels, prepared.shape, self._joint)
+        output = self._run(call, prepared.batch, rest)
+        own = loss_of(output, self.module)
+        if weight != 0.0 and call.own is not None and own is not call.own:
+            # The step does more with its loss than to return it: from now on it gets one with a graph of its own
+            self._joint = False
+            call = Call(prepared.target, prepared.labels, prepared.shape, joint=False)
+            output = self._run(call, prepared.batch, rest)
+            own = loss_of(output, self.module)
+        total = call.found.loss_sum / self._normaliser(prepared, call.found.loss_sum)
+        if call.own is None and weight != 0.0:
+            total = total + weight * own
+        self._report(call, total)
+        return _with_loss(output, total)
+
+    def _run(self, call: Call, batch: Any, rest: Any) -> Any:
+        with self.forward.step(call):
+            output = self._inner(batch, *rest)
+        if call.found is None:
+            raise ConfigError(
+                f"{type(self.module).__name__}.training_step did not run the student over the batch's input_ids of "
+                f"shape {call.shape}, so there is nothing to compare with the teacher. Pass the batch's input_ids to "
+                "the student as they are."
+            )
+        return output
+
+    def _normaliser(self, prepared: Prepared, like: Tensor) -> Tensor:
+        """Return the divisor of this rank's sum; Lightning averages over ranks and over the accumulation window."""
+        window = prepared.window_tokens
+        tokens = prepared.tokens if window is None else window
+        total = like.new_zeros(()) + tokens
+        world = self.trainer.world_size
+        if world > 1:
+            total = self.trainer.strategy.reduce(total, reduce_op="sum") / world
+        if window is not None:
+            total = total / self.trainer.accumulate_grad_batches
+        return total.clamp(min=1e-9) if world > 1 else total.clamp(min=1.0 / self.trainer.accumulate_grad_batches)
+
+
+def without(batch: Any, *names: str) -> Any:
+    """Return a shallow copy of a mapping without some keys: the module's step may pass all of it to its model."""
+    if not any(name in batch for name in names):
+        return batch
+    shorter = copy.copy(batch)
+    for name in names:
+        shorter.pop(name, None)
+    return shorter
+
+
+def require_mapping(batch: Any, key: str, way_out: str) -> None:
+    """Refuse a batch without ``key``.
+
+    Raises:
+        DataError: says what is there and the way out.
+    """
+    if not isinstance(batch, Mapping | MutableMapping) and not hasattr(batch, "keys"):
+        raise DataError(f"The batch is a {type(batch).__name__}; a dictionary with {key!r} is needed. {way_out}")
+    if key not in batch:
+        raise DataError(f"The batch has no {key!r}; it has {', '.join(map(repr, batch.keys()))}. {way_out}")
+
+
+def _with_loss(output: Any, total: Tensor) -> Any:
+    if not hasattr(output, "get"):
+        return total
+    replaced = dict(output)
+    replaced["loss"] = total
+    return replaced

@@ -1,0 +1,156 @@
+"""Finding the student in a LightningModule, and what of a trainer must hold before anything is trained."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from transformers import PreTrainedModel
+
+from kd_plugin.errors import ConfigError, nearest
+
+SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)  # DeepSpeedStrategy is a DDPStrategy
+
+
+def find_student(module: nn.Module, path: str | None = None) -> PreTrainedModel:
+    """Return the transformers causal language model inside ``module``; of a PEFT model its base.
+
+    Args:
+        module: the user's module.
+        path: attribute path of the student, such as ``"net.model"``; None searches the whole module.
+
+    Raises:
+        ConfigError: no such attribute, no causal language model, or several of them.
+    """
+    owner = type(module).__name__
+    if path is not None:
+        names = [name for name, _ in module.named_modules() if name]
+        if path not in names:
+            top = [name for name in names if "." not in name]
+            raise ConfigError(
+                f"student={path!r} names no part of {owner}; its attributes with modules are "
+                f"{', '.join(map(repr, top)) or 'none'}.{nearest(path, names)}"
+            )
+        module = module.get_submodule(path)
+    found: dict[str, PreTrainedModel] = {}
+    for name, part in module.named_modules():
+        inside = any(name.startswith(outer + ".") or outer == "" for outer in found)
+        if not inside and _is_causal(part):
+            found[name] = part  # type: ignore[assignment]
+    where = owner if path is None else f"{owner}.{path}"
+    if not found:
+        raise ConfigError(
+            f"{where} holds no transformers causal language model. Assign one to an attribute, such as self.model = "
+            "AutoModelForCausalLM.from_pretrained(...), in __init__, setup or configure_model."
+        )
+    if len(found) > 1:
+        raise ConfigError(
+            f"{where} holds {len(found)} causal language models: {', '.join(found)}. Say which one is the student: "
+            f"student={next(iter(found))!r}."
+        )
+    return next(iter(found.values()))
+
+
+def builds_later(module: LightningModule) -> bool:
+    """Whether the module may build its model after callbacks are set up."""
+    return is_overridden("configure_model", module) or is_overridden("setup", module)
+
+
+def require_supported(trainer: Trainer) -> None:
+    """Refuse strategies that were never tried.
+
+    Raises:
+        ConfigError: names the strategy and those that work.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, SUPPORTED):
+        hint = " FSDP is reached through ModelParallelStrategy." if "FSDP" in type(strategy).__name__ else ""
+        raise ConfigError(
+            f"{type(strategy).__name__} is not supported by kd-plugin. Use a single device, DDPStrategy, "
+            f"ModelParallelStrategy (FSDP2) or DeepSpeedStrategy.{hint}"
+        )
+
+
+def require_returned_loss(module: LightningModule) -> None:
+    """Refuse modules whose step leaves no loss to add to.
+
+    Raises:
+        ConfigError: manual optimization, or a ``training_step`` that returns nothing.
+    """
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        raise ConfigError(
+            f"{name} sets automatic_optimization=False and calls backward itself, so the distillation loss cannot be "
+            "added to what its training_step returns. Use automatic optimization, or call the losses of "
+            "kd_plugin.divergence in the step."
+        )
+    if not is_overridden("training_step", module) or _returns_nothing(module.training_step):
+        raise ConfigError(
+            f"{name}.training_step returns nothing. Return the loss, or a dictionary with the key 'loss': distillation "
+            "is added to it."
+        )
+
+
+def loss_of(output: Any, module: LightningModule) -> Any:
+    """Return the loss in what a ``training_step`` returned.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    loss = output.get("loss") if hasattr(output, "get") else output
+    if loss is None:
+        raise ConfigError(
+            f"{type(module).__name__}.training_step returned {'nothing' if output is None else 'no loss'}. Return the "
+            "loss, or a dictionary with the key 'loss': distillation is added to it."
+        )
+    return loss
+
+
+def tell_transformers_of_zero3(trainer: Trainer) -> Any:
+    """Let transformers load models sharded under ZeRO-3; keep what this returns alive while the trainer lives.
+
+    Without it ``from_pretrained`` in ``configure_model`` fails: transformers initialises weights that DeepSpeed has
+    sharded already, and knows nothing of that.
+
+    Returns:
+        transformers' handle of the configuration, or None where ZeRO-3 is not in use.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, DeepSpeedStrategy) or not strategy.zero_stage_3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **(strategy.config or {})})
+
+
+def _is_causal(module: nn.Module) -> bool:
+    if not isinstance(module, PreTrainedModel) or module.config.is_encoder_decoder:
+        return False
+    return module.get_output_embeddings() is not None
+
+
+def _returns_nothing(step: Any) -> bool:
+    """Whether a function's source has no ``return`` with a value; False where there is no source to read."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(step))))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    function = tree.body[0]
+    return isinstance(function, ast.FunctionDef) and not any(
+        isinstance(node, ast.Return) and node.value is not None for node in _own_nodes(function)
+    )
+
+
+def _own_nodes(function: ast.AST) -> list[ast.AST]:
+    """List the nodes of a function without those of functions inside it."""
+    nodes = []
+    for child in ast.iter_child_nodes(function):
+        if not isinstance(child, ast.FunctionDef | ast.Lambda):
+            nodes += [child, *_own_nodes(child)]
+    return nodes
