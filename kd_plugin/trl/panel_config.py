@@ -10,11 +10,12 @@ from trl import DistillationConfig
 from kd_plugin.divergence import Divergence
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.panel import Combine
+from kd_plugin.trl.rollout_fields import RolloutFields
 from kd_plugin.trl.shared_fields import DistillationFields
 
 
 @dataclass
-class TeacherPanelConfig(DistillationFields, DistillationConfig):
+class TeacherPanelConfig(RolloutFields, DistillationFields, DistillationConfig):
     """What TRL's ``DistillationConfig`` holds, and how a panel of teachers is combined.
 
     Every inherited field keeps its meaning. With one teacher and default settings the losses and gradients are
@@ -23,6 +24,7 @@ class TeacherPanelConfig(DistillationFields, DistillationConfig):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *DistillationConfig._VALID_DICT_FIELDS,
+        *RolloutFields.ROLLOUT_DICT_FIELDS,
         "teacher_models",
         "teacher_weights",
         "routes",
@@ -64,6 +66,7 @@ class TeacherPanelConfig(DistillationFields, DistillationConfig):
                 + nearest(self.combine, list(get_args(Combine)))
             )
         self.resolved_divergence()
+        self.check_rollouts()
 
     def resolved_divergence(self) -> Divergence:
         """Return the divergence that ``divergence``, ``beta`` and ``skew_alpha`` name.

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import DistillationTrainer
 from trl.models import prepare_deepspeed
 
+from kd_plugin.cache import TeacherCache
+from kd_plugin.cache.alignment import require_aligned
 from kd_plugin.divergence.finite import require_finite
 from kd_plugin.divergence.fused import PanelLoss, fused_panel_divergence
 from kd_plugin.errors import ConfigError, DataError
@@ -22,10 +24,11 @@ from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
+from kd_plugin.trl.rollouts import RolloutMixin
 from kd_plugin.trl.start import load_vocabulary, start_lineage
 
 
-class TeacherPanelTrainer(LineageSavingMixin, DistillationTrainer):
+class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer):
     """``DistillationTrainer`` with several teachers, a fused loss, and lineage in every checkpoint.
 
     The student writes completions; each row is judged by the teachers of the panel that its ``teacher_id``
@@ -75,17 +78,22 @@ class TeacherPanelTrainer(LineageSavingMixin, DistillationTrainer):
         self.panel = _panel_from(teacher_model, teacher_models, args)
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             check_rows(dataset, name, self.panel)
+        warmup_caches = [TeacherCache(path) for path in args.warmup_caches()]
 
         run = start_lineage(
             method="teacher_panel",
             student=student_source(model, (args.model_init_kwargs or {}).get("revision")),
             teachers=[teacher.source for teacher in self.panel.teachers.values()],
+            outputs=[cache.source for cache in warmup_caches],
             datasets=dataset_sources(train_dataset),
             args=args,
             declared=declared_lineage(callbacks),
         )
         self._vocabulary = load_vocabulary(model, processing_class, args)
         require_one_vocabulary(self.panel, self._vocabulary)
+        for cache in warmup_caches:
+            cache.require_compatible(self._vocabulary, temperature=warmup_caches[0].manifest.settings.temperature)
+            require_aligned(cache)
 
         super().__init__(
             model=model,
@@ -97,6 +105,7 @@ class TeacherPanelTrainer(LineageSavingMixin, DistillationTrainer):
             callbacks=with_lineage(callbacks, run),
             **kwargs,
         )
+        self.start_rollouts(warmup_caches)
         self.divergence = args.resolved_divergence()
         for name, teacher in self.panel.teachers.items():
             if isinstance(teacher, LocalTeacher):
@@ -116,7 +125,7 @@ class TeacherPanelTrainer(LineageSavingMixin, DistillationTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        for column in ("teacher_id", "domain"):
+        for column in ("teacher_id", "domain", "completion"):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
 
@@ -126,6 +135,7 @@ class TeacherPanelTrainer(LineageSavingMixin, DistillationTrainer):
                 "The teacher panel does not judge images yet. Train on text, or use TRL's DistillationTrainer."
             )
         judges = [self.panel.judges(row.get("teacher_id"), row.get("domain")) for row in inputs]
+        self.begin_rollouts(inputs, judges)
         output = super()._generate_and_score_completions(inputs)
         loss_mask = output["completion_mask"]
         if "tool_mask" in output:
@@ -155,6 +165,8 @@ class TeacherPanelTrainer(LineageSavingMixin, DistillationTrainer):
     def _compute_loss(
         self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if "warmup" in inputs:
+            return self._warmup_loss(unwrapped_student, inputs["warmup"], self._vocabulary.size, num_items_in_batch)
         corrections: list[Correction] = inputs["corrections"]
         width = inputs["completion_ids"].size(1)
         hidden = self._get_last_hidden_state(
