@@ -23,6 +23,7 @@ class Behaviour:
     answer_as: str | None = None  # another model name
     change: object = None  # called with each completion's answer before it is sent
     has_tokenize: bool = True
+    ends: tuple[int, ...] = (2,)
     requests: list[tuple[str, dict, dict]] = field(default_factory=list)  # path, headers, body
 
 
@@ -45,8 +46,38 @@ class _Refused(Exception):
     pass
 
 
+def _write(model, body, ends):
+    """Sample a completion, with the distribution at each of its tokens, as the server names them."""
+    k, generator = body["logprobs"], torch.Generator().manual_seed(body["seed"])
+    k = model.config.vocab_size if k == -1 else k
+    tokens, ids, listed = list(body["prompt"]), [], []
+    while len(ids) < body["max_tokens"] and not (ids and ids[-1] in ends):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tokens])).logits[0, -1]
+        logprobs = logits.log_softmax(-1)
+        if body["temperature"] == 0:
+            chosen = int(logits.argmax())
+        else:
+            chosen = int(torch.multinomial((logits / body["temperature"]).softmax(-1), 1, generator=generator))
+        values, best = logprobs.topk(k)
+        entry = {f"token_id:{chosen}": float(logprobs[chosen])}
+        entry.update({f"token_id:{i}": v for i, v in zip(best.tolist(), values.tolist(), strict=True)})
+        listed.append(entry)
+        tokens.append(chosen)
+        ids.append(chosen)
+    finished = bool(ids) and ids[-1] in ends
+    return {
+        "index": 0,
+        "text": "?",
+        "token_ids": ids,
+        "finish_reason": "stop" if finished else "length",
+        "logprobs": {"top_logprobs": listed},
+    }
+
+
 def _complete(model, body, behaviour):
-    k, tokens, size = body["prompt_logprobs"], body["prompt"], model.config.vocab_size
+    writes = "logprobs" in body
+    k, tokens, size = body["logprobs" if writes else "prompt_logprobs"], body["prompt"], model.config.vocab_size
     asked = size if k == -1 else k
     if behaviour.max_logprobs != -1 and asked > behaviour.max_logprobs:
         raise _Refused(
@@ -60,7 +91,11 @@ def _complete(model, body, behaviour):
     answer = {
         "object": "text_completion",
         "model": behaviour.answer_as or behaviour.name,
-        "choices": [{"index": 0, "text": "?", "prompt_logprobs": _entries(model, tokens, k)}],
+        "choices": [
+            _write(model, body, behaviour.ends)
+            if writes
+            else {"index": 0, "text": "?", "prompt_logprobs": _entries(model, tokens, k)}
+        ],
     }
     if behaviour.change is not None:
         behaviour.change(answer)
@@ -98,6 +133,9 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0):
 
         def do_GET(self):
             if self.fails({}):
+                return
+            if self.path == "/version":
+                self.send(200, {"version": "0.0-fake"})
                 return
             assert self.path == "/v1/models"
             self.send(200, {"data": [{"id": behaviour.name, "max_model_len": behaviour.max_model_len}]})

@@ -10,14 +10,16 @@ from kd_plugin.errors import DataError
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def load_rows(reference: str, *, split: str = "train", name: str | None = None) -> Any:
-    """Return the ``datasets.Dataset`` that ``reference`` names; it is memory-mapped, so its size does not matter.
+def load_rows(reference: str, *, split: str = "train", name: str | None = None, streaming: bool = False) -> Any:
+    """Return the ``datasets.Dataset`` that ``reference`` names, memory-mapped, so that its size does not matter.
 
     Args:
         reference: a ``.json``, ``.jsonl`` or ``.parquet`` file, a directory of such files or one that
             ``save_to_disk`` wrote, or a hub id.
         split: which split.
         name: configuration of a hub dataset.
+        streaming: return an ``IterableDataset`` instead, which converts and downloads nothing beforehand; what
+            ``save_to_disk`` wrote needs neither.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it has no such split.
@@ -29,11 +31,13 @@ def load_rows(reference: str, *, split: str = "train", name: str | None = None) 
         if path.is_file():
             if path.suffix not in _FORMATS:
                 raise DataError(f"{path}: expected a file of the kind {', '.join(_FORMATS)}.")
-            loaded = datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+            loaded = datasets.load_dataset(
+                _FORMATS[path.suffix], data_files=str(path), split="train", streaming=streaming
+            )
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
         else:
-            loaded = datasets.load_dataset(reference, name, split=split)
+            loaded = datasets.load_dataset(reference, name, split=split, streaming=streaming)
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError, ConnectionError) as error:
         if isinstance(error, DataError):
             raise

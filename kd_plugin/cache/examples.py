@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,7 @@ from kd_plugin.errors import ConfigError, DataError, VocabularyError
 PASS_THROUGH = ("text", "domain")
 _MESSAGE_COLUMNS = ("prompt", "completion", "messages", "conversations")
 _USED = (*_MESSAGE_COLUMNS, "text", "input_ids", "completion_mask", "assistant_masks", "labels", "tools", "domain")
-_USED_COLUMNS = (*_USED, "chat_template_kwargs")
-_FINGERPRINT_ROWS = 1000  # rows hashed at a time
+USED_COLUMNS = (*_USED, "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,13 @@ class Example:
     completion_mask: NDArray[np.int8]
     scored: NDArray[np.int64]
     passed: Mapping[str, str | None]
+
+    @classmethod
+    def of(cls, ids: NDArray[np.int32], prompt_length: int, passed: Mapping[str, str | None]) -> Example:
+        """Return the example of a prompt of so many tokens and a completion."""
+        mask = np.ones(len(ids), np.int8)
+        mask[:prompt_length] = 0
+        return cls(example_id(ids), ids, mask, scored_positions(mask), passed)
 
 
 def example_id(input_ids: Sequence[int] | NDArray[Any]) -> str:
@@ -92,18 +98,56 @@ class Tokenization:
             VocabularyError: it holds token ids that the teacher does not have.
         """
         ids, mask = self._encode(row, where)
-        array = np.asarray(ids, dtype=np.int64)[: self.max_length]
-        if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
-            raise VocabularyError(
-                f"{where} has token ids from {array.min()} to {array.max()}; the teacher's go from 0 to "
-                f"{self.vocab_size - 1}. Tokenize the dataset with the teacher's tokenizer."
-            )
+        array = self._checked(ids, where)[: self.max_length]
         completion_mask = np.asarray(mask, dtype=np.int8)[: self.max_length]
         scored = scored_positions(completion_mask)
         if not scored.size:
             return None
         passed = {name: row.get(name) for name in PASS_THROUGH if name in row}
         return Example(example_id(array), array.astype(np.int32), completion_mask, scored, passed)
+
+    def prompt(self, row: Mapping[str, Any], where: str = "a row") -> NDArray[np.int32]:
+        """Return the ids of what a teacher is to go on from: (L,) int32.
+
+        That is the prompt, a conversation up to the assistant's last turn, a text, or ``input_ids`` up to the first
+        token of the completion; a completion that is there is left out.
+
+        Raises:
+            DataError: the row has none of those forms.
+            VocabularyError: it holds token ids that the teacher does not have.
+        """
+        row = _as_chatml(row)
+        if "input_ids" in row:
+            ids, mask = self._tokenized(row, where)
+            ids = ids if all(mask) else ids[: list(mask).index(1)] if any(mask) else ids
+        elif "prompt" in row:
+            prompt = row["prompt"]
+            ids = self._plain(prompt) if isinstance(prompt, str) else self._opened(prompt, row)
+        elif "messages" in row:
+            messages = list(row["messages"])
+            ids = self._opened(messages[:-1] if messages[-1].get("role") == "assistant" else messages, row)
+        elif isinstance(row.get("text"), str):
+            ids = self._plain(row["text"])
+        else:
+            raise DataError(
+                f"{where} has the columns {sorted(row)}; expected 'prompt', 'messages', 'text' or 'input_ids' for the "
+                "teacher to go on from."
+            )
+        return self._checked(ids, where).astype(np.int32)
+
+    def _opened(self, messages: Sequence[Any], row: Mapping[str, Any]) -> Sequence[int]:
+        """Render messages up to where the assistant speaks; a last assistant turn is a beginning to go on from."""
+        goes_on = bool(messages) and messages[-1].get("role") == "assistant"
+        return self._chat(messages, row, add_generation_prompt=not goes_on, continue_final_message=goes_on)
+
+    def _checked(self, ids: Sequence[int], where: str) -> NDArray[np.int64]:
+        array = np.asarray(ids, dtype=np.int64)
+        if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
+            raise VocabularyError(
+                f"{where} has token ids from {array.min()} to {array.max()}; the teacher's go from 0 to "
+                f"{self.vocab_size - 1}. Tokenize the dataset with the teacher's tokenizer."
+            )
+        return array
 
     def _encode(self, row: Mapping[str, Any], where: str) -> tuple[Sequence[int], Sequence[int]]:
         if "input_ids" in row:
@@ -113,7 +157,8 @@ class Tokenization:
             if "completion" not in row:
                 raise DataError(
                     f"{where} has a prompt and no completion. The teacher scores completions that are there: add a "
-                    "'completion' column, or let the teacher write them first."
+                    "'completion' column, or let the teacher write them: capture(..., generate=Generation()), "
+                    "`mode: generate`."
                 )
             ids, prompt_length = self._prompt_completion(row, where)
             masked = prompt_length if self.completion_only in (None, True) else 0
@@ -196,65 +241,3 @@ def _as_chatml(row: Mapping[str, Any]) -> Mapping[str, Any]:
     renamed = {"from": "role", "value": "content"}
     messages = [{renamed.get(key, key): value for key, value in message.items()} for message in conversations]
     return {**{key: value for key, value in row.items() if key != "conversations"}, "messages": messages}
-
-
-class Rows:
-    """A dataset's rows by number, with what identifies them.
-
-    Args:
-        dataset: a ``datasets.Dataset``, or a sequence of mappings.
-
-    Raises:
-        DataError: the dataset is empty or is neither.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping):
-            raise DataError(
-                f"capture needs a datasets.Dataset or a list of rows, got {type(dataset).__name__}. "
-                "For a DatasetDict name the split: dataset['train']."
-            )
-        if not len(dataset):
-            raise DataError("The dataset to capture has no rows.")
-        self._dataset = dataset
-        if hasattr(dataset, "column_names"):
-            keep = [name for name in dataset.column_names if name in _USED_COLUMNS]
-            self._dataset = dataset.select_columns(keep) if keep else dataset
-        self.columns = tuple(self[0])
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        row = self._dataset[index]
-        if not isinstance(row, Mapping):
-            raise DataError(f"Row {index} of the dataset is {type(row).__name__}; expected a mapping of columns.")
-        return row
-
-    @property
-    def passed_columns(self) -> tuple[str, ...]:
-        """The columns that are stored beside the tokens."""
-        return tuple(name for name in PASS_THROUGH if name in self.columns)
-
-    def fingerprint(self) -> str:
-        """Return the sha256 of the used columns: the same on every machine, unlike that of datasets."""
-        digest = hashlib.sha256()
-        for batch in self._batches():
-            used = [{key: row[key] for key in _USED_COLUMNS if row.get(key) is not None} for row in batch]
-            digest.update(json.dumps(used, sort_keys=True, ensure_ascii=True, default=_plain_value).encode())
-        return digest.hexdigest()
-
-    def _batches(self) -> Iterator[list[Mapping[str, Any]]]:
-        for start in range(0, len(self), _FINGERPRINT_ROWS):
-            stop = min(start + _FINGERPRINT_ROWS, len(self))
-            if hasattr(self._dataset, "column_names"):
-                columns = self._dataset[start:stop]  # one read of the table, not one a row
-                yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            else:
-                yield [self[i] for i in range(start, stop)]
-
-
-def _plain_value(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise DataError(f"A column holds a {type(value).__name__}, which is neither text nor numbers.")

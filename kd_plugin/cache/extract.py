@@ -7,6 +7,7 @@ time, nothing waits for the device within a chunk, and one transfer a chunk brin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,26 @@ class Extracted:
     tail_logmass: NDArray[np.float32]
     draws: NDArray[np.uint16] | None
     mean_logprob: NDArray[np.float32] | None = None
+
+    def split(self, positions: Sequence[int]) -> list[Extracted]:
+        """Take the targets of N positions apart into those of consecutive examples of so many positions each."""
+        ends = np.cumsum(positions)
+        entry_ends = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
+        parts = []
+        for end, count in zip(ends, positions, strict=True):
+            at = slice(end - count, end)
+            entries = slice(entry_ends[end - count], entry_ends[end])
+            parts.append(
+                Extracted(
+                    self.counts[at],
+                    self.ids[entries],
+                    self.logprobs[entries],
+                    self.tail_logmass[at],
+                    None if self.draws is None else self.draws[entries],
+                    None if self.mean_logprob is None else self.mean_logprob[at],
+                )
+            )
+        return parts
 
     @classmethod
     def concatenate(cls, parts: list[Extracted]) -> Extracted:
@@ -92,15 +113,32 @@ def extract(
             projected = whole.logits(hidden[start : start + rows])
             for first in range(0, len(projected), part_rows):
                 logits = projected[first : first + part_rows].float()
-                if temperature != 1.0:
-                    logits = logits / temperature
-                if isinstance(targets, Sampled):
-                    assert uniforms is not None
-                    numbers = torch.from_numpy(uniforms[start + first : start + first + len(logits)])
-                    parts.append(_sampled(logits, numbers.to(hidden.device, non_blocking=True)))
-                else:
-                    parts.append(_truncated(logits, targets))
+                at = slice(start + first, start + first + len(logits))
+                numbers = None if uniforms is None else uniforms[at]
+                parts.append(from_logits(logits, targets, temperature=temperature, uniforms=numbers))
     return Extracted.concatenate(parts)
+
+
+def from_logits(
+    logits: Tensor, targets: Targets, *, temperature: float = 1.0, uniforms: NDArray[np.float64] | None = None
+) -> Extracted:
+    """Keep what ``targets`` asks for of a few positions whose logits are there; see :func:`extract`.
+
+    Args:
+        logits: (N, V) float32; log-probabilities will do.
+        targets: what to keep.
+        temperature: the logits are divided by it before the softmax.
+        uniforms: (N, D) random numbers for sampled targets.
+
+    Raises:
+        NonFiniteError: they hold NaN or infinity.
+    """
+    if temperature != 1.0:
+        logits = logits / temperature
+    if isinstance(targets, Sampled):
+        assert uniforms is not None
+        return _sampled(logits, torch.from_numpy(uniforms).to(logits.device, non_blocking=True))
+    return _truncated(logits, targets)
 
 
 def _truncated(logits: Tensor, targets: TopK | TopP) -> Extracted:

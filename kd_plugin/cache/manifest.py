@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from kd_plugin.cache.generation import Generation
 from kd_plugin.cache.targets import Sampled, Targets, describe, from_description
 from kd_plugin.errors import CacheCorruptionError, CacheError
 
 FORMAT = "kd-plugin teacher cache"
 FORMAT_VERSION = 2  # the first version keeps each log-probability of sampled targets; it is read, and added to
+NOTHING_TO_SCORE = "nothing to score"
 POSITION_CONVENTION = "the target at position t is the distribution over token t+1"
 
 
@@ -28,7 +31,7 @@ class Settings:
     Attributes:
         teacher: hub id of the teacher or the name of its directory, None for a model that names none.
         revision: its revision, as asked for.
-        weights: digest of a sample of the teacher's weights (see :func:`~kd_plugin.cache.capture.weights_digest`).
+        weights: digest of a sample of the teacher's weights (see :func:`~kd_plugin.cache.engines.weights_digest`).
         dtype: of the teacher's weights, such as ``bfloat16``; this and ``weights`` are None before they are loaded.
         tokenizer: fingerprint of the token-to-id map.
         chat_template: fingerprint of the chat template, or None.
@@ -40,6 +43,8 @@ class Settings:
         completion_only: whether only completions are scored; None where the row's form decides.
         shard_rows: dataset rows a unit.
         passed: columns that pass through.
+        generation: how the teacher wrote the completions; None where they were given.
+        filter: which completions were kept; None for all.
     """
 
     teacher: str | None
@@ -56,17 +61,23 @@ class Settings:
     completion_only: bool | None
     shard_rows: int
     passed: tuple[str, ...]
+    generation: Generation | None = None
+    filter: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return plain values; settings that came later are left out where they are not used."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**values, "targets": describe(self.targets), "passed": list(self.passed)}
+        values |= {"targets": describe(self.targets), "passed": list(self.passed)}
+        values["generation"] = None if self.generation is None else self.generation.to_json()
+        return {name: v for name, v in values.items() if v is not None or name not in ("generation", "filter")}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Settings:
         """Build from the values of :meth:`to_json`."""
-        targets = from_description(values["targets"])
-        return cls(**{**values, "targets": targets, "passed": tuple(values["passed"])})
+        made: dict[str, Any] = {"targets": from_description(values["targets"]), "passed": tuple(values["passed"])}
+        if "generation" in values:
+            made["generation"] = Generation.from_json(values["generation"])
+        return cls(**{**values, **made})
 
     @property
     def digest(self) -> str:
@@ -76,8 +87,8 @@ class Settings:
     def differences(self, other: Settings, ignored: Collection[str] = ()) -> list[str]:
         """Say which settings differ, but for the ``ignored`` ones, as ``name: mine against theirs``."""
         mine, theirs = self.to_json(), other.to_json()
-        names = [name for name in mine if mine[name] != theirs[name] and name not in ignored]
-        return [f"{name}: {mine[name]!r} against {theirs[name]!r}" for name in names]
+        names = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n) and n not in ignored]
+        return [f"{name}: {mine.get(name)!r} against {theirs.get(name)!r}" for name in names]
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,8 @@ class Unit:
         entries: token ids listed over all positions.
         bytes: size of the shard.
         sha256: of the shard.
+        dropped: completions that were not kept, by reason; None where all that can be dropped is a row without a
+            token to score.
     """
 
     index: int
@@ -120,6 +133,11 @@ class Unit:
     entries: int
     bytes: int
     sha256: str
+    dropped: Mapping[str, int] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; ``dropped``, which came later, is left out where it is not used."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def file(self) -> str:
@@ -193,9 +211,18 @@ class Manifest:
         return sum(unit.tokens for unit in self.units)
 
     @property
+    def dropped(self) -> dict[str, int]:
+        """What of the finished units was not kept, by reason: rows, or completions where the teacher wrote them."""
+        counts: Counter[str] = Counter()
+        for unit in self.units:
+            none_left = {NOTHING_TO_SCORE: unit.source_rows - unit.rows}
+            counts.update(none_left if unit.dropped is None else unit.dropped)
+        return {reason: count for reason, count in sorted(counts.items()) if count}
+
+    @property
     def dropped_rows(self) -> int:
-        """Dataset rows of finished units that had nothing to train on."""
-        return sum(unit.source_rows - unit.rows for unit in self.units)
+        """Sum of :attr:`dropped`."""
+        return sum(self.dropped.values())
 
     @property
     def content_digest(self) -> str:
@@ -221,7 +248,7 @@ class Manifest:
             "settings": self.settings.to_json(),
             "engine": dict(self.engine),
             "parts": [asdict(part) for part in self.parts],
-            "units": [asdict(unit) for unit in self.units],
+            "units": [unit.to_json() for unit in self.units],
             "lineage": self.lineage,
         }
 

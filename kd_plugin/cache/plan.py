@@ -4,44 +4,57 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cache.capture import batches, prepare, score
+from kd_plugin.cache.capture import Prepared, prepare
+from kd_plugin.cache.engines import Engine, open_engine
 from kd_plugin.cache.examples import Example
+from kd_plugin.cache.manifest import Settings
+from kd_plugin.cache.progress import Progress
 from kd_plugin.cache.schema import CapturedRow, to_table, write_shard
 from kd_plugin.cache.targets import Targets
+from kd_plugin.cache.work import examples_of, written_rows
 from kd_plugin.errors import DataError
-from kd_plugin.teachers import LocalTeacher
+from kd_plugin.teachers import LocalTeacher, ServerTeacher
 
 _PROBE_ROWS = 1024
 _PROBE_BATCHES = 2  # the first warms up, the second is timed
+_READ_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What a capture would hold and take on this machine, in one process.
 
+    Where the teacher writes, all but ``dataset_rows`` is extrapolated from one batch of completions.
+
     Attributes:
+        dataset_rows: rows of the dataset.
         rows: examples that would be stored.
-        dropped: rows without a token to score.
+        dropped: rows or completions that would not, by reason.
         input_tokens: tokens of the forward passes, without padding.
         targets: scored positions.
         bytes: of the shards, from the size of a shard of the probed rows.
         hours: from the time of one batch.
     """
 
+    dataset_rows: int
     rows: int
-    dropped: int
+    dropped: dict[str, int]
     input_tokens: int
     targets: int
     bytes: int
     hours: float
 
 
-def estimate(dataset: Any, teacher: LocalTeacher, *, targets: Targets, batch_tokens: int, **options: Any) -> Estimate:
-    """Count ``dataset`` whole, score two batches of it, and extrapolate; nothing is stored.
+def estimate(
+    dataset: Any, teacher: LocalTeacher | ServerTeacher, *, targets: Targets, batch_tokens: int, **options: Any
+) -> Estimate:
+    """Count ``dataset`` whole, score two batches of it or let one be written, and extrapolate; nothing is stored.
 
     Args:
         dataset: as for :func:`~kd_plugin.cache.capture.capture`.
@@ -51,45 +64,78 @@ def estimate(dataset: Any, teacher: LocalTeacher, *, targets: Targets, batch_tok
         **options: likewise.
 
     Raises:
-        LicenseRefusedError, ConfigError, VocabularyError, DataError: as ``capture``.
+        LicenseRefusedError, ConfigError, VocabularyError, DataError, ServerError: as ``capture``.
     """
     prepared = prepare(dataset, teacher, targets=targets, batch_tokens=batch_tokens, **options)
-    teacher.model  # noqa: B018  the load is no part of the time
-    input_tokens = scored = dropped = 0
-    lengths: list[int] = []
+    engine = open_engine(teacher, targets, batch_tokens)
+    if prepared.settings.generation is not None:
+        return _written(prepared, engine)
+    input_tokens = scored = rows = 0
+    dropped: Counter[str] = Counter()
     probe: list[Example] = []
-    for i in range(len(prepared.rows)):
-        example = prepared.tokenization(prepared.rows[i], f"row {i}")
-        if example is None:
-            dropped += 1
-            continue
+    for example in _examples(prepared, dropped):
+        rows += 1
         input_tokens += len(example.input_ids)
         scored += len(example.scored)
-        lengths.append(len(example.input_ids))
         if len(probe) < _PROBE_ROWS:
             probe.append(example)
     if not probe:
-        raise DataError(f"None of the {len(prepared.rows)} rows has a token to score: all were cut or masked away.")
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+        raise DataError(f"Nothing of the {len(prepared.job.rows)} rows would be stored: {reasons}.")
     # Batches of middling length stand for the others.
-    grouped = batches([len(e.input_ids) for e in probe], batch_tokens)
+    grouped = engine.batches([len(e.input_ids) for e in probe])
     chosen = [probe[i] for i in grouped[len(grouped) // 2]]
     for _ in range(_PROBE_BATCHES):
         started = time.perf_counter()
-        results = score(chosen, teacher, prepared.settings)
+        results = engine.score(chosen, prepared.settings)
         seconds = time.perf_counter() - started
     captured = [CapturedRow(e, t) for e, t in zip(chosen, results, strict=True)]
-    table = to_table(captured, prepared.settings.passed, targets)
-    with tempfile.TemporaryDirectory() as directory:
-        shard = Path(directory) / "probe.parquet"
-        write_shard(shard, table, prepared.settings.digest, 0)
-        size = shard.stat().st_size
     share = sum(len(e.scored) for e in chosen) / scored
     probed = sum(len(e.input_ids) for e in chosen)
     return Estimate(
-        rows=len(lengths),
-        dropped=dropped,
+        dataset_rows=len(prepared.job.rows),
+        rows=rows,
+        dropped=dict(dropped),
         input_tokens=input_tokens,
         targets=scored,
-        bytes=round(size / share),
+        bytes=round(_bytes(captured, prepared.settings) / share),
         hours=seconds * input_tokens / probed / 3600,
     )
+
+
+def _examples(prepared: Prepared, dropped: Counter[str]) -> Iterator[Example]:
+    job = prepared.job
+    for first in range(0, len(job.rows), _READ_ROWS):
+        yield from examples_of(job.rows.slice(first, min(_READ_ROWS, len(job.rows) - first)), first, job, dropped)
+
+
+def _written(prepared: Prepared, engine: Engine) -> Estimate:
+    """Let one batch be written and scored."""
+    job, settings = prepared.job, prepared.settings
+    assert settings.generation is not None
+    rows = job.rows.slice(0, min(len(job.rows), _PROBE_ROWS))
+    most = settings.generation.max_new_tokens
+    lengths = [len(job.tokenization.prompt(row, f"row {i}")) + most for i, row in enumerate(rows)]
+    many = max(1, len(engine.batches(lengths)[0]) // settings.generation.n)
+    dropped: Counter[str] = Counter()
+    started = time.perf_counter()
+    with Progress(many, 0, False, "dry run") as bar:
+        captured = written_rows(rows[:many], 0, job, engine, settings, dropped, bar)
+    seconds = time.perf_counter() - started
+    scale = len(job.rows) / many
+    return Estimate(
+        dataset_rows=len(job.rows),
+        rows=round(len(captured) * scale),
+        dropped={reason: round(count * scale) for reason, count in dropped.items()},
+        input_tokens=round(sum(len(row.example.input_ids) for row in captured) * scale),
+        targets=round(sum(len(row.example.scored) for row in captured) * scale),
+        bytes=round(_bytes(captured, settings) * scale) if captured else 0,
+        hours=seconds * scale / 3600,
+    )
+
+
+def _bytes(captured: Sequence[CapturedRow], settings: Settings) -> int:
+    with tempfile.TemporaryDirectory() as directory:
+        shard = Path(directory) / "probe.parquet"
+        write_shard(shard, to_table(captured, settings.passed, settings.targets), settings.digest, 0)
+        return shard.stat().st_size

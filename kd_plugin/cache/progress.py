@@ -21,7 +21,8 @@ class Progress:
     """
 
     def __init__(self, total: int, done: int, shown: bool, title: str) -> None:
-        self._total, self._at_start, self._rows, self._tokens = total, done, done, 0
+        self._total, self._at_start, self._tokens = total, done, 0
+        self._rows: float = done
         self._title = title
         self._bar: Any = None
         self._shown = shown
@@ -53,8 +54,8 @@ class Progress:
         elif self._shown and kind is None and self._rows > self._at_start:
             self._line()
 
-    def advance(self, rows: int, tokens: int) -> None:
-        """Count ``rows`` more dataset rows, with ``tokens`` input tokens."""
+    def advance(self, rows: float, tokens: int) -> None:
+        """Count ``rows`` more dataset rows, with ``tokens`` tokens; a fraction where a row is done in parts."""
         self._rows += rows
         self._tokens += tokens
         if self._bar is not None:
@@ -68,9 +69,9 @@ class Progress:
     def _line(self) -> None:
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._started
-        left = elapsed * (self._total - self._rows) / max(self._rows - self._at_start, 1)
+        left = elapsed * (self._total - self._rows) / max(self._rows - self._at_start, 1e-9)
         print(
-            f"{self._title}: {self._rows}/{self._total} rows, {self._rate()}, {_minutes(left)} left",
+            f"{self._title}: {self._rows:.0f}/{self._total} rows, {self._rate()}, {_minutes(left)} left",
             file=sys.stderr,
             flush=True,
         )

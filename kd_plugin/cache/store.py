@@ -4,8 +4,7 @@
 each finished unit has a record of its own, ``units/00003.json``, so that no worker ever rewrites what another
 writes. A shard has its name before its record has; so a record always speaks of a whole shard.
 
-Claims only save work: a unit that two workers compute anyway comes out with the same bytes, and the first record
-stands.
+Claims only save work: a unit that two workers compute anyway is stored once.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,16 @@ class Store:
             file.write(f"{socket.gethostname()} {os.getpid()}\n")
         return Claim(path)
 
-    def commit(self, index: int, table: pa.Table, *, input_tokens: int, tokens: int, entries: int) -> None:
+    def commit(
+        self,
+        index: int,
+        table: pa.Table,
+        *,
+        input_tokens: int,
+        tokens: int,
+        entries: int,
+        dropped: Mapping[str, int] | None = None,
+    ) -> None:
         """Store a unit: its shard, then its record."""
         _, first_row, source_rows = self.manifest.rows_of(index)
         way_out = "No finished unit is affected. Make room or fix the permissions, and run the same command again."
@@ -128,10 +136,18 @@ class Store:
                     entries=entries,
                     bytes=temporary.stat().st_size,
                     sha256=sha256_file(temporary),
+                    dropped=None if dropped is None else dict(sorted(dropped.items())),
                 )
+                final = _record_path(self.directory, index)
+                if final.exists():
+                    return  # another worker took it for abandoned and has finished it
                 publish(temporary, self.directory / unit.file)
                 record.write_bytes(_seal_record(UnitRecord(unit, _now()), self.manifest.settings))
-                publish_new(record, _record_path(self.directory, index))
+                publish(record, final)
+                # Not every engine gives the same bytes twice: of two that finish in the same instant the shard of
+                # one may stand beside the record of the other. Then the unit counts as not done.
+                if sha256_file(self.directory / unit.file) != unit.sha256:
+                    final.unlink(missing_ok=True)
             finally:
                 temporary.unlink(missing_ok=True)
                 record.unlink(missing_ok=True)
@@ -284,7 +300,7 @@ def card(manifest: Manifest) -> bytes:
 
 
 def _seal_record(record: UnitRecord, settings: Settings) -> bytes:
-    return seal({**asdict(record.unit), "settings": settings.digest, "finished": record.finished})
+    return seal({**record.unit.to_json(), "settings": settings.digest, "finished": record.finished})
 
 
 def _record_path(directory: Path, index: int) -> Path:

@@ -52,6 +52,7 @@ def _info(directory: Path, as_json: bool) -> int:
     from kd_plugin.cache.manifest import read_manifest
     from kd_plugin.cache.store import gather
     from kd_plugin.cache.targets import describe
+    from kd_plugin.cli.capture import dropped_text
 
     manifest = gather(directory, read_manifest(directory))
     if as_json:
@@ -62,16 +63,21 @@ def _info(directory: Path, as_json: bool) -> int:
     done = "finished" if manifest.complete else f"{len(manifest.units)} of {manifest.unit_count} units"
     kept = ", ".join(f"{name} {value}" for name, value in describe(settings.targets).items() if name != "kind")
     tokens = max(manifest.tokens, 1)
+    placed = f"in {settings.dtype}" if settings.dtype else "on a server"
     lines = {
-        "teacher": f"{settings.teacher or 'unnamed'} in {settings.dtype}, temperature {settings.temperature}",
+        "teacher": f"{settings.teacher or 'unnamed'} {placed}, temperature {settings.temperature}",
         "targets": f"{describe(settings.targets)['kind']} ({kept}), {entries / tokens:.1f} tokens listed a position",
         "state": f"{done}, begun {manifest.created}, finished {manifest.finished or 'not yet'}",
-        "examples": f"{manifest.rows} ({manifest.dropped_rows} rows dropped)",
+        "examples": f"{manifest.rows} ({dropped_text(manifest.dropped)})",
         "positions": f"{manifest.tokens} with a target",
         "size": f"{size / 1e6:.1f} MB, {size / tokens:.1f} bytes a position with its tokens",
         "vocabulary": f"{settings.vocab_size} tokens, fingerprint {settings.tokenizer[:12]}",
         "digest": manifest.content_digest,
     }
+    if settings.generation is not None:
+        lines["written"] = ", ".join(f"{name} {value}" for name, value in settings.generation.to_json().items())
+    if settings.filter is not None:
+        lines["filter"] = settings.filter
     for name, value in lines.items():
         print(f"{name:<11} {value}")
     return 0

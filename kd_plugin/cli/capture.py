@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kd_plugin.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from kd_plugin.cache.generation import Generation
     from kd_plugin.cache.targets import Targets
+    from kd_plugin.teachers import LocalTeacher, ServerTeacher
 
 _DESCRIPTION = """\
-Score a dataset with a teacher and store what it said: a directory of Parquet shards that `kd-plugin offline` trains
-on. Run the same command again to go on after an interruption; run it several times at once over one directory, on one
-machine or many, to share the work. The teacher's terms are checked before its weights are loaded.
+Score a dataset with a teacher, or let it write completions first, and store what it said: a directory of Parquet
+shards that `kd-plugin offline` trains on. Run the same command again to go on after an interruption; run it several
+times at once over one directory, on one machine or many, to share the work. The teacher's terms are checked before
+its weights are loaded or its server is asked.
 Exit codes: 0 done, 1 refused or failed (finished units are kept), 130 interrupted.
 """
+
+
+_MODES = ["score", "generate"]
+_GENERATION_FIELDS = (
+    "completions",
+    "max_new_tokens",
+    "sampling_temperature",
+    "sampling_top_p",
+    "sampling_top_k",
+    "keep_unfinished",
+)
+_SERVER_KEYS = (
+    "url",
+    "model",
+    "tokenizer",
+    "repo",
+    "top_k",
+    "timeout",
+    "max_concurrency",
+    "max_retries",
+    "api_key_env",
+)
 
 
 @dataclass(frozen=True)
@@ -25,15 +50,28 @@ class CaptureConfig:
 
     Attributes:
         dataset: A .json, .jsonl or .parquet file, a directory of such files or of save_to_disk, or a hub id.
-        teacher: A local model directory or a hub id.
+        teacher: A local model directory, a hub id, or a vLLM server as a mapping with url and model, and if need be
+            tokenizer, repo (of the weights, for their terms), top_k (all lists every token), api_key_env, timeout,
+            max_concurrency, max_retries.
         output_dir: The cache: a new directory, or one with the same capture, which then goes on.
         split: Split of the dataset.
+        streaming: Read the dataset twice as a stream, and never hold or download it whole.
         dataset_name: Configuration of a hub dataset.
         teacher_name: How lineage calls the teacher.
         revision: Branch, tag or commit of the teacher.
         license: The teacher's licence where none can be found: a hub id such as apache-2.0, or own.
         dtype: dtype of the weights; auto takes the checkpoint's own.
         device: Where the teacher runs; null takes the accelerator, if there is one.
+        mode: score the completions that the dataset holds, or generate them.
+        completions: Completions that the teacher writes a prompt.
+        max_new_tokens: Tokens of a written completion at most.
+        sampling_temperature: Temperature at which the teacher writes; 0 takes the likeliest token.
+        sampling_top_p: Write from the likeliest tokens that reach this mass.
+        sampling_top_k: Write from the k likeliest tokens; 0 from all.
+        keep_unfinished: Keep written completions that reach max_new_tokens without an end.
+        filter: Which completions are kept; exact_match or math_verify against answer_column, or a function as
+            package.module:function, called with the completion and the row.
+        answer_column: Column of the reference answer.
         targets: What is kept of the distribution: top_k, top_p or sampled.
         k: Tokens kept by top_k.
         p: Mass that top_p reaches.
@@ -49,15 +87,25 @@ class CaptureConfig:
     """
 
     dataset: str = ""
-    teacher: str = ""
+    teacher: dict[str, Any] | str = ""
     output_dir: str = ""
     split: str = "train"
+    streaming: bool = False
     dataset_name: str | None = None
     teacher_name: str = "teacher"
     revision: str | None = None
     license: str | None = None
     dtype: str = "auto"
     device: str | None = None
+    mode: str = "score"
+    completions: int = 1
+    max_new_tokens: int = 512
+    sampling_temperature: float = 1.0
+    sampling_top_p: float = 1.0
+    sampling_top_k: int = 0
+    keep_unfinished: bool = False
+    filter: str | None = None
+    answer_column: str = "answer"
     targets: str = "top_k"
     k: int = 64
     p: float = 0.98
@@ -90,22 +138,16 @@ def main(argv: Sequence[str], append: bool = False) -> int:
     for name in ("dataset", "teacher", "output_dir"):
         if not getattr(config, name):
             raise ConfigError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
-    targets = make_targets(config)
+    targets, generation, teacher = make_targets(config), make_generation(config), make_teacher(config)
     from kd_plugin.cache import capture
     from kd_plugin.cache.datafiles import load_rows
-    from kd_plugin.teachers import LocalTeacher
 
-    teacher = LocalTeacher(
-        config.teacher,
-        name=config.teacher_name,
-        revision=config.revision,
-        license=config.license,
-        dtype=config.dtype,
-        device=config.device,
-    )
-    rows = load_rows(config.dataset, split=config.split, name=config.dataset_name)
+    rows = load_rows(config.dataset, split=config.split, name=config.dataset_name, streaming=config.streaming)
     options: dict[str, Any] = {
         "targets": targets,
+        "generate": generation,
+        "filter": config.filter,
+        "answer_column": config.answer_column,
         "temperature": config.temperature,
         "max_length": config.max_length,
         "completion_only": config.completion_only,
@@ -119,18 +161,82 @@ def main(argv: Sequence[str], append: bool = False) -> int:
 
         found = estimate(rows, teacher, **options)
         print(
-            f"{found.rows} examples ({found.dropped} rows dropped), {found.input_tokens} tokens, {found.targets} "
+            f"{found.rows} examples ({dropped_text(found.dropped)}), {found.input_tokens} tokens, {found.targets} "
             f"targets, about {found.bytes / 1e6:.1f} MB and {found.hours:.2f} hours in one process. Nothing was stored."
+            + ("" if generation is None else " All extrapolated from one batch of completions.")
         )
         return 0
     cache = capture(rows, teacher, config.output_dir, append=append, **options)
     manifest = cache.manifest
     size = sum(unit.bytes for unit in manifest.units)
     print(
-        f"{cache.path}: {len(cache)} examples ({manifest.dropped_rows} rows dropped), {cache.tokens} targets, "
+        f"{cache.path}: {len(cache)} examples ({dropped_text(manifest.dropped)}), {cache.tokens} targets, "
         f"{size / 1e6:.1f} MB, {size / cache.tokens:.1f} bytes a target with its tokens."
     )
     return 0
+
+
+def dropped_text(dropped: Mapping[str, int]) -> str:
+    """Say what was not kept, and why."""
+    if not dropped:
+        return "0 rows dropped"
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+    return f"{sum(dropped.values())} dropped: {reasons}"
+
+
+def make_teacher(config: CaptureConfig) -> LocalTeacher | ServerTeacher:
+    """Return the teacher that ``config`` names, with nothing loaded and nothing sent.
+
+    Raises:
+        ConfigError: unknown keys, no url, or a value out of range.
+    """
+    from kd_plugin.teachers import LocalTeacher, ServerTeacher
+
+    known: dict[str, Any] = {"name": config.teacher_name, "revision": config.revision, "license": config.license}
+    if isinstance(config.teacher, str):
+        return LocalTeacher(config.teacher, dtype=config.dtype, device=config.device, **known)
+    for key in config.teacher:
+        if key not in _SERVER_KEYS:
+            raise ConfigError(
+                f"teacher: unknown key {key!r}; a server takes {', '.join(_SERVER_KEYS)}."
+                f"{nearest(str(key), list(_SERVER_KEYS))}"
+            )
+    if "url" not in config.teacher:
+        raise ConfigError(
+            "teacher: a mapping describes a server and needs its url. For a model in this process give "
+            "its directory or hub id alone."
+        )
+    return ServerTeacher(**config.teacher, **known)
+
+
+def make_generation(config: CaptureConfig) -> Generation | None:
+    """Return how the teacher writes, None where it scores what is there.
+
+    Raises:
+        ConfigError: an unknown mode, a number out of range, or settings of a mode that is not chosen.
+    """
+    from kd_plugin.cache import Generation
+
+    if config.mode == "generate":
+        return Generation(
+            n=config.completions,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.sampling_temperature,
+            top_p=config.sampling_top_p,
+            top_k=config.sampling_top_k,
+            keep_unfinished=config.keep_unfinished,
+        )
+    if config.mode != "score":
+        raise ConfigError(
+            f"mode: {config.mode!r} is unknown; expected score or generate.{nearest(config.mode, _MODES)}"
+        )
+    for name in _GENERATION_FIELDS:
+        if getattr(config, name) != getattr(CaptureConfig, name):
+            raise ConfigError(
+                f"{name} is set, and mode is score, in which the teacher writes nothing. Set mode: generate, or leave "
+                f"{name} out."
+            )
+    return None
 
 
 def make_targets(config: CaptureConfig) -> Targets:

@@ -74,7 +74,8 @@ class Client:
         if max_retries < 0:
             raise ConfigError(f"max_retries={max_retries}: expected 0 or more.")
         self.root = url.rstrip("/").removesuffix("/v1")
-        self._timeout, self._concurrency, self._attempts = timeout, max_concurrency, max_retries + 1
+        self.max_concurrency = max_concurrency
+        self._timeout, self._attempts = timeout, max_retries + 1
         self._api_key_env = api_key_env
 
     def __repr__(self) -> str:
@@ -99,7 +100,7 @@ class Client:
         def one(number: int, body: Any) -> Any:
             return read(number, self._patiently("POST", path, body, given_up))
 
-        with ThreadPoolExecutor(self._concurrency, thread_name_prefix="teacher-server") as pool:
+        with ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="teacher-server") as pool:
             futures: list[Future[Any]] = [pool.submit(one, i, body) for i, body in enumerate(bodies)]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -152,7 +153,7 @@ class Client:
     @cached_property
     def _session(self) -> requests.Session:
         session = requests.Session()
-        adapter = requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=self._concurrency)
+        adapter = requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=self.max_concurrency)
         session.mount("http://", adapter)
         session.mount("https://", adapter)
         session.auth = _Key(self._api_key_env)

@@ -36,6 +36,21 @@ class Listed:
 
 
 @dataclass(frozen=True)
+class Written:
+    """A completion that a server wrote.
+
+    Attributes:
+        ids: its token ids, the end token included.
+        finished: whether it ended by itself.
+        listed: the distribution at each of its tokens, at temperature 1.
+    """
+
+    ids: list[int]
+    finished: bool
+    listed: Listed
+
+
+@dataclass(frozen=True)
 class Asking:
     """What is asked of a server, and what its answers are held against.
 
@@ -93,6 +108,53 @@ class Asking:
             )
         chosen, next_ids = [entries[t + 1] for t in positions], [tokens[t + 1] for t in positions]
         return read_entries(chosen, next_ids, self.k, self.vocab_size)
+
+    def write_request(
+        self, tokens: Sequence[int], max_tokens: int, seed: int, temperature: float, top_p: float, top_k: int
+    ) -> dict[str, Any]:
+        """Return the body of a request to go on from ``tokens``, with the distribution at each token written."""
+        return {
+            "model": self.model,
+            "prompt": list(tokens),
+            "max_tokens": max_tokens,
+            "seed": seed,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            # Explicit, since a server mixes in the checkpoint's own generation settings.
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "logprobs": -1 if self.whole else self.k,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+
+    def read_written(self, answer: Any) -> Written:
+        """Return what ``answer`` wrote, and the distributions that it was drawn from.
+
+        Raises:
+            ServerError: another model answered, or something is missing or impossible.
+            NonFiniteError: NaN among the log-probabilities.
+        """
+        try:
+            model, choice = answer["model"], answer["choices"][0]
+            ids, finished = [int(i) for i in choice["token_ids"]], choice["finish_reason"] == "stop"
+            listed = choice["logprobs"]["top_logprobs"] if ids else []
+            entries = [
+                {name.removeprefix("token_id:"): {"logprob": value} for name, value in entry.items()}
+                for entry in listed
+            ]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ServerError(
+                f"{self.url} wrote a completion without token_ids or top_logprobs ({error!r}); those of vLLM's "
+                "/v1/completions are needed."
+            ) from error
+        if model != self.model or len(entries) != len(ids):
+            raise ServerError(
+                f"{self.url} answered with model {model!r} and {len(entries)} distributions for {len(ids)} tokens, "
+                f"where {self.model!r} and one a token were asked. Nothing of this answer was used."
+            )
+        return Written(ids, finished, read_entries(entries, ids, self.k, self.vocab_size))
 
 
 def read_entries(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,9 @@ from torch import Tensor
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import SparseSignal
-from kd_plugin.teachers.client import Client
+from kd_plugin.teachers.client import Client, RefusedRequest
 from kd_plugin.teachers.handshake import shake_hands
-from kd_plugin.teachers.replies import Asking, Listed
+from kd_plugin.teachers.replies import Asking, Listed, Written
 from kd_plugin.vocab import Vocabulary
 
 
@@ -212,7 +213,7 @@ class ServerTeacher:
             joined("written", torch.float32),
         )
 
-    def score_tokens(self, prompts: list[list[int]], positions: list[list[int]]) -> list[Listed]:
+    def score_tokens(self, prompts: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> list[Listed]:
         """Judge token lists without padding, each at its own positions; ``score`` and captures share this.
 
         Raises:
@@ -232,6 +233,57 @@ class ServerTeacher:
             [asking.request(tokens) for tokens in prompts],
             lambda number, answer: asking.read(answer, prompts[number], positions[number]),
         )
+
+    def write_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: Sequence[int],
+        seeds: Sequence[int],
+        *,
+        temperature: float,
+        top_p: float = 1.0,
+        top_k: int = 0,
+    ) -> list[Written]:
+        """Go on from token lists without padding, one completion each, its distributions from the same pass.
+
+        Args:
+            prompts: token ids.
+            max_tokens: tokens of each completion at most.
+            seeds: of each; the same seed gives the same tokens but for rounding, which depends on the batch.
+            temperature: of the sampling; 0 takes the likeliest token.
+            top_p: sample from the likeliest tokens that reach this mass.
+            top_k: sample from the k likeliest tokens; 0 from all.
+
+        Raises:
+            DataError: a prompt with its completion is longer than the server takes.
+            ServerError: the server stayed away, or its answer lacks something.
+        """
+        served = self.check()
+        longest, limit = max(len(p) + m for p, m in zip(prompts, max_tokens, strict=True)), served.get("max_model_len")
+        if limit is not None and longest > int(limit):
+            raise DataError(
+                f"A prompt with its completion may take {longest} tokens; {self.client.root} takes {limit}. Set "
+                f"max_length={limit}, or start the server with --max-model-len {longest}."
+            )
+        asking = self._asking(str(served["id"]))
+        bodies = [
+            asking.write_request(prompt, most, seed, temperature, top_p, top_k)
+            for prompt, most, seed in zip(prompts, max_tokens, seeds, strict=True)
+        ]
+        return self.client.post_all("/v1/completions", bodies, lambda _, answer: asking.read_written(answer))
+
+    def server_version(self) -> str:
+        """Return the version that the server names, for records."""
+        try:
+            return str(self.client.get("/version")["version"])
+        except (RefusedRequest, KeyError, TypeError):
+            return "unknown"
+
+    def listing(self, top_k: int | Literal["all"]) -> ServerTeacher:
+        """Return this teacher with another number of tokens listed a position; it asks the server anew."""
+        other = copy.copy(self)
+        other.top_k = top_k
+        return other
 
     def _asking(self, model: str | None) -> Asking:
         return Asking(self.client.root, model, self.listed, self.vocabulary.size)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kd_plugin.cache.capture import batches
 from kd_plugin.cache.draws import uniforms
+from kd_plugin.cache.engines import batches
 from kd_plugin.cache.extract import extract, top_k
 from kd_plugin.cache.targets import Sampled, TopK, TopP
 from kd_plugin.signals import OutputHead

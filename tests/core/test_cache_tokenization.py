@@ -5,7 +5,8 @@ from datasets import Dataset
 
 from kd_plugin.cache import TopK, capture
 from kd_plugin.cache.datafiles import load_rows
-from kd_plugin.cache.examples import Rows, Tokenization
+from kd_plugin.cache.examples import Tokenization
+from kd_plugin.cache.rows import Rows
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.teachers import LocalTeacher
 

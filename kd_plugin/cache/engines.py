@@ -1,0 +1,270 @@
+"""The two ways to get targets out of a teacher: in this process, and from a server."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from kd_plugin.cache.draws import uniforms
+from kd_plugin.cache.examples import Example
+from kd_plugin.cache.extract import Extracted, extract, from_logits
+from kd_plugin.cache.generation import Generation
+from kd_plugin.cache.manifest import Settings
+from kd_plugin.cache.targets import Sampled, Targets, TopP
+from kd_plugin.cache.writing import Completion, Request, write_locally
+from kd_plugin.errors import ConfigError
+from kd_plugin.teachers import LocalTeacher, ServerTeacher
+from kd_plugin.teachers.replies import Listed
+
+_WEIGHT_SAMPLES = 16  # values of each weight that enter its digest
+_REQUESTS_AHEAD = 8  # examples a thread that are sent together, so that threads seldom wait for the slowest
+
+
+class Engine(Protocol):
+    """What runs a teacher for a capture."""
+
+    weights: str | None
+    dtype: str | None
+
+    def describe(self) -> dict[str, str]:
+        """Return what the manifest records of it."""
+        ...
+
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Group sequences of these lengths for one call of :meth:`score` or :meth:`write` each."""
+        ...
+
+    def score(self, examples: Sequence[Example], settings: Settings) -> list[Extracted]:
+        """Return each example's targets."""
+        ...
+
+    def write(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
+        """Return a completion a request."""
+        ...
+
+
+def require_targets(teacher: LocalTeacher | ServerTeacher, targets: Targets, temperature: float) -> None:
+    """Refuse targets that the teacher cannot give; nothing is loaded or sent.
+
+    Raises:
+        ConfigError: they need the whole distribution, and a server lists its likeliest tokens only.
+    """
+    if isinstance(teacher, LocalTeacher) or teacher.top_k == "all":
+        return
+    if isinstance(targets, Sampled):
+        raise ConfigError(
+            f"Sampled targets are drawn from the whole distribution, and teacher {teacher.name!r} on a server lists "
+            f"{teacher.top_k} tokens a position. Use top_k or top_p targets, a teacher in this process, or "
+            "ServerTeacher(top_k='all') on a server started with --max-logprobs -1 (slow: an answer holds every token)."
+        )
+    if temperature != 1.0:
+        raise ConfigError(
+            f"temperature={temperature}: a server gives log-probabilities at temperature 1, and the mass of what it "
+            "does not list is unknown at another. Use temperature 1, a teacher in this process, or "
+            "ServerTeacher(top_k='all')."
+        )
+
+
+def open_engine(teacher: LocalTeacher | ServerTeacher, targets: Targets, batch_tokens: int) -> Engine:
+    """Load the teacher's weights, or ask its server what it serves.
+
+    Raises:
+        ServerError, VocabularyError, ConfigError: see :meth:`~kd_plugin.teachers.server.ServerTeacher.check`.
+    """
+    if isinstance(teacher, LocalTeacher):
+        return LocalEngine(teacher, batch_tokens)
+    return ServerEngine(teacher, targets)
+
+
+class LocalEngine:
+    """A teacher in this process, on its accelerator unless the user chose a device.
+
+    Args:
+        teacher: it; loaded here.
+        batch_tokens: tokens of a forward pass, padding included.
+    """
+
+    def __init__(self, teacher: LocalTeacher, batch_tokens: int) -> None:
+        self._teacher, self._batch_tokens = teacher, batch_tokens
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if teacher.device is None and accelerator is not None:
+            teacher.device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+            teacher.model.to(teacher.device)
+        self.weights: str | None = weights_digest(teacher.model)
+        self.dtype: str | None = str(teacher.head.weight.dtype).removeprefix("torch.")
+
+    def describe(self) -> dict[str, str]:
+        """Return the versions that ran the teacher."""
+        return {
+            "name": "transformers",
+            "transformers": version("transformers"),
+            "torch": version("torch"),
+            "kd-plugin": _own_version(),
+        }
+
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Group by the token budget, longest first."""
+        return batches(lengths, self._batch_tokens)
+
+    def score(self, examples: Sequence[Example], settings: Settings) -> list[Extracted]:
+        """Return each example's targets, from one forward pass over all of them."""
+        longest = max(len(example.input_ids) for example in examples)
+        ids = np.zeros((len(examples), longest), np.int64)
+        attention = np.zeros((len(examples), longest), np.int64)
+        for row, example in enumerate(examples):
+            ids[row, : len(example.input_ids)] = example.input_ids
+            attention[row, : len(example.input_ids)] = 1
+        positions = np.concatenate([row * longest + example.scored for row, example in enumerate(examples)])
+        device = self._teacher.head.weight.device
+        signal = self._teacher.score(
+            torch.from_numpy(ids).to(device),
+            torch.from_numpy(attention).to(device),
+            torch.from_numpy(positions).to(device),
+        )
+        extracted = extract(
+            signal.hidden,
+            signal.head,
+            settings.targets,
+            temperature=settings.temperature,
+            uniforms=_numbers(examples, settings),
+        )
+        return extracted.split([len(example.scored) for example in examples])
+
+    def write(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
+        """Write one batch; what is kept of it is scored by one forward pass afterwards."""
+        return write_locally(self._teacher, requests, _generation(settings), settings.seed)
+
+
+class ServerEngine:
+    """A vLLM server, asked to list no more tokens than the targets keep.
+
+    Args:
+        teacher: the way to it; asked here what it serves.
+        targets: what is kept.
+    """
+
+    def __init__(self, teacher: ServerTeacher, targets: Targets) -> None:
+        if teacher.top_k != "all":
+            teacher = teacher.listing(targets.cap if isinstance(targets, TopP) else getattr(targets, "k", "all"))
+        self._teacher = teacher
+        served = teacher.check()
+        self._root = str(served.get("root") or served["id"])
+        self.weights: str | None = None
+        self.dtype: str | None = None
+
+    def describe(self) -> dict[str, str]:
+        """Return what the server says it is; no address, which is nobody's business."""
+        return {"name": "vllm", "vllm": self._teacher.server_version(), "kd-plugin": _own_version()}
+
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Group neighbours: the server batches by itself."""
+        size = self._teacher.client.max_concurrency * _REQUESTS_AHEAD
+        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def score(self, examples: Sequence[Example], settings: Settings) -> list[Extracted]:
+        """Return each example's targets, from one request an example."""
+        # A causal model: what stands after the last scored token changes nothing.
+        tokens = [example.input_ids[: example.scored[-1] + 2].tolist() for example in examples]
+        listed = self._teacher.score_tokens(tokens, [example.scored.tolist() for example in examples])
+        return [self._kept(one, [e], settings) for one, e in zip(listed, examples, strict=True)]
+
+    def write(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
+        """Write a completion a request, with its targets from the same pass."""
+        generation = _generation(settings)
+        written = self._teacher.write_tokens(
+            [request.prompt.tolist() for request in requests],
+            [request.max_new_tokens for request in requests],
+            [_seed(settings.seed, request) for request in requests],
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            top_k=generation.top_k,
+        )
+        done = []
+        for request, one in zip(requests, written, strict=True):
+            ids = np.asarray(one.ids, np.int32)
+            example = Example.of(np.concatenate([request.prompt, ids]), len(request.prompt), {})
+            targets = self._kept(one.listed, [example], settings) if len(example.scored) == len(ids) > 0 else None
+            done.append(Completion(ids, one.finished, targets))
+        return done
+
+    def _kept(self, listed: Listed, examples: Sequence[Example], settings: Settings) -> Extracted:
+        targets, size = settings.targets, settings.vocab_size
+        if self._teacher.lists_all:
+            logprobs = torch.full((len(listed.ids), size), -torch.inf)
+            logprobs.scatter_(1, torch.from_numpy(listed.ids), torch.from_numpy(listed.logprobs).float())
+            return from_logits(
+                logprobs, targets, temperature=settings.temperature, uniforms=_numbers(examples, settings)
+            )
+        there = np.isfinite(listed.logprobs)
+        tail = np.exp(listed.tail_logmass)
+        if isinstance(targets, TopP):
+            mass = np.exp(listed.logprobs)
+            there &= mass.cumsum(1) - mass < targets.p
+            tail = tail + np.where(there, 0.0, mass).sum(1)
+        with np.errstate(divide="ignore"):
+            logtail = np.log(tail)
+        return Extracted(
+            there.sum(1).astype(np.int32),
+            listed.ids[there].astype(np.int32),
+            listed.logprobs[there].astype(np.float16),
+            logtail.astype(np.float32),
+            None,
+        )
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group rows, longest first, so that rows times longest stays within ``batch_tokens``; at least one row each."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    grouped: list[list[int]] = []
+    for i in order:
+        if grouped and (len(grouped[-1]) + 1) * lengths[grouped[-1][0]] <= batch_tokens:
+            grouped[-1].append(i)
+        else:
+            grouped.append([i])
+    return grouped
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return a digest of a sample of every weight: enough to tell a teacher from a retrained one of the same name."""
+    names, samples = [], []
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, flat.numel() // _WEIGHT_SAMPLES)
+        names.append(f"{name} {tuple(parameter.shape)}")
+        samples.append(flat[::stride][:_WEIGHT_SAMPLES].float())
+    digest = hashlib.sha256("\n".join(names).encode())
+    digest.update(torch.cat([sample.cpu() for sample in samples]).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _numbers(examples: Sequence[Example], settings: Settings) -> NDArray[np.float64] | None:
+    """Return the random numbers of sampled targets, (N, D); None for the others."""
+    if not isinstance(settings.targets, Sampled):
+        return None
+    draws = settings.targets.draws
+    return np.concatenate([uniforms(settings.seed, e.example_id, len(e.scored), draws) for e in examples])
+
+
+def _seed(seed: int, request: Request) -> int:
+    """Return a 31-bit seed for a server, which depends on what the local random numbers depend on."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/write/{request.key}".encode()).digest()[:4], "little") >> 1
+
+
+def _generation(settings: Settings) -> Generation:
+    assert settings.generation is not None
+    return settings.generation
+
+
+def _own_version() -> str:
+    from kd_plugin import __version__
+
+    return __version__

@@ -1,0 +1,146 @@
+"""Which completions are kept: the user's own callable, or a built-in comparison with a reference answer.
+
+Rejection by answer, as DeepSeek-R1's distillation did it (arXiv 2501.12948, 2.3.3): the teacher writes several
+completions a prompt and the student learns from those alone that reach the right answer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from kd_plugin.errors import ConfigError, DataError, MissingDependencyError, nearest
+
+Check = Callable[[str, Mapping[str, Any]], bool | str | None]
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A check of completions, with the name under which the manifest counts what it drops.
+
+    Attributes:
+        name: recorded in the manifest; two captures share a directory only if it is equal.
+        check: called with the completion's text and the dataset row; True or None keeps it, False drops it, and
+            text drops it and is the reason that is counted.
+        columns: columns that it reads; None for any.
+        reason: what is counted where it returns False.
+    """
+
+    name: str
+    check: Check
+    columns: tuple[str, ...] | None
+    reason: str
+
+    def why_not(self, completion: str, row: Mapping[str, Any], where: str) -> str | None:
+        """Return the reason for which ``completion`` is dropped, or None to keep it.
+
+        Raises:
+            DataError: the check itself failed, or returned something else; names the row.
+        """
+        try:
+            verdict = self.check(completion, row)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        except Exception as error:
+            raise DataError(
+                f"The filter {self.name} failed at {where}: {type(error).__name__}: {error}. Nothing of its unit was "
+                "stored. Let it return False for what it cannot judge."
+            ) from error
+        if verdict is None or verdict is True:
+            return None
+        if verdict is False:
+            return self.reason
+        if isinstance(verdict, str) and verdict:
+            return verdict
+        raise DataError(
+            f"The filter {self.name} returned {verdict!r} at {where}; expected True to keep a completion, False or "
+            "the reason as text to drop it."
+        )
+
+
+def make_filter(given: str | Check | Filter | None, answer_column: str = "answer") -> Filter | None:
+    """Return the filter that ``given`` names.
+
+    Args:
+        given: ``exact_match``, ``math_verify``, an import path ``package.module:function``, or a callable that takes
+            the completion's text and the row.
+        answer_column: column of the reference, for the built-in ones.
+
+    Raises:
+        ConfigError: no such built-in filter, module or function.
+        MissingDependencyError: ``math_verify`` is not installed.
+    """
+    if given is None or isinstance(given, Filter):
+        return given
+    if callable(given):
+        name = f"{getattr(given, '__module__', '?')}:{getattr(given, '__qualname__', type(given).__name__)}"
+        return Filter(name, given, None, "filtered")
+    if given == "exact_match":
+        return Filter(f"exact_match({answer_column})", _ExactMatch(answer_column), (answer_column,), "wrong answer")
+    if given == "math_verify":
+        try:
+            import_module("math_verify")
+        except ImportError as error:
+            raise MissingDependencyError(
+                "filter: math_verify needs the package math-verify. Install it: pip install 'kd-plugin[verify]'."
+            ) from error
+        return Filter(f"math_verify({answer_column})", _MathVerify(answer_column), (answer_column,), "wrong answer")
+    module, colon, function = str(given).partition(":")
+    if not colon:
+        known = ["exact_match", "math_verify"]
+        raise ConfigError(
+            f"filter: {given!r} is unknown; expected one of {', '.join(known)}, or the import path of a function, "
+            f"`package.module:function`.{nearest(str(given), known)}"
+        )
+    try:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"filter: {given!r} cannot be imported ({error}). Is its directory in PYTHONPATH?") from error
+    if not callable(found):
+        raise ConfigError(f"filter: {given!r} is a {type(found).__name__}; expected a function.")
+    return Filter(str(given), found, None, "filtered")
+
+
+def reference(row: Mapping[str, Any], column: str) -> str:
+    """Return the reference answer of a row as text.
+
+    Raises:
+        DataError: the row has none.
+    """
+    if row.get(column) is None:
+        raise DataError(
+            f"the column {column!r} with the reference answer is missing or empty; the row has {sorted(row)}. Name "
+            "the right one with answer_column."
+        )
+    return str(row[column])
+
+
+@dataclass(frozen=True)
+class _ExactMatch:
+    column: str
+
+    def __call__(self, completion: str, row: Mapping[str, Any]) -> bool:
+        return completion.strip() == reference(row, self.column).strip()
+
+
+@dataclass(frozen=True)
+class _MathVerify:
+    """Compare as mathematics: the last answer that the completion gives, boxed or not, with the reference."""
+
+    column: str
+
+    def __call__(self, completion: str, row: Mapping[str, Any]) -> bool | str:
+        from math_verify import parse, verify
+
+        # Its time limits are alarms, which only the main thread can set.
+        limit = 5 if threading.current_thread() is threading.main_thread() else None
+        gold = parse(reference(row, self.column), parsing_timeout=limit)
+        if not gold:
+            return "reference is no mathematics"
+        answer = parse(completion, parsing_timeout=limit)
+        if not answer:
+            return "no answer"
+        return bool(verify(gold, answer, timeout_seconds=limit))

@@ -1,0 +1,192 @@
+"""Doing the units of a capture that nobody has done yet."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kd_plugin.cache.engines import Engine
+from kd_plugin.cache.examples import Example, Tokenization
+from kd_plugin.cache.extract import Extracted
+from kd_plugin.cache.filters import Filter
+from kd_plugin.cache.manifest import NOTHING_TO_SCORE, Settings
+from kd_plugin.cache.progress import Progress
+from kd_plugin.cache.rows import Row, Source
+from kd_plugin.cache.schema import CapturedRow, to_table
+from kd_plugin.cache.store import Store
+from kd_plugin.cache.writing import Request
+
+logger = logging.getLogger(__name__)
+_POLL_SECONDS = 0.5
+_TOO_LONG, _UNFINISHED = "prompt too long", "unfinished"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What turns rows into captured rows; the same in every worker.
+
+    Attributes:
+        rows: the dataset.
+        tokenization: turns its rows into examples or prompts.
+        filter: which completions are kept, or None for all.
+    """
+
+    rows: Source
+    tokenization: Tokenization
+    filter: Filter | None
+
+
+def do_units(store: Store, job: Job, engine: Engine, shown: bool) -> None:
+    """Do the units that have no record; wait for those that other workers have."""
+    missing = store.missing()
+    to_do = sum(store.manifest.rows_of(index)[2] for index in missing)
+    with Progress(len(job.rows), len(job.rows) - to_do, shown, "capture") as bar:
+        while missing:
+            worked = False
+            for index in missing:
+                claim = store.claim(index)
+                if claim is None:
+                    continue
+                with claim:
+                    # It may have been finished between our listing and our claim.
+                    if index in store.missing():
+                        _do_unit(store, index, job, engine, bar)
+                        worked = True
+            missing = store.missing()
+            if missing and not worked:
+                time.sleep(_POLL_SECONDS)
+
+
+def _do_unit(store: Store, index: int, job: Job, engine: Engine, bar: Progress) -> None:
+    settings = store.manifest.settings
+    _, first, count = store.manifest.rows_of(index)
+    rows = job.rows.slice(first, count)
+    dropped: Counter[str] = Counter()
+    if settings.generation is None:
+        captured = given_rows(rows, first, job, engine, settings, dropped, bar)
+    else:
+        captured = written_rows(rows, first, job, engine, settings, dropped, bar)
+    if not captured:
+        logger.warning("Rows %d to %d: nothing was kept (%s).", first, first + count - 1, _listed(dropped))
+    counted = None if settings.generation is None and job.filter is None else dropped
+    store.commit(
+        index,
+        to_table(captured, settings.passed, settings.targets),
+        input_tokens=sum(len(row.example.input_ids) for row in captured),
+        tokens=sum(len(row.targets.counts) for row in captured),
+        entries=sum(len(row.targets.ids) for row in captured),
+        dropped=counted,
+    )
+
+
+def examples_of(rows: Sequence[Row], first: int, job: Job, dropped: Counter[str]) -> Iterator[Example]:
+    """Yield what is to be scored of rows that hold completions, and count in ``dropped`` what is not."""
+    for number, row in enumerate(rows, first):
+        where = f"row {number}"
+        example = job.tokenization(row, where)
+        reason = NOTHING_TO_SCORE if example is None else _why_not(job.filter, _given_text(row), row, where)
+        if reason is None and example is not None:
+            yield example
+        else:
+            dropped[str(reason)] += 1
+
+
+def given_rows(
+    rows: Sequence[Row],
+    first: int,
+    job: Job,
+    engine: Engine,
+    settings: Settings,
+    dropped: Counter[str],
+    bar: Progress,
+) -> list[CapturedRow]:
+    """Score the completions that the rows hold, and count in ``dropped`` those that are not kept."""
+    kept = list(examples_of(rows, first, job, dropped))
+    bar.advance(len(rows) - len(kept), 0)
+    return _scored([(example, None) for example in kept], engine, settings, bar, 1.0)
+
+
+def written_rows(
+    rows: Sequence[Row],
+    first: int,
+    job: Job,
+    engine: Engine,
+    settings: Settings,
+    dropped: Counter[str],
+    bar: Progress,
+) -> list[CapturedRow]:
+    """Let the teacher go on from the rows' prompts, and count in ``dropped`` the completions that are not kept."""
+    generation = settings.generation
+    assert generation is not None
+    requests: list[tuple[int, Request]] = []
+    for number, row in enumerate(rows, first):
+        prompt = job.tokenization.prompt(row, f"row {number}")
+        room = generation.max_new_tokens
+        if settings.max_length is not None:
+            room = min(room, settings.max_length - len(prompt))
+        if room < 1 or not len(prompt):
+            dropped[_TOO_LONG if room < 1 else NOTHING_TO_SCORE] += generation.n
+            bar.advance(1, 0)
+            continue
+        requests += [(number, Request.of(prompt, number, j, room)) for j in range(generation.n)]
+    found: list[tuple[int, Example, Extracted | None]] = []
+    for batch in engine.batches([len(request.prompt) + request.max_new_tokens for _, request in requests]):
+        completions = engine.write([requests[i][1] for i in batch], settings)
+        for i, completion in zip(batch, completions, strict=True):
+            number, request = requests[i]
+            row = rows[number - first]
+            text = job.tokenization.tokenizer.decode(completion.ids, skip_special_tokens=True)
+            if not len(completion.ids):
+                reason: str | None = NOTHING_TO_SCORE
+            elif not completion.finished and not generation.keep_unfinished:
+                reason = _UNFINISHED
+            else:
+                reason = _why_not(job.filter, text, row, f"row {number}")
+            if reason is not None:
+                dropped[reason] += 1
+                continue
+            ids = np.concatenate([request.prompt, completion.ids])
+            passed: Mapping[str, Any] = {**{n: row.get(n) for n in settings.passed}, "text": text}
+            found.append((i, Example.of(ids, len(request.prompt), passed), completion.targets))
+        bar.advance(len(batch) / generation.n, sum(len(completion.ids) for completion in completions))
+    found.sort(key=lambda one: one[0])
+    return _scored([(example, targets) for _, example, targets in found], engine, settings, bar, 0.0)
+
+
+def _scored(
+    examples: list[tuple[Example, Extracted | None]], engine: Engine, settings: Settings, bar: Progress, share: float
+) -> list[CapturedRow]:
+    """Score the examples that have no targets yet; ``share`` is the dataset rows that each counts for."""
+    done = [None if targets is None else CapturedRow(example, targets) for example, targets in examples]
+    left = [i for i, row in enumerate(done) if row is None]
+    for batch in engine.batches([len(examples[i][0].input_ids) for i in left]):
+        chosen = [examples[left[i]][0] for i in batch]
+        for i, example, targets in zip(batch, chosen, engine.score(chosen, settings), strict=True):
+            done[left[i]] = CapturedRow(example, targets)
+        bar.advance(share * len(batch), sum(len(example.input_ids) for example in chosen))
+    return [row for row in done if row is not None]
+
+
+def _listed(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+
+
+def _why_not(filter: Filter | None, text: str, row: Row, where: str) -> str | None:
+    return None if filter is None else filter.why_not(text, row, where)
+
+
+def _given_text(row: Row) -> str:
+    """Return the text of the completion that a row holds, for the filter: the last turn of a conversation."""
+    for column in ("completion", "messages", "conversations", "text"):
+        value = row.get(column)
+        if isinstance(value, str):
+            return value
+        if value:
+            return str(value[-1].get("content", value[-1].get("value", "")))
+    return ""

@@ -1,0 +1,195 @@
+"""Letting a teacher in this process write.
+
+A completion depends on the seed, the row's number, its prompt and the completion's own number, never on the worker.
+Sampling is the inverse of the cumulative distribution at numbers drawn from those (see draws.py), inside
+transformers' own ``generate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd_plugin.cache.draws import uniforms
+from kd_plugin.cache.examples import example_id
+from kd_plugin.cache.extract import Extracted
+from kd_plugin.cache.generation import Generation
+from kd_plugin.errors import ConfigError, NonFiniteError
+from kd_plugin.teachers import LocalTeacher
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to write.
+
+    Attributes:
+        prompt: (P,) int32 token ids.
+        key: what its random numbers depend on, beside the seed.
+        max_new_tokens: tokens that fit.
+    """
+
+    prompt: NDArray[np.int32]
+    key: str
+    max_new_tokens: int
+
+    @classmethod
+    def of(cls, prompt: NDArray[np.int32], row: int, number: int, max_new_tokens: int) -> Request:
+        """Return the request for completion ``number`` of dataset row ``row``."""
+        return cls(prompt, f"{row}/{number}/{example_id(prompt)}", max_new_tokens)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the teacher wrote.
+
+    Attributes:
+        ids: (C,) int32, its end token included.
+        finished: whether it ended by itself.
+        targets: the distribution at its C tokens where the engine gave it in the same pass, else None.
+    """
+
+    ids: NDArray[np.int32]
+    finished: bool
+    targets: Extracted | None = None
+
+
+@torch.no_grad()
+def write_locally(
+    teacher: LocalTeacher, requests: Sequence[Request], generation: Generation, seed: int
+) -> list[Completion]:
+    """Write one batch of completions with a teacher in this process.
+
+    Args:
+        teacher: the teacher.
+        requests: the batch; all are written at once.
+        generation: how.
+        seed: of the random numbers.
+
+    Raises:
+        ConfigError: the teacher's generation settings and tokenizer name no end token.
+        NonFiniteError: the teacher's logits are not finite.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    model = teacher.model
+    ends = end_tokens(teacher)
+    width = max(len(request.prompt) for request in requests)
+    ids = np.full((len(requests), width), ends[0], np.int64)
+    attention = np.zeros((len(requests), width), np.int64)
+    for row, request in enumerate(requests):
+        ids[row, width - len(request.prompt) :] = request.prompt
+        attention[row, width - len(request.prompt) :] = 1
+    longest = max(request.max_new_tokens for request in requests)
+    device = teacher.head.weight.device
+    # Explicit, so that nothing of the checkpoint's own generation settings is mixed in.
+    settings = GenerationConfig(
+        max_new_tokens=longest,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+    )
+    choose = _Choose(generation, teacher.vocabulary.size, width, _numbers(requests, generation, seed, longest), device)
+    written = model.generate(  # type: ignore[operator]
+        torch.from_numpy(ids).to(device),
+        attention_mask=torch.from_numpy(attention).to(device),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([choose]),
+    )
+    choose.require_finite()
+    tokens = written[:, width:].cpu().numpy().astype(np.int32)
+    return [_cut(tokens[row], ends, request.max_new_tokens) for row, request in enumerate(requests)]
+
+
+def end_tokens(teacher: LocalTeacher) -> list[int]:
+    """Return the ids that end a completion: those of the model's generation settings, else the tokenizer's.
+
+    Raises:
+        ConfigError: neither names any.
+    """
+    configured = getattr(getattr(teacher.model, "generation_config", None), "eos_token_id", None)
+    ends = [configured] if isinstance(configured, int) else list(configured or [])
+    own = teacher.tokenizer.eos_token_id
+    ends += [own] if own is not None and own not in ends else []
+    if not ends:
+        raise ConfigError(f"Teacher {teacher.name!r} has no end token, so its completions never end. Set eos_token.")
+    return ends
+
+
+def _numbers(
+    requests: Sequence[Request], generation: Generation, seed: int, longest: int
+) -> NDArray[np.float64] | None:
+    if generation.temperature == 0:
+        return None
+    return np.concatenate([uniforms(seed, f"write/{r.key}", longest, 1).T for r in requests])
+
+
+def _cut(tokens: NDArray[np.int32], ends: Sequence[int], most: int) -> Completion:
+    at = np.flatnonzero(np.isin(tokens[:most], ends))
+    return Completion(tokens[: at[0] + 1], True) if at.size else Completion(tokens[:most], False)
+
+
+class _Choose:
+    """A logits processor that decides the next token itself, and leaves ``generate`` no other.
+
+    Args:
+        generation: how.
+        vocab_size: rows of the head beyond it are padding.
+        width: columns of the prompts.
+        numbers: (B, steps) uniforms in [0, 1), or None for the likeliest token.
+        device: where the model runs.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        vocab_size: int,
+        width: int,
+        numbers: NDArray[np.float64] | None,
+        device: torch.device,
+    ) -> None:
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        self._vocab_size, self._width = vocab_size, width
+        self._numbers = None if numbers is None else torch.from_numpy(numbers).to(device)
+        self._warpers: list[Any] = []
+        if numbers is not None:
+            if generation.temperature != 1.0:
+                self._warpers.append(TemperatureLogitsWarper(float(generation.temperature)))
+            if generation.top_k:
+                self._warpers.append(TopKLogitsWarper(generation.top_k))
+            if generation.top_p < 1.0:
+                self._warpers.append(TopPLogitsWarper(generation.top_p))
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = scores.float()[:, : self._vocab_size]
+        self._finite &= torch.isfinite(logits.logsumexp(-1)).all()
+        if self._numbers is None:
+            chosen = logits.argmax(-1, keepdim=True)
+        else:
+            for warper in self._warpers:
+                logits = warper(input_ids, logits)
+            # Float64, since a float32 cumulative sum over 10^5 tokens would lose the tail.
+            cumulative = logits.double().softmax(-1).cumsum(-1)
+            step = input_ids.shape[1] - self._width
+            point = self._numbers[:, step : step + 1] * cumulative[:, -1:]
+            chosen = torch.searchsorted(cumulative, point, right=True).clamp_(max=self._vocab_size - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+    def require_finite(self) -> None:
+        """Refuse what was written from logits that are NaN or infinite; waits for the device once."""
+        if not bool(self._finite):
+            raise NonFiniteError(
+                "The teacher's logits are NaN or infinite while it writes. Nothing of this unit was stored. Check the "
+                "teacher's weights, or run it in bfloat16 or float32 rather than float16."
+            )
