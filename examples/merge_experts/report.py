@@ -1,0 +1,64 @@
+"""The experiment's table and plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+
+from examples.merge_experts.tasks import DOMAINS
+
+Accuracies = Mapping[str, Mapping[str, float]]
+
+
+def grouped(results: Accuracies) -> dict[str, list[Mapping[str, float]]]:
+    """Group the results of one recipe over its seeds."""
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for name, found in results.items():
+        groups.setdefault(name.split(" / seed ")[0], []).append(found)
+    return groups
+
+
+def recovered(results: Accuracies, found: Mapping[str, float]) -> dict[str, float]:
+    """Return the share of each expert's gain over the base that a student has in the expert's own domain."""
+    base, shares = results["base"], {}
+    for domain in DOMAINS:
+        gain = results[f"expert: {domain}"][domain] - base[domain]
+        shares[domain] = (found[domain] - base[domain]) / gain if gain > 0 else math.nan
+    return shares
+
+
+def write_report(results: Accuracies, directory: Path) -> None:
+    """Write ``results.md`` and ``results.png``: accuracy in each domain, and the least share of a gain recovered."""
+    lines = [
+        "| model | " + " | ".join(DOMAINS) + " | least gain recovered | seeds |",
+        "|---|" + "---:|" * (len(DOMAINS) + 2),
+    ]
+    rows: dict[str, dict[str, float]] = {}
+    for name, found in grouped(results).items():
+        rows[name] = {domain: mean(run[domain] for run in found) for domain in DOMAINS}
+        least = "" if name.startswith(("base", "expert")) else f"{min(recovered(results, rows[name]).values()):.2f}"
+        cells = " | ".join(f"{rows[name][domain]:.2f}" for domain in DOMAINS)
+        lines.append(f"| {name} | {cells} | {least} | {len(found)} |")
+    (directory / "results.md").write_text("\n".join(lines) + "\n")
+    _plot(rows, directory / "results.png")
+
+
+def _plot(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4))
+    width = 0.8 / len(rows)
+    for i, (name, found) in enumerate(rows.items()):
+        axes.bar([d + i * width for d in range(len(DOMAINS))], [found[d] for d in DOMAINS], width, label=name)
+    axes.set_xticks([d + 0.4 - width / 2 for d in range(len(DOMAINS))], list(DOMAINS))
+    axes.set_ylabel("held-out accuracy")
+    axes.set_ylim(0, 1)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

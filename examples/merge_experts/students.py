@@ -1,0 +1,127 @@
+"""The ways to make one student of three experts, all with the same number of updates and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+
+from examples.merge_experts.experts import MAX_NEW_TOKENS, load_base, load_tokenizer, lora
+from examples.merge_experts.tasks import Problem
+from kd_plugin import LocalTeacher, capture
+from kd_plugin.cache import TopK
+from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is trained.
+
+    Attributes:
+        name: in the results.
+        offline: share of the updates that fit the experts' own answers from a cache; the rest are on-policy.
+        divergence: of the on-policy updates.
+    """
+
+    name: str
+    offline: float
+    divergence: str = "reverse_kl"
+
+
+RECIPES = (
+    Recipe("panel", offline=0.0),
+    Recipe("warm-up, then panel", offline=0.5),
+    Recipe("offline KD", offline=1.0),
+)
+
+
+def open_expert(base: str | Path, directory: Path, name: str) -> LocalTeacher:
+    """Return an expert as a teacher: the base with the adapter merged in."""
+    model = PeftModel.from_pretrained(load_base(base), directory).merge_and_unload()
+    return LocalTeacher(model, tokenizer=load_tokenizer(base), name=name, license="apache-2.0")
+
+
+@torch.inference_mode()
+def cache_answers(teacher: LocalTeacher, problems: Sequence[Problem], directory: Path, *, rows: int = 32) -> None:
+    """Let an expert answer by sampling, and keep its distribution at every token of its answers."""
+    tokenizer = teacher.tokenizer
+    answered = []
+    ordered = sorted(problems, key=lambda problem: len(problem.prompt))
+    torch.manual_seed(0)
+    for start in range(0, len(ordered), rows):
+        batch = ordered[start : start + rows]
+        inputs = tokenizer([p.prompt for p in batch], return_tensors="pt", padding=True)
+        outputs = teacher.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=True, top_k=0)
+        texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answered += [
+            {"prompt": p.prompt, "completion": text, "domain": p.domain}
+            for p, text in zip(batch, texts, strict=True)
+            if text
+        ]
+    capture(Dataset.from_list(answered), teacher, directory, targets=TopK(64), progress=False)
+
+
+def train_student(
+    recipe: Recipe,
+    base: str | Path,
+    teachers: Mapping[str, LocalTeacher],
+    caches: Sequence[Path],
+    problems: Sequence[Problem],
+    directory: Path,
+    *,
+    steps: int,
+    rows: int,
+    learning_rate: float,
+    seed: int,
+) -> Any:
+    """Train a LoRA student by ``recipe`` and return it.
+
+    Every recipe is one run of the same trainer: its first updates come from the caches, the others from the panel.
+    """
+    offline_steps = round(recipe.offline * steps)
+    trainer = TeacherPanelTrainer(
+        model=get_peft_model(load_base(base), lora()),
+        teacher_models=dict(teachers),
+        args=TeacherPanelConfig(
+            output_dir=str(directory),
+            max_steps=steps,
+            per_device_train_batch_size=rows,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, steps // 20),
+            combine="route",
+            divergence=recipe.divergence,
+            warmup_cache=",".join(map(str, caches)) if offline_steps else None,
+            warmup_cache_steps=offline_steps,
+            max_completion_length=MAX_NEW_TOKENS,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=5,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+            seed=seed,
+            lineage={"student": {"repo": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}},
+        ),
+        train_dataset=Dataset.from_list([{"prompt": p.prompt, "teacher_id": p.domain} for p in problems]),
+        processing_class=load_tokenizer(base),
+    )
+    trainer.train()
+    trainer.save_model(str(directory))
+    return trainer.model
+
+
+def averaged(base: str | Path, adapters: Mapping[str, Path]) -> Any:
+    """Return the base with the plain average of the experts' adapters, which costs no training."""
+    names = list(adapters)
+    model = PeftModel.from_pretrained(load_base(base), adapters[names[0]], adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(adapters[name], adapter_name=name)
+    model.add_weighted_adapter(names, [1 / len(names)] * len(names), "average", combination_type="linear")
+    model.set_adapter("average")
+    return model
