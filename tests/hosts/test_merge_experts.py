@@ -11,8 +11,8 @@ from examples.merge_experts.tasks import DOMAINS, held_out, training
 
 def test_it_runs_from_experts_to_report_and_goes_on_where_it_was(tmp_path, teacher_dir, capsys):
     options = Options(
-        output_dir=tmp_path / "out", expert_steps=2, expert_rows=2, expert_problems=8, student_steps=2, student_rows=3, cached=4, items=2,
-        seeds=1, base=teacher_dir,
+        output_dir=tmp_path / "out", expert_steps=2, expert_rows=2, expert_problems=8, student_steps=2,
+        student_rows=3, cached=4, items=2, seeds=1, base=teacher_dir,
     )  # fmt: skip
     main(options)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
