@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it.
 _EXPORTS = {
+    "AdapterTeacher": "kd_plugin.teachers",
+    "CachedTeacher": "kd_plugin.teachers",
     "Divergence": "kd_plugin.divergence",
     "LocalTeacher": "kd_plugin.teachers",
     "ServerTeacher": "kd_plugin.teachers",
@@ -25,9 +27,19 @@ if TYPE_CHECKING:
     from kd_plugin.cache import TeacherCache, capture  # type: ignore[no-redef]
     from kd_plugin.divergence import Divergence
     from kd_plugin.panel import TeacherPanel
-    from kd_plugin.teachers import LocalTeacher, ServerTeacher
+    from kd_plugin.teachers import AdapterTeacher, CachedTeacher, LocalTeacher, ServerTeacher
 
-__all__ = ["Divergence", "LocalTeacher", "ServerTeacher", "TeacherCache", "TeacherPanel", "__version__", "capture"]
+__all__ = [
+    "AdapterTeacher",
+    "CachedTeacher",
+    "Divergence",
+    "LocalTeacher",
+    "ServerTeacher",
+    "TeacherCache",
+    "TeacherPanel",
+    "__version__",
+    "capture",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,8 @@ position whose next token is trained on; the distribution at position t is the o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -147,6 +148,32 @@ class SparseSignal:
             None if self.draws is None else self.draws.to(device, non_blocking=True),
             None if self.written_logprobs is None else self.written_logprobs.to(device, non_blocking=True),
         )
+
+    def split(self, counts: Sequence[int]) -> list[SparseSignal]:
+        """Cut the positions into pieces of the given lengths."""
+        pieces = [None if t is None else t.split(list(counts)) for t in self._tensors()]
+        return [SparseSignal(*(None if p is None else p[i] for p in pieces)) for i in range(len(counts))]  # type: ignore[arg-type]
+
+    @classmethod
+    def joined(cls, signals: Sequence[SparseSignal]) -> SparseSignal:
+        """Put positions after one another, padding to the longest list; what one of them lacks, all lack."""
+        width = max(signal.ids.shape[1] for signal in signals)
+
+        def padded(tensor: Tensor, value: float) -> Tensor:
+            return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
+
+        draws = [signal.draws for signal in signals]
+        written = [signal.written_logprobs for signal in signals]
+        return cls(
+            torch.cat([padded(signal.ids, 0) for signal in signals]),
+            torch.cat([padded(signal.logprobs, -math.inf) for signal in signals]),
+            torch.cat([signal.tail_logmass for signal in signals]),
+            None if any(d is None for d in draws) else torch.cat([padded(d, 0) for d in draws if d is not None]),
+            None if any(w is None for w in written) else torch.cat([w for w in written if w is not None]),
+        )
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.ids, self.logprobs, self.tail_logmass, self.draws, self.written_logprobs
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,25 @@
 """Several teachers that correct what a student wrote.
 
-``roster`` says who is on the panel and who judges which row, ``scoring`` asks them, ``combining`` turns their
-signals into the terms of one loss.
+``roster`` says who is on the panel and who judges which row, ``weights`` how much each counts, ``estimators`` how a
+divergence is estimated and what is defined, ``checks`` what must hold before a run. ``scoring`` asks the teachers,
+``combining`` groups their answers, ``loss`` makes one loss of them. ``rollouts`` says who writes what is corrected.
 """
 
-from kd_plugin.panel.combining import panel_groups
-from kd_plugin.panel.roster import Combine, TeacherPanel
+from kd_plugin.panel.estimators import Estimator
+from kd_plugin.panel.loss import CorrectionLoss, correction_loss
+from kd_plugin.panel.roster import Assignment, Combine, OwnTerms, TeacherPanel
 from kd_plugin.panel.scoring import Correction, score_rows
+from kd_plugin.panel.schedule import Schedule
 
-__all__ = ["Combine", "Correction", "TeacherPanel", "panel_groups", "score_rows"]
+__all__ = [
+    "Assignment",
+    "Combine",
+    "Correction",
+    "CorrectionLoss",
+    "Estimator",
+    "OwnTerms",
+    "TeacherPanel",
+    "Schedule",
+    "correction_loss",
+    "score_rows",
+]

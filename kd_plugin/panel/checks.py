@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from kd_plugin.errors import DataError
+from kd_plugin.divergence.spec import Divergence
+from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.panel.estimators import require_defined
 from kd_plugin.panel.roster import TeacherPanel
+from kd_plugin.teachers.cached import CachedTeacher
 from kd_plugin.teachers.local import LocalTeacher
 from kd_plugin.vocab import Vocabulary
 
@@ -24,7 +27,9 @@ def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> None:
         VocabularyError: names the teacher and the first ids that differ.
     """
     for name, teacher in panel.teachers.items():
-        if isinstance(teacher, LocalTeacher) and not teacher.names_a_tokenizer:
+        if isinstance(teacher, CachedTeacher):
+            teacher.assume_vocabulary(vocabulary)
+        elif isinstance(teacher, LocalTeacher) and not teacher.names_a_tokenizer:
             logger.warning(
                 f"Teacher {name!r} is a loaded model that names no tokenizer; its token ids are taken to be the "
                 "student's. Pass LocalTeacher(model, tokenizer=...) to have them checked."
@@ -58,16 +63,43 @@ def check_rows(dataset: Any, name: str, panel: TeacherPanel) -> None:
             "completions itself, so each row needs the prompt alone, as text or as messages."
         )
     if not isinstance(dataset, Dataset):
-        first = next(iter(dataset))
-        panel.judges(first.get("teacher_id"), first.get("domain"))
+        panel.assign(next(iter(dataset)))
         return
-    ids = dataset["teacher_id"] if "teacher_id" in columns else [None]
-    domains = dataset["domain"] if "domain" in columns else [None]
+    present = [column for column in ("teacher_id", "domain", "teacher_weights") if column in columns]
+    if not present:
+        panel.assign({})
+        return
     seen = set()
-    for row in range(max(len(ids), len(domains))):
-        teacher_id = ids[row] if len(ids) > row else None
-        domain = domains[row] if len(domains) > row else None
-        key = (tuple(teacher_id) if isinstance(teacher_id, list) else teacher_id, domain)
+    for row in dataset.select_columns(present):
+        key = repr(row)
         if key not in seen:
             seen.add(key)
-            panel.judges(teacher_id, domain)
+            panel.assign(row)
+
+
+def require_defined_panel(panel: TeacherPanel, divergence: Divergence, temperature: float) -> None:
+    """Refuse a panel that asks for something that is not defined; nothing is loaded for it.
+
+    Args:
+        panel: the teachers, and how they are combined.
+        divergence: for teachers without one of their own.
+        temperature: for teachers without one of their own.
+
+    Raises:
+        ConfigError: says what is not defined, why, and what is.
+    """
+    for name, teacher in panel.teachers.items():
+        own = panel.own[name]
+        if panel.combine == "mixture" and own.divergence is not None:
+            raise ConfigError(
+                f"Teacher {name!r} has a divergence of its own, but combine='mixture' makes one distribution of all "
+                "teachers, which has one divergence. Set divergence for the run, or use combine='weighted_kl'."
+            )
+        require_defined(
+            name,
+            teacher,
+            own.estimator or panel.estimator,
+            panel.combine,
+            own.divergence or divergence,
+            own.temperature or temperature,
+        )

@@ -1,16 +1,24 @@
-"""Turn the panel's corrections of a micro-batch into the terms of one loss."""
+"""Group the panel's corrections of a micro-batch by who judged them, with their weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence.fused import PanelGroup, TeacherTerm
-from kd_plugin.panel.roster import TeacherPanel
+from kd_plugin.divergence.groups import Combining, PanelGroup, TeacherTerm
+from kd_plugin.panel.roster import Combine, TeacherPanel
 from kd_plugin.panel.scoring import Correction
-from kd_plugin.signals import HiddenSignal
+from kd_plugin.signals import HiddenSignal, SparseSignal
+
+COMBINING: Mapping[Combine, Combining] = {
+    "route": "sum",
+    "weighted_kl": "sum",
+    "mixture": "mixture",
+    "confidence": "confidence",
+}
 
 
 def scored_positions(corrections: Sequence[Correction], width: int, device: torch.device) -> Tensor:
@@ -22,13 +30,43 @@ def scored_positions(corrections: Sequence[Correction], width: int, device: torc
         device: where the student's hidden states are.
 
     Returns:
-        (N,) int64, row by row; :func:`panel_groups` counts positions in this order.
+        (N,) int64, row by row; :func:`group_terms` counts positions in this order.
     """
     flat = [b * width + c for b, correction in enumerate(corrections) for c in correction.positions]
     return torch.tensor(flat, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def panel_groups(panel: TeacherPanel, corrections: Sequence[Correction], device: torch.device) -> list[PanelGroup]:
+@dataclass(frozen=True)
+class AskedTeacher:
+    """One teacher's answer about the positions of a group.
+
+    Attributes:
+        teacher: its name.
+        signal: at the group's n positions.
+        weights: (n,) its weight at each of them.
+    """
+
+    teacher: str
+    signal: HiddenSignal | SparseSignal
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class GroupTerms:
+    """Positions that the same teachers judged.
+
+    Attributes:
+        positions: (n,) int64 among the N scored positions of the micro-batch, or None for all.
+        terms: the teachers.
+    """
+
+    positions: Tensor | None
+    terms: tuple[AskedTeacher, ...]
+
+
+def group_terms(
+    panel: TeacherPanel, corrections: Sequence[Correction], device: torch.device, step: int = 0
+) -> list[GroupTerms]:
     """Group the N scored positions of a micro-batch by who judged them.
 
     A routed batch has one group a teacher, so that each head is used once; where all teachers judge all rows
@@ -38,6 +76,7 @@ def panel_groups(panel: TeacherPanel, corrections: Sequence[Correction], device:
         panel: the teachers and their weights.
         corrections: one a row, in the order of the rows.
         device: where the student's hidden states are.
+        step: optimizer step, for weights with a schedule.
 
     Returns:
         Disjoint groups that together cover every position.
@@ -53,16 +92,34 @@ def panel_groups(panel: TeacherPanel, corrections: Sequence[Correction], device:
 
     groups = []
     for judges, rows in rows_of.items():
-        count = sum(len(corrections[b].positions) for b in rows)
+        counts = torch.tensor([len(corrections[b].positions) for b in rows])
         positions = None
-        if count != total:
+        if int(counts.sum()) != total:
             spans = [torch.arange(starts[b], starts[b] + len(corrections[b].positions)) for b in rows]
             positions = torch.cat(spans).to(device, non_blocking=True)
-        terms = []
-        for name, weight in zip(judges, panel.weights_of(judges), strict=True):
-            signals = [corrections[b].signals[name] for b in rows]
-            hidden = torch.cat([signal.hidden for signal in signals])
-            weights = None if weight == 1.0 else torch.full((count,), weight, device=device)
-            terms.append(TeacherTerm(HiddenSignal(hidden, signals[0].head), weights))
-        groups.append(PanelGroup(positions, tuple(terms)))
+        by_row = torch.tensor([panel.weights_of(corrections[b].assignment, step) for b in rows])
+        by_position = by_row.repeat_interleave(counts, dim=0).to(device, non_blocking=True)
+        terms = [
+            AskedTeacher(name, joined([corrections[b].signals[name] for b in rows]), by_position[:, i])
+            for i, name in enumerate(judges)
+        ]
+        groups.append(GroupTerms(positions, tuple(terms)))
     return groups
+
+
+def panel_group(panel: TeacherPanel, group: GroupTerms, terms: Sequence[AskedTeacher]) -> PanelGroup:
+    """Turn those ``terms`` of a group that gave hidden states into a group of the fused loss."""
+    fused = []
+    for term in terms:
+        assert isinstance(term.signal, HiddenSignal)
+        own = panel.own[term.teacher]
+        fused.append(TeacherTerm(term.signal, term.weights, own.divergence, own.temperature))
+    return PanelGroup(group.positions, tuple(fused), COMBINING[panel.combine], panel.confidence_temperature)
+
+
+def joined(signals: Sequence[HiddenSignal | SparseSignal]) -> HiddenSignal | SparseSignal:
+    """Put the positions of one teacher's rows after one another."""
+    first = signals[0]
+    if isinstance(first, HiddenSignal):
+        return HiddenSignal(torch.cat([s.hidden for s in signals if isinstance(s, HiddenSignal)]), first.head)
+    return SparseSignal.joined([s for s in signals if isinstance(s, SparseSignal)])

@@ -4,14 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, DataError, nearest
+from kd_plugin.panel.estimators import Estimator
+from kd_plugin.panel.weights import Weights, row_weights
+from kd_plugin.teachers.adapter import AdapterTeacher
 from kd_plugin.teachers.base import Teacher
 from kd_plugin.teachers.local import LocalTeacher
 
-Combine = Literal["route", "weighted_kl"]
+Combine = Literal["route", "weighted_kl", "mixture", "confidence"]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Who judges a row.
+
+    Attributes:
+        judges: names of its teachers.
+        domain: the row's domain, which may decide their weights.
+        weights: the row's own weights, one a judge, or None.
+    """
+
+    judges: tuple[str, ...]
+    domain: str | None = None
+    weights: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class OwnTerms:
+    """How one teacher is compared with the student, where that is not how the others are.
+
+    Attributes:
+        divergence: or None for the run's.
+        temperature: divides the logits of both sides, in a mixture the teacher's alone; or None for the run's.
+        estimator: or None for the panel's.
+    """
+
+    divergence: Divergence | None = None
+    temperature: float | None = None
+    estimator: Estimator | None = None
 
 
 class TeacherPanel:
@@ -19,16 +54,24 @@ class TeacherPanel:
 
     Args:
         teachers: name to teacher; a path, a hub id or a loaded model becomes a :class:`LocalTeacher`.
-        combine: ``route`` asks one teacher a row, named in the row's ``teacher_id``. ``weighted_kl`` asks
-            all of them, or those that ``teacher_id`` lists, and minimises Σ wᵢ·D(teacherᵢ, student), the
-            objective of DeepSeek-V4 (arXiv 2606.19348, 5.1.2).
-        weights: name to weight, for ``weighted_kl``; equal when left out. They are scaled to sum to one over
-            the teachers that judge a row, so that the size of the panel does not change the learning rate.
+        combine: ``route`` asks one teacher a row, named in the row's ``teacher_id``. The others ask all of them, or
+            those that ``teacher_id`` lists. ``weighted_kl`` minimises Σ wᵢ·D(teacherᵢ, student), the objective of
+            DeepSeek-V4 (arXiv 2606.19348, 5.1.2). ``mixture`` minimises D(Σ wᵢ·pᵢ, student). ``confidence`` is
+            ``weighted_kl`` with weights that differ from token to token: wᵢ·exp(-entropy of pᵢ /
+            ``confidence_temperature``).
+        weights: name to weight, a number or a :class:`Schedule` (or its mapping); equal when left out. Weights
+            are scaled to sum to one over the teachers that judge a row, so that the size of the panel does not
+            change the learning rate.
+        domain_weights: domain to such a mapping, in the place of ``weights`` for its rows.
         routes: domain to teacher or teachers, for rows that have a ``domain`` and no ``teacher_id``.
+        confidence_temperature: nats; a small one leaves the surest teacher alone, a large one leaves ``weights``.
+        own: name to what is special about that teacher.
+        estimator: how the divergence is estimated, for teachers without an estimator of their own.
+        divergence: of the panel; None leaves it to the host's configuration.
 
     Raises:
-        ConfigError: no teacher, an unknown ``combine``, a weight or a route that names no teacher, a
-            negative weight, or weights that sum to zero.
+        ConfigError: no teacher, an unknown ``combine``, a name that is on no panel, a negative weight, weights that
+            sum to zero, or a combination that is not defined.
     """
 
     def __init__(
@@ -36,8 +79,13 @@ class TeacherPanel:
         teachers: Mapping[str, Any],
         *,
         combine: Combine = "route",
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, Any] | None = None,
+        domain_weights: Mapping[str, Mapping[str, Any]] | None = None,
         routes: Mapping[str, str | Sequence[str]] | None = None,
+        confidence_temperature: float = 1.0,
+        own: Mapping[str, OwnTerms] | None = None,
+        estimator: Estimator | None = None,
+        divergence: Divergence | None = None,
     ) -> None:
         if not teachers:
             raise ConfigError("A teacher panel needs at least one teacher; got none.")
@@ -50,7 +98,24 @@ class TeacherPanel:
         self.teachers: Mapping[str, Teacher] = MappingProxyType(
             {name: as_teacher(name, teacher) for name, teacher in teachers.items()}
         )
-        self.weights = self._checked_weights(weights)
+        _share_bases(self.teachers.values())
+        if combine == "route" and (weights is not None or domain_weights is not None):
+            raise ConfigError("teacher_weights have no meaning with combine='route', where one teacher judges a row.")
+        self.weights = Weights(self.names, weights, domain_weights)
+        if not (math.isfinite(confidence_temperature) and confidence_temperature > 0.0):
+            raise ConfigError(
+                f"confidence_temperature is {confidence_temperature}; it divides entropies and must be positive."
+            )
+        self.confidence_temperature = confidence_temperature
+        self.estimator = estimator or Estimator()
+        self.divergence = divergence
+        self.own = {name: OwnTerms() for name in self.teachers} | dict(own or {})
+        for name in self.own:
+            if name not in self.teachers:
+                raise ConfigError(
+                    f"Settings are given for teacher {name!r}, which is not on the panel; there are "
+                    f"{_listed(self.teachers)}." + nearest(name, list(self.teachers))
+                )
         self.routes = {domain: self._known(names) for domain, names in (routes or {}).items()}
 
     @property
@@ -92,15 +157,34 @@ class TeacherPanel:
             )
         return chosen
 
-    def weights_of(self, judges: Sequence[str]) -> tuple[float, ...]:
-        """Return the weights of ``judges``, scaled to sum to one."""
+    def assign(self, row: Mapping[str, Any]) -> Assignment:
+        """Read who judges a row from its ``teacher_id``, ``domain`` and ``teacher_weights``; each may be left out.
+
+        Raises:
+            DataError: as :meth:`judges`, and for weights that do not fit the judges or sum to zero.
+        """
+        domain = row.get("domain")
+        judges = self.judges(row.get("teacher_id"), domain)
+        own = row_weights(row.get("teacher_weights"), judges)
+        if own is not None and self.combine == "route":
+            raise DataError(
+                "A row has teacher_weights, which have no meaning with combine='route', where one teacher judges a "
+                "row. Remove the column, or use combine='weighted_kl'."
+            )
+        assignment = Assignment(judges, domain, own)
+        for step in self.weights.turning_points():
+            self.weights_of(assignment, step)
+        return assignment
+
+    def weights_of(self, assignment: Assignment, step: int = 0) -> tuple[float, ...]:
+        """Return the weights of a row's judges at an optimizer step, scaled to sum to one.
+
+        Raises:
+            DataError: they sum to zero.
+        """
         if self.combine == "route":
-            return (1.0,) * len(judges)
-        chosen = [self.weights[name] for name in judges]
-        total = math.fsum(chosen)
-        if total <= 0.0:
-            raise DataError(f"The teachers of a row, {_listed(judges)}, have weights that sum to zero.")
-        return tuple(weight / total for weight in chosen)
+            return (1.0,) * len(assignment.judges)
+        return self.weights.of(assignment.judges, domain=assignment.domain, row=assignment.weights, step=step)
 
     def _known(self, names: str | Iterable[str]) -> tuple[str, ...]:
         listed = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
@@ -114,23 +198,13 @@ class TeacherPanel:
             raise DataError(f"teacher_id is an empty list; name at least one of {_listed(self.teachers)}.")
         return listed
 
-    def _checked_weights(self, weights: Mapping[str, float] | None) -> dict[str, float]:
-        if weights is None:
-            return dict.fromkeys(self.teachers, 1.0)
-        if self.combine == "route":
-            raise ConfigError("teacher_weights have no meaning with combine='route', where one teacher judges a row.")
-        for name, weight in weights.items():
-            if name not in self.teachers:
-                raise ConfigError(
-                    f"teacher_weights names {name!r}, which is not on the panel; there are {_listed(self.teachers)}."
-                    + nearest(name, list(self.teachers))
-                )
-            if not (math.isfinite(weight) and weight >= 0.0):
-                raise ConfigError(f"The weight of teacher {name!r} is {weight}; expected a number of at least 0.")
-        complete = {name: float(weights.get(name, 0.0)) for name in self.teachers}
-        if math.fsum(complete.values()) <= 0.0:
-            raise ConfigError("teacher_weights sum to zero; give at least one teacher a positive weight.")
-        return complete
+
+def _share_bases(teachers: Iterable[Teacher]) -> None:
+    """Let adapters that name one base, each by the same path, have it once."""
+    bases: dict[str, LocalTeacher] = {}
+    for teacher in teachers:
+        if isinstance(teacher, AdapterTeacher) and teacher.base is not None and teacher.owns_base:
+            teacher.share_base(bases.setdefault(teacher.base.reference or str(id(teacher.base)), teacher.base))
 
 
 def as_teacher(name: str, teacher: Any) -> Teacher:

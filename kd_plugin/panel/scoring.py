@@ -11,28 +11,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_plugin.errors import ConfigError
-from kd_plugin.panel.roster import TeacherPanel
-from kd_plugin.signals import HiddenSignal
+from kd_plugin.panel.roster import Assignment, TeacherPanel
+from kd_plugin.signals import HiddenSignal, SparseSignal
+from kd_plugin.teachers.base import Teacher
+from kd_plugin.teachers.cached import CachedTeacher
+from kd_plugin.teachers.local import resident
+from kd_plugin.teachers.server import ServerTeacher
 
 
 @dataclass(frozen=True)
 class Correction:
-    """What the panel said of one row; only hidden states at scored positions are kept until the loss.
+    """What the panel said of one row; of full distributions only hidden states are kept until the loss.
 
     Attributes:
         positions: the row's scored positions, as offsets into its completion.
-        signals: teacher's name to its signal at those positions, (n_b, H).
+        signals: teacher's name to its signal at those n_b positions.
+        assignment: who judges the row, and what decides their weights.
     """
 
     positions: tuple[int, ...]
-    signals: Mapping[str, HiddenSignal]
+    signals: Mapping[str, HiddenSignal | SparseSignal]
+    assignment: Assignment
 
 
 @torch.no_grad()
 def score_rows(
     panel: TeacherPanel,
-    judges: Sequence[tuple[str, ...]],
+    assignments: Sequence[Assignment],
     input_ids: Tensor,
     attention_mask: Tensor,
     completion_start: int,
@@ -42,46 +47,70 @@ def score_rows(
     """Collect the panel's judgement of a generation batch.
 
     Rows are grouped by teacher, and each group is cut to its own longest row, so a teacher never computes
-    on columns that are padding for all of its rows.
+    on columns that are padding for all of its rows. An offloaded teacher is moved in once, and out again.
 
     Args:
         panel: the teachers.
-        judges: for each of the B rows the names of those who judge it.
+        assignments: for each of the B rows who judges it.
         input_ids: (B, L) prompts padded on the left, then completions padded on the right.
         attention_mask: (B, L).
         completion_start: column of the first completion token; token ``c`` of a completion is predicted at
             column ``completion_start + c - 1``.
         positions: for each row the offsets c of the completion tokens that are trained on.
-        rows_at_once: rows in a teacher's forward pass.
+        rows_at_once: rows in the forward pass of a teacher in this process; others get all rows at once.
 
     Returns:
         One :class:`Correction` a row, in order.
     """
-    collected: list[dict[str, HiddenSignal]] = [{} for _ in judges]
-    first_columns, last_columns = _used_columns(attention_mask)
+    collected: list[dict[str, HiddenSignal | SparseSignal]] = [{} for _ in assignments]
+    used = _used_columns(attention_mask)
     for name, teacher in panel.teachers.items():
-        rows = [b for b, names in enumerate(judges) if name in names and positions[b]]
-        for start in range(0, len(rows), rows_at_once):
-            chunk = rows[start : start + rows_at_once]
-            left = min(first_columns[b] for b in chunk)
-            right = max(last_columns[b] for b in chunk) + 1
-            index = torch.tensor(chunk).to(input_ids.device, non_blocking=True)
-            width = right - left
-            flat = [r * width + completion_start + c - 1 - left for r, b in enumerate(chunk) for c in positions[b]]
-            signal = teacher.score(
-                input_ids[:, left:right].index_select(0, index),
-                attention_mask[:, left:right].index_select(0, index),
-                torch.tensor(flat).to(input_ids.device, non_blocking=True),
-            )
-            if not isinstance(signal, HiddenSignal):
-                raise ConfigError(
-                    f"Teacher {name!r} gives {type(signal).__name__}; the exact estimator needs a teacher in this "
-                    "process, which gives hidden states."
-                )
-            pieces = signal.hidden.split([len(positions[b]) for b in chunk])
-            for b, piece in zip(chunk, pieces, strict=True):
-                collected[b][name] = HiddenSignal(piece, signal.head)
-    return [Correction(tuple(p), s) for p, s in zip(positions, collected, strict=True)]
+        rows = [b for b, assignment in enumerate(assignments) if name in assignment.judges and positions[b]]
+        if not rows:
+            continue
+        at_once = rows_at_once if teacher_in_process(teacher) else len(rows)
+        with resident(teacher, input_ids.device):
+            for start in range(0, len(rows), at_once):
+                chunk = rows[start : start + at_once]
+                signal = _score(teacher, chunk, input_ids, attention_mask, completion_start, positions, used)
+                counts = [len(positions[b]) for b in chunk]
+                if isinstance(signal, SparseSignal):
+                    pieces: Sequence[HiddenSignal | SparseSignal] = signal.split(counts)
+                else:
+                    pieces = [HiddenSignal(piece, signal.head) for piece in signal.hidden.split(counts)]
+                for b, piece in zip(chunk, pieces, strict=True):
+                    collected[b][name] = piece
+    return [
+        Correction(tuple(p), {name: signals[name] for name in a.judges if name in signals}, a)
+        for p, signals, a in zip(positions, collected, assignments, strict=True)
+    ]
+
+
+def _score(
+    teacher: Teacher,
+    chunk: Sequence[int],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_start: int,
+    positions: Sequence[Sequence[int]],
+    used: tuple[list[int], list[int]],
+) -> HiddenSignal | SparseSignal:
+    """Ask one teacher about some rows, cut to the columns that they use."""
+    left = min(used[0][b] for b in chunk)
+    right = max(used[1][b] for b in chunk) + 1
+    index = torch.tensor(chunk).to(input_ids.device, non_blocking=True)
+    width = right - left
+    flat = [r * width + completion_start + c - 1 - left for r, b in enumerate(chunk) for c in positions[b]]
+    return teacher.score(
+        input_ids[:, left:right].index_select(0, index),
+        attention_mask[:, left:right].index_select(0, index),
+        torch.tensor(flat).to(input_ids.device, non_blocking=True),
+    )
+
+
+def teacher_in_process(teacher: Teacher) -> bool:
+    """Whether a teacher computes here, so that the rows of one call share this machine's memory."""
+    return not isinstance(teacher, ServerTeacher | CachedTeacher)
 
 
 def _used_columns(attention_mask: Tensor) -> tuple[list[int], list[int]]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from kd_plugin.errors import ConfigError
+from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import HiddenSignal, OutputHead
 from kd_plugin.vocab import Vocabulary
 
+Placement = Literal["resident", "offload"]
+
 
 class LocalTeacher:
-    """A transformers causal language model in this process, resident on one device.
+    """A transformers causal language model in this process, resident on one device or moved there when it scores.
 
     Nothing is loaded until it is needed, so that the license gate can refuse it first.
 
@@ -29,6 +32,8 @@ class LocalTeacher:
         license: declared licence where none can be discovered: a hub id such as ``apache-2.0``, or ``own``.
         dtype: a torch dtype or its name; ``"auto"`` takes the checkpoint's own.
         device: where it runs; None leaves it to the host.
+        placement: ``resident`` keeps the weights on the device. ``offload`` keeps them in host memory, moves them in
+            once for all rows of a generation batch, and out again, so that a device holds one such teacher at a time.
         trust_remote_code: run Python code that the model repository ships. Off unless you read that code.
         model_init_kwargs: further arguments of ``from_pretrained``.
     """
@@ -43,11 +48,19 @@ class LocalTeacher:
         license: str | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
+        placement: Placement = "resident",
         trust_remote_code: bool = False,
         model_init_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name
+        if placement not in get_args(Placement):
+            raise ConfigError(
+                f"placement={placement!r} of teacher {name!r}; expected one of {', '.join(get_args(Placement))}."
+                + nearest(str(placement), list(get_args(Placement)))
+            )
         self.device = device
+        self.placement: Placement = placement
+        self._holders = 0
         self._ref = _reference(model)
         self._revision = revision
         self._license = license
@@ -59,7 +72,7 @@ class LocalTeacher:
         self._model = model if isinstance(model, nn.Module) else None
         if self._model is not None:
             self._model.eval().requires_grad_(False)
-            if device is not None:
+            if device is not None and placement == "resident":
                 self._model.to(device)
 
     @cached_property
@@ -113,7 +126,7 @@ class LocalTeacher:
                 },
             )
             self._model = model.eval().requires_grad_(False)
-            if self.device is not None:
+            if self.device is not None and self.placement == "resident":
                 self._model.to(self.device)
         return self._model
 
@@ -123,9 +136,42 @@ class LocalTeacher:
         return OutputHead.from_model(self.model, self.vocabulary.size)
 
     @property
+    def reference(self) -> str | None:
+        """Path or hub id of the weights; None for a model that names none."""
+        return self._ref
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration, read without its weights."""
+        if self._model is not None:
+            return self._model.config
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self._ref, revision=self._revision, trust_remote_code=self._trust_remote_code)
+
+    @property
     def is_loaded(self) -> bool:
         """Whether the weights are in memory."""
         return self._model is not None
+
+    @contextmanager
+    def resident(self, device: torch.device | str) -> Iterator[None]:
+        """Have the weights on ``device`` inside the block; an offloaded teacher leaves it with the outermost one."""
+        if self.placement == "resident":
+            yield
+            return
+        self._holders += 1
+        try:
+            if self._holders == 1:
+                self._move(self.device or device)
+            yield
+        finally:
+            self._holders -= 1
+            if self._holders == 0:
+                self._move("cpu")
+
+    def _move(self, device: torch.device | str) -> None:
+        self.model.to(device)
 
     def attach(self, call: Callable[..., Tensor]) -> None:
         """Let a host run the forward pass inside its own wrapper (DDP, FSDP, a DeepSpeed engine).
@@ -152,6 +198,12 @@ class LocalTeacher:
         """Judge the next token at ``positions``; see :meth:`~kd_plugin.teachers.base.Teacher.score`."""
         hidden = self.hidden_states(input_ids, attention_mask)
         return HiddenSignal(hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions), self.head)
+
+
+def resident(teacher: Any, device: torch.device | str) -> AbstractContextManager[None]:
+    """Return a block in which ``teacher`` is on ``device``; teachers that are not moved need nothing."""
+    enter = getattr(teacher, "resident", None)
+    return nullcontext() if enter is None else enter(device)
 
 
 def _call_directly(method: Callable[..., Tensor], *args: Tensor) -> Tensor:

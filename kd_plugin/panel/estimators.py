@@ -1,0 +1,117 @@
+"""How a divergence is estimated from what a teacher gives, and which combinations are defined."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from kd_plugin.divergence.spec import Divergence
+from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.teachers.base import Teacher
+from kd_plugin.teachers.cached import CachedTeacher
+from kd_plugin.teachers.server import ServerTeacher
+
+EstimatorName = Literal["exact", "sampled", "topk_tail"]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How a teacher's divergence from the student is estimated.
+
+    - ``exact``: the divergence itself, over the whole vocabulary. Needs a teacher in this process.
+    - ``sampled``: the policy gradient on the token that the student wrote, (log q − log p)·∇ log q. Its mean is the
+      gradient of the reverse KL, of no other divergence. Needs each teacher's log-probability of that token.
+    - ``topk_tail``: the divergence over the listed tokens and one outcome for all others. Listed are the teacher's
+      ``top_k`` likeliest tokens, the written token, and the student's ``student_top_k`` likeliest. Biased.
+
+    Attributes:
+        name: one of the three.
+        top_k: of ``topk_tail``, for teachers in this process; a server's or a cache's list is as long as it is.
+        student_top_k: of ``topk_tail``. None takes ``top_k`` for teachers in this process. A server or a cache cannot
+            be asked about the student's tokens, so there it is 0 in any case.
+        ratio_bounds: of ``sampled``: the ratio of the student's probability of the token now to that when it was
+            written is kept between these two. It is 1 where the student has not changed in between.
+
+    Raises:
+        ConfigError: an unknown name, or a number out of range.
+    """
+
+    name: EstimatorName = "exact"
+    top_k: int = 64
+    student_top_k: int | None = None
+    ratio_bounds: tuple[float, float] = (0.5, 2.0)
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(EstimatorName):
+            raise ConfigError(
+                f"Unknown estimator {self.name!r}; expected one of {', '.join(get_args(EstimatorName))}."
+                + nearest(str(self.name), list(get_args(EstimatorName)))
+            )
+        if self.top_k < 1:
+            raise ConfigError(f"top_k is {self.top_k}; expected at least 1.")
+        if self.student_top_k is not None and self.student_top_k < 0:
+            raise ConfigError(f"student_top_k is {self.student_top_k}; expected at least 0.")
+        low, high = self.ratio_bounds
+        if not (0.0 <= low <= 1.0 <= high and math.isfinite(high)):
+            raise ConfigError(f"ratio_bounds are {self.ratio_bounds}; expected (low, high) with 0 <= low <= 1 <= high.")
+
+
+def require_defined(
+    name: str, teacher: Teacher, estimator: Estimator, combine: str, divergence: Divergence, temperature: float
+) -> None:
+    """Refuse a combination that is not defined.
+
+    Args:
+        name: of the teacher.
+        teacher: what gives the signal.
+        estimator: what estimates from it.
+        combine: how the panel combines.
+        divergence: of this teacher.
+        temperature: of this teacher.
+
+    Raises:
+        ConfigError: says why it is not defined, and what is.
+    """
+    if combine in ("mixture", "confidence") and estimator.name != "exact":
+        what = (
+            "the mean of the teachers' probabilities over the whole vocabulary"
+            if combine == "mixture"
+            else "the entropy of each teacher over the whole vocabulary"
+        )
+        gives = "one token" if estimator.name == "sampled" else "the listed tokens, and different ones for each teacher"
+        raise ConfigError(
+            f"combine={combine!r} needs {what}, and estimator={estimator.name!r} of teacher {name!r} knows {gives}. "
+            "Use combine='weighted_kl', or teachers in this process with estimator='exact'."
+        )
+    if estimator.name == "sampled" and divergence.name != "reverse_kl":
+        raise ConfigError(
+            f"{divergence.name} cannot be estimated from the token that the student wrote (teacher {name!r}): only "
+            "reverse_kl is a mean over the student's own tokens, the others also average over the teacher's. Use "
+            "divergence='reverse_kl', or estimator='topk_tail' or 'exact'."
+        )
+    if isinstance(teacher, CachedTeacher) and estimator.name == "sampled":
+        raise ConfigError(
+            f"Teacher {name!r} is a cache: its rows were not written by the student, so the sampled estimator is not "
+            "defined for them. Use estimator='topk_tail'."
+        )
+    if isinstance(teacher, CachedTeacher) and teacher.is_sampled and divergence.name != "forward_kl":
+        raise ConfigError(
+            f"Teacher {name!r} is a cache of sampled targets, whose counts estimate an average over the teacher's "
+            f"tokens; {divergence.name} is none. Use divergence='forward_kl' for this teacher, or capture top-k."
+        )
+    if isinstance(teacher, ServerTeacher | CachedTeacher):
+        kind = "a server" if isinstance(teacher, ServerTeacher) else "a cache"
+        if estimator.name == "exact":
+            others = "'topk_tail' or 'sampled'" if isinstance(teacher, ServerTeacher) else "'topk_tail'"
+            raise ConfigError(
+                f"Teacher {name!r} is {kind}, which gives some tokens of its distribution; estimator='exact' needs all "
+                f"of it. Use estimator={others}, for the panel or for this teacher alone."
+            )
+        captured = teacher.temperature if isinstance(teacher, CachedTeacher) else 1.0
+        if temperature != captured:
+            raise ConfigError(
+                f"The temperature of teacher {name!r} is {temperature}, but {kind} gave its log-probabilities at "
+                f"{captured}, and from some tokens those at another temperature cannot be recovered. Use "
+                f"temperature={captured}, or a teacher in this process."
+            )

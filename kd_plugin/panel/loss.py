@@ -1,0 +1,264 @@
+"""The panel's loss of a micro-batch, whatever each teacher gave; every host calls this.
+
+Shape suffixes: N scored positions, n positions of a group, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kd_plugin.divergence.extract import (
+    listed_from,
+    logprobs_of,
+    student_signal,
+    top_tokens,
+    with_written,
+)
+from kd_plugin.divergence.fused import fused_panel_divergence
+from kd_plugin.divergence.sampled import fused_sampled_divergence
+from kd_plugin.divergence.sparse import fused_sparse_divergence
+from kd_plugin.divergence.spec import Divergence
+from kd_plugin.errors import ConfigError
+from kd_plugin.panel.combining import GroupTerms, group_terms, panel_group
+from kd_plugin.panel.estimators import Estimator
+from kd_plugin.panel.roster import TeacherPanel
+from kd_plugin.panel.scoring import Correction
+from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one teacher's divergence from the student was, at the n positions that it judged. Detached.
+
+    Attributes:
+        teacher: its name.
+        positions: (n,) int64 among the N, or None for all.
+        divergence: (n,) nats before weighting; the estimate that its estimator gives.
+        weights: (n,) the weights that were used, those of ``confidence`` included.
+    """
+
+    teacher: str
+    positions: Tensor | None
+    divergence: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class CorrectionLoss:
+    """The loss of a micro-batch; sums, never means.
+
+    Attributes:
+        loss_sum: scalar with a graph, in nats.
+        entropy: (N,) nats, of the student's distribution. Detached.
+        judgements: one a teacher and group of positions; none without values.
+    """
+
+    loss_sum: Tensor
+    entropy: Tensor
+    judgements: tuple[Judgement, ...]
+
+
+def correction_loss(
+    panel: TeacherPanel,
+    corrections: Sequence[Correction],
+    student_hidden: Tensor,
+    student_head: OutputHead,
+    tokens: Tensor,
+    *,
+    divergence: Divergence,
+    temperature: float = 1.0,
+    step: int = 0,
+    values: bool = True,
+    behaviour_logprobs: Tensor | None = None,
+) -> CorrectionLoss:
+    """Return the panel's loss of a micro-batch.
+
+    Args:
+        panel: the teachers, and how they are combined.
+        corrections: what they said, one a row.
+        student_hidden: (N, H) last hidden states at the scored positions, row by row.
+        student_head: the student's head, as autograd knows it.
+        tokens: (N,) int64 tokens that are written there.
+        divergence: for teachers without one of their own.
+        temperature: for teachers without one of their own.
+        step: optimizer step, for weights with a schedule.
+        values: False leaves out the judgements, and may make the loss a lower bound; its gradient stays the same.
+        behaviour_logprobs: (N,) nats of the tokens where they were drawn, for ``sampled``; None if by this student.
+
+    Raises:
+        ConfigError: a teacher gave a signal that its estimator cannot use.
+        NonFiniteError: on CPU only, the loss is NaN or infinite.
+    """
+    groups = group_terms(panel, corrections, student_hidden.device, step)
+    run = _Run(panel, student_hidden, student_head, tokens, divergence, temperature, values, behaviour_logprobs)
+    parts = [run.exact(groups), run.listed(groups), run.sampled(groups)]
+    present = [part for part in parts if part is not None]
+    if not present:  # nothing was scored: a loss with a graph all the same
+        empty = fused_panel_divergence(student_hidden, student_head, [], divergence, temperature)
+        present = [CorrectionLoss(empty.loss_sum, empty.entropy, ())]
+    entropy = present[0].entropy
+    for part in present[1:]:
+        entropy = torch.where(entropy == 0.0, part.entropy, entropy)
+    total = present[0].loss_sum
+    for part in present[1:]:
+        total = total + part.loss_sum
+    return CorrectionLoss(total, entropy, tuple(j for part in present for j in part.judgements))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The arguments that all three estimators share."""
+
+    panel: TeacherPanel
+    hidden: Tensor
+    head: OutputHead
+    tokens: Tensor
+    divergence: Divergence
+    temperature: float
+    values: bool
+    behaviour: Tensor | None
+
+    def exact(self, groups: Sequence[GroupTerms]) -> CorrectionLoss | None:
+        """All teachers with full distributions, in one pass over the positions."""
+        chosen = [(g, [t for t in g.terms if self._estimator(t.teacher).name == "exact"]) for g in groups]
+        chosen = [(group, terms) for group, terms in chosen if terms]
+        if not chosen:
+            return None
+        for _, terms in chosen:
+            for term in terms:
+                if not isinstance(term.signal, HiddenSignal):
+                    raise ConfigError(
+                        f"Teacher {term.teacher!r} gives {type(term.signal).__name__}; estimator='exact' needs a "
+                        "teacher in this process, which gives hidden states. Use estimator='topk_tail' or 'sampled'."
+                    )
+        found = fused_panel_divergence(
+            self.hidden,
+            self.head,
+            [panel_group(self.panel, group, terms) for group, terms in chosen],
+            self.divergence,
+            self.temperature,
+            values=self.values,
+        )
+        judgements = [
+            Judgement(term.teacher, group.positions, value, weight)
+            for (group, terms), values, weights in zip(chosen, found.divergences, found.weights, strict=True)
+            for term, value, weight in zip(terms, values, weights, strict=False)  # no values: nothing to pair
+        ]
+        return CorrectionLoss(found.loss_sum, found.entropy, tuple(judgements))
+
+    def listed(self, groups: Sequence[GroupTerms]) -> CorrectionLoss | None:
+        """All lists of tokens, one pass for each divergence and temperature among them."""
+        alike: dict[tuple[Divergence, float, bool], list[tuple[str, Tensor | None, SparseSignal, Tensor]]] = {}
+        for group in groups:
+            for term in group.terms:
+                estimator = self._estimator(term.teacher)
+                if estimator.name == "topk_tail":
+                    divergence, temperature = self._compared(term.teacher)
+                    signal = self._as_list(term.signal, group.positions, estimator, temperature, term.teacher)
+                    key = (divergence, temperature, signal.draws is not None)
+                    alike.setdefault(key, []).append((term.teacher, group.positions, signal, term.weights))
+        total, entropy, judgements = None, self._zeros(), []
+        for (divergence, temperature, _), asked in alike.items():
+            where = torch.cat([self._indices(positions) for _, positions, _, _ in asked])
+            found = fused_sparse_divergence(
+                self.hidden.index_select(0, where),
+                self.head,
+                SparseSignal.joined([signal for _, _, signal, _ in asked]),
+                divergence,
+                temperature=temperature,
+                weights=torch.cat([weights for _, _, _, weights in asked]),
+            )
+            total = found.loss_sum if total is None else total + found.loss_sum
+            entropy.index_copy_(0, where, found.entropy.to(entropy.dtype))
+            values = found.kd.split([len(signal) for _, _, signal, _ in asked])
+            judgements += [Judgement(n, p, v, w) for (n, p, _, w), v in zip(asked, values, strict=True)]
+        return None if total is None else CorrectionLoss(total, entropy, tuple(judgements) if self.values else ())
+
+    def sampled(self, groups: Sequence[GroupTerms]) -> CorrectionLoss | None:
+        """All teachers that are asked about the written token alone, one pass for each temperature among them."""
+        alike: dict[tuple[float, tuple[float, float]], list[tuple[GroupTerms, list[tuple[str, Tensor, Tensor]]]]] = {}
+        for group in groups:
+            asked: dict[tuple[float, tuple[float, float]], list[tuple[str, Tensor, Tensor]]] = {}
+            for term in group.terms:
+                estimator = self._estimator(term.teacher)
+                if estimator.name == "sampled":
+                    _, temperature = self._compared(term.teacher)
+                    written = self._written(term.signal, group.positions, temperature, term.teacher)
+                    key = (temperature, estimator.ratio_bounds)
+                    asked.setdefault(key, []).append((term.teacher, written, term.weights))
+            for key, terms in asked.items():
+                alike.setdefault(key, []).append((group, terms))
+        total, entropy, judgements = None, self._zeros(), []
+        for (temperature, bounds), parts in alike.items():
+            where = torch.cat([self._indices(group.positions) for group, _ in parts])
+            weights = torch.cat([torch.stack([w for _, _, w in terms]).sum(0) for _, terms in parts])
+            weighed = [
+                torch.stack([torch.where(w != 0, w * written, 0.0) for _, written, w in terms]).sum(0)
+                for _, terms in parts
+            ]
+            found = fused_sampled_divergence(
+                self.hidden.index_select(0, where),
+                self.head,
+                self.tokens.index_select(0, where),
+                torch.cat(weighed) / torch.where(weights == 0, 1.0, weights),
+                temperature=temperature,
+                weights=weights,
+                behaviour_logprobs=None if self.behaviour is None else self.behaviour.index_select(0, where),
+                ratio_bounds=bounds,
+            )
+            total = found.loss_sum if total is None else total + found.loss_sum
+            entropy.index_copy_(0, where, found.entropy.to(entropy.dtype))
+            own = found.logprobs.split([len(terms[0][1]) for _, terms in parts])
+            judgements += [
+                Judgement(name, group.positions, torch.where(w != 0, logq - written, 0.0), w)
+                for (group, terms), logq in zip(parts, own, strict=True)
+                for name, written, w in terms
+            ]
+        return None if total is None else CorrectionLoss(total, entropy, tuple(judgements) if self.values else ())
+
+    def _as_list(
+        self, signal: HiddenSignal | SparseSignal, positions: Tensor | None, estimator: Estimator, at: float, name: str
+    ) -> SparseSignal:
+        """Return tokens and log-probabilities of a signal, the written token among them."""
+        tokens = self.tokens if positions is None else self.tokens.index_select(0, positions)
+        if isinstance(signal, SparseSignal):
+            if signal.draws is not None or signal.written_logprobs is None:
+                return signal
+            return with_written(signal, tokens)
+        further = tokens.unsqueeze(-1)
+        count = estimator.top_k if estimator.student_top_k is None else estimator.student_top_k
+        if count:
+            hidden = self.hidden if positions is None else self.hidden.index_select(0, positions)
+            further = torch.cat([top_tokens(student_signal(hidden, self.head), count), further], -1)
+        return listed_from(signal, estimator.top_k, further, at)
+
+    def _written(
+        self, signal: HiddenSignal | SparseSignal, positions: Tensor | None, temperature: float, name: str
+    ) -> Tensor:
+        tokens = self.tokens if positions is None else self.tokens.index_select(0, positions)
+        if isinstance(signal, HiddenSignal):
+            return logprobs_of(signal, tokens, temperature)
+        if signal.written_logprobs is None:
+            raise ConfigError(
+                f"Teacher {name!r} does not tell the log-probability of the written token, which estimator='sampled' "
+                "needs. Use estimator='topk_tail'."
+            )
+        return signal.written_logprobs
+
+    def _estimator(self, name: str) -> Estimator:
+        return self.panel.own[name].estimator or self.panel.estimator
+
+    def _compared(self, name: str) -> tuple[Divergence, float]:
+        own = self.panel.own[name]
+        return own.divergence or self.divergence, own.temperature or self.temperature
+
+    def _indices(self, positions: Tensor | None) -> Tensor:
+        return torch.arange(len(self.hidden), device=self.hidden.device) if positions is None else positions
+
+    def _zeros(self) -> Tensor:
+        dtype = torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+        return torch.zeros(len(self.hidden), dtype=dtype, device=self.hidden.device)

@@ -1,0 +1,127 @@
+"""How much each teacher counts: by teacher, by domain and by row, and how that changes over training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from kd_plugin.errors import ConfigError, DataError, nearest
+from kd_plugin.panel.schedule import Schedule, as_schedule
+
+class Weights:
+    """The weights of a panel's teachers.
+
+    Args:
+        names: the teachers.
+        teachers: name to weight; equal where left out, 0 for a teacher that the mapping leaves out.
+        domains: domain to such a mapping; in that domain it stands in the place of ``teachers``.
+
+    Raises:
+        ConfigError: a name that is not on the panel, a bad weight, or weights that sum to zero at some step.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        teachers: Mapping[str, Any] | None = None,
+        domains: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.teachers = self._parsed(names, teachers, "teacher_weights")
+        self.domains = {
+            domain: self._parsed(names, weights, f"domain_weights[{domain!r}]")
+            for domain, weights in (domains or {}).items()
+        }
+
+    def of(
+        self, judges: Sequence[str], *, domain: str | None = None, row: Sequence[float] | None = None, step: int = 0
+    ) -> tuple[float, ...]:
+        """Return the weights of a row's judges, scaled to sum to one.
+
+        Args:
+            judges: names of those who judge it.
+            domain: the row's domain.
+            row: the row's own weights, in the order of ``judges``; they stand in the place of all others.
+            step: optimizer step.
+
+        Raises:
+            DataError: they sum to zero.
+        """
+        if row is not None:
+            chosen = list(row)
+        else:
+            schedules = self.domains.get(domain, self.teachers) if domain is not None else self.teachers
+            chosen = [schedules[name].at(step) for name in judges]
+        total = math.fsum(chosen)
+        if total <= 0.0:
+            raise DataError(
+                f"The teachers of a row, {', '.join(map(repr, judges))}, have weights that sum to zero at step {step}. "
+                "Give one of them a positive weight, or name other teachers in teacher_id."
+            )
+        return tuple(weight / total for weight in chosen)
+
+    def turning_points(self) -> list[int]:
+        """Return the steps at which a schedule begins or has arrived; between them every weight goes one way."""
+        schedules = [s for mapping in (self.teachers, *self.domains.values()) for s in mapping.values()]
+        return sorted({step for s in schedules if s.start != s.end for step in (s.begin, s.begin + s.steps)} | {0})
+
+    @staticmethod
+    def _parsed(names: Sequence[str], given: Mapping[str, Any] | None, where: str) -> dict[str, Schedule]:
+        if given is None:
+            return dict.fromkeys(names, Schedule(1.0, 1.0))
+        for name in given:
+            if name not in names:
+                raise ConfigError(
+                    f"{where} names {name!r}, which is not on the panel; there are {', '.join(map(repr, names))}."
+                    + nearest(str(name), list(names))
+                )
+        parsed = {
+            name: _weight(given.get(name, 0.0), f"The weight of teacher {name!r} in {where}")
+            for name in names
+        }
+        steps = {step for s in parsed.values() for step in (s.begin, s.begin + s.steps)}
+        for step in sorted(steps):
+            if math.fsum(schedule.at(step) for schedule in parsed.values()) <= 0.0:
+                raise ConfigError(
+                    f"{where} sum to zero at step {step}; give at least one teacher a positive weight there."
+                )
+        return parsed
+
+
+def _weight(given: Any, where: str) -> Schedule:
+    schedule = as_schedule(given, where)
+    if schedule.values()[0] < 0.0:
+        raise ConfigError(f"{where} is {schedule.values()[0]}; expected a number of at least 0.")
+    return schedule
+
+
+def row_weights(given: Any, judges: Sequence[str]) -> tuple[float, ...] | None:
+    """Read a row's ``teacher_weights``: a mapping from name to weight, or a list in the order of ``teacher_id``.
+
+    Raises:
+        DataError: a name that does not judge the row, another number of weights, one that is no number of at least
+            0, or weights that sum to zero.
+    """
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        # Datasets fill in None for names that other rows have
+        present = {name: weight for name, weight in given.items() if weight is not None}
+        stray = [name for name in present if name not in judges]
+        if stray:
+            raise DataError(
+                f"A row's teacher_weights names {stray[0]!r}, which does not judge it; its teachers are "
+                f"{', '.join(map(repr, judges))}." + nearest(stray[0], list(judges))
+            )
+        values: Iterable[Any] = [present.get(name, 0.0) for name in judges]
+    else:
+        values = list(given)
+    weights = tuple(values)
+    if len(weights) != len(judges):
+        raise DataError(f"A row has {len(weights)} teacher_weights for {len(judges)} teachers; expected one each.")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+            raise DataError(f"A row's teacher_weights hold {weight!r}; expected numbers of at least 0.")
+    if math.fsum(weights) <= 0.0:
+        raise DataError(f"A row's teacher_weights sum to zero: {list(weights)}. Give one teacher a positive weight.")
+    return tuple(float(weight) for weight in weights)

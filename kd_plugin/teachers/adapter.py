@@ -1,0 +1,264 @@
+"""Teachers that are one base model and a PEFT adapter each.
+
+A teacher has a module tree of its own, over the very parameters of the base: copying a tree without its tensors costs
+next to nothing. So a panel of n adapters holds one base, one head and n small adapters; none is switched on or off, and
+what else uses the base (a teacher, a student that trains an adapter of its own) never notices.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugin.errors import ConfigError
+from kd_plugin.lineage.sources import Source
+from kd_plugin.signals import HiddenSignal, OutputHead
+from kd_plugin.teachers.adapter_check import read_adapter, require_base
+from kd_plugin.teachers.local import LocalTeacher, resident
+from kd_plugin.vocab import Vocabulary
+
+STUDENT = "student"
+
+
+class AdapterTeacher:
+    """A PEFT adapter (LoRA, IA3, OFT ...) on a base model that other teachers, or the student, share.
+
+    Nothing is loaded until it is needed, so that the license gate can refuse it first.
+
+    Args:
+        adapter: directory or hub id of the adapter.
+        base: the base that it was trained on. ``"student"`` takes the frozen base of a student that is itself a PEFT
+            model. A path, a hub id or a loaded model becomes a :class:`LocalTeacher`; adapters of one panel that
+            name the same path share it. A :class:`LocalTeacher` is shared with whatever else uses it.
+        name: how metrics and lineage call it.
+        revision: branch, tag or commit of the adapter, for a hub id.
+        license: declared licence of the adapter where none can be discovered.
+        accept_base: take ``base`` although the adapter names another one of the same architecture, such as a copy
+            under another name.
+
+    Raises:
+        ConfigError: no adapter is there, it is one that adds tokens instead of changing layers, or (once the base is
+            known) it was trained on another base.
+    """
+
+    def __init__(
+        self,
+        adapter: str | Path,
+        *,
+        base: str | Path | nn.Module | LocalTeacher = STUDENT,
+        name: str = "teacher",
+        revision: str | None = None,
+        license: str | None = None,
+        accept_base: bool = False,
+    ) -> None:
+        self.name = name
+        self.adapter = str(adapter)
+        self._revision, self._license, self._accept_base = revision, license, accept_base
+        self._model: nn.Module | None = None
+        self._student: nn.Module | None = None
+        self._student_vocabulary: Vocabulary | None = None
+        self._call: Callable[..., Tensor] = lambda method, *inputs: method(*inputs)
+        self.base: LocalTeacher | None = None
+        self.owns_base = not isinstance(base, LocalTeacher)
+        if isinstance(base, LocalTeacher):
+            self.base = base
+        elif base != STUDENT:
+            self.base = LocalTeacher(base, name=f"{name}'s base")
+        if self.base is not None:
+            require_base(self._config, self.adapter, self.base.reference, self.base.config, name, accept_base)
+
+    @cached_property
+    def source(self) -> Source:
+        """What this teacher is; its base is discovered from the adapter's own configuration."""
+        return Source(name=self.name, ref=self.adapter, revision=self._revision, license=self._license)
+
+    @property
+    def uses_student(self) -> bool:
+        """Whether the base is the student's own."""
+        return self.base is None
+
+    def share_base(self, base: LocalTeacher) -> None:
+        """Use ``base`` in the place of an equal one, before anything is loaded."""
+        self.base, self.owns_base = base, False
+
+    def use_student(self, student: nn.Module, reference: str | None, vocabulary: Vocabulary) -> None:
+        """Take the frozen base of ``student``; called by the host, once the student is loaded.
+
+        Args:
+            student: a PEFT model, unwrapped.
+            reference: path or hub id of its base.
+            vocabulary: the student's.
+
+        Raises:
+            ConfigError: the student is no PEFT model, its base is trained, or the adapter is for another base.
+        """
+        inner = getattr(student, "get_base_model", lambda: None)()
+        if inner is None:
+            raise ConfigError(
+                f"Teacher {self.name!r} is an adapter on the student's base, but the student is no PEFT model "
+                f"({type(student).__name__}): training would change that base. Train the student with peft_config, or give the "
+                "teacher a base of its own: base='path or hub id'."
+            )
+        plain = without_adapters(tree_over_same_tensors(inner))
+        trained = [n for n, parameter in plain.named_parameters() if parameter.requires_grad]
+        if trained:
+            raise ConfigError(
+                f"Teacher {self.name!r} is an adapter on the student's base, but the student trains a part of it "
+                f"({trained[0]}): the teacher would change with it. Give the teacher a base of its own."
+            )
+        require_base(self._config, self.adapter, reference, inner.config, self.name, self._accept_base)
+        self._student, self._student_vocabulary = plain, vocabulary
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        return None if self.base is None else self.base.tokenizer
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The token ids that this teacher speaks: those of its base."""
+        if self.base is not None:
+            return self.base.vocabulary
+        if self._student_vocabulary is None:
+            raise ConfigError(
+                f"Teacher {self.name!r} is an adapter on the student's base; no student is there yet."
+            )
+        return self._student_vocabulary
+
+    def assume_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take the student's vocabulary, where the base is the student's or names no tokenizer."""
+        if self.base is None:
+            self._student_vocabulary = vocabulary
+        else:
+            self.base.assume_vocabulary(vocabulary)
+
+    @property
+    def names_a_tokenizer(self) -> bool:
+        """Whether the base has, or can look up, a tokenizer."""
+        return self.base is not None and self.base.names_a_tokenizer
+
+    @property
+    def model(self) -> nn.Module:
+        """The base with the adapter, in evaluation mode without gradients; made on first use."""
+        if self._model is None:
+            from peft import PeftModel
+
+            inner = self._student if self.base is None else self.base.model
+            if inner is None:
+                raise ConfigError(
+                    f"Teacher {self.name!r} is an adapter on the student's base; no student is there yet."
+                )
+            own = without_adapters(tree_over_same_tensors(inner))
+            try:
+                model = PeftModel.from_pretrained(
+                    own, self.adapter, config=copy.deepcopy(self._config), is_trainable=False
+                )
+            except (RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"The adapter {self.adapter} does not fit the base of teacher {self.name!r}: {error}"
+                ) from error
+            self._model = model.eval()
+            for module in own.modules():
+                if _is_tuner(module):
+                    module.requires_grad_(False)
+        return self._model
+
+    @cached_property
+    def head(self) -> OutputHead:
+        """The output head: the base's very own, unless the adapter changes it."""
+        if self.base is not None and not self._changes_head:
+            return self.base.head
+        inner = self.model.get_base_model()  # type: ignore[operator]
+        return OutputHead.from_model(_with_plain_head(inner), self.vocabulary.size)
+
+    @property
+    def _changes_head(self) -> bool:
+        module = self.model.get_base_model().get_output_embeddings()  # type: ignore[operator]
+        return _is_tuner(module)
+
+    @contextmanager
+    def resident(self, device: torch.device | str) -> Iterator[None]:
+        """Have base and adapter on ``device`` inside the block."""
+        if self.base is None:
+            self.model.to(device)  # the student's tensors are there already; the adapter's follow
+            yield
+            return
+        with resident(self.base, device):
+            if self.base.placement == "offload":
+                self.model.to(self.base.device or device)
+            yield
+            if self.base.placement == "offload":
+                self.model.to("cpu")
+
+    def attach(self, call: Callable[..., Tensor]) -> None:
+        """Let a host run the forward pass; see :meth:`LocalTeacher.attach`."""
+        self._call = call
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the last hidden states (B, L, H) of a batch (B, L), after the final norm."""
+        self.model.eval()
+        return self._call(self._backbone, input_ids, attention_mask)
+
+    def _backbone(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        backbone = self.model.get_base_model().base_model  # type: ignore[operator]
+        return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> HiddenSignal:
+        """Judge the next token at ``positions``; see :meth:`~kd_plugin.teachers.base.Teacher.score`."""
+        hidden = self.hidden_states(input_ids, attention_mask)
+        return HiddenSignal(hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions), self.head)
+
+    @cached_property
+    def _config(self) -> Any:
+        return read_adapter(self.adapter, self._revision, self.name)
+
+
+def tree_over_same_tensors(model: nn.Module) -> nn.Module:
+    """Copy the modules of ``model``, and none of its parameters: both trees hold the same ones."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """Take the layers of adapters out of a tree, leaving the layers that they wrap."""
+    for name, module in list(model.named_modules()):
+        inner = None
+        if _is_tuner(module):
+            inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module.original_module
+        if inner is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, inner)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model._hf_peft_config_loaded = False  # type: ignore[assignment]
+    return model
+
+
+def _with_plain_head(model: nn.Module) -> Any:
+    """Return what :meth:`OutputHead.from_model` reads of a model, with an adapter's change of the head merged in."""
+    module = model.get_output_embeddings()  # type: ignore[operator]
+    if not _is_tuner(module):
+        return model
+    if hasattr(module, "get_base_layer"):
+        own = copy.deepcopy(module)
+        own.merge()
+        plain = own.get_base_layer()
+    else:
+        plain = module.modules_to_save[module.active_adapters[0]]
+    return SimpleNamespace(config=model.config, get_output_embeddings=lambda: plain)
+
+
+def _is_tuner(module: nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)

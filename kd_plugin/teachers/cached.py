@@ -1,0 +1,110 @@
+"""A teacher that said all that it will say: the targets of a cache."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kd_plugin.cache.targets import Sampled
+from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.lineage.sources import Source
+from kd_plugin.signals import SparseSignal
+from kd_plugin.vocab import Vocabulary
+
+if TYPE_CHECKING:
+    from kd_plugin.cache.reader import TeacherCache
+
+
+class CachedTeacher:
+    """Judges rows whose rollouts are fixed, from a teacher cache; a row that is not in the cache is an error.
+
+    Args:
+        cache: the directory of a cache, or an open one.
+        tokenizer: the tokenizer that it was captured with, or a directory or hub id to load it from; None takes the
+            teacher's that the cache names.
+        name: how metrics and lineage call it.
+    """
+
+    def __init__(self, cache: str | Path | TeacherCache, *, tokenizer: Any = None, name: str = "teacher") -> None:
+        from kd_plugin.cache.reader import TeacherCache
+
+        self.name = name
+        self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
+        self._tokenizer = tokenizer
+
+    @property
+    def source(self) -> Source:
+        """The cache as an ancestor, which brings along who filled it."""
+        return self.cache.source
+
+    @property
+    def temperature(self) -> float:
+        """At which the targets were captured."""
+        return self.cache.manifest.settings.temperature
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the targets are draws with their counts, not a list of the likeliest tokens."""
+        return isinstance(self.cache.manifest.settings.targets, Sampled)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The token ids of the targets.
+
+        Raises:
+            ConfigError: no tokenizer is known, or it is not the one of the capture.
+        """
+        settings = self.cache.manifest.settings
+        found = self._tokenizer if self._tokenizer is not None else settings.teacher
+        if found is None:
+            raise ConfigError(
+                f"The cache {self.cache.path} names no teacher to take a tokenizer from. Pass "
+                "CachedTeacher(cache, tokenizer=...)."
+            )
+        if isinstance(found, str | Path):
+            from transformers import AutoTokenizer
+
+            found = AutoTokenizer.from_pretrained(found)
+        vocabulary = Vocabulary.from_tokenizer(found)
+        self.cache.require_compatible(vocabulary, temperature=settings.temperature)
+        return vocabulary
+
+    def assume_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take ``vocabulary`` for the cache's own, if it has the fingerprint of the capture.
+
+        Raises:
+            VocabularyError: it has another one.
+        """
+        self.cache.require_compatible(vocabulary, temperature=self.temperature)
+        self.__dict__["vocabulary"] = vocabulary
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> SparseSignal:
+        """Look up the targets at ``positions``; see :meth:`~kd_plugin.teachers.base.Teacher.score`.
+
+        Raises:
+            DataError: a row, or a position of it, is not in the cache.
+        """
+        ids, mask = input_ids.cpu(), attention_mask.cpu() != 0
+        length = ids.shape[1]
+        wanted = positions.cpu()
+        index = torch.full_like(ids, -1)
+        for row in torch.unique(wanted // length).tolist():
+            found = self.cache.teacher_index(ids[row][mask[row]].tolist())
+            if found is None:
+                raise DataError(
+                    f"Teacher {self.name!r}: a row of {int(mask[row].sum())} tokens is not in the cache "
+                    f"{self.cache.path}. A cache judges the rows that it was captured from, not what the student "
+                    "writes: route only rows with fixed completions to it, tokenized and truncated as in the capture."
+                )
+            index[row][mask[row]] = torch.tensor(found, dtype=index.dtype)
+        chosen = index.reshape(-1).index_select(0, wanted)
+        if bool((chosen < 0).any()):
+            raise DataError(
+                f"Teacher {self.name!r}: {int((chosen < 0).sum())} of {len(chosen)} positions have no target in "
+                f"{self.cache.path}; it was captured with another completion mask."
+            )
+        return self.cache.signal(chosen).to(input_ids.device)
