@@ -8,8 +8,8 @@ divergence is estimated and what is defined, ``checks`` what must hold before a 
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.loss import CorrectionLoss, correction_loss
 from kd_plugin.panel.roster import Assignment, Combine, OwnTerms, TeacherPanel
-from kd_plugin.panel.scoring import Correction, score_rows
 from kd_plugin.panel.schedule import Schedule
+from kd_plugin.panel.scoring import Correction, score_rows
 
 __all__ = [
     "Assignment",
@@ -18,8 +18,8 @@ __all__ = [
     "CorrectionLoss",
     "Estimator",
     "OwnTerms",
-    "TeacherPanel",
     "Schedule",
+    "TeacherPanel",
     "correction_loss",
     "score_rows",
 ]

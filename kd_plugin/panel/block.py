@@ -59,10 +59,10 @@ def panel_from_block(block: Mapping[str, Any] | str | Path, where: str = "panel"
     described = block.get("teachers")
     if not isinstance(described, Mapping) or not described:
         raise ConfigError(f"{where}: expected a mapping 'teachers' from name to teacher.")
-    estimator = Estimator(
-        block.get("estimator", "exact"),
-        **{key: tuple(block[key]) if key == "ratio_bounds" else block[key] for key in _ESTIMATOR_KEYS if key in block},
-    )
+    settings: dict[str, Any] = {key: block[key] for key in _ESTIMATOR_KEYS if key in block}
+    if "ratio_bounds" in settings:
+        settings["ratio_bounds"] = tuple(settings["ratio_bounds"])
+    estimator = Estimator(block.get("estimator", "exact"), **settings)
     teachers = _teachers(described, where)
     weights = {name: teacher["weight"] for name, teacher in described.items() if _has(teacher, "weight")}
     return TeacherPanel(

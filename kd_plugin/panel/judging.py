@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kd_plugin.panel.roster import TeacherPanel
+from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import score_rows
 from kd_plugin.signals import HiddenSignal, SparseSignal
 
@@ -15,7 +15,7 @@ from kd_plugin.signals import HiddenSignal, SparseSignal
 @torch.no_grad()
 def panel_logprobs(
     panel: TeacherPanel,
-    judges: Sequence[tuple[str, ...]],
+    assignments: Sequence[Assignment],
     prefixes: Sequence[Sequence[int]],
     proposals: Sequence[Sequence[int]],
     *,
@@ -23,18 +23,20 @@ def panel_logprobs(
     pad_token_id: int,
     device: torch.device,
     rows_at_once: int,
+    step: int = 0,
 ) -> list[Tensor]:
     """Return log Σ wᵢ·pᵢ at each proposed token, the mixture of those who judge the row.
 
     Args:
         panel: the teachers.
-        judges: for each row the names of those who judge it.
+        assignments: for each row who judges it.
         prefixes: token ids before the proposal.
         proposals: token ids whose places are judged; at least one a row.
         vocab_size: V.
         pad_token_id: fills up short rows.
         device: where the teachers take their inputs.
         rows_at_once: rows in a teacher's forward pass.
+        step: optimizer step, for weights with a schedule.
 
     Returns:
         For each row (len(proposal), V) nats; ``-inf`` for what a teacher that lists only some tokens leaves out.
@@ -48,7 +50,7 @@ def panel_logprobs(
         mask[row, used] = 1
     corrections = score_rows(
         panel,
-        judges,
+        assignments,
         ids.to(device),
         mask.to(device),
         completion_start=start,
@@ -56,11 +58,11 @@ def panel_logprobs(
         rows_at_once=rows_at_once,
     )
     found = []
-    for names, correction in zip(judges, corrections, strict=True):
-        weights = panel.weights_of(names)
+    for assignment, correction in zip(assignments, corrections, strict=True):
+        weights = panel.weights_of(assignment, step)
         terms = [
             _logprobs(correction.signals[name], vocab_size) + torch.tensor(weight).log()
-            for name, weight in zip(names, weights, strict=True)
+            for name, weight in zip(assignment.judges, weights, strict=True)
             if weight > 0
         ]
         found.append(torch.stack(terms).logsumexp(dim=0))

@@ -9,6 +9,7 @@ from typing import Any
 from kd_plugin.errors import ConfigError, DataError, nearest
 from kd_plugin.panel.schedule import Schedule, as_schedule
 
+
 class Weights:
     """The weights of a panel's teachers.
 
@@ -75,10 +76,7 @@ class Weights:
                     f"{where} names {name!r}, which is not on the panel; there are {', '.join(map(repr, names))}."
                     + nearest(str(name), list(names))
                 )
-        parsed = {
-            name: _weight(given.get(name, 0.0), f"The weight of teacher {name!r} in {where}")
-            for name in names
-        }
+        parsed = {name: _weight(given.get(name, 0.0), f"The weight of teacher {name!r} in {where}") for name in names}
         steps = {step for s in parsed.values() for step in (s.begin, s.begin + s.steps)}
         for step in sorted(steps):
             if math.fsum(schedule.at(step) for schedule in parsed.values()) <= 0.0:

@@ -104,8 +104,8 @@ class AdapterTeacher:
         if inner is None:
             raise ConfigError(
                 f"Teacher {self.name!r} is an adapter on the student's base, but the student is no PEFT model "
-                f"({type(student).__name__}): training would change that base. Train the student with peft_config, or give the "
-                "teacher a base of its own: base='path or hub id'."
+                f"({type(student).__name__}): training would change that base. Train the student with "
+                "peft_config, or give the teacher a base of its own: base='path or hub id'."
             )
         plain = without_adapters(tree_over_same_tensors(inner))
         trained = [n for n, parameter in plain.named_parameters() if parameter.requires_grad]
@@ -128,9 +128,7 @@ class AdapterTeacher:
         if self.base is not None:
             return self.base.vocabulary
         if self._student_vocabulary is None:
-            raise ConfigError(
-                f"Teacher {self.name!r} is an adapter on the student's base; no student is there yet."
-            )
+            raise ConfigError(f"Teacher {self.name!r} is an adapter on the student's base; no student is there yet.")
         return self._student_vocabulary
 
     def assume_vocabulary(self, vocabulary: Vocabulary) -> None:

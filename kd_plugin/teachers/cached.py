@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kd_plugin.cache.targets import Sampled
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import SparseSignal
@@ -49,6 +48,8 @@ class CachedTeacher:
     @property
     def is_sampled(self) -> bool:
         """Whether the targets are draws with their counts, not a list of the likeliest tokens."""
+        from kd_plugin.cache.targets import Sampled
+
         return isinstance(self.cache.manifest.settings.targets, Sampled)
 
     @cached_property

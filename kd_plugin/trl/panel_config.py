@@ -9,7 +9,7 @@ from trl import DistillationConfig
 
 from kd_plugin.divergence import Divergence
 from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.panel import Combine
+from kd_plugin.panel import Combine, Estimator
 from kd_plugin.trl.rollout_fields import RolloutFields
 from kd_plugin.trl.shared_fields import DistillationFields
 
@@ -27,7 +27,9 @@ class TeacherPanelConfig(RolloutFields, DistillationFields, DistillationConfig):
         *RolloutFields.ROLLOUT_DICT_FIELDS,
         "teacher_models",
         "teacher_weights",
+        "domain_weights",
         "routes",
+        "panel",
         "lineage",
     ]
 
@@ -39,16 +41,70 @@ class TeacherPanelConfig(RolloutFields, DistillationFields, DistillationConfig):
         default="route",
         metadata={
             "help": "How teachers are combined: 'route' asks the one that the row's `teacher_id` names, 'weighted_kl' "
-            "minimises the weighted sum of every teacher's divergence."
+            "minimises the weighted sum of every teacher's divergence, 'mixture' the divergence from the weighted mean "
+            "of their probabilities, 'confidence' a sum whose weights follow each teacher's entropy at each token."
         },
     )
     teacher_weights: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Name to weight, for 'weighted_kl'; scaled to sum to one. Equal where left out."},
+        metadata={
+            "help": "Name to weight, for all but 'route'; scaled to sum to one. Equal where left out. A weight is a "
+            "number, or a schedule: {start: 0.0, end: 1.0, steps: 200, begin: 0, shape: linear}."
+        },
+    )
+    domain_weights: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Domain to such a mapping, for rows with that `domain`, in the place of `teacher_weights`."},
+    )
+    confidence_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Nats, for 'confidence': a small one leaves the surest teacher alone at each token, a large one "
+            "leaves `teacher_weights`."
+        },
     )
     routes: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Domain to teacher, for rows that have a `domain` and no `teacher_id`."},
+    )
+    panel: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The whole panel in one block, or a path to YAML with it: `teachers` (each with its `kind`), "
+            "`combine`, `divergence`, weights, `routes`, `estimator`. In the place of the fields above."
+        },
+    )
+    estimator: str = field(
+        default="exact",
+        metadata={
+            "help": "How divergences are estimated: 'exact' (teachers in this process), 'sampled' (policy gradient on "
+            "the written token; reverse_kl only) or 'topk_tail' (listed tokens and the rest as one)."
+        },
+    )
+    top_k_tail: int = field(
+        default=64, metadata={"help": "Tokens that 'topk_tail' lists of a teacher in this process."}
+    )
+    student_top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of the student that 'topk_tail' lists beside, where the teacher is in this process. Left "
+            "out, as many as of the teacher. 0 makes it equal to a server's list of `top_k_tail` tokens."
+        },
+    )
+    ratio_bounds: list[float] = field(
+        default_factory=lambda: [0.5, 2.0],
+        metadata={
+            "help": "For 'sampled': between which the ratio of the student's probability of a token now to that when "
+            "it was written is kept."
+        },
+    )
+    panel_values: str = field(
+        default="always",
+        metadata={
+            "help": "'always' computes every teacher's divergence at each step. 'logging' does so at logging steps "
+            "only; between them teachers that share a head are projected together (reverse_kl), with the same "
+            "gradient. The logged loss is then that of the logging step."
+        },
     )
     divergence: str | None = field(
         default=None,
@@ -65,6 +121,14 @@ class TeacherPanelConfig(RolloutFields, DistillationFields, DistillationConfig):
                 f"Unknown combine {self.combine!r}; expected one of {', '.join(get_args(Combine))}."
                 + nearest(self.combine, list(get_args(Combine)))
             )
+        if self.panel_values not in ("always", "logging"):
+            raise ConfigError(
+                f"Unknown panel_values {self.panel_values!r}; expected one of always, logging."
+                + nearest(self.panel_values, ["always", "logging"])
+            )
+        if len(self.ratio_bounds) != 2:
+            raise ConfigError(f"ratio_bounds are {self.ratio_bounds}; expected two numbers, low and high.")
+        Estimator(self.estimator, self.top_k_tail, self.student_top_k, tuple(self.ratio_bounds))  # type: ignore[arg-type]
         self.resolved_divergence()
         self.check_rollouts()
 

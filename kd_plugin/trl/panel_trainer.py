@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,15 +13,15 @@ from trl.models import prepare_deepspeed
 from kd_plugin.cache import TeacherCache
 from kd_plugin.cache.alignment import require_aligned
 from kd_plugin.divergence.finite import require_finite
-from kd_plugin.divergence.fused import PanelLoss, fused_panel_divergence
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.start import dataset_sources, student_source
-from kd_plugin.panel import Correction, TeacherPanel, panel_groups, score_rows
-from kd_plugin.panel.checks import check_rows, require_one_vocabulary
+from kd_plugin.panel import Correction, CorrectionLoss, correction_loss, score_rows
+from kd_plugin.panel.checks import check_rows, require_defined_panel, require_one_vocabulary
 from kd_plugin.panel.combining import scored_positions
 from kd_plugin.signals import OutputHead
-from kd_plugin.teachers import LocalTeacher
+from kd_plugin.teachers import AdapterTeacher, LocalTeacher, Teacher
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, with_lineage
+from kd_plugin.trl.panel_build import panel_from, require_sampling
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.rollouts import RolloutMixin
 from kd_plugin.trl.start import load_vocabulary, start_lineage
@@ -75,7 +74,10 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
                 f"args is a {type(args).__name__}; TeacherPanelTrainer needs a TeacherPanelConfig, which takes the "
                 "same fields."
             )
-        self.panel = _panel_from(teacher_model, teacher_models, args)
+        self.panel = panel_from(teacher_model, teacher_models, args)
+        self.divergence = self.panel.divergence or args.resolved_divergence()
+        require_defined_panel(self.panel, self.divergence, args.temperature)
+        require_sampling(self.panel, args)
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             check_rows(dataset, name, self.panel)
         warmup_caches = [TeacherCache(path) for path in args.warmup_caches()]
@@ -106,16 +108,26 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
             **kwargs,
         )
         self.start_rollouts(warmup_caches)
-        self.divergence = args.resolved_divergence()
         for name, teacher in self.panel.teachers.items():
-            if isinstance(teacher, LocalTeacher):
-                self._prepare_teacher(name, teacher)
+            self._prepare_teacher(name, teacher)
         self._panel_totals: dict[str, Tensor] = {}
 
-    def _prepare_teacher(self, name: str, teacher: LocalTeacher) -> None:
+    def _prepare_teacher(self, name: str, teacher: Teacher) -> None:
         """Place a teacher as TRL places its own: sharded by DeepSpeed, else wrapped by accelerate."""
+        if isinstance(teacher, AdapterTeacher):
+            self._prepare_adapter(name, teacher)
+            return
+        if not isinstance(teacher, LocalTeacher):
+            return
         model = teacher.model
         OutputHead.from_model(model)  # raises early where the teacher has no head
+        if teacher.placement == "offload":
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise ConfigError(
+                    f"Teacher {name!r} has placement='offload', which moves whole models; DeepSpeed and FSDP shard "
+                    "them. Use placement='resident' here, and the sharding's own offloading."
+                )
+            return
         if self.is_deepspeed_enabled:
             wrapped = prepare_deepspeed(model, self.accelerator)
         else:
@@ -123,9 +135,22 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
         unwrapped = self.accelerator.unwrap_model(wrapped)
         teacher.attach(lambda method, *inputs: self._forward_redirection(wrapped, unwrapped, method, *inputs))
 
+    def _prepare_adapter(self, name: str, teacher: AdapterTeacher) -> None:
+        """Give an adapter its base; its module tree is over that base's own parameters."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ConfigError(
+                f"Teacher {name!r} is an adapter, which shares the tensors of its base; DeepSpeed and FSDP replace "
+                "them by shards. Merge the adapter into a model of its own, or train without sharding."
+            )
+        if teacher.uses_student:
+            student = self.accelerator.unwrap_model(self.model)
+            teacher.use_student(student, student.config._name_or_path, self._vocabulary)
+        elif teacher.base is not None and teacher.base.placement == "resident":
+            teacher.base.model.to(self.accelerator.device)
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        for column in ("teacher_id", "domain", "completion"):
+        for column in ("teacher_id", "domain", "teacher_weights", "completion"):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
 
@@ -134,8 +159,8 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
             raise DataError(
                 "The teacher panel does not judge images yet. Train on text, or use TRL's DistillationTrainer."
             )
-        judges = [self.panel.judges(row.get("teacher_id"), row.get("domain")) for row in inputs]
-        self.begin_rollouts(inputs, judges)
+        assignments = [self.panel.assign(row) for row in inputs]
+        self.begin_rollouts(inputs, assignments)
         output = super()._generate_and_score_completions(inputs)
         loss_mask = output["completion_mask"]
         if "tool_mask" in output:
@@ -145,7 +170,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
         training = self.model.training
         output["corrections"] = score_rows(
             self.panel,
-            judges,
+            assignments,
             torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
             torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
             completion_start=output["prompt_ids"].size(1),
@@ -178,85 +203,60 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
         head = OutputHead.from_model(unwrapped_student, self._vocabulary.size)
         hidden = hidden.to(head.weight.device)
         positions = scored_positions(corrections, width, hidden.device)
-        loss = fused_panel_divergence(
+        loss = correction_loss(
+            self.panel,
+            corrections,
             hidden.reshape(-1, hidden.size(-1)).index_select(0, positions),
             head,
-            panel_groups(self.panel, corrections, hidden.device),
-            self.divergence,
+            inputs["completion_ids"].to(hidden.device).reshape(-1).index_select(0, positions),
+            divergence=self.divergence,
             temperature=self.temperature,
+            step=self.state.global_step,
+            values=self._values_are_read(),
         )
-        self._count(corrections, loss)
+        self._count(loss)
         count = positions.new_full((), positions.numel())
         normaliser = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if isinstance(normaliser, Tensor):
             normaliser = normaliser.to(loss.loss_sum.device)
         return loss.loss_sum / normaliser, loss.entropy.sum(), count
 
-    def _count(self, corrections: list[Correction], loss: PanelLoss) -> None:
-        """Add this micro-batch to each teacher's divergence and tokens, on the device."""
+    def _values_are_read(self) -> bool:
+        """Whether anything reads this step's divergences: always, unless the configuration leaves them to the log."""
+        if self.args.panel_values == "always" or not self.model.training:
+            return True
+        step = self.state.global_step + 1
+        last = self.state.max_steps and step >= self.state.max_steps
+        return (
+            bool(last) or step % max(self.state.logging_steps, 1) == 0 or (step == 1 and self.args.logging_first_step)
+        )
+
+    def _count(self, loss: CorrectionLoss) -> None:
+        """Add this micro-batch to each teacher's divergence and tokens, and to the whole loss, on the device."""
+        if not loss.judgements:
+            return
         mode = "train" if self.model.training else "eval"
         names = self.panel.names
-        totals = self._panel_totals.setdefault(mode, loss.entropy.new_zeros((len(names), 2)))
-        groups = dict.fromkeys(tuple(c.signals) for c in corrections if c.positions)
-        for judges, values in zip(groups, loss.divergences, strict=True):
-            for name, value in zip(judges, values, strict=True):
-                row = totals[names.index(name)]
-                row[0] += value.sum()
-                row[1] += value.numel()
+        totals = self._panel_totals.setdefault(mode, loss.entropy.new_zeros((len(names) + 1, 2)))
+        for judgement in loss.judgements:
+            row = totals[names.index(judgement.teacher)]
+            row[0] += judgement.divergence.sum()
+            row[1] += judgement.divergence.numel()
+        totals[-1, 0] += loss.loss_sum.detach()
+        totals[-1, 1] += loss.entropy.numel()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the parent does, with each teacher's mean divergence (nats a token) and tokens over all ranks."""
         mode = "train" if self.model.training else "eval"
         if mode in self._panel_totals:
-            totals = self.accelerator.reduce(self._panel_totals.pop(mode), reduction="sum").tolist()
+            *totals, (loss, count) = self.accelerator.reduce(self._panel_totals.pop(mode), reduction="sum").tolist()
             for name, (divergence, tokens) in zip(self.panel.names, totals, strict=True):
                 if tokens:
                     self._metrics[mode][f"divergence/{name}"].append(divergence / tokens)
                 self._metrics[mode][f"tokens/{name}"].append(tokens)
+            if self.args.panel_values == "logging" and mode == "train" and "loss" in logs and count:
+                logs["loss"] = loss / count  # of this step: the steps before it had lower bounds
         super().log(logs, start_time)
-
-
-def _panel_from(teacher_model: Any, teacher_models: Any, args: TeacherPanelConfig) -> TeacherPanel:
-    """Build the panel from whichever of the trainer's arguments and the config's fields names teachers."""
-    if teacher_model is not None and teacher_models is not None:
-        raise ConfigError("Both teacher_model and teacher_models are given; name all teachers in teacher_models.")
-    chosen = teacher_models if teacher_models is not None else teacher_model
-    if chosen is None:
-        chosen = args.teacher_models or args.teacher_model_name_or_path
-    if isinstance(chosen, TeacherPanel):
-        if args.teacher_weights or args.routes:
-            raise ConfigError(
-                "teacher_models is a TeacherPanel, which holds its own weights and routes; set them there."
-            )
-        return chosen
-    if chosen is None:
-        raise ConfigError(
-            'No teacher is given. Pass teacher_models={"math": "path or hub id", ...} to the trainer, or set '
-            "teacher_models in the config."
-        )
-    if not isinstance(chosen, Mapping):
-        chosen = {"teacher": chosen}
-    return TeacherPanel(
-        {name: _as_teacher(name, teacher, args) for name, teacher in chosen.items()},
-        combine=args.combine,  # type: ignore[arg-type]
-        weights=args.teacher_weights,  # type: ignore[arg-type]
-        routes=args.routes,  # type: ignore[arg-type]
-    )
-
-
-def _as_teacher(name: str, teacher: Any, args: TeacherPanelConfig) -> Any:
-    """Load a teacher that is given as a string the way ``DistillationTrainer`` does: float32 unless told."""
-    if not isinstance(teacher, str):
-        return teacher
-    init_kwargs = {"dtype": "float32", **(args.teacher_model_init_kwargs or {})}
-    revision = init_kwargs.pop("revision", args.teacher_model_revision)
-    return LocalTeacher(
-        teacher,
-        name=name,
-        revision=revision,
-        trust_remote_code=args.trust_remote_code,
-        model_init_kwargs=init_kwargs,
-    )
 
 
 def _named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:

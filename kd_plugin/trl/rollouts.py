@@ -13,7 +13,7 @@ from kd_plugin.cache import TeacherCache
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.objective import OfflineObjective
 from kd_plugin.errors import ConfigError, DataError
-from kd_plugin.panel import TeacherPanel
+from kd_plugin.panel import Assignment, TeacherPanel
 from kd_plugin.panel.judging import panel_logprobs
 from kd_plugin.panel.rollouts import interleave, on_policy_rows, seeded
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch
@@ -39,7 +39,7 @@ class RolloutMixin:
         """Read the configuration; ``caches`` are those of the warm-up."""
         args = self.args
         self._fraction = args.on_policy_schedule()
-        self._rollout_judges: list[tuple[str, ...]] = []
+        self._rollout_judges: list[Assignment] = []
         self._given: list[list[int] | None] = []
         self._warmup: CacheWarmup | None = None
         if caches:
@@ -59,7 +59,7 @@ class RolloutMixin:
             self._warmup is not None and self.model.training and self.state.global_step < self.args.warmup_cache_steps
         )
 
-    def begin_rollouts(self, rows: Sequence[dict[str, Any]], judges: Sequence[tuple[str, ...]]) -> None:
+    def begin_rollouts(self, rows: Sequence[dict[str, Any]], judges: Sequence[Assignment]) -> None:
         """Say which rows the next generation is for, and decide which of them the dataset fills."""
         self._rollout_judges = list(judges)
         self._given = [None] * len(rows)
@@ -154,6 +154,7 @@ class RolloutMixin:
                     pad_token_id=pad,
                     device=device,
                     rows_at_once=self.args.per_device_train_batch_size,
+                    step=self.state.global_step,
                 )
 
             responses = interleave(
