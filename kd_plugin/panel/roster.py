@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
+
+from torch import nn
 
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, DataError, nearest
@@ -208,9 +211,18 @@ def _share_bases(teachers: Iterable[Teacher]) -> None:
 
 
 def as_teacher(name: str, teacher: Any) -> Teacher:
-    """Return ``teacher`` itself if it is one, else a :class:`LocalTeacher` over the model or path."""
-    if isinstance(teacher, Teacher):
-        return teacher
+    """Return ``teacher`` itself if it is one, else a :class:`LocalTeacher` over the model or path.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    # Asking the instance would read its properties, and load a tokenizer for it
+    if hasattr(type(teacher), "score"):
+        return teacher  # type: ignore[no-any-return]
+    if not isinstance(teacher, str | Path | nn.Module):
+        raise ConfigError(
+            f"Teacher {name!r} is a {type(teacher).__name__}; expected a path, a hub id, a loaded model or a Teacher."
+        )
     return LocalTeacher(teacher, name=name)
 
 
