@@ -69,7 +69,13 @@ class CachedTeacher:
         if isinstance(found, str | Path):
             from transformers import AutoTokenizer
 
-            found = AutoTokenizer.from_pretrained(found)
+            try:
+                found = AutoTokenizer.from_pretrained(found)
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"No tokenizer can be loaded from {str(found)!r} for the cache {self.cache.path} ({error}). Pass "
+                    "CachedTeacher(cache, tokenizer=...): the one of the capture, its directory or its hub id."
+                ) from error
         vocabulary = Vocabulary.from_tokenizer(found)
         self.cache.require_compatible(vocabulary, temperature=settings.temperature)
         return vocabulary
