@@ -5,7 +5,9 @@ it to what a training step returns · offline.py and panel.py are the callbacks 
 module.py, data.py and cli.py are for those who write YAML and no Python.
 """
 
+from kd_plugin.lightning.data import KDDataModule
 from kd_plugin.lightning.lineage import LicenseLineage
 from kd_plugin.lightning.offline import OfflineKD
+from kd_plugin.lightning.offline_module import OfflineKDModule
 
-__all__ = ["LicenseLineage", "OfflineKD"]
+__all__ = ["KDDataModule", "LicenseLineage", "OfflineKD", "OfflineKDModule"]

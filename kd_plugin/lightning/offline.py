@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +109,12 @@ class OfflineKD(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the trainer, the module, the cache and the licenses."""
         self._zero3 = tell_transformers_of_zero3(trainer)
+        self._checked = False
         if stage != "fit":
             return
         require_supported(trainer)
         require_returned_loss(pl_module)
         require_aligned(self.cache)
-        self._checked = False
         if not builds_later(pl_module):
             self._check(trainer, pl_module, find_student(pl_module, self.student))
         elif hasattr(pl_module, "student_reference"):
@@ -125,16 +125,42 @@ class OfflineKD(Callback):
         model = find_student(pl_module, self.student)
         if not self._checked:
             self._check(trainer, pl_module, model)
-        self._forward = DistillingForward(model, self._vocabulary.size, self.objective)
+        self._join(pl_module, model)
+        assert self._forward is not None
         report = functools.partial(self._report, pl_module)
         self._step = DistillingStep(trainer, pl_module, self._forward, self._prepare, report)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take part in the forward pass of a validation without training."""
+        if self._forward is None:
+            self._join(pl_module, find_student(pl_module, self.student))
+
+    def measure(self, module: LightningModule, batch: Any, run: Callable[[Any], Any]) -> None:
+        """Log the loss and the divergence of a validation batch, means over all scored tokens.
+
+        Args:
+            module: the module that validates.
+            batch: as in training.
+            run: called with what the module sees of the batch; must run the student over it.
+        """
+        prepared = self._prepare(batch)
+        call = Call(prepared.target, prepared.labels, prepared.shape, joint=True)
+        assert self._forward is not None
+        with self._forward.step(call):
+            run(prepared.batch)
+        found, tokens = call.found, max(call.found.kd.numel(), 1)
+        values = {"val/loss": found.loss_sum.detach() / tokens, "val/divergence": found.kd.sum() / tokens}
+        if found.nll is not None:
+            values["val/cross_entropy"] = found.nll.sum() / tokens
+        module.log_dict(values, batch_size=tokens, sync_dist=True, add_dataloader_idx=False)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was."""
-        if self._step is not None and self._forward is not None:
+        if self._step is not None:
             self._step.remove()
+        if self._forward is not None:
             self._forward.remove()
-            self._step = self._forward = None
+        self._step = self._forward = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the module as it was."""
@@ -154,6 +180,17 @@ class OfflineKD(Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             require_finite(outputs["loss"], "the offline KD loss")
 
+    def _join(self, module: LightningModule, model: PreTrainedModel) -> None:
+        """Patch the student's forward pass."""
+        if not self._checked:
+            self._compare_vocabularies(module, model)
+        self._forward = DistillingForward(model, self._vocabulary.size, self.objective)
+
+    def _compare_vocabularies(self, module: LightningModule, model: PreTrainedModel | str) -> None:
+        tokenizer = self.tokenizer or getattr(module, "tokenizer", None) or load_tokenizer(model)
+        self._vocabulary = Vocabulary.from_tokenizer(tokenizer)
+        self.cache.require_compatible(self._vocabulary, temperature=self.objective.temperature)
+
     def _check(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel | str) -> None:
         """Pass the license gate and compare vocabularies; neither needs the student's weights."""
         declared = self.lineage if self.lineage is not None else declared_lineage(trainer)
@@ -165,11 +202,7 @@ class OfflineKD(Callback):
             declared=declared,
         )
         lineage_of(trainer, run, module)
-        tokenizer = self.tokenizer or getattr(module, "tokenizer", None)
-        if tokenizer is None:
-            tokenizer = load_tokenizer(model)
-        self._vocabulary = Vocabulary.from_tokenizer(tokenizer)
-        self.cache.require_compatible(self._vocabulary, temperature=self.objective.temperature)
+        self._compare_vocabularies(module, model)
         self._checked = True
 
     def _require(self, batch: Any) -> None:

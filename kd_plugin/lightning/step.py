@@ -17,6 +17,7 @@ from kd_plugin.lightning.student import loss_of
 
 # What the plugin puts into a batch and takes out again before the module sees it
 WINDOW_TOKENS = "kd_window_tokens"
+WINDOW = "kd_window"
 
 
 @dataclass(frozen=True)

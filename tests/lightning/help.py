@@ -52,6 +52,17 @@ class Plain(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
 
+class Losses(pl.Callback):
+    """The loss of each batch."""
+
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        # Lightning shows the loss times the batches of a window; see Trainer.accumulate_grad_batches
+        self.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+
+
 def trainer(tmp_path, callbacks=(), **kwargs):
     defaults = {
         "max_steps": 5, "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kd_plugin.lightning import OfflineKD
+from kd_plugin.lightning import KDDataModule, OfflineKD, OfflineKDModule
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
 from tests.hosts.runs import assert_same, losses, settings
-from tests.lightning.help import Plain, loader, trainer
+from tests.lightning.help import Losses, Plain, loader, trainer
 from tests.tiny import byte_tokenizer
 
 
@@ -43,6 +43,35 @@ def test_offline_kd_takes_the_steps_of_the_trl_trainer(fields, tmp_path, student
     ours, our_weights = callback(tmp_path / "pl", student_dir, cache, **fields)
     assert ours == pytest.approx(theirs, rel=1e-4)
     assert_same(our_weights, their_weights, 1e-4)
+
+
+def module(directory, student, cache, rows=4, accumulate=1, **fields):
+    ready = OfflineKDModule(
+        student, cache=str(cache.path), learning_rate=1e-3, weight_decay=0.01, lr_scheduler_type="constant", **fields
+    )
+    data = KDDataModule(cache=str(cache.path), batch_size=rows, shuffle=False)
+    seen = Losses()
+    trainer(directory, [seen], accumulate_grad_batches=accumulate).fit(ready, datamodule=data)
+    # A window's micro-batches are each divided by its tokens and averaged by Lightning: their mean is its loss
+    windows = [seen.losses[i : i + accumulate] for i in range(0, len(seen.losses), accumulate)]
+    weights = {name: p.detach() for name, p in ready.model.named_parameters()}
+    return [sum(window) / accumulate for window in windows], weights
+
+
+@pytest.mark.parametrize("fields", [{}, {"ce_weight": 0.3}], ids=["kd alone", "with cross-entropy"])
+def test_the_ready_module_takes_the_same_steps(fields, tmp_path, student_dir, cache):
+    theirs, their_weights = trl(tmp_path / "trl", student_dir, cache, **fields)
+    ours, our_weights = module(tmp_path / "pl", student_dir, cache, **fields)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert_same(our_weights, their_weights, 1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_micro_batches_take_the_steps_of_one_batch(rows, tmp_path, student_dir, cache):
+    whole, whole_weights = module(tmp_path / "a", student_dir, cache)
+    parts, part_weights = module(tmp_path / "b", student_dir, cache, rows=rows, accumulate=4 // rows)
+    assert parts == pytest.approx(whole, rel=1e-5)
+    assert_same(part_weights, whole_weights, 1e-5)
 
 
 class Altered(Plain):

@@ -1,0 +1,181 @@
+"""``python -m kd_plugin.lightning fit --config run.yaml``: LightningCLI over the ready modules."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+
+from kd_plugin.errors import ConfigError, KDError, nearest
+from kd_plugin.lightning.data import KDDataModule
+from kd_plugin.lightning.module import StudentModule
+
+_TOP = (
+    "seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler", "ckpt_path", "weights_only", "verbose",
+    "return_predictions",
+)  # fmt: skip
+_COMMANDS = ("fit", "validate", "test", "predict")
+_OPTIONS = ("config", "print_config", "help")
+
+
+class KDCommand(LightningCLI):
+    """``LightningCLI`` with the ready modules and the data module.
+
+    Unknown keys, in files and on the command line, are refused first, by errors that name the key that was near.
+
+    Args:
+        args: the command line; None reads ``sys.argv``.
+        run: False builds the trainer, the module and the data, and runs nothing.
+
+    Raises:
+        ConfigError: an unknown key or option, or a file that is missing or no YAML.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        arguments = sys.argv[1:] if args is None else list(args)
+        require_known(arguments)
+        super().__init__(
+            StudentModule,
+            KDDataModule,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            args=arguments,
+            run=run,
+        )
+
+
+def require_known(arguments: Sequence[str]) -> None:
+    """Refuse unknown keys of configuration files and unknown options.
+
+    Raises:
+        ConfigError: names the key, the nearest known one, and what is known.
+    """
+    model = _option(arguments, "model")
+    for path in _files(arguments):
+        content = _read(path)
+        for command in _COMMANDS:
+            content = {**content, **(content.pop(command, None) or {})}
+        given = content.get("model")
+        if model is None and isinstance(given, Mapping):
+            model = given.get("class_path")
+        for name, value in content.items():
+            _require(path, "", str(name), _TOP)
+            if name == "model" and isinstance(value, Mapping):
+                _check_model(path, value)
+            elif name in ("trainer", "data") and isinstance(value, Mapping):
+                for key in value:
+                    _require(path, f"{name}.", str(key), _fields(Trainer if name == "trainer" else KDDataModule))
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        first, *rest = argument.removeprefix("--").split("=")[0].split(".")
+        where = "the command line"
+        _require(where, "--", first, (*_TOP, *_OPTIONS))
+        if rest and first in ("trainer", "data"):
+            _require(
+                where, f"--{first}.", rest[0].rstrip("+"), _fields(Trainer if first == "trainer" else KDDataModule)
+            )
+        elif rest and first == "model" and model is not None:
+            key = rest[1] if rest[0] == "init_args" and len(rest) > 1 else rest[0]
+            _require(where, "--model.", key, (*_fields(_resolve(where, model)), "class_path"))
+
+
+def _check_model(path: str, given: Mapping[str, Any]) -> None:
+    if "class_path" not in given:
+        raise ConfigError(f"{path}: model has no class_path; choose one of {', '.join(_modules())}.")
+    for key in given:
+        _require(path, "model.", str(key), ("class_path", "init_args", "dict_kwargs"))
+    for key in given.get("init_args") or {}:
+        _require(path, "model.init_args.", str(key), _fields(_resolve(path, given["class_path"])))
+
+
+def _require(where: str, prefix: str, key: str, known: Sequence[str]) -> None:
+    if key not in known:
+        raise ConfigError(
+            f"{where}: unknown key {prefix + key!r}.{nearest(key, list(known))} Known: {', '.join(sorted(known))}."
+        )
+
+
+def _fields(cls: type) -> list[str]:
+    """Return the arguments of ``cls``, and of its parents where it passes them on."""
+    found: list[str] = []
+    for one in cls.__mro__:
+        if "__init__" in vars(one):
+            parameters = inspect.signature(one.__init__).parameters.values()  # type: ignore[misc]
+            found += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    return [name for name in found if name != "self"]
+
+
+def _resolve(where: str, class_path: str) -> type:
+    """Return the module class that a short name or an import path names."""
+    short = class_path.rsplit(".", 1)[-1]
+    known = _modules()
+    if short in known:
+        return known[short]
+    if "." in class_path:
+        module, _, name = class_path.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"{where}: model.class_path {class_path!r} cannot be imported: {error}.") from error
+    hint = nearest(class_path, list(known))
+    raise ConfigError(f"{where}: unknown model.class_path {class_path!r}.{hint} Known: {', '.join(known)}.")
+
+
+def _modules() -> dict[str, type]:
+    """Return the ready modules by name; importing them is what lets LightningCLI find them by it."""
+    import kd_plugin.lightning as host
+
+    found = {name: getattr(host, name) for name in host.__all__}
+    return {n: c for n, c in found.items() if isinstance(c, type) and issubclass(c, StudentModule)}
+
+
+def _option(arguments: Sequence[str], name: str) -> str | None:
+    """Return the value of ``--name``, if it is given."""
+    for value in _values(arguments, name):
+        return value
+    return None
+
+
+def _files(arguments: Sequence[str]) -> list[str]:
+    return list(_values(arguments, "config"))
+
+
+def _values(arguments: Sequence[str], name: str) -> Iterator[str]:
+    for i, argument in enumerate(arguments):
+        if argument.startswith(f"--{name}="):
+            yield argument.removeprefix(f"--{name}=")
+        elif argument == f"--{name}" and i + 1 < len(arguments):
+            yield arguments[i + 1]
+
+
+def _read(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise ConfigError(f"--config {path}: there is no such file.")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected lines `name: value`, found {type(content).__name__}.")
+    return dict(content)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; an error of this package is one message and exit code 1."""
+    try:
+        KDCommand(argv)
+    except KDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

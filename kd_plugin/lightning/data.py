@@ -1,0 +1,172 @@
+"""Rows for the ready modules: a teacher cache, or prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from kd_plugin.cache import TeacherCache
+from kd_plugin.cache.joining import TARGET, batch_targets
+from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.lightning.loader import ResumableLoader
+from kd_plugin.lightning.step import WINDOW, WINDOW_TOKENS
+
+_SUFFIXES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_PASSED = ("prompt", "teacher_id", "domain", "answer")
+
+
+class KDDataModule(LightningDataModule):
+    """Serves the rows of a teacher cache, or prompts that the student is to answer.
+
+    Its loaders resume in mid-epoch, deal rows to ranks themselves, and look ahead over an accumulation window, so that
+    micro-batches of different lengths give the gradient of one large batch.
+
+    Args:
+        cache: directory of a teacher cache, for offline KD.
+        prompts: rows with ``prompt`` (text or messages), and ``teacher_id`` or ``domain`` where the panel needs them:
+            a JSON or Parquet file, a directory of ``save_to_disk``, or a hub id.
+        validation_rows: rows that are kept out of training, from the end, and measured at validation.
+        samples: prompts that are answered at validation, with ``answer`` where the task can be verified; a file,
+            directory or hub id like ``prompts``.
+        sample_rows: how many of them.
+        split: of a hub dataset.
+        batch_size: rows of a batch on each rank.
+        max_length: tokens kept from the start of a cached row; None keeps all.
+        shuffle: new order each epoch.
+        seed: of the order.
+        num_workers: processes that read rows and gather targets ahead of the step.
+        allow_partial: train on a cache whose capture was interrupted.
+
+    Raises:
+        ConfigError: neither ``cache`` nor ``prompts``, or both.
+        CacheError: the cache cannot be read, or is not finished.
+        DataError: prompts without a column ``prompt``, or no row is left.
+    """
+
+    def __init__(
+        self,
+        cache: str | None = None,
+        prompts: str | None = None,
+        validation_rows: int = 0,
+        samples: str | None = None,
+        sample_rows: int = 8,
+        split: str = "train",
+        batch_size: int = 8,
+        max_length: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        allow_partial: bool = False,
+    ) -> None:
+        super().__init__()
+        if (cache is None) == (prompts is None):
+            given = "neither" if cache is None else "both"
+            raise ConfigError(f"data.cache and data.prompts: {given} is given; name the one that is trained on.")
+        self.save_hyperparameters()
+        self.hp: Any = self.hparams
+        self.rows: Any = None
+        self.validation: Any = None
+        self.samples: Any = None
+        self._cache: TeacherCache | None = None
+
+    def setup(self, stage: str) -> None:
+        """Open the rows; nothing is copied into memory."""
+        hp = self.hp
+        if self.rows is None:
+            rows = self._cached_rows() if hp.cache is not None else _prompts(hp.prompts, hp.split)
+            kept = len(rows) - hp.validation_rows
+            if kept < 1:
+                raise DataError(
+                    f"{hp.cache or hp.prompts} has {len(rows)} rows and validation_rows is {hp.validation_rows}, so "
+                    "none is left to train on."
+                )
+            self.rows = rows.select(range(kept))
+            self.validation = rows.select(range(kept, len(rows))) if hp.validation_rows else None
+        if hp.samples is not None and self.samples is None:
+            rows = _prompts(hp.samples, hp.split)
+            self.samples = rows.select(range(min(hp.sample_rows, len(rows))))
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return this rank's batches."""
+        cached = self.hp.cache is not None
+        return self._loader(
+            self.rows,
+            self._collate if cached else _as_columns,
+            shuffle=self.hp.shuffle,
+            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
+            look_ahead=_count_window if cached else _attach_window,
+        )
+
+    def val_dataloader(self) -> list[ResumableLoader]:
+        """Return the rows that were kept out, and the prompts that are answered."""
+        collate = self._collate if self.hp.cache is not None else _as_columns
+        loaders = [] if self.validation is None else [self._loader(self.validation, collate)]
+        return loaders if self.samples is None else [*loaders, self._loader(self.samples, _as_columns)]
+
+    def _loader(self, rows: Any, collate: Any, **options: Any) -> ResumableLoader:
+        hp, trainer = self.hp, self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        return ResumableLoader(
+            rows, collate, hp.batch_size, seed=hp.seed, rank=rank, world=world, num_workers=hp.num_workers, **options
+        )
+
+    def _cached_rows(self) -> Any:
+        self._cache = TeacherCache(self.hp.cache, allow_partial=self.hp.allow_partial)
+        rows = self._cache.dataset()
+        width = self.hp.max_length
+        if width is None:
+            return rows
+        return rows.filter(lambda mask: any(mask[1:width]), input_columns="completion_mask")
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Pad on the right, and gather the targets of the N scored positions."""
+        cut = slice(None, self.hp.max_length)
+        ids = [torch.as_tensor(row["input_ids"][cut]) for row in rows]
+        input_ids = _padded(ids, 0)
+        attention_mask = _padded([torch.ones_like(one) for one in ids], 0)
+        trained = _padded([torch.as_tensor(row["completion_mask"][cut]).long() for row in rows], 0)
+        labels = torch.where(trained == 1, input_ids, -100)
+        assert self._cache is not None
+        target = batch_targets(self._cache, labels, [row["teacher_index"][cut] for row in rows])
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, TARGET: target}
+
+
+def _count_window(window: list[Any]) -> None:
+    tokens = sum(batch[TARGET]["positions"].numel() for batch in window)
+    for batch in window:
+        batch[WINDOW_TOKENS] = tokens
+
+
+def _attach_window(window: list[Any]) -> None:
+    """Show the first batch of a window all of its prompts: they are answered and judged together."""
+    window[0][WINDOW] = [dict(batch) for batch in window]
+
+
+def _padded(rows: list[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True, padding_value=value)
+
+
+def _as_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row.get(name) for row in rows] for name in _PASSED if any(name in row for row in rows)}
+
+
+def _prompts(name: str, split: str) -> Any:
+    from datasets import load_dataset, load_from_disk
+
+    path = Path(name)
+    if path.suffix in _SUFFIXES and path.is_file():
+        rows = load_dataset(_SUFFIXES[path.suffix], data_files=str(path), split="train")
+    elif (path / "state.json").exists():
+        rows = load_from_disk(name)
+    else:
+        rows = load_dataset(name, split=split)
+    if "prompt" not in rows.column_names:
+        raise DataError(
+            f"{name} has no column 'prompt'; it has {', '.join(map(repr, rows.column_names))}. The student writes the "
+            "completions itself, so each row needs the prompt alone, as text or as messages."
+        )
+    return rows

@@ -1,0 +1,185 @@
+"""A student for projects that are driven by configuration files: a plain fine-tuning module around one model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+
+from kd_plugin.errors import ConfigError
+from kd_plugin.lightning.student import find_student
+from kd_plugin.lightning.writing import Sampling, render, texts, write
+from kd_plugin.verifying import verifier
+
+logger = logging.getLogger(__name__)
+
+
+class StudentModule(LightningModule):
+    """Loads a causal language model and fine-tunes it; the base of the ready modules.
+
+    The model is built in ``configure_model``, so that strategies can shard it while it loads: transformers loads it in
+    pieces under ZeRO-3, and under ``ModelParallelStrategy`` its layers are wrapped for FSDP2. At validation it answers
+    the data module's ``samples``; where those have an ``answer``, ``val/accuracy`` is logged.
+
+    Args:
+        model: a path or hub id.
+        revision: branch, tag or commit, for a hub id.
+        dtype: of the weights.
+        model_init_kwargs: further arguments of ``from_pretrained``.
+        use_peft: train a LoRA adapter instead of all weights.
+        lora_r: its rank.
+        lora_alpha: scale of its update, over the rank.
+        lora_dropout: dropout of its input.
+        lora_target_modules: names of the layers; None takes PEFT's for the architecture.
+        gradient_checkpointing: recompute activations in the backward pass.
+        learning_rate: of AdamW, at its highest.
+        weight_decay: of AdamW.
+        lr_scheduler_type: a name that ``transformers.get_scheduler`` knows: constant, linear, cosine ...
+        warmup_steps: steps until the learning rate is at its highest.
+        sample_length: tokens of an answer at validation.
+        samples_shown: answers that are logged as text at each validation, where the logger takes text.
+        verify: how an answer is compared with the row's ``answer``: ``exact``, ``contains`` or ``math``.
+
+    Raises:
+        ConfigError: an unknown ``verify``.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        revision: str | None = None,
+        dtype: str = "float32",
+        model_init_kwargs: dict[str, Any] | None = None,
+        use_peft: bool = False,
+        lora_r: int = 16,
+        lora_alpha: int = 32,
+        lora_dropout: float = 0.0,
+        lora_target_modules: list[str] | None = None,
+        gradient_checkpointing: bool = False,
+        learning_rate: float = 2e-5,
+        weight_decay: float = 0.0,
+        lr_scheduler_type: str = "linear",
+        warmup_steps: int = 0,
+        sample_length: int = 64,
+        samples_shown: int = 4,
+        verify: str = "exact",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self._is_right = verifier(verify)
+        self.model: Any = None
+        self._tokenizer: Any = None
+        self._shown: list[list[str]] = []
+
+    @property
+    def student_reference(self) -> str:
+        """What the student starts from: known before it is loaded, so that the license gate comes first."""
+        return self.hparams["model"]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The student's tokenizer, loaded on first use."""
+        if self._tokenizer is None:
+            self._tokenizer = AutoTokenizer.from_pretrained(self.hparams["model"], revision=self.hparams["revision"])
+        return self._tokenizer
+
+    def configure_model(self) -> None:
+        """Load the student, add its adapter, and shard it where the strategy asks for that."""
+        if self.model is not None:
+            return
+        hp = self.hparams
+        options = {"dtype": hp["dtype"], "revision": hp["revision"], **(hp["model_init_kwargs"] or {})}
+        model = AutoModelForCausalLM.from_pretrained(hp["model"], **options)
+        if hp["gradient_checkpointing"]:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if hp["use_peft"]:
+            model = self._adapted(model)
+            if hp["gradient_checkpointing"]:
+                model.enable_input_require_grads()
+        self.model = model.train()
+        mesh = self.device_mesh
+        if mesh is not None:
+            _shard(model, mesh["data_parallel"])
+
+    def _adapted(self, model: Any) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        hp = self.hparams
+        return get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=hp["lora_r"],
+                lora_alpha=hp["lora_alpha"],
+                lora_dropout=hp["lora_dropout"],
+                target_modules=hp["lora_target_modules"],
+            ),
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the cross-entropy; distillation is added by the callback."""
+        return self.model(**batch).loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Answer the samples and verify the answers."""
+        if "prompt" not in batch or "input_ids" in batch:
+            return
+        sampling = Sampling(max_completion_length=self.hparams["sample_length"], temperature=0.0)
+        prompts = render(self.tokenizer, batch["prompt"])
+        written = texts(write(self, self.model, self.tokenizer, prompts, sampling, seed=0), self.tokenizer)
+        self._shown += [[_as_text(p), text] for p, text in zip(batch["prompt"], written, strict=True)]
+        if batch.get("answer"):
+            right = [self._is_right(t, str(a)) for t, a in zip(written, batch["answer"], strict=True)]
+            accuracy = sum(right) / len(right)
+            self.log(
+                "val/accuracy", accuracy, batch_size=len(right), sync_dist=True, prog_bar=True, add_dataloader_idx=False
+            )
+
+    def on_validation_epoch_end(self) -> None:
+        """Log some of the answers as text."""
+        shown, self._shown = self._shown[: self.hparams["samples_shown"]], []
+        loggers: list[Any] = self.trainer.loggers if shown and self.trainer.is_global_zero else []
+        for destination in loggers:
+            if hasattr(destination, "log_text"):
+                destination.log_text("val/samples", columns=["prompt", "written"], data=shown)
+            elif hasattr(destination.experiment, "add_text"):
+                text = "\n\n".join(f"**{prompt}**\n\n{written}" for prompt, written in shown)
+                destination.experiment.add_text("val/samples", text, self.global_step)
+        for prompt, written in shown:
+            logger.info("validation sample: %r -> %r", prompt, written)
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW over what is trained, with its schedule."""
+        hp = self.hparams
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=hp["learning_rate"], weight_decay=hp["weight_decay"])
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            if hp["lr_scheduler_type"] != "constant":
+                raise ConfigError(
+                    "The number of steps is unknown, so the learning rate cannot follow a schedule over them. Set "
+                    "trainer.max_steps or trainer.max_epochs, or lr_scheduler_type: constant."
+                )
+            steps = 0
+        scheduler = get_scheduler(hp["lr_scheduler_type"], optimizer, hp["warmup_steps"], int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _shard(model: nn.Module, mesh: Any) -> None:
+    """Wrap each transformer layer, and the whole, for FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
+    backbone = find_student(model).base_model
+    for layers in backbone.children():
+        if isinstance(layers, nn.ModuleList):
+            for layer in layers:
+                fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _as_text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content")) for message in prompt)
