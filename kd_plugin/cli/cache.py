@@ -10,16 +10,21 @@ from pathlib import Path
 from kd_plugin.errors import CacheCorruptionError
 
 _DESCRIPTION = """\
-info     what a cache holds and who taught it; also of a capture that still runs
-verify   read every byte; name each file that differs, the rows that are lost, and how to redo just those
-merge    join caches of the same teacher and settings over different data into a new one
-append   capture more data into a finished cache; takes the settings of `kd-plugin capture`
+info      what a cache holds and who taught it; also of a capture that still runs
+verify    read every byte; name each file that differs, the rows that are lost, and how to redo just those
+fidelity  what each setting of a capture would keep of the teacher, before it is begun
+merge     join caches of the same teacher and settings over different data into a new one
+append    capture more data into a finished cache; takes the settings of `kd-plugin capture`
 Exit codes: 0 good, 1 refused, damaged or unfinished, 2 wrong usage.
 """
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with ``argv`` and return its exit code."""
+    if argv and argv[0] == "fidelity":
+        from kd_plugin.cli.fidelity import main as fidelity
+
+        return fidelity(argv[1:])
     if argv and argv[0] == "append":
         from kd_plugin.cli.capture import main as capture
 
@@ -27,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="kd-plugin cache", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info|verify|merge|append")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info|verify|fidelity|merge|append")
     info = commands.add_parser("info", help="what a cache holds")
     info.add_argument("directory", type=Path)
     info.add_argument("--json", action="store_true", help="the manifest, for programs")

@@ -29,7 +29,7 @@ COMMANDS = {
 }
 
 # Optional packages that commands import, and the extra that brings each
-EXTRAS = {"trl": "trl", "peft": "trl", "accelerate": "trl", "gguf": "trl"}
+EXTRAS = {"trl": "trl", "peft": "trl", "accelerate": "trl", "gguf": "trl", "matplotlib": "plots"}
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 

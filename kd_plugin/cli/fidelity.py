@@ -1,0 +1,157 @@
+"""``kd-plugin cache fidelity``: what each setting of a capture would keep, before money is spent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kd_plugin.cache import Targets
+    from kd_plugin.cache.fidelity import Fidelity
+
+_DESCRIPTION = """\
+Score some sequences with the teacher, and compare the gradient that the student would get from stored targets with the
+one from the full distribution: for top-k at several k, and for sampled targets at several draws.
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
+"""
+
+
+@dataclass(frozen=True)
+class FidelityConfig:
+    """Settings of a probe.
+
+    Attributes:
+        dataset: A .json, .jsonl or .parquet file, a directory of such files or of save_to_disk, or a hub id.
+        teacher: A local model directory or a hub id.
+        student: The model that will be trained; a local directory or a hub id with the teacher's tokenizer.
+        output: Directory for fidelity.json and fidelity.png; null writes neither.
+        budget_bytes: Bytes a position that you would spend; the best setting within is recommended.
+        k: Numbers of tokens to try for top_k.
+        draws: Numbers of draws to try for sampled.
+        sequences: Rows to probe, spread evenly over the dataset.
+        max_length: Tokens kept from the start of a row; null keeps all.
+        completion_only: Score completions only; null does so where rows have a prompt and a completion.
+        temperature: The logits are divided by it before the softmax.
+        tail: What training will do with what top_k leaves out; bucket, keep or renormalise.
+        split: Split of the dataset.
+        dataset_name: Configuration of a hub dataset.
+        revision: Branch, tag or commit of the teacher.
+        license: The teacher's licence where none can be found; a hub id such as apache-2.0, or own.
+        dtype: dtype of the teacher's weights; auto takes the checkpoint's own.
+        student_dtype: dtype of the student's weights; float32 gives figures that rounding does not blur.
+        device: Where both run; null takes the accelerator, if there is one.
+        batch_tokens: Tokens of a forward pass, padding included.
+        seed: Seed of the draws.
+        lineage: Declarations of teachers and use, as a mapping or the path of a YAML file.
+    """
+
+    dataset: str = ""
+    teacher: str = ""
+    student: str = ""
+    output: str | None = None
+    budget_bytes: float | None = None
+    k: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128])
+    draws: list[int] = field(default_factory=lambda: [12, 25, 50, 100, 200])
+    sequences: int = 200
+    max_length: int | None = 512
+    completion_only: bool | None = None
+    temperature: float = 1.0
+    tail: str = "bucket"
+    split: str = "train"
+    dataset_name: str | None = None
+    revision: str | None = None
+    license: str | None = None
+    dtype: str = "auto"
+    student_dtype: str = "float32"
+    device: str | None = None
+    batch_tokens: int = 4096
+    seed: int = 0
+    lineage: dict[str, Any] | str | None = None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command with ``argv`` and return its exit code."""
+    from kd_plugin.cli.config import as_yaml, parse_settings
+
+    parsed = parse_settings(FidelityConfig, argv, command="cache fidelity", description=_DESCRIPTION)
+    config = parsed.settings
+    if parsed.print_only:
+        print(as_yaml(config))
+        return 0
+    for name in ("dataset", "teacher", "student"):
+        if not getattr(config, name):
+            raise ConfigError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
+    if config.output is not None:
+        import matplotlib  # noqa: F401  a missing plot is said before the probe, not after it
+    found = _probe(config)
+    print(table(found))
+    if config.output is not None:
+        from kd_plugin.cache.fidelity_plot import plot
+
+        directory = Path(config.output)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "fidelity.json").write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+        plot(found, directory / "fidelity.png", config.budget_bytes)
+        print(f"\nfidelity.json and fidelity.png are in {directory}.")
+    if config.budget_bytes is not None:
+        best = found.recommend(config.budget_bytes)
+        print(
+            f"\nWithin {config.budget_bytes:g} bytes a position: {best.name}, {best.bytes:.1f} bytes, cosine "
+            f"{best.cosine:.4f}."
+        )
+    return 0
+
+
+def _probe(config: FidelityConfig) -> Fidelity:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kd_plugin.cache import Sampled, TopK
+    from kd_plugin.cache.datafiles import load_rows
+    from kd_plugin.cache.fidelity import fidelity
+    from kd_plugin.teachers import LocalTeacher
+
+    settings: list[Targets] = [*(TopK(k) for k in config.k), *(Sampled(draws) for draws in config.draws)]
+    teacher = LocalTeacher(
+        config.teacher,
+        revision=config.revision,
+        license=config.license,
+        dtype=config.dtype,
+        device=config.device,
+    )
+    rows = load_rows(config.dataset, split=config.split, name=config.dataset_name)
+    return fidelity(
+        rows,
+        teacher,
+        lambda: AutoModelForCausalLM.from_pretrained(config.student, dtype=config.student_dtype),
+        settings=settings,
+        sequences=config.sequences,
+        max_length=config.max_length,
+        completion_only=config.completion_only,
+        temperature=config.temperature,
+        tail=config.tail,  # type: ignore[arg-type]
+        batch_tokens=config.batch_tokens,
+        seed=config.seed,
+        tokenizer=AutoTokenizer.from_pretrained(config.student),
+        lineage=config.lineage,
+    )
+
+
+def table(found: Fidelity) -> str:
+    """Return the measurements as text, one line a setting."""
+    head = (
+        f"{found.positions} positions of {found.sequences} sequences; the student is {found.student_kl:.3f} nats from "
+        "the teacher."
+    )
+    titles = f"{'bytes':>8}{'listed':>8}{'mass':>8}{'target KL':>11}{'student KL':>12}{'cosine':>9}{'norm':>8}"
+    lines = [head, "", f"{'targets':<14}{titles}"]
+    for m in found.measurements:
+        lines.append(
+            f"{m.name:<14}{m.bytes:>8.1f}{m.listed:>8.1f}{m.mass:>8.3f}{m.target_kl:>11.3f}{m.student_kl:>12.3f}"
+            f"{m.cosine:>9.4f}{m.norm_ratio:>8.3f}"
+        )
+    return "\n".join(lines)
