@@ -300,7 +300,7 @@ def _measure(
     norm, exact_norm = dot(gradient, gradient) ** 0.5, dot(exact, exact) ** 0.5
     return Measurement(
         targets=cache.manifest.settings.targets,
-        bytes=_target_bytes(cache) / cache.tokens,
+        bytes=target_bytes(cache) / cache.tokens,
         listed=sum(unit.entries for unit in cache.manifest.units) / cache.tokens,
         mass=float(-torch.expm1(signal.tail_logmass.double()).mean()),
         target_kl=_target_kl(signal),
@@ -319,7 +319,7 @@ def _target_kl(signal: SparseSignal) -> float:
     return float((weight * (weight.clamp(min=1e-12).log() - logprobs)).sum(-1).mean())
 
 
-def _target_bytes(cache: TeacherCache) -> int:
+def target_bytes(cache: TeacherCache) -> int:
     """Return the bytes of the columns that hold targets, compressed, their pages' headers included."""
     total = 0
     for unit in cache.manifest.units:
