@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from kd_plugin.cache.draws import uniforms
 from kd_plugin.cache.examples import Example
@@ -116,25 +116,13 @@ class LocalEngine:
 
     def score(self, examples: Sequence[Example], settings: Settings) -> list[Extracted]:
         """Return each example's targets, from one forward pass over all of them."""
-        longest = max(len(example.input_ids) for example in examples)
-        ids = np.zeros((len(examples), longest), np.int64)
-        attention = np.zeros((len(examples), longest), np.int64)
-        for row, example in enumerate(examples):
-            ids[row, : len(example.input_ids)] = example.input_ids
-            attention[row, : len(example.input_ids)] = 1
-        positions = np.concatenate([row * longest + example.scored for row, example in enumerate(examples)])
-        device = self._teacher.head.weight.device
-        signal = self._teacher.score(
-            torch.from_numpy(ids).to(device),
-            torch.from_numpy(attention).to(device),
-            torch.from_numpy(positions).to(device),
-        )
+        signal = self._teacher.score(*padded(examples, self._teacher.head.weight.device))
         extracted = extract(
             signal.hidden,
             signal.head,
             settings.targets,
             temperature=settings.temperature,
-            uniforms=_numbers(examples, settings),
+            uniforms=random_numbers(examples, settings),
         )
         return extracted.split([len(example.scored) for example in examples])
 
@@ -202,7 +190,7 @@ class ServerEngine:
             logprobs = torch.full((len(listed.ids), size), -torch.inf)
             logprobs.scatter_(1, torch.from_numpy(listed.ids), torch.from_numpy(listed.logprobs).float())
             return from_logits(
-                logprobs, targets, temperature=settings.temperature, uniforms=_numbers(examples, settings)
+                logprobs, targets, temperature=settings.temperature, uniforms=random_numbers(examples, settings)
             )
         there = np.isfinite(listed.logprobs)
         tail = np.exp(listed.tail_logmass)
@@ -219,6 +207,19 @@ class ServerEngine:
             logtail.astype(np.float32),
             None,
         )
+
+
+def padded(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return token ids and attention mask (B, L), padded on the right, and the scored positions (N,) in (B * L)."""
+    longest = max(len(example.input_ids) for example in examples)
+    ids = np.zeros((len(examples), longest), np.int64)
+    attention = np.zeros((len(examples), longest), np.int64)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.input_ids)] = example.input_ids
+        attention[row, : len(example.input_ids)] = 1
+    positions = np.concatenate([row * longest + example.scored for row, example in enumerate(examples)])
+    ids_BL, attention_BL, positions_N = (torch.from_numpy(array).to(device) for array in (ids, attention, positions))
+    return ids_BL, attention_BL, positions_N
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -246,7 +247,7 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _numbers(examples: Sequence[Example], settings: Settings) -> NDArray[np.float64] | None:
+def random_numbers(examples: Sequence[Example], settings: Settings) -> NDArray[np.float64] | None:
     """Return the random numbers of sampled targets, (N, D); None for the others."""
     if not isinstance(settings.targets, Sampled):
         return None

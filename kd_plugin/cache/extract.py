@@ -81,26 +81,6 @@ class Extracted:
             np.concatenate(means) if means else None,
         )
 
-    def split(self, positions: Sequence[int]) -> list[Extracted]:
-        """Take apart again: one part for each number of ``positions``, which sum to N."""
-        ends = np.cumsum(positions)
-        entry_ends = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
-        parts = []
-        for end, count in zip(ends, positions, strict=True):
-            at = slice(end - count, end)
-            entries = slice(entry_ends[end - count], entry_ends[end])
-            parts.append(
-                Extracted(
-                    self.counts[at],
-                    self.ids[entries],
-                    self.logprobs[entries],
-                    self.tail_logmass[at],
-                    None if self.draws is None else self.draws[entries],
-                    None if self.mean_logprob is None else self.mean_logprob[at],
-                )
-            )
-        return parts
-
 
 @torch.no_grad()
 def extract(

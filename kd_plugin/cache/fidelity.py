@@ -17,11 +17,10 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kd_plugin.cache.capture import batches, padded, prepare
-from kd_plugin.cache.draws import uniforms
+from kd_plugin.cache.capture import prepare
+from kd_plugin.cache.engines import batches, padded, random_numbers
 from kd_plugin.cache.examples import Example
 from kd_plugin.cache.extract import extract
 from kd_plugin.cache.manifest import Part, Settings
@@ -172,9 +171,9 @@ def fidelity(
         dataset, teacher, targets=settings[0], temperature=temperature, tokenizer=tokenizer, max_length=max_length,
         completion_only=completion_only, seed=seed, lineage=lineage,
     )  # fmt: skip
-    rows = prepared.rows
+    rows = prepared.job.rows
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(sequences, len(rows))).astype(int)).tolist()
-    examples = [e for i in chosen if (e := prepared.tokenization(rows[i], f"row {i}")) is not None]
+    examples = [e for i in chosen if (e := prepared.job.tokenization(rows.slice(i, 1)[0], f"row {i}")) is not None]
     if not examples:
         raise DataError(f"None of the {len(chosen)} probed rows has a token to score: all were cut or masked away.")
     # In the order of the batches, so that a batch's targets lie together
@@ -229,7 +228,7 @@ class _Probe:
             captured = [
                 row
                 for hidden, batch in zip(self.hidden, self.grouped, strict=True)
-                for row in self._extracted(hidden, batch, targets, like.seed)
+                for row in self._extracted(hidden, batch, own)
             ]
             entries = sum(len(row.targets.ids) for row in captured)
             tokens = sum(_tokens(batch) for batch in self.grouped)
@@ -281,12 +280,14 @@ class _Probe:
 
         return loss
 
-    def _extracted(self, hidden: Tensor, batch: Sequence[Example], targets: Targets, seed: int) -> list[CapturedRow]:
-        random: NDArray[np.float64] | None = None
-        if isinstance(targets, Sampled):
-            random = np.concatenate([uniforms(seed, e.example_id, len(e.scored), targets.draws) for e in batch])
-        head = self.teacher.head
-        found = extract(hidden.to(self.device), head, targets, temperature=self.temperature, uniforms=random)
+    def _extracted(self, hidden: Tensor, batch: Sequence[Example], settings: Settings) -> list[CapturedRow]:
+        found = extract(
+            hidden.to(self.device),
+            self.teacher.head,
+            settings.targets,
+            temperature=settings.temperature,
+            uniforms=random_numbers(batch, settings),
+        )
         return [CapturedRow(e, t) for e, t in zip(batch, found.split([len(e.scored) for e in batch]), strict=True)]
 
 
