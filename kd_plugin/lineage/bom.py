@@ -121,7 +121,8 @@ def spdx(record: Mapping[str, Any]) -> dict[str, Any]:
         "spdxId": f"{base}/document",
         "creationInfo": made,
         "name": f"License lineage of {name}",
-        "profileConformance": ["core", "software", "simpleLicensing", "ai", "dataset"],
+        # Not "ai" and "dataset": those profiles ask for suppliers, places and dates that a record need not know
+        "profileConformance": ["core", "software", "simpleLicensing"],
         "rootElement": [ids[SELF]],
         "element": [element["spdxId"] for element in elements],
     }

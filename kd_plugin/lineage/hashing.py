@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +55,24 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def subjects(directory: Path, workers: int | None = None) -> list[Subject]:
-    """Hash every weight file of a checkpoint, as many at a time as there are cores."""
+def subjects(
+    directory: Path,
+    workers: int | None = None,
+    digest: Callable[[Path], str] | None = None,
+    order: Callable[[list[Path]], list[Path]] | None = None,
+) -> list[Subject]:
+    """Hash every weight file of a checkpoint, as many at a time as there are cores.
+
+    Args:
+        directory: the checkpoint.
+        workers: files at a time; None is the number of cores.
+        digest: returns a file's sha256; None reads the file.
+        order: sorts the files by which comes first; None begins with the largest, so that none is left over alone.
+    """
     files = weight_files(directory)
+    files = order(files) if order is not None else sorted(files, key=lambda path: -path.stat().st_size)
     with ThreadPoolExecutor(workers or min(32, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(sha256_file, files))
+        digests = list(pool.map(digest or sha256_file, files))
     return sorted(
         Subject(name_in(directory, path), digest, path.stat().st_size)
         for path, digest in zip(files, digests, strict=True)

@@ -26,6 +26,7 @@ from kd_plugin.lineage.place import lineage_directory
 from kd_plugin.lineage.policy import evaluate
 from kd_plugin.lineage.record import RECORD, SCHEMA, load_record, sealed
 from kd_plugin.lineage.registry import Registry
+from kd_plugin.lineage.shares import Place, Shares
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.terms import Terms
 from kd_plugin.lineage.verdict import NO_ADVICE, Finding, Student, Verdict
@@ -155,7 +156,7 @@ class RunLineage:
             raise LineageError(f"{str(weights)!r} is not there; lineage is written beside weights that are there.")
         directory.mkdir(exist_ok=True)
         stale = files.retract(directory)
-        subjects = hashing.subjects(weights)
+        subjects = self._subjects(weights)
         if not subjects:
             raise LineageError(f"{str(weights)!r} holds no weight files; lineage is written after the weights.")
         record, terms, verdict = self._content(step, parent, subjects)
@@ -170,6 +171,17 @@ class RunLineage:
         update_card(directory, record)
         saved_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         files.place_record(directory, sealed(record, saved_at))
+
+    @staticmethod
+    def _subjects(weights: Path) -> list[hashing.Subject]:
+        """Hash the weights; where several nodes wrote them, with what the other nodes hashed already."""
+        place = Place.from_environment()
+        if place.nodes == 1 or not weights.is_dir():
+            return hashing.subjects(weights)
+        shares = Shares(weights, place)
+        subjects = hashing.subjects(weights, digest=shares.digest, order=shares.order)
+        shares.remove()
+        return subjects
 
     def summary(self, *, step: int, parent: str | Path | None = None) -> dict[str, Any]:
         """Return what :meth:`write` records, less the digests of weights and files: for inside a checkpoint.

@@ -13,7 +13,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from kd_plugin.errors import KDError
-from kd_plugin.lineage import RunLineage, Source
+from kd_plugin.lineage import RunLineage, Source, load_record
+from kd_plugin.lineage.background import Background, is_large
+from kd_plugin.lineage.card import update_card
+from kd_plugin.lineage.record import RECORD
+from kd_plugin.lineage.shares import Place, hash_share
 from kd_plugin.trl.start import refuse_another_run
 
 logger = logging.get_logger(__name__)
@@ -28,12 +32,17 @@ class LicenseLineageCallback(TrainerCallback):
 
     ``save_model()`` fires no callback, so the model's ``save_pretrained`` is wrapped: each path by which weights
     leave a trainer goes through it. The marker ``lineage.json`` is removed before weights are written and comes
-    back last, so its presence always means that the rest is whole.
+    back last, so its presence always means that the rest is whole. A checkpoint of the running training is completed
+    when all of it is saved: at once, or, where its weights exceed 1 GiB, in a thread while training goes on.
+
+    No event follows the card that ``push_to_hub()`` writes, nor the shards of ``save_model()`` under ZeRO-3 without
+    consolidation. The trainers of this package look after both; on another trainer call :meth:`attach` once.
 
     Args:
         lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides, run.
         method: what the lineage calls this training.
         run: a run that is described already, as the trainers of this package pass it.
+        background: whether large checkpoints may be hashed while training goes on.
 
     Raises:
         LicenseRefusedError: when the trainer is built, if the terms of the student or of a declared teacher or
@@ -46,12 +55,17 @@ class LicenseLineageCallback(TrainerCallback):
         *,
         method: str = "fine_tuning",
         run: RunLineage | None = None,
+        background: bool = True,
     ) -> None:
         self.lineage = lineage
         self.method = method
         self.run = run
+        self.background = background
         self._step = 0
+        self._training = False
         self._publishing = False
+        self._pending: dict[Path, int] = {}
+        self._thread = Background()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **kwargs: Any
@@ -71,20 +85,36 @@ class LicenseLineageCallback(TrainerCallback):
     ) -> None:
         """Take over the identity of the run that is resumed."""
         self._step = state.global_step
+        self._training = True
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if state.global_step > 0 and (checkpoint / "lineage.json").is_file():
+        if state.global_step > 0 and (checkpoint / RECORD).is_file():
             self.resume(checkpoint)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remember the step, for saves that the user asks for."""
         self._step = state.global_step
         self._publishing = False
+        if control.should_save:
+            self._before_a_save(args, state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do likewise where a save follows an epoch."""
+        if control.should_save:
+            self._before_a_save(args, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Complete checkpoints whose weights did not pass through ``save_pretrained``, such as sharded ones."""
+        """Write the lineage of the checkpoint, all of whose weights are there now, however they were written."""
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if state.is_world_process_zero and not self._run.covers(checkpoint):
-            self.write(checkpoint)
+        if not state.is_world_process_zero:
+            place = Place.from_environment()
+            if place.nodes > 1 and place.leads and checkpoint.is_dir():
+                self._thread.submit(lambda: self._hash_share(checkpoint, place))
+            return
+        if checkpoint.is_dir() and not (checkpoint / RECORD).is_file():
+            self._pending[checkpoint] = state.global_step
+        self._complete_pending(may_wait=self.background)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -93,32 +123,99 @@ class LicenseLineageCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._publishing = True
+        self._thread.wait()
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if checkpoint.is_dir():
+            if self._training and not (checkpoint / RECORD).is_file():  # a push in mid-run comes before on_save
+                self._pending[checkpoint] = state.global_step
+            self._complete_pending(may_wait=False)
             self._run.require_publishable(checkpoint)
             self._run.copy_files(checkpoint, args.output_dir)
         else:
             self._run.require_publishable(None)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wait for lineage that is being written."""
+        self._training = False
+        self._thread.wait()
+        self._complete_pending(may_wait=False)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Follow what fires no event: the card of ``push_to_hub()``, and the shards that ``save_model()`` writes."""
+        save_model, create_model_card = trainer.save_model, trainer.create_model_card
+
+        @functools.wraps(save_model)
+        def saving(output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+            save_model(output_dir, *args, **kwargs)
+            directory = Path(output_dir or trainer.args.output_dir)
+            if trainer.is_world_process_zero() and directory not in self._pending and not self._run.covers(directory):
+                self.write(directory)
+
+        @functools.wraps(create_model_card)
+        def carding(*args: Any, **kwargs: Any) -> None:
+            create_model_card(*args, **kwargs)
+            if trainer.is_world_process_zero() and Path(trainer.args.output_dir, RECORD).is_file():
+                update_card(Path(trainer.args.output_dir), load_record(trainer.args.output_dir))
+
+        trainer.save_model, trainer.create_model_card = saving, carding
+
     def resume(self, checkpoint: str | Path) -> None:
         """Keep the id and the date of the run that wrote ``checkpoint``, and chain to it."""
         self._run.resume(checkpoint)
 
-    def write(self, directory: str | Path) -> None:
+    def write(self, directory: str | Path, step: int | None = None) -> None:
         """Write the lineage of the weights in ``directory``.
 
         A failure leaves the weights and no marker: training goes on, and publishing is refused.
+
+        Args:
+            directory: where the weights are.
+            step: optimizer steps done; None is the present.
 
         Raises:
             KDError: the lineage cannot be written, and the weights are about to be published.
             OSError: likewise.
         """
         try:
-            self._run.write(directory, step=self._step)
+            self._run.write(directory, step=self._step if step is None else step)
         except (KDError, OSError) as error:
             if self._publishing:
                 raise
             logger.error(f"The weights in {directory} are saved, but their lineage is not: {error}")
+
+    def save_begins(self, directory: Path) -> None:
+        """Take the marker away before weights are written."""
+        self._thread.wait()
+        (directory / RECORD).unlink(missing_ok=True)
+
+    def save_ends(self, directory: Path, *, is_dummy: bool) -> None:
+        """Bring the marker back, or leave it to the event after the rest of the checkpoint."""
+        if self._training and directory.name == f"checkpoint-{self._step}":
+            self._pending[directory] = self._step
+        elif not is_dummy:
+            self.write(directory)
+
+    def _before_a_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Let the last one finish, since rotation may delete it, and distrust a record of an earlier attempt."""
+        if state.is_world_process_zero:
+            self.save_begins(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+    def _complete_pending(self, *, may_wait: bool) -> None:
+        pending, self._pending = self._pending, {}
+        for directory, step in pending.items():
+            if may_wait and is_large(directory):
+                self._thread.submit(functools.partial(self.write, directory, step))
+            else:
+                self.write(directory, step)
+
+    @staticmethod
+    def _hash_share(checkpoint: Path, place: Place) -> None:
+        try:
+            hash_share(checkpoint, place)
+        except OSError as error:  # another disk, or a checkpoint that rotation took: the writer hashes it all
+            logger.warning(f"This node's share of {checkpoint} is left to the first node: {error}")
 
     @property
     def _run(self) -> RunLineage:
@@ -142,14 +239,21 @@ class _Following:
         functools.update_wrapper(self, original)
 
     def __call__(self, model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-        Path(save_directory, "lineage.json").unlink(missing_ok=True)
+        self.callback.save_begins(Path(save_directory))
         result = self.original(model, save_directory, *args, **kwargs)
-        self.callback.write(save_directory)
+        # Under ZeRO-3 without consolidation transformers saves an empty state first, and then the shards
+        self.callback.save_ends(Path(save_directory), is_dummy=kwargs.get("state_dict") == {})
         return result
 
 
 class LineageSavingMixin(Trainer):
     """What this package's trainers add to a trainer's life: a clean start, and resumed runs that stay one run."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        callback = lineage_callback(self.callback_handler.callbacks)
+        if callback is not None:
+            callback.attach(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the parent does.
@@ -164,7 +268,7 @@ class LineageSavingMixin(Trainer):
         if not checkpoint:
             if not getattr(self, "_has_trained", False) and callback is not None:
                 refuse_another_run(self.args.output_dir, callback._run)
-        elif callback is not None and Path(checkpoint, "lineage.json").is_file():
+        elif callback is not None and Path(checkpoint, RECORD).is_file():
             callback.resume(checkpoint)
         self._has_trained = True
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -175,7 +279,7 @@ def with_lineage(callbacks: list[TrainerCallback] | None, run: RunLineage) -> li
     chosen = list(callbacks or [])
     own = lineage_callback(chosen)
     if own is None:
-        chosen.append(LicenseLineageCallback(run=run))
+        chosen.insert(0, LicenseLineageCallback(run=run))  # so that the user's own find the record on_save
     else:
         own.run = run
     return chosen

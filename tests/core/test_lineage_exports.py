@@ -1,3 +1,4 @@
+import io
 import json
 import xml.etree.ElementTree as ElementTree
 
@@ -71,6 +72,31 @@ def test_the_spdx_export_names_every_source_and_its_relations(saved, tmp_path):
     assert {e["relationshipType"] for e in graph if e["type"] == "Relationship"} == {
         "contains", "descendantOf", "hasDeclaredLicense", "trainedOn",
     }  # fmt: skip
+
+
+def test_the_spdx_export_is_valid_spdx_3_0_1(saved, capsys):
+    from spdx_python_model import v3_0_1 as spdx  # made by the SPDX project from the model's SHACL
+
+    assert main(["export", str(saved), "--format", "spdx"]) == 0
+    text = capsys.readouterr().out
+
+    def check(document: str) -> None:
+        """Check types, patterns and vocabularies on reading, and numbers of properties on writing."""
+        objects = spdx.SHACLObjectSet()
+        spdx.JSONLDDeserializer().read(io.BytesIO(document.encode()), objects)
+        assert not objects.missing_ids
+        spdx.JSONLDSerializer().write(objects, io.BytesIO())
+
+    check(text)
+    for broken in (
+        text.replace("hasDeclaredLicense", "hasSomeLicense"),
+        text.replace("T00:00:00Z", ""),
+        text.replace('"dataset_datasetType"', '"dataset_type"'),
+        text.replace('"algorithm": "sha256",', ""),
+    ):
+        assert broken != text
+        with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
+            check(broken)
 
 
 def test_the_card_keeps_trls_words_and_says_what_is_so(saved):
