@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
 PIP_VERSION := 26.3
 
 # On few cores two OpenMP processes that spin while they wait slow each other down by 20 to 100 times.
@@ -16,7 +17,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 ARGS ?=
 
-.PHONY: help install demo test test-all lint format types bench wheel-test clean
+.PHONY: help install demo test test-all test-vllm lint format types bench wheel-test clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,10 +37,10 @@ demo: $(STAMP) ## Distil a real model both ways and verify its lineage. Options:
 	@$(VENV)/bin/kd-plugin demo $(ARGS)
 
 test: $(STAMP) ## Run the tests. Some of them: make test ARGS="tests/core -k cache"
-	@$(TEST_ENV) $(PY) -m pytest -m "not slow and not wheel" $(ARGS)
+	@$(TEST_ENV) $(PY) -m pytest -m "not slow and not wheel and not vllm" $(ARGS)
 
 test-all: $(STAMP) ## Run the tests, and those that need the real SmolLM2 weights.
-	@OMP_NUM_THREADS=2 $(PY) -m pytest -m "not wheel" $(ARGS)
+	@OMP_NUM_THREADS=2 $(PY) -m pytest -m "not wheel and not vllm" $(ARGS)
 
 lint: $(STAMP) ## Check style and types, as CI does.
 	@$(PY) -m ruff check .
@@ -54,8 +55,16 @@ bench: $(STAMP) ## Run the benchmarks.
 	@for script in tests/benchmarks/[a-z]*.py; do \
 		name=$$(basename $$script .py); echo "== $$name"; $(PY) -m tests.benchmarks.$$name $(ARGS) || exit 1; done
 
+# vLLM pins another transformers, so it lives apart. KD_VLLM_PYTHON names one that is there; KD_VLLM_MODELS is where
+# the demo's model is kept.
+test-vllm: $(STAMP) ## Compare with a real vLLM server. Makes .venv-vllm (3.4 GB) unless KD_VLLM_PYTHON is set.
+	@test -n "$$KD_VLLM_PYTHON" || test -x $(VLLM_VENV)/.installed || { echo "Installing vLLM into $(VLLM_VENV) (takes minutes) ..."; \
+		$(PY) -m tests.vllm.make_environment $(VLLM_VENV) && install -m 755 /dev/null $(VLLM_VENV)/.installed; }
+	@KD_VLLM_PYTHON=$${KD_VLLM_PYTHON:-$(abspath $(VLLM_VENV)/bin/python)} KD_VLLM_MODELS=$${KD_VLLM_MODELS:-$(VLLM_VENV)/models} \
+		OMP_NUM_THREADS=1 $(PY) -m pytest tests/vllm -m vllm -v -rP $(ARGS)
+
 wheel-test: $(STAMP) ## Build the wheel, install it alone with [trl], and run the demo's first minute from it.
 	@$(PY) -m pytest tests/hosts/test_demo_wheel.py -m wheel -v $(ARGS)
 
 clean: ## Remove what these targets made, .venv included.
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,172 @@
+"""A real vLLM server says what the same model says in this process."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_plugin import LocalTeacher, ServerTeacher
+from kd_plugin.cache import Generation, Sampled, TeacherCache, TopK, TopP, capture
+from kd_plugin.demo.model import prepare_teacher
+from kd_plugin.errors import ConfigError, DataError, VocabularyError
+from tests.core.cache_help import live_logprobs, prompt_rows
+from tests.core.test_cache_server import assert_same
+from tests.tiny import byte_tokenizer, save_tiny
+from tests.vllm.server import VllmServer
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif("KD_VLLM_PYTHON" not in os.environ, reason="needs vLLM: make test-vllm"),
+]
+TOLERANCE = 1e-3  # nats
+
+PROSE = (
+    "The licenses for most software are designed to take away your freedom to share and change it. By contrast, "
+    "our licences are intended to guarantee it. Дорога шла вдоль реки, 12.5 км. 価格は三百円です。 "
+    "def f(x): return x**2\n"
+)
+ROWS = [
+    {"text": PROSE},
+    {"messages": [{"role": "user", "content": "What is 7 * 6?"}, {"role": "assistant", "content": "It is 42."}]},
+    {"messages": [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Danube. " * 9}]},
+    {"text": PROSE[::-1]},
+]
+
+
+@pytest.fixture(scope="module")
+def smol(tmp_path_factory):
+    models = os.environ.get("KD_VLLM_MODELS")
+    return prepare_teacher(Path(models) if models else tmp_path_factory.mktemp("models")).ref
+
+
+@pytest.fixture(scope="module")
+def local(smol):
+    return LocalTeacher(smol, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def url(smol, tmp_path_factory):
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    with VllmServer(smol, log, "--max-model-len", "600", "--max-logprobs", "100") as server:
+        yield server.url
+
+
+@pytest.fixture
+def teacher(url, smol):
+    return ServerTeacher(url, "served", repo=smol, top_k=64)
+
+
+def by_form(form):
+    return [row for row in ROWS if form in row]
+
+
+def test_the_signal_equals_that_of_the_local_teacher(teacher, local):
+    tokenizer = local.tokenizer
+    tokenizer.padding_side = "left"
+    batch = tokenizer([PROSE, PROSE[:100], PROSE[50:300]], return_tensors="pt", padding=True)
+    used = batch["attention_mask"].bool()
+    used[:, -1] = False  # no token stands after the last one
+    positions = used.flatten().nonzero()[:, 0]
+    signal = teacher.score(batch["input_ids"], batch["attention_mask"], positions)
+    hidden = local.score(batch["input_ids"], batch["attention_mask"], positions)
+    full = hidden.head.logits(hidden.hidden).double().log_softmax(-1)
+    assert len(signal) == len(positions) > 100
+    differences = {
+        "listed": (signal.logprobs - full.gather(1, signal.ids)).abs().max(),
+        "ranks": (signal.logprobs - full.topk(64).values).abs().max(),
+        "written": (signal.written_logprobs - full.gather(1, batch["input_ids"].flatten()[positions + 1, None])[:, 0])
+        .abs()
+        .max(),
+        "tail": (signal.tail_logmass.exp() + full.topk(64).values.exp().sum(1) - 1).abs().max(),
+    }
+    print({name: float(value) for name, value in differences.items()})
+    assert max(differences.values()) < TOLERANCE
+
+
+@pytest.mark.parametrize("targets", [TopK(64), TopP(0.95, 100)])
+@pytest.mark.parametrize("form", ["text", "messages"])
+def test_a_server_capture_equals_one_in_process(teacher, local, tmp_path, form, targets):
+    options = {"targets": targets, "shard_rows": 2, "progress": False}
+    mine = capture(by_form(form), teacher, tmp_path / "s", **options)
+    theirs = capture(by_form(form), local, tmp_path / "l", **options)
+    assert mine.manifest.engine["name"] == "vllm" and mine.manifest.engine["vllm"][0].isdigit()
+    if isinstance(targets, TopK):
+        assert_same(mine, theirs, TOLERANCE)
+    else:  # a token at the edge of p may fall on either side
+        assert mine.tokens == theirs.tokens
+        a, b = (sum(unit.entries for unit in cache.manifest.units) for cache in (mine, theirs))
+        assert abs(a - b) <= 0.001 * b
+
+
+def test_limits_of_the_server_are_said_early(url, smol, tmp_path):
+    with pytest.raises(ConfigError, match=r"Use top_k=100 or fewer, or start the server with --max-logprobs 101"):
+        capture(by_form("text"), ServerTeacher(url, repo=smol), tmp_path, targets=TopK(101), progress=False)
+    with pytest.raises(DataError, match=r"takes 599\. Set max_length=599, or start the server with --max-model-len"):
+        capture([{"text": PROSE * 9}], ServerTeacher(url, repo=smol), tmp_path, progress=False)
+    with pytest.raises(VocabularyError, match="first difference"):
+        ServerTeacher(url, tokenizer=byte_tokenizer()).check()
+
+
+def test_written_completions_bring_the_targets_of_their_own_tokens(teacher, local, tmp_path):
+    rows = [{"prompt": row["messages"][:1]} for row in by_form("messages")]
+    for generation in (
+        Generation(max_new_tokens=24, temperature=0, keep_unfinished=True),
+        Generation(n=2, max_new_tokens=24, temperature=0.9, top_p=0.95, keep_unfinished=True),
+    ):
+        options = {"targets": TopK(20), "generate": generation, "progress": False}
+        cache = capture(rows, teacher, tmp_path / f"s{generation.n}", **options)
+        assert len(cache) == 2 * generation.n
+        for row in cache.dataset():
+            index = torch.tensor(row["teacher_index"])
+            signal = cache.signal(index[index >= 0])
+            live = live_logprobs(local, row["input_ids"])[: len(index)][index >= 0].float()
+            near = signal.logprobs.abs() * 2**-10 + TOLERANCE
+            assert bool(((signal.logprobs - live.gather(1, signal.ids)).abs() <= near).all())
+            written = torch.tensor(row["input_ids"])[1:][torch.tensor(row["completion_mask"])[1:] == 1]
+            if generation.temperature == 0:
+                assert torch.equal(live.argmax(1), written)
+    greedy = capture(
+        rows,
+        local,
+        tmp_path / "l",
+        targets=TopK(20),
+        generate=Generation(max_new_tokens=24, temperature=0, keep_unfinished=True),
+        progress=False,
+    )
+    assert greedy.dataset()["input_ids"] == TeacherCache(tmp_path / "s1").dataset()["input_ids"]
+
+
+def test_a_server_killed_in_mid_capture_and_restarted_costs_no_row(tmp_path):
+    """SIGKILL, half a minute of nothing, and the same command goes on in the same process."""
+    model = save_tiny(tmp_path / "tiny", seed=2, hidden=128, tied=False, scale=4.0)  # vLLM needs heads of 32 at least
+    rows, options = prompt_rows(1500), {"targets": Sampled(30), "shard_rows": 25, "progress": False}
+    local = capture(rows, LocalTeacher(model, dtype="float32"), tmp_path / "l", **options)
+    server = VllmServer(model, tmp_path / "server.log", "--max-model-len", "512", "--max-logprobs", "-1")
+    out, failed = tmp_path / "s", []
+
+    def work():
+        teacher = ServerTeacher(server.url, repo=model, top_k="all", max_concurrency=4, max_retries=12)
+        try:
+            capture(rows, teacher, out, **options)
+        except BaseException as error:
+            failed.append(error)
+
+    server.start()
+    worker = threading.Thread(target=work)
+    worker.start()
+    while len(list(out.glob("units/*.json"))) < 5 and worker.is_alive():
+        time.sleep(0.05)
+    server.kill()
+    done = len(list(out.glob("units/*.json")))
+    assert worker.is_alive() and 5 <= done < 60
+    with VllmServer(model, tmp_path / "again.log", "--max-model-len", "512", "--max-logprobs", "-1", port=server.port):
+        worker.join(600)
+    assert not worker.is_alive() and not failed, failed
+    cache = TeacherCache(out)
+    mine, theirs = assert_same(cache, local, TOLERANCE)
+    assert torch.equal(mine.draws, theirs.draws)  # the same random numbers, and distributions that differ by rounding
+    assert len(cache) == len(set(cache.dataset()["example_id"])) == len(local)
+    cache.verify()
