@@ -142,7 +142,7 @@ def test_written_completions_bring_the_targets_of_their_own_tokens(teacher, loca
 def test_a_server_killed_in_mid_capture_and_restarted_costs_no_row(tmp_path):
     """SIGKILL, half a minute of nothing, and the same command goes on in the same process."""
     model = save_tiny(tmp_path / "tiny", seed=2, hidden=128, tied=False, scale=4.0)  # vLLM needs heads of 32 at least
-    rows, options = prompt_rows(1500), {"targets": Sampled(30), "shard_rows": 25, "progress": False}
+    rows, options = prompt_rows(90), {"targets": Sampled(30), "shard_rows": 4, "progress": False}
     local = capture(rows, LocalTeacher(model, dtype="float32"), tmp_path / "l", **options)
     server = VllmServer(model, tmp_path / "server.log", "--max-model-len", "512", "--max-logprobs", "-1")
     out, failed = tmp_path / "s", []
@@ -157,11 +157,11 @@ def test_a_server_killed_in_mid_capture_and_restarted_costs_no_row(tmp_path):
     server.start()
     worker = threading.Thread(target=work)
     worker.start()
-    while len(list(out.glob("units/*.json"))) < 5 and worker.is_alive():
+    while len(list(out.glob("units/*.json"))) < 3 and worker.is_alive():
         time.sleep(0.05)
     server.kill()
     done = len(list(out.glob("units/*.json")))
-    assert worker.is_alive() and 5 <= done < 60
+    assert worker.is_alive() and 3 <= done < 20
     with VllmServer(model, tmp_path / "again.log", "--max-model-len", "512", "--max-logprobs", "-1", port=server.port):
         worker.join(600)
     assert not worker.is_alive() and not failed, failed
