@@ -16,12 +16,12 @@ from kd_plugin.divergence.finite import require_finite
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.start import dataset_sources, student_source
 from kd_plugin.panel import Correction, CorrectionLoss, correction_loss, score_rows
+from kd_plugin.panel.build import panel_from, require_sampling
 from kd_plugin.panel.checks import check_rows, require_defined_panel, require_one_vocabulary
 from kd_plugin.panel.combining import scored_positions
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import AdapterTeacher, LocalTeacher, Teacher
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, with_lineage
-from kd_plugin.trl.panel_build import panel_from, require_sampling
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.rollouts import RolloutMixin
 from kd_plugin.trl.start import load_vocabulary, start_lineage

@@ -1,4 +1,4 @@
-"""The panel that a trainer's arguments and configuration name."""
+"""The panel that a host's arguments and configuration name; the fields are those of ``TeacherPanelConfig``."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.panel import Estimator, TeacherPanel
 from kd_plugin.panel.block import panel_from_block
+from kd_plugin.panel.estimators import Estimator
+from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.teachers import LocalTeacher
-from kd_plugin.trl.panel_config import TeacherPanelConfig
 
 # What a `panel` block, or a TeacherPanel, says itself
 _SAID_BY_A_PANEL = ("teacher_weights", "domain_weights", "routes")
 
 
-def panel_from(teacher_model: Any, teacher_models: Any, args: TeacherPanelConfig) -> TeacherPanel:
+def panel_from(teacher_model: Any, teacher_models: Any, args: Any) -> TeacherPanel:
     """Build the panel from whichever of the trainer's arguments and the config's fields names teachers.
 
     Raises:
@@ -57,13 +57,13 @@ def panel_from(teacher_model: Any, teacher_models: Any, args: TeacherPanelConfig
     )
 
 
-def estimator_from(args: TeacherPanelConfig) -> Estimator:
+def estimator_from(args: Any) -> Estimator:
     """Return the estimator that the configuration names."""
     low, high = args.ratio_bounds
     return Estimator(args.estimator, args.top_k_tail, args.student_top_k, (float(low), float(high)))  # type: ignore[arg-type]
 
 
-def require_sampling(panel: TeacherPanel, args: TeacherPanelConfig) -> None:
+def require_sampling(panel: TeacherPanel, args: Any) -> None:
     """Refuse generation settings under which the sampled estimator would be biased.
 
     Raises:
@@ -73,7 +73,7 @@ def require_sampling(panel: TeacherPanel, args: TeacherPanelConfig) -> None:
     if not names:
         return
     settings = {"top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p}
-    settings |= {"repetition_penalty": args.repetition_penalty} | (args.generation_kwargs or {})  # type: ignore[operator]
+    settings |= {"repetition_penalty": args.repetition_penalty} | dict(args.generation_kwargs or {})
     neutral = {"top_p": (1.0,), "top_k": (0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
     for key, allowed in neutral.items():
         if settings[key] not in allowed:
@@ -94,7 +94,7 @@ def require_sampling(panel: TeacherPanel, args: TeacherPanelConfig) -> None:
         )
 
 
-def _as_teacher(name: str, teacher: Any, args: TeacherPanelConfig) -> Any:
+def _as_teacher(name: str, teacher: Any, args: Any) -> Any:
     """Load a teacher that is given as a string the way ``DistillationTrainer`` does: float32 unless told."""
     if not isinstance(teacher, str):
         return teacher
