@@ -75,6 +75,7 @@ class RunLineage:
         self.datasets = match_datasets(datasets, self.config)
         self.resumed: Mapping[str, Any] | None = None
         self._resumed_name = ""
+        self.changes: list[str] = []
         self.run_id: str = self.config.run.get("id") or uuid.uuid4().hex
         self.started: str = self.config.run.get("date") or datetime.now(UTC).date().isoformat()
         self._roots = self._discover()
@@ -94,8 +95,13 @@ class RunLineage:
         self._resumed_name = Path(checkpoint).resolve().name
         self.run_id = self.config.run.get("id") or self.resumed["run"]["id"]
         self.started = self.config.run.get("date") or self.resumed["run"]["date"]
+        self.note_changes([str(change) for change in self.resumed["run"].get("changes", ())])
         for name in ("graph", "verdict", "_recorded_graph"):
             self.__dict__.pop(name, None)
+
+    def note_changes(self, changes: Sequence[str]) -> None:
+        """Record that the run went on under other conditions than it began with, such as another panel."""
+        self.changes += [change for change in changes if change not in self.changes]
 
     @cached_property
     def graph(self) -> Graph:
@@ -322,6 +328,7 @@ class RunLineage:
             "source": {"repo": run.get("repo"), "commit": run.get("commit")},
             "config_hash": self.config_hash,
             "versions": {name: _version(name) for name in _VERSIONS},
+            **({"changes": list(self.changes)} if self.changes else {}),
         }
 
 

@@ -40,7 +40,8 @@ def record_tree(record: Mapping[str, Any], name: str) -> RenderableType:
     root = Tree(Text.assemble((printable(name), "bold"), f"  step {record['checkpoint']['step']}, {run['method']}"))
     _grow(root, graph, SELF, set())
     about = Text(f"run       {printable(str(run['id']))}, {printable(str(run['date']))}")
-    return Group(root, Text(), about, verdict_lines(effective, graph))
+    changes = [Text(f"changed   {printable(str(change))}") for change in run.get("changes", ())]
+    return Group(root, Text(), about, *changes, verdict_lines(effective, graph))
 
 
 def verdict_lines(effective: Mapping[str, Any], graph: Graph) -> RenderableType:

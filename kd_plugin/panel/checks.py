@@ -9,6 +9,7 @@ from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel.estimators import require_defined
 from kd_plugin.panel.roster import TeacherPanel
+from kd_plugin.teachers.adapter import AdapterTeacher
 from kd_plugin.teachers.cached import CachedTeacher
 from kd_plugin.teachers.local import LocalTeacher
 from kd_plugin.vocab import Vocabulary
@@ -27,9 +28,9 @@ def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> None:
         VocabularyError: names the teacher and the first ids that differ.
     """
     for name, teacher in panel.teachers.items():
-        if isinstance(teacher, CachedTeacher):
+        if isinstance(teacher, CachedTeacher) or (isinstance(teacher, AdapterTeacher) and teacher.uses_student):
             teacher.assume_vocabulary(vocabulary)
-        elif isinstance(teacher, LocalTeacher) and not teacher.names_a_tokenizer:
+        elif isinstance(teacher, LocalTeacher | AdapterTeacher) and not teacher.names_a_tokenizer:
             logger.warning(
                 f"Teacher {name!r} is a loaded model that names no tokenizer; its token ids are taken to be the "
                 "student's. Pass LocalTeacher(model, tokenizer=...) to have them checked."

@@ -89,6 +89,18 @@ class AdapterTeacher:
         """Use ``base`` in the place of an equal one, before anything is loaded."""
         self.base, self.owns_base = base, False
 
+    def require_student(self, reference: str | None, config: Any) -> None:
+        """Refuse a student whose base this adapter was not trained on, before it is loaded.
+
+        Args:
+            reference: path or hub id of the student's base.
+            config: its transformers configuration.
+
+        Raises:
+            ConfigError: the adapter is for another base.
+        """
+        require_base(self._config, self.adapter, reference, config, self.name, self._accept_base)
+
     def use_student(self, student: nn.Module, reference: str | None, vocabulary: Vocabulary) -> None:
         """Take the frozen base of ``student``; called by the host, once the student is loaded.
 
@@ -114,7 +126,7 @@ class AdapterTeacher:
                 f"Teacher {self.name!r} is an adapter on the student's base, but the student trains a part of it "
                 f"({trained[0]}): the teacher would change with it. Give the teacher a base of its own."
             )
-        require_base(self._config, self.adapter, reference, inner.config, self.name, self._accept_base)
+        self.require_student(reference, inner.config)
         self._student, self._student_vocabulary = plain, vocabulary
 
     @property
@@ -156,9 +168,11 @@ class AdapterTeacher:
                 )
             own = without_adapters(tree_over_same_tensors(inner))
             try:
-                model = PeftModel.from_pretrained(
-                    own, self.adapter, config=copy.deepcopy(self._config), is_trainable=False
-                )
+                # PEFT draws initial weights before it loads: a run whose teachers load late would draw other tokens
+                with torch.random.fork_rng():
+                    model = PeftModel.from_pretrained(
+                        own, self.adapter, config=copy.deepcopy(self._config), is_trainable=False
+                    )
             except (RuntimeError, ValueError) as error:
                 raise ConfigError(
                     f"The adapter {self.adapter} does not fit the base of teacher {self.name!r}: {error}"

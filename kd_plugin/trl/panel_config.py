@@ -106,6 +106,13 @@ class TeacherPanelConfig(RolloutFields, DistillationFields, DistillationConfig):
             "gradient. The logged loss is then that of the logging step."
         },
     )
+    allow_changed_panel: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume although the panel is not the one of the checkpoint; what changed then stands in the "
+            "lineage. Without it such a resume is refused."
+        },
+    )
     divergence: str | None = field(
         default=None,
         metadata={

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import AutoConfig, PreTrainedModel, TrainerCallback
+from transformers.utils import logging
 from trl import DistillationTrainer
 from trl.models import prepare_deepspeed
 
@@ -15,16 +17,20 @@ from kd_plugin.cache.alignment import require_aligned
 from kd_plugin.divergence.finite import require_finite
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.start import dataset_sources, student_source
-from kd_plugin.panel import Correction, CorrectionLoss, correction_loss, score_rows
+from kd_plugin.panel import Correction, CorrectionLoss, TeacherPanel, correction_loss, score_rows
 from kd_plugin.panel.build import panel_from, require_sampling
 from kd_plugin.panel.checks import check_rows, require_defined_panel, require_one_vocabulary
 from kd_plugin.panel.combining import scored_positions
+from kd_plugin.panel.identity import panel_identity
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import AdapterTeacher, LocalTeacher, Teacher
-from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, with_lineage
+from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, lineage_callback, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
+from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, resumed_checkpoint
 from kd_plugin.trl.rollouts import RolloutMixin
 from kd_plugin.trl.start import load_vocabulary, start_lineage
+
+logger = logging.get_logger(__name__)
 
 
 class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer):
@@ -93,6 +99,8 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
         )
         self._vocabulary = load_vocabulary(model, processing_class, args)
         require_one_vocabulary(self.panel, self._vocabulary)
+        if isinstance(model, str):
+            _require_adapters_fit(self.panel, model, args)
         for cache in warmup_caches:
             cache.require_compatible(self._vocabulary, temperature=warmup_caches[0].manifest.settings.temperature)
             require_aligned(cache)
@@ -111,6 +119,27 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
         for name, teacher in self.panel.teachers.items():
             self._prepare_teacher(name, teacher)
         self._panel_totals: dict[str, Tensor] = {}
+        self.add_callback(PanelStateCallback(self._identity))
+
+    def _identity(self) -> dict[str, Any]:
+        return panel_identity(self.panel, self.divergence, self.temperature)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the parent does.
+
+        Raises:
+            ConfigError: the checkpoint was trained under another panel, and ``allow_changed_panel`` is not set; or
+                ``output_dir`` holds another run's checkpoints, and this call does not resume.
+        """
+        checkpoint = resumed_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            changed = changes_since(checkpoint, self._identity(), allowed=self.args.allow_changed_panel)
+            for change in changed:
+                logger.warning(f"The panel changed since {checkpoint}: {change}.")
+            own = lineage_callback(self.callback_handler.callbacks)
+            if own is not None and own.run is not None:
+                own.run.note_changes([f"panel after {Path(checkpoint).name}: {change}" for change in changed])
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _prepare_teacher(self, name: str, teacher: Teacher) -> None:
         """Place a teacher as TRL places its own: sharded by DeepSpeed, else wrapped by accelerate."""
@@ -147,6 +176,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
             teacher.use_student(student, student.config._name_or_path, self._vocabulary)
         elif teacher.base is not None and teacher.base.placement == "resident":
             teacher.base.model.to(self.accelerator.device)
+        OutputHead.from_model(teacher.model)  # loads it now, so that what does not fit is refused here
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -203,6 +233,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
         head = OutputHead.from_model(unwrapped_student, self._vocabulary.size)
         hidden = hidden.to(head.weight.device)
         positions = scored_positions(corrections, width, hidden.device)
+        values = self._values_are_read()
         loss = correction_loss(
             self.panel,
             corrections,
@@ -212,9 +243,10 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
             divergence=self.divergence,
             temperature=self.temperature,
             step=self.state.global_step,
-            values=self._values_are_read(),
+            values=values,
         )
-        self._count(loss)
+        if values:
+            self._count(loss)
         count = positions.new_full((), positions.numel())
         normaliser = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if isinstance(normaliser, Tensor):
@@ -233,8 +265,6 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
 
     def _count(self, loss: CorrectionLoss) -> None:
         """Add this micro-batch to each teacher's divergence and tokens, and to the whole loss, on the device."""
-        if not loss.judgements:
-            return
         mode = "train" if self.model.training else "eval"
         names = self.panel.names
         totals = self._panel_totals.setdefault(mode, loss.entropy.new_zeros((len(names) + 1, 2)))
@@ -257,6 +287,18 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
             if self.args.panel_values == "logging" and mode == "train" and "loss" in logs and count:
                 logs["loss"] = loss / count  # of this step: the steps before it had lower bounds
         super().log(logs, start_time)
+
+
+def _require_adapters_fit(panel: TeacherPanel, model: str, args: TeacherPanelConfig) -> None:
+    """Refuse adapters on the student's base that were trained on another one, before the student is loaded."""
+    adapters = [t for t in panel.teachers.values() if isinstance(t, AdapterTeacher) and t.uses_student]
+    if not adapters:
+        return
+    revision = (args.model_init_kwargs or {}).get("revision")
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    for teacher in adapters:
+        if not Path(model, "adapter_config.json").is_file():
+            teacher.require_student(model, config)
 
 
 def _named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:

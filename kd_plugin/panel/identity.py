@@ -1,0 +1,187 @@
+"""What a panel is, by content: so that a run that goes on under another one is noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_plugin.divergence.spec import Divergence
+from kd_plugin.errors import ConfigError
+from kd_plugin.lineage.hashing import sha256_file, weight_files
+from kd_plugin.panel.roster import TeacherPanel
+from kd_plugin.panel.schedule import Schedule
+from kd_plugin.teachers import AdapterTeacher, CachedTeacher, LocalTeacher, ServerTeacher
+
+FILE = "panel.json"
+_VERSION = 1
+
+
+def panel_identity(panel: TeacherPanel, divergence: Divergence, temperature: float) -> dict[str, Any]:
+    """Describe a panel so that two descriptions are equal when they teach the same.
+
+    Weights are described by their sha256: of the files, for a directory; of the tensors, for a model in memory. A hub
+    id is described by itself and its commit, a cache by its content, and a server by the names of the model, not by
+    its address.
+
+    Args:
+        panel: the teachers, and how they are combined.
+        divergence: for teachers without one of their own.
+        temperature: for teachers without one of their own.
+
+    Returns:
+        A mapping that JSON can hold.
+    """
+    return {
+        "version": _VERSION,
+        "teachers": {
+            name: {**_teacher(teacher), **_own(panel, name, divergence, temperature)}
+            for name, teacher in panel.teachers.items()
+        },
+        "combine": panel.combine,
+        "domain_weights": {
+            domain: {name: _schedule(s) for name, s in weights.items()}
+            for domain, weights in panel.weights.domains.items()
+        },
+        "routes": {domain: list(names) for domain, names in panel.routes.items()},
+        "confidence_temperature": panel.confidence_temperature,
+    }
+
+
+def write_identity(directory: str | Path, identity: Mapping[str, Any]) -> None:
+    """Write ``panel.json`` into a checkpoint."""
+    Path(directory, FILE).write_text(json.dumps(identity, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_identity(directory: str | Path) -> dict[str, Any] | None:
+    """Read ``panel.json`` of a checkpoint; None where there is none.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = Path(directory, FILE)
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found["teachers"], dict):
+            raise TypeError("teachers is no mapping")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}), so it cannot be checked whether this is the panel of the run. Resume from "
+            "another checkpoint, or set allow_changed_panel=True."
+        ) from error
+    return found  # type: ignore[no-any-return]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name what differs between two identities, one sentence each; nothing when they are equal."""
+    now = json.loads(json.dumps(now))  # as a file would give it back
+    found = []
+    for name in sorted(before["teachers"].keys() | now["teachers"].keys()):
+        one, other = before["teachers"].get(name), now["teachers"].get(name)
+        if one is None:
+            found.append(f"teacher {name!r} is new")
+        elif other is None:
+            found.append(f"teacher {name!r} is gone")
+        else:
+            found += [f"teacher {name!r}: {change}" for change in _changes(one, other)]
+    rest = {"teachers", "version"}
+    found += _changes(
+        {k: v for k, v in before.items() if k not in rest}, {k: v for k, v in now.items() if k not in rest}
+    )
+    return found
+
+
+def _changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} was {_short(one.get(key))} and is {_short(other.get(key))}"
+        for key in sorted(one.keys() | other.keys())
+        if one.get(key) != other.get(key)
+    ]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64:
+        return f"{value[:12]}..."
+    return json.dumps(value) if not isinstance(value, str) else repr(value)
+
+
+def _teacher(teacher: Any) -> dict[str, Any]:
+    if isinstance(teacher, LocalTeacher):
+        return {"kind": "local", **_model(teacher)}
+    if isinstance(teacher, AdapterTeacher):
+        base = {"base": "student"}
+        if teacher.base is not None:
+            base = {f"base {key}": value for key, value in _model(teacher.base).items()}
+        return {"kind": "adapter", **_place(teacher.adapter, teacher.source.revision), **base}
+    if isinstance(teacher, ServerTeacher):
+        source = teacher.source
+        return {"kind": "server", "model": source.model, "repo": source.ref, "revision": source.revision}
+    if isinstance(teacher, CachedTeacher):
+        return {"kind": "cached", "content": teacher.cache.manifest.content_digest}
+    source = teacher.source
+    return {"kind": type(teacher).__name__, "repo": source.ref, "revision": source.revision}
+
+
+def _model(teacher: LocalTeacher) -> dict[str, Any]:
+    if teacher.reference is not None:
+        return _place(teacher.reference, teacher.source.revision)
+    return {"weights": _tensors_digest(teacher.model)}
+
+
+def _place(reference: str, revision: str | None) -> dict[str, Any]:
+    path = Path(reference)
+    if path.is_dir():
+        return {"weights": _files_digest(path)}
+    return {"repo": reference, "revision": revision}
+
+
+def _files_digest(directory: Path) -> str:
+    """Digest the weight files of a directory; a file that has not changed is read once a process."""
+    digest = hashlib.sha256()
+    for file in weight_files(directory):
+        status = file.stat()
+        digest.update(_sha256(file, status.st_size, status.st_mtime_ns).encode())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _sha256(file: Path, size: int, modified: int) -> str:
+    return sha256_file(file)
+
+
+def _tensors_digest(model: nn.Module) -> str:
+    """Digest a model's parameters, whatever device and module tree holds them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            if flat.numel():
+                digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _schedule(schedule: Schedule) -> Any:
+    return schedule.end if schedule.start == schedule.end else dataclasses.asdict(schedule)
+
+
+def _own(panel: TeacherPanel, name: str, divergence: Divergence, temperature: float) -> dict[str, Any]:
+    own = panel.own[name]
+    chosen = own.divergence or divergence
+    used = {"jsd": {"beta": chosen.beta}, "skew_kl": {"alpha": chosen.alpha}}.get(chosen.name, {})
+    estimator = own.estimator or panel.estimator
+    return {
+        "weight": _schedule(panel.weights.teachers[name]),
+        "divergence": {"name": chosen.name, **used},
+        "temperature": own.temperature or temperature,
+        "estimator": estimator.name if estimator.name == "exact" else dataclasses.asdict(estimator),
+    }

@@ -1,0 +1,75 @@
+"""Which panel a checkpoint was trained under, and whether a run may go on with another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from kd_plugin.errors import ConfigError
+from kd_plugin.panel.identity import differences, read_identity, write_identity
+
+logger = logging.get_logger(__name__)
+
+
+class PanelStateCallback(TrainerCallback):
+    """Writes ``panel.json`` into every checkpoint.
+
+    Args:
+        identity: returns what :func:`~kd_plugin.panel.identity.panel_identity` says; called at the first save.
+    """
+
+    def __init__(self, identity: Callable[[], dict[str, Any]]) -> None:
+        self._identity = identity
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write it, on the process that writes checkpoints."""
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and checkpoint.is_dir():
+            write_identity(checkpoint, self._identity())
+
+
+def resumed_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
+    """Return the checkpoint that a call of ``train`` goes on from."""
+    if resume_from_checkpoint is True:
+        return get_last_checkpoint(output_dir)  # type: ignore[no-any-return]
+    return resume_from_checkpoint or None
+
+
+def changes_since(checkpoint: str, identity: dict[str, Any], *, allowed: bool) -> list[str]:
+    """Compare the panel of a checkpoint with the present one.
+
+    Args:
+        checkpoint: its directory.
+        identity: of the present panel.
+        allowed: take another panel, and say what changed.
+
+    Returns:
+        What changed, one sentence each.
+
+    Raises:
+        ConfigError: something changed, and that is not allowed.
+    """
+    before = read_identity(checkpoint) if Path(checkpoint).is_dir() and not allowed else _readable(checkpoint)
+    if before is None:
+        logger.warning(f"{checkpoint} does not say which panel it was trained under, so it cannot be compared.")
+        return []
+    changed = differences(before, identity)
+    if changed and not allowed:
+        raise ConfigError(
+            f"{checkpoint} was trained under another panel: {'; '.join(changed)}. Resume with the same panel, or set "
+            "allow_changed_panel=True: the change then stands in the lineage."
+        )
+    return changed
+
+
+def _readable(checkpoint: str) -> dict[str, Any] | None:
+    try:
+        return read_identity(checkpoint)
+    except ConfigError as error:
+        logger.warning(str(error))
+        return None
