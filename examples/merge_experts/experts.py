@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from examples.merge_experts.tasks import Problem
+from kd_plugin.trl import LicenseLineageCallback
 
 MAX_NEW_TOKENS = 32
 
@@ -59,6 +60,7 @@ def fit_expert(
         train_dataset=dataset,
         processing_class=load_tokenizer(base),
         peft_config=lora(),
+        callbacks=[LicenseLineageCallback({"student": {"license": "apache-2.0"}})],
     )
     trainer.train()
     trainer.save_model(str(directory))

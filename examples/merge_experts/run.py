@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
+from peft import PeftModel
 
 from examples.merge_experts.experts import accuracy, fit_expert, load_base, load_tokenizer
 from examples.merge_experts.report import write_report
-from examples.merge_experts.students import RECIPES, averaged, cache_answers, open_expert, train_student
+from examples.merge_experts.students import RECIPES, averaged, cache_answers, train_student
 from examples.merge_experts.tasks import DOMAINS, Problem, held_out, training
 from kd_plugin.demo.model import prepare_teacher
 
@@ -68,15 +69,17 @@ def main(options: Options) -> None:
         if not (directory / "adapter_model.safetensors").exists():
             problems = training(domain, options.expert_problems, 0, examined[domain])
             fit_expert(base, problems, directory, steps=options.expert_steps, rows=options.expert_rows, seed=0)
-    teachers = {domain: open_expert(base, directory, domain) for domain, directory in adapters.items()}
-    for domain, teacher in teachers.items():
-        results.once(f"expert: {domain}", lambda teacher=teacher: accuracy(teacher.model, tokenizer, examined))
+    for domain, directory in adapters.items():
+
+        def examine(directory=directory) -> dict[str, float]:
+            return accuracy(PeftModel.from_pretrained(load_base(base), directory), tokenizer, examined)
+
+        results.once(f"expert: {domain}", examine)
     results.once("averaged adapters", lambda: accuracy(averaged(base, adapters), tokenizer, examined))
 
     caches = {domain: root / "caches" / domain for domain in DOMAINS}
     for domain, directory in caches.items():
-        if not directory.exists():
-            cache_answers(teachers[domain], training(domain, options.cached, 1, examined[domain]), directory)
+        cache_answers(base, adapters[domain], training(domain, options.cached, 1, examined[domain]), directory)
 
     for seed in range(options.seeds):
         prompts = mixed(2 * options.student_steps * options.student_rows // len(DOMAINS), seed, examined)
@@ -86,7 +89,7 @@ def main(options: Options) -> None:
                 student = train_student(
                     recipe,
                     base,
-                    teachers,
+                    adapters,
                     list(caches.values()),
                     prompts,
                     root / "students" / f"{recipe.name}-{seed}",

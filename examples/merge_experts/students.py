@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model
 
 from examples.merge_experts.experts import MAX_NEW_TOKENS, load_base, load_tokenizer, lora
 from examples.merge_experts.tasks import Problem
-from kd_plugin import LocalTeacher, capture
-from kd_plugin.cache import TopK
+from kd_plugin import AdapterTeacher, LocalTeacher, capture
+from kd_plugin.cache import Generation, TopK
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 
 
@@ -40,36 +40,22 @@ RECIPES = (
 )
 
 
-def open_expert(base: str | Path, directory: Path, name: str) -> LocalTeacher:
-    """Return an expert as a teacher: the base with the adapter merged in."""
-    model = PeftModel.from_pretrained(load_base(base), directory).merge_and_unload()
-    return LocalTeacher(model, tokenizer=load_tokenizer(base), name=name, license="apache-2.0")
-
-
-@torch.inference_mode()
-def cache_answers(teacher: LocalTeacher, problems: Sequence[Problem], directory: Path, *, rows: int = 32) -> None:
+def cache_answers(base: str | Path, expert: Path, problems: Sequence[Problem], directory: Path) -> None:
     """Let an expert answer by sampling, and keep its distribution at every token of its answers."""
-    tokenizer = teacher.tokenizer
-    answered = []
-    ordered = sorted(problems, key=lambda problem: len(problem.prompt))
-    torch.manual_seed(0)
-    for start in range(0, len(ordered), rows):
-        batch = ordered[start : start + rows]
-        inputs = tokenizer([p.prompt for p in batch], return_tensors="pt", padding=True)
-        outputs = teacher.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=True, top_k=0)
-        texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answered += [
-            {"prompt": p.prompt, "completion": text, "domain": p.domain}
-            for p, text in zip(batch, texts, strict=True)
-            if text
-        ]
-    capture(Dataset.from_list(answered), teacher, directory, targets=TopK(64), progress=False)
+    model = PeftModel.from_pretrained(load_base(base), expert).merge_and_unload()
+    capture(
+        Dataset.from_list([{"prompt": p.prompt, "domain": p.domain} for p in problems]),
+        LocalTeacher(model, tokenizer=load_tokenizer(base), name=expert.name, license="apache-2.0"),
+        directory,
+        targets=TopK(64),
+        generate=Generation(max_new_tokens=MAX_NEW_TOKENS, keep_unfinished=True),
+    )
 
 
 def train_student(
     recipe: Recipe,
     base: str | Path,
-    teachers: Mapping[str, LocalTeacher],
+    experts: Mapping[str, Path],
     caches: Sequence[Path],
     problems: Sequence[Problem],
     directory: Path,
@@ -81,12 +67,13 @@ def train_student(
 ) -> Any:
     """Train a LoRA student by ``recipe`` and return it.
 
-    Every recipe is one run of the same trainer: its first updates come from the caches, the others from the panel.
+    Every recipe is one run of the same trainer: its first updates come from the caches, the others from the panel,
+    whose teachers are adapters on the student's own frozen base.
     """
     offline_steps = round(recipe.offline * steps)
     trainer = TeacherPanelTrainer(
         model=get_peft_model(load_base(base), lora()),
-        teacher_models=dict(teachers),
+        teacher_models={name: AdapterTeacher(path, name=name) for name, path in experts.items()},
         args=TeacherPanelConfig(
             output_dir=str(directory),
             max_steps=steps,
