@@ -3,20 +3,19 @@
 import os
 import sys
 
-os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
-
-from accelerate import PartialState
-
-PartialState(backend="gloo")
-
-from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
-
-from kd_plugin.lineage import RunLineage
-from kd_plugin.trl import LicenseLineageCallback
-
 
 def main(student: str, output: str, gather: str) -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
+    from accelerate import PartialState
+
+    PartialState(backend="gloo")  # before TRL looks at the world
+
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from kd_plugin.lineage import RunLineage
+    from kd_plugin.trl import LicenseLineageCallback
+
     written = []
     write = RunLineage.write
 
