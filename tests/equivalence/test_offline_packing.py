@@ -1,0 +1,127 @@
+"""Packed equals padded equals padding-free: loss and gradients, to a relative 1e-4.
+
+On a CPU attention stays within a document because transformers derives the mask from `position_ids` for `eager` and
+`sdpa`; a GPU's flash kernels get the boundaries that TRL's collator computes.
+"""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from kd_plugin.cache import Sampled, TopK, capture
+from kd_plugin.teachers import LocalTeacher
+from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
+from tests.hosts.runs import TOPICS, Trace, assert_same, losses, settings
+from tests.tiny import byte_tokenizer
+
+COMPLETIONS = Dataset.from_list(
+    [{"prompt": f"{TOPICS[i % 8]}?", "completion": f" answer {i} {'y' * (5 * i % 17)}"} for i in range(12)]
+)
+TEXTS = Dataset.from_list([{"text": f"{TOPICS[i % 8]} and {TOPICS[i * 3 % 8]} {i}"} for i in range(12)])
+ROWS = {"completions": COMPLETIONS, "texts": TEXTS}
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory, teacher_dir):
+    directory = tmp_path_factory.mktemp("caches")
+    teacher = LocalTeacher(teacher_dir, dtype="float32")
+    made = {}
+    for kind, rows in ROWS.items():
+        for targets in (TopK(16), Sampled(30)):
+            name = f"{kind}-{type(targets).__name__}"
+            made[kind, type(targets)] = capture(rows, teacher, directory / name, targets=targets, progress=False)
+    return made
+
+
+def step(directory, cache, student, dataset, attention="sdpa", eval_dataset=None, **kwargs):
+    """One step over all rows at a learning rate of 0: its loss, its gradients, and the trainer."""
+    trace = Trace()
+    trainer = OfflineKDTrainer(
+        model=AutoModelForCausalLM.from_pretrained(student, attn_implementation=attention),
+        args=OfflineKDConfig(
+            **settings(
+                directory, max_steps=1, learning_rate=0.0, max_grad_norm=0.0,
+                **{"max_length": None, "per_device_train_batch_size": 64, **kwargs},
+            )
+        ),
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        teacher_cache=cache,
+        processing_class=byte_tokenizer(),
+        callbacks=[trace],
+    )  # fmt: skip
+    trainer.train()
+    return losses(trainer)[0], trace.gradients[0], trainer
+
+
+def require_same(mine, reference):
+    assert mine[0] == pytest.approx(reference[0], rel=1e-4)
+    assert_same(mine[1], reference[1], 1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("targets", [TopK, Sampled])
+@pytest.mark.parametrize("kind", ROWS)
+def test_padding_free_and_packed_equal_padded(kind, targets, attention, caches, tmp_path, student_dir):
+    cache, rows = caches[kind, targets], ROWS[kind]
+    padded = step(tmp_path / "a", cache, student_dir, rows, attention, ce_weight=0.5)
+    free = step(tmp_path / "b", cache, student_dir, rows, attention, padding_free=True, ce_weight=0.5)
+    require_same(free, padded)
+    for strategy in ("bfd", "bfd_split"):
+        packed = step(
+            tmp_path / strategy, cache, student_dir, rows, attention, packing=True, packing_strategy=strategy,
+            max_length=96, ce_weight=0.5,
+        )  # fmt: skip
+        assert len(packed[2].train_dataset) < len(rows)
+        assert max(len(lengths) for lengths in packed[2].train_dataset["seq_lengths"]) > 1
+        require_same(packed, padded)
+
+
+def test_packed_rows_over_several_steps_of_accumulation(caches, tmp_path, student_dir):
+    cache, packing = caches["texts", TopK], {"packing": True, "max_length": 64}
+    whole = step(tmp_path / "a", cache, student_dir, TEXTS, **packing)
+    rows = len(whole[2].train_dataset)
+    parts = step(
+        tmp_path / "b", cache, student_dir, TEXTS, per_device_train_batch_size=1, gradient_accumulation_steps=rows,
+        **packing,
+    )  # fmt: skip
+    require_same(parts, whole)
+
+
+def test_bfd_split_equals_padded_fragments(caches, tmp_path, student_dir):
+    cache, length = caches["texts", TopK], 20
+    packed = step(
+        tmp_path / "a", cache, student_dir, TEXTS, packing=True, packing_strategy="bfd_split", max_length=length
+    )
+    fragments = [
+        {name: row[name][start : start + length] for name in ("input_ids", "teacher_index")}
+        for row in cache.dataset()
+        for start in range(0, len(row["input_ids"]), length)
+    ]
+    assert len(fragments) > len(TEXTS)
+    rows = Dataset.from_list([{**fragment, "labels": fragment["input_ids"]} for fragment in fragments])
+    require_same(packed, step(tmp_path / "b", cache, student_dir, rows))
+
+
+def test_bfd_cuts_what_is_longer_as_truncation_does(caches, tmp_path, student_dir):
+    cache = caches["texts", TopK]
+    packed = step(tmp_path / "a", cache, student_dir, TEXTS, packing=True, max_length=20)
+    cut = step(tmp_path / "b", cache, student_dir, TEXTS, max_length=20)
+    require_same(packed, cut)
+
+
+@pytest.mark.parametrize("shape", [{}, {"padding_free": True}, {"packing": True, "max_length": 96}], ids=str)
+def test_evaluation_gives_the_training_loss(shape, caches, tmp_path, student_dir):
+    cache = caches["completions", TopK]
+    loss, _, trainer = step(tmp_path, cache, student_dir, COMPLETIONS, eval_dataset=COMPLETIONS,
+                            per_device_eval_batch_size=12, **shape)  # fmt: skip
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_attention_across_documents_is_far_outside_the_tolerance(caches, tmp_path, student_dir):
+    cache = caches["texts", TopK]
+    padded = step(tmp_path / "a", cache, student_dir, TEXTS)
+    wrapped = step(tmp_path / "b", cache, student_dir, TEXTS, packing=True, packing_strategy="wrapped", max_length=96)
+    difference = torch.stack([(wrapped[1][n] - g).norm() for n, g in padded[1].items()]).norm()
+    assert difference > 1e-2 * torch.stack([g.norm() for g in padded[1].values()]).norm()
