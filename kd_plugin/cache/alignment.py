@@ -37,6 +37,15 @@ class Alignment:
     error: Mapping[int, float]
     positions: int
 
+    def __str__(self) -> str:
+        if not self.positions:
+            return "alignment not checked: no position has a token on both sides."
+        before, own, after = (self.logprob[offset] for offset in (-1, 0, 1))
+        return (
+            f"aligned; over {self.positions} positions the targets give the text's next token {own:.2f} nats, the one "
+            f"before it {before:.2f}, the one after it {after:.2f}."
+        )
+
     @property
     def shift(self) -> int:
         """The offset at which targets fit best, 0 unless another one fits clearly better."""

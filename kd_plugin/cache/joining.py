@@ -65,16 +65,16 @@ def batch_targets(
     }
 
 
-def not_in_cache(cache: TeacherCache, what: str, where: str) -> DataError:
+def not_in_cache(cache: object, what: str, where: str) -> DataError:
     """Return the error for rows that the cache does not hold.
 
     Args:
-        cache: the cache.
+        cache: the cache, named by its path.
         what: which rows, such as ``"2 of 8 rows of the train dataset"``.
         where: which is the first.
     """
     return DataError(
-        f"{what} are not in the teacher cache {cache.path}; {where}. Rows are joined by their token ids, so the same "
+        f"{what} are not in the teacher cache {cache}; {where}. Rows are joined by their token ids, so the same "
         "tokenizer, chat template and text as at capture are needed. Capture these rows too, leave train_dataset out "
         "to train on the cache's own rows, or set allow_partial=True to train without their targets."
     )
@@ -89,11 +89,11 @@ def _labels_of_targets(indices: Tensor) -> Tensor:
 
 def _spread(signal: Any, stored: Tensor) -> dict[str, Tensor]:
     """Give the positions without a target an empty one: no token listed, all mass in the tail."""
-    count, width = stored.numel(), signal.ids.shape[1]
+    count, width = stored.numel(), max(signal.ids.shape[1], 1)
 
     def spread(values: Tensor, shape: tuple[int, ...], fill: float) -> Tensor:
         out = values.new_full(shape, fill)
-        out[stored] = values
+        out[stored, ...] = values if values.numel() else fill
         return out
 
     fields = {

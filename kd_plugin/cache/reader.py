@@ -65,6 +65,9 @@ class TeacherCache:
         if verify:
             self._verify_shards(whole=sum(unit.bytes for unit in self.manifest.units) <= _HASHED_AT_OPENING)
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     def __len__(self) -> int:
         return self.manifest.rows
 
@@ -113,7 +116,11 @@ class TeacherCache:
         Returns:
             L numbers, -1 where there is no target; None when the cache has no such sequence. Takes constant time.
         """
-        return self._mapped.teacher_index(bytes.fromhex(example_id(input_ids)))
+        return self.teacher_index_of(example_id(input_ids))
+
+    def teacher_index_of(self, example_id: str) -> list[int] | None:
+        """Return the ``teacher_index`` column of the example of this id, or None."""
+        return self._mapped.teacher_index(bytes.fromhex(example_id))
 
     def signal(self, teacher_index: Tensor) -> SparseSignal:
         """Gather targets.

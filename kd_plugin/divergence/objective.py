@@ -55,16 +55,26 @@ class OfflineObjective:
         """Return the same objective without cross-entropy, for a host that computes that itself."""
         return replace(self, ce_weight=0.0)
 
-    def loss(self, hidden: Tensor, head: OutputHead, target: Mapping[str, Tensor]) -> SparseLoss:
+    def loss(self, hidden: Tensor, head: OutputHead, target: Mapping[str, Any]) -> SparseLoss:
         """Return the summed loss of a batch.
 
         Args:
             hidden: (B, L, H) last hidden states of the student.
             head: its output head, cut to the vocabulary.
-            target: what :func:`kd_plugin.cache.joining.batch_targets` gathers.
+            target: what :func:`kd_plugin.cache.joining.batch_targets` gathers; and under ``others``, where several
+                teachers share positions, the same of each further one, without labels.
+
+        Returns:
+            The sum over teachers. Metrics are the student's own; ``kd`` is the first teacher's.
         """
         hidden = hidden.to(head.weight.device)
-        device = hidden.device
+        loss = self._loss(hidden, head, target)
+        for other in target.get("others", ()):  # type: ignore[var-annotated]
+            loss = replace(loss, loss_sum=loss.loss_sum + self._loss(hidden, head, other).loss_sum)
+        return loss
+
+    def _loss(self, hidden: Tensor, head: OutputHead, target: Mapping[str, Tensor]) -> SparseLoss:
+        device, labels = hidden.device, target.get("labels")
         signal = SparseSignal(target["ids"], target["logprobs"], target["tail_logmass"], target.get("draws"))
         return fused_sparse_divergence(
             hidden.reshape(-1, hidden.shape[-1]).index_select(0, target["positions"].to(device)),
@@ -74,9 +84,9 @@ class OfflineObjective:
             temperature=self.temperature,
             tail=self.tail,
             weights=target["weights"].to(device),
-            labels=target["labels"].to(device),
+            labels=None if labels is None else labels.to(device),
             kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
+            ce_weight=0.0 if labels is None else self.ce_weight,
         )
 
 

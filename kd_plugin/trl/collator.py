@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kd_plugin.cache import TeacherCache
-from kd_plugin.cache.joining import TARGET, batch_targets
+from kd_plugin.cache.joining import TARGET
+from kd_plugin.cache.joint import JointCache
 
 
 @dataclass
@@ -17,14 +17,14 @@ class TeacherTargetCollator:
 
     Attributes:
         inner: the collator of the SFT trainer.
-        cache: where ``teacher_index`` points to.
+        cache: where the columns ``teacher_index`` point to.
     """
 
     inner: Any
-    cache: TeacherCache
+    cache: JointCache
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate ``examples``, and add under ``teacher_target`` what :func:`batch_targets` gathers."""
+        """Collate ``examples``, and add under ``teacher_target`` what :meth:`JointCache.targets` gathers."""
         batch = self.inner(examples)
-        batch[TARGET] = batch_targets(self.cache, batch["labels"], [example["teacher_index"] for example in examples])
+        batch[TARGET] = self.cache.targets(batch["labels"], examples)
         return batch

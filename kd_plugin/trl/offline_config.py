@@ -22,11 +22,14 @@ class OfflineKDConfig(DistillationFields, SFTConfig):
     -100 and divided by their number in the global batch.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "lineage"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "lineage", "teacher_cache"]
 
-    teacher_cache: str | None = field(
+    teacher_cache: dict[str, float] | str | None = field(
         default=None,
-        metadata={"help": "Directory of the teacher cache. Used where the trainer is given none."},
+        metadata={
+            "help": "Directory of the teacher cache, or a mapping from directories to weights: an offline panel. Used "
+            "where the trainer is given none."
+        },
     )
     divergence: str = field(
         default="forward_kl",

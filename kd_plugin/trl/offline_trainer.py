@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,9 +14,8 @@ from transformers.utils import logging
 from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 
-from kd_plugin.cache import TeacherCache
-from kd_plugin.cache.alignment import require_aligned
 from kd_plugin.cache.joining import not_in_cache
+from kd_plugin.cache.joint import Caches, JointCache
 from kd_plugin.divergence.finite import require_finite
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.start import dataset_sources, student_source
@@ -42,7 +42,8 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
         eval_dataset: likewise, joined to the same cache.
         processing_class: the tokenizer, as in TRL.
         callbacks: as in TRL.
-        teacher_cache: the cache or its directory; left out, ``args.teacher_cache``.
+        teacher_cache: the cache or its directory; or an offline panel: a list of them, or a mapping from them to
+            weights (see :class:`~kd_plugin.cache.joint.JointCache`). Left out, ``args.teacher_cache``.
         **kwargs: the remaining arguments of ``SFTTrainer``.
 
     Raises:
@@ -64,7 +65,7 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         *,
-        teacher_cache: TeacherCache | str | None = None,
+        teacher_cache: Caches | None = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -75,19 +76,20 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
                 f"args is a {type(args).__name__}; OfflineKDTrainer needs an OfflineKDConfig, which takes "
                 "the same fields."
             )
-        self.teacher_cache = _open_cache(teacher_cache or args.teacher_cache, args)
+        self.teacher_cache = _open_cache(args.teacher_cache if teacher_cache is None else teacher_cache, args)
         run = start_lineage(
             method="offline_kd",
             student=student_source(model, (args.model_init_kwargs or {}).get("revision")),
-            outputs=[self.teacher_cache.source],
+            outputs=self.teacher_cache.sources,
             datasets=dataset_sources(train_dataset),
             args=args,
             declared=declared_lineage(callbacks),
         )
         vocabulary = load_vocabulary(model, processing_class, args)
         self.teacher_cache.require_compatible(vocabulary, temperature=args.temperature)
-        found = require_aligned(self.teacher_cache)
-        logger.info(f"The cache's targets give its text {found.logprob[0]:.2f} nats a token; neighbours get less.")
+        for path, found in self.teacher_cache.require_aligned().items():
+            if args.local_process_index == 0:
+                print(f"{path}: {found}", file=sys.stderr)
         if train_dataset is None:
             train_dataset = self.teacher_cache.dataset()
             if args.completion_only_loss is None:
@@ -122,8 +124,8 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "teacher_index" not in self._signature_columns:
-            self._signature_columns.append("teacher_index")
+        columns = self.teacher_cache.columns
+        self._signature_columns += [name for name in columns if name not in self._signature_columns]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -148,7 +150,7 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         dataset = self._join(dataset, dataset_name)
         if packing:
-            dataset = dataset.select_columns(["input_ids", "labels", "teacher_index"])
+            dataset = dataset.select_columns(["input_ids", "labels", *self.teacher_cache.columns])
             if args.shuffle_dataset:
                 dataset = dataset.shuffle(seed=args.seed)
             dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
@@ -156,57 +158,76 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
             cut = copy.copy(args)
             cut.shuffle_dataset = False
             dataset = super()._prepare_dataset(dataset, processing_class, cut, False, None, dataset_name)
-            dataset = dataset.map(_cut_index, fn_kwargs={"keep_end": args.truncation_mode == "keep_end"})
+            cut_index = _CutIndex(self.teacher_cache.columns, args.truncation_mode == "keep_end")
+            dataset = dataset.map(cut_index)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _join(self, dataset: Any, dataset_name: str) -> Any:
-        """Add ``teacher_index`` to each row, unless the rows come from a cache and have it."""
-        if "teacher_index" in (dataset.column_names or next(iter(dataset))):
+        """Add the columns ``teacher_index`` to each row, unless the rows come from these caches and have them."""
+        columns, cache = self.teacher_cache.columns, self.teacher_cache
+        present = dataset.column_names or list(next(iter(dataset)))
+        if set(columns) <= set(present):
+            if "example_id" in present:
+                cache.require_own(dataset, dataset_name)
             return dataset
-        joined = dataset.map(_Join(self.teacher_cache, self._allow_partial or isinstance(dataset, Dataset)))
+        joined = dataset.map(_Join(cache, self._allow_partial or isinstance(dataset, Dataset)))
         if not isinstance(joined, Dataset):
             return joined
-        missing = [row for row, index in enumerate(joined["teacher_index"]) if not any(i >= 0 for i in index)]
+        taught = _Taught(columns)
+        missing = [row for row, example in enumerate(joined.select_columns(columns)) if not taught(example)]
         if not missing:
             return joined
         if not self._allow_partial:
             raise not_in_cache(
-                self.teacher_cache,
+                cache,
                 f"{len(missing)} of {len(joined)} rows of the {dataset_name} dataset",
                 f"the first is row {missing[0]}",
             )
         logger.warning(f"{len(missing)} of {len(joined)} rows of the {dataset_name} dataset are not in the cache.")
-        if self._keeps_rows_without_targets:
-            return joined
-        return joined.filter(lambda example: any(i >= 0 for i in example["teacher_index"]))
+        return joined if self._keeps_rows_without_targets else joined.filter(taught)
 
 
 @dataclass(frozen=True)
 class _Join:
-    """Looks a tokenized row up in the cache by the hash of its token ids."""
+    """Looks a tokenized row up in the caches by the hash of its token ids."""
 
-    cache: TeacherCache
+    cache: JointCache
     allow_missing: bool
 
     def __call__(self, example: dict[str, Any]) -> dict[str, list[int]]:
-        index = self.cache.teacher_index(example["input_ids"])
-        if index is None:
-            if not self.allow_missing:
-                raise not_in_cache(self.cache, "A row of a streamed dataset", f"it starts {example['input_ids'][:8]}")
-            index = [-1] * len(example["input_ids"])
-        return {"teacher_index": index}
+        indices = self.cache.indices(example["input_ids"])
+        if not self.allow_missing and not _Taught(self.cache.columns)(indices):
+            raise self.cache.missing(example["input_ids"])
+        return indices
 
 
-def _cut_index(example: dict[str, Any], keep_end: bool) -> dict[str, Any]:
-    length = len(example["input_ids"])
-    index = example["teacher_index"]
-    return {"teacher_index": index[len(index) - length :] if keep_end else index[:length]}
+@dataclass(frozen=True)
+class _Taught:
+    """Whether a row has a target at all."""
+
+    columns: list[str]
+
+    def __call__(self, example: dict[str, Any]) -> bool:
+        return any(i >= 0 for column in self.columns for i in example[column])
 
 
-def _open_cache(cache: TeacherCache | str | None, args: OfflineKDConfig) -> TeacherCache:
-    if cache is None:
+@dataclass(frozen=True)
+class _CutIndex:
+    """Cuts the columns ``teacher_index`` to what truncation left of the tokens."""
+
+    columns: list[str]
+    keep_end: bool
+
+    def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
+        length = len(example["input_ids"])
+        cut = slice(-length, None) if self.keep_end else slice(length)
+        return {column: example[column][cut] for column in self.columns}
+
+
+def _open_cache(caches: Caches | None, args: OfflineKDConfig) -> JointCache:
+    if caches is None:
         raise ConfigError(
             "No teacher cache is given. Make one with `kd-plugin capture` or kd_plugin.capture(...), and pass its "
             "directory as teacher_cache."
         )
-    return cache if isinstance(cache, TeacherCache) else TeacherCache(cache, allow_partial=args.allow_partial)
+    return JointCache.open(caches, allow_partial=args.allow_partial)

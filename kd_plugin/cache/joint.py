@@ -1,0 +1,185 @@
+"""Several caches read together: an offline panel of teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kd_plugin.cache.alignment import Alignment, require_aligned
+from kd_plugin.cache.joining import batch_targets, not_in_cache
+from kd_plugin.cache.reader import TeacherCache
+from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.lineage.sources import Source
+from kd_plugin.vocab import Vocabulary
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Caches = TeacherCache | str | Path | Sequence[TeacherCache | str | Path] | Mapping[Any, float]
+
+_CHECKED_ROWS = 32  # rows with numbers of their own that are compared with the cache
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the caches.
+
+    Attributes:
+        cache: it.
+        weight: of its divergence; the weights of all members sum to one.
+        column: per-token column of the numbers of its targets.
+    """
+
+    cache: TeacherCache
+    weight: float
+    column: str
+
+
+class JointCache:
+    """One or several caches, joined by example: where several hold a token, it has several teachers.
+
+    The loss of a position is the weighted sum of the divergences from the members that hold it, their weights scaled
+    to sum to one there. So caches over the same examples teach together, and caches over different ones each teach
+    their own.
+
+    Args:
+        members: the caches, each with its weight and a column of its own.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = tuple(members)
+
+    @classmethod
+    def open(cls, caches: Caches, *, allow_partial: bool = False) -> JointCache:
+        """Open what a user names.
+
+        Args:
+            caches: a cache or its directory, a list of them (with equal weights), or a mapping from them to weights.
+            allow_partial: take caches whose capture did not finish.
+
+        Raises:
+            ConfigError: no cache, one twice, or weights that are negative or all 0.
+            CacheError: see :class:`TeacherCache`.
+        """
+        if isinstance(caches, TeacherCache | str | Path):
+            caches = [caches]
+        weights = dict(caches) if isinstance(caches, Mapping) else {_key(cache): 1.0 for cache in caches}
+        named = list(weights) if isinstance(caches, Mapping) else list(caches)
+        if not named or len(weights) != len(named):
+            raise ConfigError(
+                f"teacher_cache names {len(named)} caches, {len(weights)} different ones; expected one or more."
+            )
+        numbers = [float(weight) for weight in weights.values()]
+        total = sum(numbers)
+        if min(numbers) < 0 or not total > 0:
+            raise ConfigError(
+                f"The weights of the teacher caches are {numbers}; expected numbers of at least 0, not all 0."
+            )
+        opened = [c if isinstance(c, TeacherCache) else TeacherCache(c, allow_partial=allow_partial) for c in named]
+        return cls(
+            [
+                Member(cache, weight / total, "teacher_index" if not i else f"teacher_index_{i}")
+                for i, (cache, weight) in enumerate(zip(opened, numbers, strict=True))
+            ]
+        )
+
+    def __str__(self) -> str:
+        return ", ".join(str(member.cache.path) for member in self.members)
+
+    @property
+    def columns(self) -> list[str]:
+        """Per-token columns that a dataset must carry along."""
+        return [member.column for member in self.members]
+
+    @property
+    def sources(self) -> list[Source]:
+        """The caches as ancestors of what is trained on them."""
+        return [member.cache.source for member in self.members]
+
+    def require_compatible(self, vocabulary: Vocabulary, *, temperature: float = 1.0) -> None:
+        """Refuse a student that one of the caches cannot teach; see :meth:`TeacherCache.require_compatible`."""
+        for member in self.members:
+            member.cache.require_compatible(vocabulary, temperature=temperature)
+
+    def require_aligned(self) -> dict[str, Alignment]:
+        """Refuse a cache whose targets are shifted; return what was measured of each."""
+        return {str(member.cache.path): require_aligned(member.cache) for member in self.members}
+
+    def dataset(self) -> Dataset:
+        """Return the examples of all caches, each once, with the columns of :attr:`columns`."""
+        import datasets
+
+        first, *others = (member.cache for member in self.members)
+        rows = first.dataset()
+        if not others:
+            return rows
+        parts, seen = [rows], set(rows["example_id"])
+        for cache in others:
+            rows = cache.dataset()
+            new = [i for i, name in enumerate(rows["example_id"]) if name not in seen]
+            seen.update(rows[i]["example_id"] for i in new)
+            parts.append(rows.select(new))
+        shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+        whole = datasets.concatenate_datasets([part.select_columns(shared) for part in parts])
+        return whole.map(lambda row: self.indices(row["input_ids"]))
+
+    def indices(self, input_ids: Sequence[int]) -> dict[str, list[int]]:
+        """Return the columns of a sequence as it was captured, before truncation: -1 where there is no target."""
+        found = {member.column: member.cache.teacher_index(input_ids) for member in self.members}
+        return {column: [-1] * len(input_ids) if index is None else index for column, index in found.items()}
+
+    def require_own(self, rows: Iterable[Mapping[str, Any]], name: str) -> None:
+        """Refuse rows whose ``teacher_index`` was made from another cache, as far as their ``example_id`` tells.
+
+        Raises:
+            DataError: a row is not in the cache, or has other numbers there.
+        """
+        for number, row in zip(range(_CHECKED_ROWS), rows, strict=False):
+            for member in self.members:
+                own = member.cache.teacher_index_of(row["example_id"])
+                given = {i for i in row[member.column] if i >= 0}
+                if given and not given <= set(own or ()):
+                    raise DataError(
+                        f"Row {number} of the {name} dataset has a column {member.column} that was not made from "
+                        f"{member.cache.path}: the targets would belong to other tokens. Take the rows from this "
+                        "cache's dataset(), or remove the column, so that rows are joined by their tokens."
+                    )
+
+    def missing(self, input_ids: Sequence[int]) -> DataError:
+        """Return the error for a sequence that no cache holds."""
+        return not_in_cache(self, "A row of a streamed dataset", f"it starts {list(input_ids[:8])}")
+
+    def targets(self, labels: Tensor, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Gather the targets of a batch, as :func:`batch_targets` does.
+
+        Args:
+            labels: (B, L).
+            examples: the rows of the batch, with the columns of :attr:`columns`.
+
+        Returns:
+            The targets of the first member, and under ``others`` a list with those of each other one at the positions
+            that it holds. ``weights`` are the members' own, scaled to sum to one over those that hold a position.
+        """
+        found = [batch_targets(m.cache, labels, [example[m.column] for example in examples]) for m in self.members]
+        weights_MN = torch.stack([t["weights"] * m.weight for t, m in zip(found, self.members, strict=True)])
+        total_N = weights_MN.sum(0)
+        weights_MN = weights_MN / torch.where(total_N > 0, total_N, 1.0)
+        first, *others = [{**target, "weights": weights_N} for target, weights_N in zip(found, weights_MN, strict=True)]
+        if not others:
+            return first
+        return {**first, "others": [_held(target) for target in others]}
+
+
+def _held(target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keep the positions that the member holds; labels count for the first member only."""
+    held = target["weights"] > 0
+    return {name: values[held] for name, values in target.items() if name != "labels"}
+
+
+def _key(cache: TeacherCache | str | Path) -> Any:
+    return cache if isinstance(cache, TeacherCache) else str(cache)

@@ -1,0 +1,95 @@
+"""Several caches at once are the weighted sum of training on each."""
+
+import pytest
+from datasets import Dataset
+
+from kd_plugin.cache import Sampled, TeacherCache, TopK, capture
+from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.teachers import LocalTeacher
+from tests.equivalence.test_offline_packing import COMPLETIONS, require_same, step
+from tests.hosts.runs import assert_same
+
+FIRST, SECOND = COMPLETIONS.select(range(5)), COMPLETIONS.select(range(5, 12))
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory, teacher_dir, other_teacher_dir):
+    directory = tmp_path_factory.mktemp("caches")
+    plan = {
+        "a": (teacher_dir, COMPLETIONS, TopK(16)),
+        "b": (other_teacher_dir, COMPLETIONS, Sampled(20)),
+        "first": (teacher_dir, FIRST, TopK(16)),
+        "second": (other_teacher_dir, SECOND, TopK(8)),
+    }
+    return {
+        name: str(capture(rows, LocalTeacher(t, dtype="float32"), directory / name, targets=kept, progress=False).path)
+        for name, (t, rows, kept) in plan.items()
+    }
+
+
+def combined(runs, shares):
+    loss = sum(share * run[0] for share, run in zip(shares, runs, strict=True))
+    names = runs[0][1]
+    return loss, {n: sum(share * run[1][n] for share, run in zip(shares, runs, strict=True)) for n in names}
+
+
+@pytest.mark.parametrize("shape", [{}, {"packing": True, "max_length": 96}], ids=["padded", "packed"])
+def test_weighted_sum_of_separate_runs(shape, caches, tmp_path, student_dir):
+    runs = [step(tmp_path / n, caches[n], student_dir, COMPLETIONS) for n in ("a", "b")]
+    joint = step(tmp_path / "ab", {caches["a"]: 3.0, caches["b"]: 1.0}, student_dir, COMPLETIONS, **shape)
+    require_same(joint, combined(runs, [0.75, 0.25]))
+    assert joint[2].train_dataset.column_names.count("teacher_index_1") == 1
+
+
+def test_a_list_weighs_equally_and_takes_the_rows_of_the_caches(caches, tmp_path, student_dir):
+    runs = [step(tmp_path / n, caches[n], student_dir, COMPLETIONS) for n in ("a", "b")]
+    opened = [TeacherCache(caches["a"]), caches["b"]]
+    trainer_rows = step(tmp_path / "ab", opened, student_dir, None)
+    require_same(trainer_rows, combined(runs, [0.5, 0.5]))
+
+
+def test_caches_over_different_rows_each_teach_their_own(caches, tmp_path, student_dir):
+    runs = [
+        step(tmp_path / "first", caches["first"], student_dir, FIRST),
+        step(tmp_path / "second", caches["second"], student_dir, SECOND),
+    ]
+    tokens = [TeacherCache(caches[n]).tokens for n in ("first", "second")]
+    shares = [count / sum(tokens) for count in tokens]
+    for rows in (COMPLETIONS, None):
+        joint = step(tmp_path / f"both-{rows is None}", [caches["first"], caches["second"]], student_dir, rows)
+        require_same(joint, combined(runs, shares))
+
+
+def test_the_cross_entropy_counts_once(caches, tmp_path, student_dir):
+    plain = step(tmp_path / "a", caches["a"], student_dir, COMPLETIONS, kd_weight=0.0, ce_weight=1.0)
+    joint = step(tmp_path / "b", [caches["a"], caches["b"]], student_dir, COMPLETIONS, kd_weight=0.0, ce_weight=1.0)
+    require_same(joint, plain)
+
+
+def test_both_caches_stand_in_the_lineage(caches, tmp_path, student_dir):
+    trainer = step(tmp_path / "run", [caches["a"], caches["b"]], student_dir, COMPLETIONS)[2]
+    trainer.save_model(str(tmp_path / "out"))
+    text = (tmp_path / "out" / "lineage.json").read_text()
+    assert all(TeacherCache(caches[n]).manifest.content_digest in text for n in ("a", "b"))
+
+
+def test_bad_panels(caches, tmp_path, student_dir):
+    a = caches["a"]
+    with pytest.raises(ConfigError, match="names 2 caches, 1 different"):
+        step(tmp_path, [a, a], student_dir, COMPLETIONS)
+    with pytest.raises(ConfigError, match="expected numbers of at least 0, not all 0"):
+        step(tmp_path, {a: 0.0}, student_dir, COMPLETIONS)
+    new = Dataset.from_list([*COMPLETIONS, {"prompt": "new?", "completion": " yes"}])
+    with pytest.raises(DataError, match=r"1 of 13 rows of the train dataset are not in the teacher cache.*/a, .*/b"):
+        step(tmp_path, [a, caches["b"]], student_dir, new)
+
+
+def test_rows_of_another_cache_are_refused(caches, tmp_path, student_dir):
+    rows = TeacherCache(caches["second"]).dataset()
+    with pytest.raises(DataError, match="was not made from"):
+        step(tmp_path, caches["a"], student_dir, rows, completion_only_loss=True)
+    own = TeacherCache(caches["a"]).dataset().shuffle(seed=1)
+    run = step(tmp_path / "own", caches["a"], student_dir, own, completion_only_loss=True)
+    reference = step(tmp_path / "joined", caches["a"], student_dir, COMPLETIONS)
+    assert run[0] == pytest.approx(reference[0], rel=1e-4)
+    assert_same(run[1], reference[1])
