@@ -51,6 +51,11 @@ class OfflineObjective:
         if self.temperature <= 0:
             raise ConfigError(f"temperature is {self.temperature}; expected a positive number.")
 
+    @property
+    def forms_own(self) -> bool:
+        """Whether :meth:`loss` can form the labels' cross-entropy in the same pass: it does."""
+        return True
+
     def without_own(self) -> OfflineObjective:
         """Return the same objective without cross-entropy, for a host that computes that itself."""
         return replace(self, ce_weight=0.0)

@@ -9,5 +9,14 @@ from kd_plugin.lightning.data import KDDataModule
 from kd_plugin.lightning.lineage import LicenseLineage
 from kd_plugin.lightning.offline import OfflineKD
 from kd_plugin.lightning.offline_module import OfflineKDModule
+from kd_plugin.lightning.panel import TeacherPanelCorrection
+from kd_plugin.lightning.panel_module import TeacherPanelModule
 
-__all__ = ["KDDataModule", "LicenseLineage", "OfflineKD", "OfflineKDModule"]
+__all__ = [
+    "KDDataModule",
+    "LicenseLineage",
+    "OfflineKD",
+    "OfflineKDModule",
+    "TeacherPanelCorrection",
+    "TeacherPanelModule",
+]

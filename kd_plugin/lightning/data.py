@@ -16,7 +16,7 @@ from kd_plugin.lightning.loader import ResumableLoader
 from kd_plugin.lightning.step import WINDOW, WINDOW_TOKENS
 
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_PASSED = ("prompt", "teacher_id", "domain", "answer")
+_PASSED = ("prompt", "teacher_id", "domain", "teacher_weights", "answer")
 
 
 class KDDataModule(LightningDataModule):

@@ -58,6 +58,11 @@ class Objective(Protocol):
         """Weight of the module's own loss."""
         ...
 
+    @property
+    def forms_own(self) -> bool:
+        """Whether ``loss`` can form the labels' cross-entropy in the same pass."""
+        ...
+
     def without_own(self) -> Objective:
         """Return the same objective without the cross-entropy, which the module then computes itself."""
         ...
@@ -141,7 +146,8 @@ class DistillingForward:
             return self._inner(*args, **kwargs)
         labels = given.get("labels")
         same_labels = labels is not None and labels is call.labels
-        if not call.joint or not (same_labels or self.objective.ce_weight == 0.0):
+        objective = self.objective
+        if not call.joint or not (objective.ce_weight == 0.0 or (same_labels and objective.forms_own)):
             return self._apart(call, args, kwargs)
         inputs = {name: value for name, value in given.items() if name not in _NOT_OF_THE_BACKBONE}
         hidden = self.model.base_model(**{**inputs, "use_cache": False}).last_hidden_state

@@ -1,0 +1,249 @@
+"""On-policy correction by a panel of teachers, for a LightningModule that is there already."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kd_plugin.divergence import require_finite
+from kd_plugin.errors import ConfigError
+from kd_plugin.lightning.forward import Call, DistillingForward
+from kd_plugin.lightning.lineage import declared_lineage, lineage_of
+from kd_plugin.lightning.offline import load_tokenizer
+from kd_plugin.lightning.panel_objective import Corrected, PanelObjective
+from kd_plugin.lightning.panel_settings import PanelSettings
+from kd_plugin.lightning.placing import place_teachers
+from kd_plugin.lightning.step import WINDOW, DistillingStep, Prepared, require_mapping
+from kd_plugin.lightning.student import (
+    builds_later,
+    find_student,
+    require_returned_loss,
+    require_supported,
+    tell_transformers_of_zero3,
+)
+from kd_plugin.lightning.writing import Rollouts, render, write
+from kd_plugin.lineage.start import start_run, student_source
+from kd_plugin.panel import score_rows
+from kd_plugin.panel.build import panel_from, require_sampling
+from kd_plugin.panel.checks import check_rows, require_defined_panel, require_one_vocabulary
+from kd_plugin.vocab import Vocabulary
+
+_ROW = ("teacher_id", "domain", "teacher_weights")
+_WAY_OUT = "Let the collator keep 'prompt' as a list, text or messages, with 'teacher_id' beside it for a routed panel."
+
+
+class TeacherPanelCorrection(Callback):
+    """Lets the student write before a step, has the panel correct it, and lets the module train on the correction.
+
+    The batch holds ``prompt``, a list of texts or conversations, and for a routed panel ``teacher_id`` (or
+    ``domain``). The module's ``training_step`` is then given ``input_ids``, ``attention_mask`` and ``labels`` of what
+    the student wrote; the loss becomes ``ce_weight`` times the module's own plus the panel's divergence in nats a
+    token. Where the loader is :class:`~kd_plugin.lightning.data.KDDataModule`'s, an accumulation window is written and
+    judged at once, as in TRL.
+
+    Args:
+        teachers: name to path, hub id, loaded model or teacher; or a ``TeacherPanel``. None takes
+            ``settings.teacher_models`` or ``settings.panel``.
+        student: attribute path of the student, where the module holds several models.
+        tokenizer: the student's tokenizer; None reads the one that its ``config`` names.
+        ce_weight: weight of the module's own loss.
+        seed: of what the student writes.
+        lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
+        **fields: of :class:`~kd_plugin.lightning.panel_settings.PanelSettings`, whose names are those of
+            ``TeacherPanelConfig``.
+
+    Raises:
+        ConfigError: no teacher, an unknown name, or settings that contradict each other. At setup: as ``OfflineKD``.
+        LicenseRefusedError: at setup, the terms of a teacher forbid training.
+        VocabularyError: at setup, a teacher's tokens differ from the student's.
+        DataError: before the first step, batches have no ``prompt``, or a row names no teacher of the panel.
+    """
+
+    brings_lineage = True
+
+    def __init__(
+        self,
+        teachers: Any = None,
+        *,
+        student: str | None = None,
+        tokenizer: Any = None,
+        ce_weight: float = 0.0,
+        seed: int = 0,
+        lineage: Mapping[str, Any] | str | Path | None = None,
+        **fields: Any,
+    ) -> None:
+        self.settings = PanelSettings.of(fields)
+        self.panel = panel_from(None, teachers, self.settings)
+        divergence = self.panel.divergence or self.settings.resolved_divergence()
+        require_defined_panel(self.panel, divergence, self.settings.temperature)
+        require_sampling(self.panel, self.settings)
+        if ce_weight < 0:
+            raise ConfigError(f"ce_weight is {ce_weight}; expected a number of at least 0.")
+        # The temperature that the student writes at is the one that the divergence is taken at, as in TRL
+        self.objective = PanelObjective(self.panel, divergence, self.settings.temperature, ce_weight)
+        self.student = student
+        self.seed = seed
+        self.lineage = lineage
+        self._given_tokenizer = tokenizer
+        self._tokenizer: Any = None
+        self._forward: DistillingForward | None = None
+        self._step: DistillingStep | None = None
+        self._ahead: list[Prepared] = []
+        self._zero3: Any = None
+        self._checked = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the trainer, the module, the vocabularies and the licenses, before teachers are loaded."""
+        self._zero3 = tell_transformers_of_zero3(trainer)
+        self._checked = False
+        if stage != "fit":
+            return
+        require_supported(trainer)
+        require_returned_loss(pl_module)
+        if not builds_later(pl_module):
+            self._check(trainer, pl_module, find_student(pl_module, self.student))
+        elif hasattr(pl_module, "student_reference"):
+            self._check(trainer, pl_module, pl_module.student_reference)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the student where it was not there before, load the teachers, and join the student's forward pass."""
+        model = find_student(pl_module, self.student)
+        if not self._checked:
+            self._check(trainer, pl_module, model)
+        place_teachers(self.panel, trainer, pl_module, model, self._vocabulary)
+        self._forward = DistillingForward(model, self._vocabulary.size, self.objective)
+        report = functools.partial(self._report, pl_module)
+        self._step = DistillingStep(trainer, pl_module, self._forward, self._next, report)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the rows, where the loader allows it, so that what is missing shows before any step."""
+        loader: Any = trainer.train_dataloader
+        dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+        if "prompt" in (getattr(dataset, "column_names", None) or ()):
+            check_rows(dataset, "the train dataset", self.panel)
+        elif collate is not None and dataset is not None and hasattr(dataset, "__getitem__") and len(dataset):
+            require_mapping(collate([dataset[0]]), "prompt", _WAY_OUT)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Let the student write and the panel judge, for this batch or for the whole window that begins with it."""
+        require_mapping(batch, "prompt", _WAY_OUT)
+        if self._ahead:
+            return
+        batches = batch.get(WINDOW) or [batch]
+        self._ahead = self._corrected(trainer, pl_module, batches, batch_idx)
+        if WINDOW not in batch:
+            self._ahead = [_alone(self._ahead[0])]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the loss where it is read anyway; reading it at each step would make the device wait."""
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            require_finite(outputs["loss"], "the teacher panel's loss")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        if self._step is not None:
+            self._step.remove()
+        if self._forward is not None:
+            self._forward.remove()
+        self._step = self._forward = None
+        self._ahead = []
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def _check(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel | str) -> None:
+        """Pass the license gate and compare vocabularies; neither needs any weights."""
+        declared = self.lineage if self.lineage is not None else declared_lineage(trainer)
+        run = start_run(
+            method="teacher_panel",
+            student=student_source(model),
+            teachers=[teacher.source for teacher in self.panel.teachers.values()],
+            settings={**dict(module.hparams), "panel": self.settings, "ce_weight": self.objective.ce_weight},
+            declared=declared,
+        )
+        lineage_of(trainer, run, module)
+        self._tokenizer = self._given_tokenizer or getattr(module, "tokenizer", None) or load_tokenizer(model)
+        self._vocabulary = Vocabulary.from_tokenizer(self._tokenizer)
+        require_one_vocabulary(self.panel, self._vocabulary)
+        self._checked = True
+
+    def _corrected(self, trainer: Trainer, module: LightningModule, batches: list[Any], batch_idx: int) -> list[Any]:
+        """Write and judge some batches at once, and return them one by one."""
+        assert self._forward is not None
+        prompts = [prompt for batch in batches for prompt in batch["prompt"]]
+        rows = [{name: _of_row(batch, name, i) for name in _ROW} for batch in batches for i in range(_rows(batch))]
+        assignments = [self.panel.assign(row) for row in rows]
+        with trainer.precision_plugin.forward_context():
+            rollouts = self.write(trainer, module, prompts, self._seed_of(trainer, batch_idx))
+            corrections = score_rows(
+                self.panel,
+                assignments,
+                rollouts.input_ids,
+                rollouts.attention_mask,
+                completion_start=rollouts.completion_start,
+                positions=[range(length) for length in rollouts.lengths],
+                rows_at_once=_rows(batches[0]),
+            )
+        window_tokens = sum(rollouts.lengths)
+        prepared, first = [], 0
+        for batch in batches:
+            own = slice(first, first + _rows(batch))
+            first += _rows(batch)
+            part = rollouts.select(own)
+            labels = part.labels()
+            seen = {"input_ids": part.input_ids, "attention_mask": part.attention_mask, "labels": labels}
+            target = Corrected(tuple(corrections[own]), part, trainer.global_step)
+            tokens = sum(part.lengths)
+            prepared.append(Prepared(seen, target, labels, tuple(part.input_ids.shape), tokens, window_tokens))
+        return prepared
+
+    def write(self, trainer: Trainer, module: LightningModule, prompts: list[Any], seed: int) -> Rollouts:
+        """Let the student answer ``prompts``; what it writes depends on ``seed`` and its weights alone."""
+        model = next((m for m in module.modules() if hasattr(m, "peft_config")), None)
+        student = find_student(module, self.student) if model is None else model
+        ids = render(self._tokenizer, prompts)
+        return write(module, student, self._tokenizer, ids, self.settings.sampling(), seed)
+
+    def _seed_of(self, trainer: Trainer, batch_idx: int) -> int:
+        mixed = (self.seed * 1_000_003 + trainer.global_step) * 65_537 + batch_idx * 4_099 + trainer.global_rank
+        return mixed % (1 << 63)
+
+    def _next(self, batch: Any) -> Prepared:
+        return self._ahead.pop(0)
+
+    def _report(self, module: LightningModule, call: Call, total: Tensor) -> None:
+        found, tokens = call.found, max(call.found.tokens, 1)
+        values: dict[str, Any] = {"kd/loss": total.detach(), "kd/entropy": found.entropy.sum() / tokens}
+        length = sum(call.target.rollouts.lengths) / max(len(call.target.rollouts.lengths), 1)
+        values["kd/completion_length"] = float(length)
+        for name in self.panel.names:
+            own = [j.divergence for j in found.judgements if j.teacher == name]
+            count = sum(d.numel() for d in own)
+            values[f"tokens/{name}"] = float(count)
+            if count:
+                values[f"divergence/{name}"] = torch.cat(own).mean()
+        module.log_dict(values, on_step=True, on_epoch=False, batch_size=call.shape[0])
+
+
+def _alone(prepared: Prepared) -> Prepared:
+    """Return a batch whose window is not known: it is divided by its own tokens."""
+    one = prepared
+    return Prepared(one.batch, one.target, one.labels, one.shape, one.tokens)
+
+
+def _rows(batch: Any) -> int:
+    return len(batch["prompt"])
+
+
+def _of_row(batch: Any, name: str, row: int) -> Any:
+    return batch[name][row] if name in batch and batch[name] is not None else None

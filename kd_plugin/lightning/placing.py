@@ -1,0 +1,73 @@
+"""Teachers on the trainer's devices: whole, offloaded, or sharded like the student."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+
+from kd_plugin.errors import ConfigError
+from kd_plugin.panel import TeacherPanel
+from kd_plugin.signals import OutputHead
+from kd_plugin.teachers import AdapterTeacher, LocalTeacher
+from kd_plugin.vocab import Vocabulary
+
+
+def place_teachers(
+    panel: TeacherPanel, trainer: Trainer, module: LightningModule, student: Any, vocabulary: Vocabulary
+) -> None:
+    """Load the teachers that run in this process.
+
+    Under ZeRO-3 a resident teacher is sharded over the ranks; elsewhere each rank holds it whole, or moves it in for
+    each generation batch where its placement is ``offload``.
+
+    Args:
+        panel: the teachers.
+        trainer: for its strategy.
+        module: for its device.
+        student: the student, of a PEFT model its base.
+        vocabulary: of the student.
+
+    Raises:
+        ConfigError: a placement that the strategy cannot give.
+    """
+    strategy = trainer.strategy
+    zero3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    sharded = zero3 or isinstance(strategy, ModelParallelStrategy)
+    for name, teacher in panel.teachers.items():
+        if isinstance(teacher, AdapterTeacher):
+            if sharded:
+                raise ConfigError(
+                    f"Teacher {name!r} is an adapter, which shares the tensors of its base; ZeRO-3 and FSDP2 replace "
+                    "them by shards. Merge the adapter into a model of its own, or train without sharding."
+                )
+            if teacher.uses_student:
+                adapted = next((m for m in module.modules() if hasattr(m, "peft_config")), student)
+                teacher.use_student(adapted, student.config._name_or_path, vocabulary)
+            elif teacher.base is not None and teacher.base.placement == "resident":
+                teacher.base.model.to(module.device)
+        elif isinstance(teacher, LocalTeacher):
+            if teacher.placement == "offload" and zero3:
+                raise ConfigError(
+                    f"Teacher {name!r} has placement='offload', which moves whole models; ZeRO-3 shards them. Use "
+                    "placement='resident' here, and the sharding's own offloading."
+                )
+            OutputHead.from_model(teacher.model)  # raises early where the teacher has no head
+            if zero3:
+                _shard(teacher, strategy)
+            elif teacher.placement == "resident":
+                teacher.model.to(module.device)
+
+
+def _shard(teacher: LocalTeacher, strategy: Any) -> None:
+    """Wrap a teacher for inference under ZeRO-3; its modules then gather their own parameters as they run."""
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {**strategy.config["zero_optimization"], "stage": 3},
+        **{key: strategy.config[key] for key in ("bf16", "fp16") if key in strategy.config},
+    }
+    engine, *_ = deepspeed.initialize(model=teacher.model, config=config, dist_init_required=False)
+    engine.eval()
