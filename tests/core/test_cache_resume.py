@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from kd_plugin.cache import TeacherCache, TopK, capture
@@ -34,8 +35,8 @@ def processes():
     return context
 
 
-def start_worker(processes, teacher_dir, out):
-    worker = processes.Process(target=work, args=(teacher_dir, str(out)))
+def start_worker(processes, teacher_dir, out, writes=False):
+    worker = processes.Process(target=work, args=(teacher_dir, str(out), writes))
     worker.start()
     return worker
 
@@ -80,6 +81,28 @@ def test_killed_workers_leave_the_shards_of_an_undisturbed_run(processes, teache
     assert shards_of(out) == undisturbed
     assert not list((out / "tmp").iterdir()) and not list((out / "claims").iterdir())
     TeacherCache(out).verify()
+
+
+def test_killed_workers_that_write_leave_the_shards_of_an_undisturbed_run(processes, teacher_dir, tmp_path):
+    """What the teacher writes depends on the seed and the row alone, so that kills do not show in it either."""
+    dice = random.Random(1)
+    out, whole = tmp_path / "cache", tmp_path / "whole"
+    finish(start_worker(processes, teacher_dir, whole, writes=True))
+    kills = 0
+    for round_ in range(4):
+        running = [start_worker(processes, teacher_dir, out, writes=True) for _ in range(1 + round_ % 3)]
+        deadline = time.monotonic() + 60
+        while not any((out / "claims").glob("*")) and any(w.is_alive() for w in running):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(dice.random() * 0.2)
+        for worker in running:
+            kills += worker.is_alive()
+            worker.kill()
+            worker.join()
+    assert kills >= 3
+    finish(start_worker(processes, teacher_dir, out, writes=True))
+    assert shards_of(out) == shards_of(whole) and len(shards_of(out)) == 8
 
 
 def test_three_workers_share_a_directory(processes, teacher_dir, tmp_path, undisturbed):
@@ -149,6 +172,34 @@ def test_a_retrained_teacher_of_the_same_name_is_refused(tmp_path):
     save_tiny(tmp_path / "teacher", seed=5)
     with pytest.raises(ConfigError, match="weights:"):
         capture(prompt_rows(3), LocalTeacher(path), out, progress=False)
+
+
+def test_of_two_that_finish_a_unit_with_other_bytes_one_stands_whole(teacher, tmp_path):
+    """A server's answers differ in rounding, and a claim may be taken over from a worker that only slept."""
+    cache = capture(prompt_rows(9), teacher, tmp_path, targets=TopK(4), shard_rows=4, progress=False)
+    store = store_module.Store(tmp_path, cache.manifest)
+    before = files_of(tmp_path)
+    table = pq.read_table(tmp_path / "data" / "00001.parquet").slice(0, 3)
+    store.commit(1, table, input_tokens=1, tokens=1, entries=1)
+    assert files_of(tmp_path) == before  # the first stands
+
+    # Both saw no record, and the other's shard came after ours
+    (tmp_path / "units" / "00001.json").unlink()
+    publish = store_module.publish
+
+    def overtaken(temporary, final):
+        publish(temporary, final)
+        if final.name == "00001.json":
+            (tmp_path / "data" / "00001.parquet").write_bytes(before["data/00001.parquet"])
+
+    store_module.publish = overtaken
+    try:
+        store.commit(1, table, input_tokens=1, tokens=1, entries=1)
+    finally:
+        store_module.publish = publish
+    assert store.missing() == [1]  # not done, rather than wrong
+    capture(prompt_rows(9), teacher, tmp_path, targets=TopK(4), shard_rows=4, progress=False).verify()
+    assert shards_of(tmp_path) == {name: data for name, data in before.items() if name.startswith("data/")}
 
 
 def test_a_directory_of_another_run_is_left_alone(teacher, tmp_path):
