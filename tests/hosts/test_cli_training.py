@@ -43,6 +43,29 @@ def test_panel(tmp_path, student_dir, teacher_dir, other_teacher_dir):
     assert verify(tmp_path / "out").exit_code == 0
 
 
+def test_panel_from_one_block(tmp_path, student_dir, teacher_dir, other_teacher_dir, capsys):
+    """A mixed panel with a domain of its own, and the teacher's own settings, from YAML alone."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}?", "domain": "xy"[i % 2]}) + "\n" for i in range(8)))
+    common = settings(tmp_path / "out", model_name_or_path=student_dir, dataset_name=str(prompts), max_steps=2)
+    block = {
+        "combine": "weighted_kl",
+        "divergence": "forward_kl",
+        "domain_weights": {"x": {"a": 1.0}},
+        "teachers": {
+            "a": {"model": teacher_dir, "placement": "offload", "weight": {"start": 1.0, "end": 0.5, "steps": 2}},
+            "b": {"model": other_teacher_dir, "divergence": "reverse_kl", "estimator": "sampled"},
+        },
+    }
+    config = write(tmp_path / "run.yaml", **common, panel=block, max_completion_length=4)
+    assert main(["panel", "--config", config]) == 0
+    assert verify(tmp_path / "out").exit_code == 0
+    block["teachers"]["b"]["divergenc"] = "jsd"
+    config = write(tmp_path / "wrong.yaml", **common, panel=block)
+    assert main(["panel", "--config", config]) == 1
+    assert "teacher 'b': unknown key 'divergenc'. Did you mean 'divergence'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["offline", "panel"])
 def test_an_unknown_key_names_the_nearest(command, tmp_path, capsys):
     config = write(tmp_path / "run.yaml", output_dir=str(tmp_path / "out"), learning_rat=1e-3)
