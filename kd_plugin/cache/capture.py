@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cache.engines import open_engine, require_targets
+from kd_plugin.cache.engines import CapturedTeacher, open_engine, require_targets, require_teacher
 from kd_plugin.cache.examples import Tokenization
 from kd_plugin.cache.filters import Check, make_filter, reference
 from kd_plugin.cache.generation import Generation
@@ -18,7 +18,6 @@ from kd_plugin.cache.store import Store, require_same
 from kd_plugin.cache.targets import Targets, TopK
 from kd_plugin.cache.work import Job, do_units
 from kd_plugin.errors import ConfigError, DataError
-from kd_plugin.teachers import LocalTeacher, ServerTeacher
 from kd_plugin.vocab import Vocabulary
 
 
@@ -39,7 +38,7 @@ class Prepared:
 
 def capture(
     dataset: Any,
-    teacher: LocalTeacher | ServerTeacher,
+    teacher: CapturedTeacher,
     output_dir: str | Path,
     *,
     targets: Targets = TopK(64),  # noqa: B008  frozen
@@ -121,6 +120,7 @@ def capture(
     engine = open_engine(teacher, targets, batch_tokens)
     settings = replace(settings, weights=engine.weights, dtype=engine.dtype)
     store = Store.create_or_join(directory, settings, [part], prepared.lineage, engine.describe(), append)
+    engine.require_same(store.manifest.engine)
     do_units(store, job, engine, progress)
     _require_rows(store.finish(), len(job.rows))
     return TeacherCache(output_dir)
@@ -128,7 +128,7 @@ def capture(
 
 def prepare(
     dataset: Any,
-    teacher: LocalTeacher | ServerTeacher,
+    teacher: CapturedTeacher,
     *,
     targets: Targets,
     generate: Generation | None = None,
@@ -147,6 +147,7 @@ def prepare(
     from kd_plugin.lineage import outputs_record
 
     _require_positive(temperature=temperature, shard_rows=shard_rows, batch_tokens=batch_tokens)
+    require_teacher(teacher)
     record = outputs_record(teacher.source, config=lineage)
     require_targets(teacher, targets, temperature)
     kept = make_filter(filter, answer_column)

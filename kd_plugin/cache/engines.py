@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,12 +19,14 @@ from kd_plugin.cache.extract import Extracted, extract, from_logits
 from kd_plugin.cache.generation import Generation
 from kd_plugin.cache.manifest import Settings
 from kd_plugin.cache.targets import Sampled, Targets, TopP
-from kd_plugin.cache.writing import Completion, Request, write_locally
+from kd_plugin.cache.writing import Completion, InProcess, Request, write_locally
 from kd_plugin.errors import ConfigError
-from kd_plugin.teachers import LocalTeacher, ServerTeacher
+from kd_plugin.teachers import AdapterTeacher, ServerTeacher
 from kd_plugin.teachers.replies import Listed
 
+CapturedTeacher = InProcess | ServerTeacher
 _WEIGHT_SAMPLES = 16  # values of each weight that enter its digest
+_PROBE_TOKENS, _PROBE_DISTANCE = 33, 0.25  # nats; bfloat16 engines were seen to differ by up to 0.2 at single tokens
 _REQUESTS_AHEAD = 8  # examples a thread that are sent together, so that threads seldom wait for the slowest
 
 
@@ -36,6 +38,17 @@ class Engine(Protocol):
 
     def describe(self) -> dict[str, str]:
         """Return what the manifest records of it."""
+        ...
+
+    def require_same(self, recorded: Mapping[str, str]) -> None:
+        """Refuse to go on with what another teacher began, as far as the settings cannot tell.
+
+        Args:
+            recorded: what :meth:`describe` said when the capture began.
+
+        Raises:
+            ConfigError: this one gives other log-probabilities.
+        """
         ...
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
@@ -51,13 +64,31 @@ class Engine(Protocol):
         ...
 
 
-def require_targets(teacher: LocalTeacher | ServerTeacher, targets: Targets, temperature: float) -> None:
+def require_teacher(teacher: Any) -> None:
+    """Refuse what is no teacher that can be captured.
+
+    Raises:
+        ConfigError: it is something else, or an adapter on the base of a student that is not there.
+    """
+    if not isinstance(teacher, CapturedTeacher):
+        raise ConfigError(
+            f"capture needs a LocalTeacher, an AdapterTeacher or a ServerTeacher, got {type(teacher).__name__}. "
+            "For a path, a hub id or a loaded model: LocalTeacher(...)."
+        )
+    if isinstance(teacher, AdapterTeacher) and teacher.base is None:
+        raise ConfigError(
+            f"Teacher {teacher.name!r} is an adapter on the student's base, and a capture has no student. Name its "
+            "base: AdapterTeacher(..., base='path or hub id')."
+        )
+
+
+def require_targets(teacher: CapturedTeacher, targets: Targets, temperature: float) -> None:
     """Refuse targets that the teacher cannot give; nothing is loaded or sent.
 
     Raises:
         ConfigError: they need the whole distribution, and a server lists its likeliest tokens only.
     """
-    if isinstance(teacher, LocalTeacher) or teacher.top_k == "all":
+    if not isinstance(teacher, ServerTeacher) or teacher.top_k == "all":
         return
     if isinstance(targets, Sampled):
         raise ConfigError(
@@ -73,15 +104,15 @@ def require_targets(teacher: LocalTeacher | ServerTeacher, targets: Targets, tem
         )
 
 
-def open_engine(teacher: LocalTeacher | ServerTeacher, targets: Targets, batch_tokens: int) -> Engine:
+def open_engine(teacher: CapturedTeacher, targets: Targets, batch_tokens: int) -> Engine:
     """Load the teacher's weights, or ask its server what it serves.
 
     Raises:
         ServerError, VocabularyError, ConfigError: see :meth:`~kd_plugin.teachers.server.ServerTeacher.check`.
     """
-    if isinstance(teacher, LocalTeacher):
-        return LocalEngine(teacher, batch_tokens)
-    return ServerEngine(teacher, targets)
+    if isinstance(teacher, ServerTeacher):
+        return ServerEngine(teacher, targets)
+    return LocalEngine(teacher, batch_tokens)
 
 
 class LocalEngine:
@@ -92,12 +123,13 @@ class LocalEngine:
         batch_tokens: tokens of a forward pass, padding included.
     """
 
-    def __init__(self, teacher: LocalTeacher, batch_tokens: int) -> None:
+    def __init__(self, teacher: InProcess, batch_tokens: int) -> None:
         self._teacher, self._batch_tokens = teacher, batch_tokens
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if teacher.device is None and accelerator is not None:
-            teacher.device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
-            teacher.model.to(teacher.device)
+        holder = teacher.base if isinstance(teacher, AdapterTeacher) else teacher
+        if holder is not None and holder.device is None and accelerator is not None:
+            holder.device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+            teacher.model.to(holder.device)
         self.weights: str | None = weights_digest(teacher.model)
         self.dtype: str | None = str(teacher.head.weight.dtype).removeprefix("torch.")
 
@@ -109,6 +141,9 @@ class LocalEngine:
             "torch": version("torch"),
             "kd-plugin": _own_version(),
         }
+
+    def require_same(self, recorded: Mapping[str, str]) -> None:
+        """Do nothing: the digest of the weights is among the settings."""
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Group by the token budget, longest first."""
@@ -143,14 +178,31 @@ class ServerEngine:
         if teacher.top_k != "all":
             teacher = teacher.listing(targets.cap if isinstance(targets, TopP) else getattr(targets, "k", "all"))
         self._teacher = teacher
-        served = teacher.check()
-        self._root = str(served.get("root") or served["id"])
+        teacher.check()
         self.weights: str | None = None
         self.dtype: str | None = None
 
     def describe(self) -> dict[str, str]:
         """Return what the server says it is; no address, which is nobody's business."""
-        return {"name": "vllm", "vllm": self._teacher.server_version(), "kd-plugin": _own_version()}
+        probe = " ".join(f"{value:.3f}" for value in self._probe())
+        return {"name": "vllm", "vllm": self._teacher.server_version(), "probe": probe, "kd-plugin": _own_version()}
+
+    def require_same(self, recorded: Mapping[str, str]) -> None:
+        """Compare a few log-probabilities: a server says its model's name, and not which weights it has."""
+        there = [float(value) for value in recorded.get("probe", "").split()]
+        distance = float(np.abs(np.asarray(there) - self._probe()).mean()) if there else 0.0
+        if not distance <= _PROBE_DISTANCE:
+            raise ConfigError(
+                f"The server gives other log-probabilities than the one that began this capture: {distance:.2f} nats "
+                f"apart on average over {len(there)} tokens, where rounding explains {_PROBE_DISTANCE}. Nothing was "
+                "stored. Serve the weights of then, or choose another output directory."
+            )
+
+    def _probe(self) -> NDArray[np.float64]:
+        """Return the log-probabilities of some tokens all over the vocabulary, each after those before it."""
+        size = self._teacher.vocabulary.size
+        tokens = np.linspace(0, size - 1, min(size, _PROBE_TOKENS)).astype(int).tolist()
+        return self._teacher.score_tokens([tokens], [list(range(len(tokens) - 1))])[0].written
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Group neighbours: the server batches by itself."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.cache.capture import Prepared, prepare
-from kd_plugin.cache.engines import Engine, open_engine
+from kd_plugin.cache.engines import CapturedTeacher, Engine, open_engine
 from kd_plugin.cache.examples import Example
 from kd_plugin.cache.manifest import Settings
 from kd_plugin.cache.progress import Progress
@@ -19,7 +19,6 @@ from kd_plugin.cache.schema import CapturedRow, to_table, write_shard
 from kd_plugin.cache.targets import Targets
 from kd_plugin.cache.work import examples_of, written_rows
 from kd_plugin.errors import DataError
-from kd_plugin.teachers import LocalTeacher, ServerTeacher
 
 _PROBE_ROWS = 1024
 _PROBE_BATCHES = 2  # the first warms up, the second is timed
@@ -52,7 +51,7 @@ class Estimate:
 
 
 def estimate(
-    dataset: Any, teacher: LocalTeacher | ServerTeacher, *, targets: Targets, batch_tokens: int, **options: Any
+    dataset: Any, teacher: CapturedTeacher, *, targets: Targets, batch_tokens: int, **options: Any
 ) -> Estimate:
     """Count ``dataset`` whole, score two batches of it or let one be written, and extrapolate; nothing is stored.
 

@@ -28,6 +28,7 @@ from kd_plugin.cache.schema import write_shard
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError
 
 _HEARTBEAT_SECONDS, _STALE_SECONDS = 20.0, 90.0
+_WAY_OUT = "No finished unit is affected. Make room or fix the permissions, and run the same command again."
 _OURS = {"manifest.json", "README.md", "data", "units", "claims", "tmp", "mapped"}
 
 
@@ -96,16 +97,21 @@ class Store:
     def claim(self, index: int) -> Claim | None:
         """Take unit ``index``, or return None while another worker that lives has it."""
         path = self.directory / "claims" / f"{index:05d}"
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            if not self._abandoned(path):
-                return None
-            # Two workers may both take over; the unit is then computed twice, with the same bytes.
-            path.unlink(missing_ok=True)
-            return self.claim(index)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"{socket.gethostname()} {os.getpid()}\n")
+        with explained(f"Claiming unit {index} in {self.directory}", _WAY_OUT):
+            try:
+                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                if not self._abandoned(path):
+                    return None
+                # Two workers may both take over; the unit is then computed twice, and stored once.
+                path.unlink(missing_ok=True)
+                return self.claim(index)
+            try:
+                with os.fdopen(descriptor, "w") as file:
+                    file.write(f"{socket.gethostname()} {os.getpid()}\n")
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
         return Claim(path)
 
     def commit(
@@ -120,8 +126,7 @@ class Store:
     ) -> None:
         """Store a unit: its shard, then its record."""
         _, first_row, source_rows = self.manifest.rows_of(index)
-        way_out = "No finished unit is affected. Make room or fix the permissions, and run the same command again."
-        with explained(f"Storing unit {index} in {self.directory}", way_out):
+        with explained(f"Storing unit {index} in {self.directory}", _WAY_OUT):
             temporary = temporary_name(self.directory / "tmp", f"{index:05d}.parquet")
             record = temporary_name(self.directory / "tmp", f"{index:05d}.json")
             try:

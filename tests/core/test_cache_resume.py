@@ -209,6 +209,41 @@ def test_a_directory_of_another_run_is_left_alone(teacher, tmp_path):
     assert files_of(tmp_path) == {"model.safetensors": b"precious"}
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 120 kB; only root may make one."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(path)], capture_output=True)
+    if made.returncode:
+        pytest.skip("needs the right to mount a file system")
+
+    def remount(options):
+        subprocess.run(["mount", "-o", f"remount,{options}", str(path)], check=True)
+
+    yield path, remount
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_real_disk_that_is_full_and_one_that_becomes_read_only(teacher, tmp_path, small_disk):
+    path, remount = small_disk
+    rows, options = prompt_rows(400), {"targets": TopK(20), "shard_rows": 20, "progress": False}
+    with pytest.raises(CacheError, match=r"disk is full.*run the same command again"):
+        capture(rows, teacher, path / "c", **options)
+    done = shards_of(path / "c")
+    assert 0 < len(done) < 20 and not list((path / "c" / "tmp").iterdir())
+    assert len(list((path / "c" / "units").iterdir())) == len(done)
+    remount("ro")
+    with pytest.raises(CacheError, match=r"file system is read-only"):
+        capture(rows, teacher, path / "c", **options)
+    with pytest.raises(CacheError, match=r"file system is read-only.*Choose another output directory"):
+        capture(rows, teacher, path / "new", **options)
+    assert shards_of(path / "c") == done
+    remount("rw,size=4m")
+    capture(rows, teacher, path / "c", **options).verify()
+    assert shards_of(path / "c") == shards_of(capture(rows, teacher, tmp_path / "undisturbed", **options).path)
+
+
 def test_a_full_disk_leaves_the_finished_units(teacher, tmp_path, monkeypatch):
     write = store_module.write_shard
 

@@ -15,6 +15,7 @@ from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.teachers import client
 from tests.core.cache_help import live_logprobs, prompt_rows, shards_of
 from tests.fake_vllm import fake_vllm
+from tests.tiny import tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +135,20 @@ def test_a_server_away_for_good_stops_the_capture_and_a_second_run_goes_on(serve
     cache = capture(prompt_rows(12), teacher, tmp_path / "s", **options)
     assert {name: data for name, data in shards_of(tmp_path / "s").items() if name in kept} == kept
     assert_same(cache, capture(prompt_rows(12), local, tmp_path / "l", **options))
+
+
+def test_a_server_that_came_back_with_other_weights_is_refused(served, tokenizer, teacher_dir, tmp_path):
+    options = {"targets": TopK(8), "shard_rows": 3, "progress": False}
+    with fake_vllm(tiny_llama(seed=9), tokenizer) as (other, _):
+        capture(prompt_rows(6), of(other, teacher_dir), tmp_path / "c", **options)
+    (tmp_path / "c" / "units" / "00001.json").unlink()
+    (tmp_path / "c" / "data" / "00001.parquet").unlink()
+    before = shards_of(tmp_path / "c")
+    with pytest.raises(ConfigError, match=r"other log-probabilities than the one that began.*nats apart"):
+        capture(prompt_rows(6), of(served[0], teacher_dir), tmp_path / "c", **options)
+    assert shards_of(tmp_path / "c") == before
+    with fake_vllm(tiny_llama(seed=9), tokenizer) as (other, _):
+        assert len(capture(prompt_rows(6), of(other, teacher_dir), tmp_path / "c", **options)) == 6
 
 
 def test_a_server_writes_completions_with_their_targets_from_the_same_pass(served, local, teacher_dir, tmp_path):
