@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 from peft import PromptLearningConfig
 from transformers import PreTrainedModel, TrainerCallback
@@ -149,6 +151,8 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         dataset = self._join(dataset, dataset_name)
+        if args.max_length is not None and not (packing and args.packing_strategy == "bfd_split"):
+            _warn_of_cuts(dataset, args.max_length, dataset_name)
         if packing:
             dataset = dataset.select_columns(["input_ids", "labels", *self.teacher_cache.columns])
             if args.shuffle_dataset:
@@ -222,6 +226,25 @@ class _CutIndex:
         length = len(example["input_ids"])
         cut = slice(-length, None) if self.keep_end else slice(length)
         return {column: example[column][cut] for column in self.columns}
+
+
+def _warn_of_cuts(dataset: Any, max_length: int, dataset_name: str) -> None:
+    """Say how many rows ``max_length`` cuts, since the targets of what is cut off were paid for."""
+    if not isinstance(dataset, Dataset):
+        return
+    lengths = np.concatenate(
+        [
+            pc.list_value_length(batch["input_ids"]).to_numpy()
+            for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(1000)
+        ]
+    )
+    longer = int((lengths > max_length).sum())
+    if longer:
+        logger.warning(
+            f"{longer} of {len(lengths)} rows of the {dataset_name} dataset are longer than max_length={max_length}: "
+            f"{int((lengths - max_length).clip(min=0).sum())} tokens are cut off, and their targets are not used. The "
+            f"longest row has {int(lengths.max())} tokens; max_length=None cuts nothing."
+        )
 
 
 def _open_cache(caches: Caches | None, args: OfflineKDConfig) -> JointCache:

@@ -1,12 +1,15 @@
 """Each bad input is one clear error before training, with nothing overwritten."""
 
 import json
+import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 from datasets import Dataset
 
 from kd_plugin.cache import TopK, capture
+from kd_plugin.cache.manifest import seal
 from kd_plugin.errors import (
     CacheCorruptionError,
     CacheError,
@@ -20,13 +23,28 @@ from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig,
 from tests.hosts.runs import prompts, settings
 from tests.tiny import byte_tokenizer, save_tiny
 
+CACHED_ROWS = Dataset.from_list([{"prompt": "a?", "completion": f" b{i}"} for i in range(8)])
+
 
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory, teacher_dir):
-    rows = Dataset.from_list([{"prompt": "a?", "completion": f" b{i}"} for i in range(8)])
     directory = tmp_path_factory.mktemp("cache") / "cache"
-    capture(rows, LocalTeacher(teacher_dir), directory, targets=TopK(8), progress=False)
+    capture(CACHED_ROWS, LocalTeacher(teacher_dir), directory, targets=TopK(8), progress=False)
     return directory
+
+
+@pytest.fixture(scope="module")
+def interrupted_dir(tmp_path_factory, teacher_dir):
+    """A capture of four units that was killed after two: their records, and no end."""
+    whole, cut = (tmp_path_factory.mktemp("cache") / name for name in ("whole", "cut"))
+    cache = capture(CACHED_ROWS, LocalTeacher(teacher_dir), whole, targets=TopK(8), shard_rows=2, progress=False)
+    shutil.copytree(whole, cut)
+    for unit in cache.manifest.units[2:]:
+        (cut / unit.file).unlink()
+        (cut / "units" / f"{unit.index:05d}.json").unlink()
+    begun = replace(cache.manifest, units=(), finished=None)
+    (cut / "manifest.json").write_bytes(seal(begun.to_json()))
+    return cut
 
 
 @pytest.fixture
@@ -132,6 +150,69 @@ class TestBeforeAnyModelIsLoaded:
         with pytest.raises(CacheCorruptionError, match=shard.name):
             offline(tmp_path / "run", student_dir, str(damaged))
         assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
+class TestCachesThatDoNotFit:
+    def test_another_vocabulary_size(self, tmp_path, student_dir, cache_dir):
+        larger = byte_tokenizer()
+        larger.add_tokens(["<new>"])
+        with pytest.raises(VocabularyError, match=r"259 token ids.*the student has 260.*capture again"):
+            offline(tmp_path, student_dir, str(cache_dir), processing_class=larger)
+
+    def test_a_temperature_with_truncated_targets_names_the_captured_one(self, tmp_path, student_dir, cache_dir):
+        with pytest.raises(
+            ConfigError, match=r"temperature=2\.0, but .* captured at 1\.0 and its targets are truncated"
+        ):
+            offline(tmp_path, student_dir, str(cache_dir), temperature=2.0)
+
+    def test_an_interrupted_cache_says_how_much_is_missing(self, tmp_path, student_dir, interrupted_dir):
+        message = r"is not finished: 2 of 4 units are missing \(4 of 8 dataset rows\).*allow_partial=True"
+        with pytest.raises(CacheError, match=message):
+            offline(tmp_path, student_dir, str(interrupted_dir))
+
+    def test_two_captures_with_different_settings_in_one_directory(self, teacher_dir, cache_dir):
+        before = {p: p.read_bytes() for p in cache_dir.rglob("*") if p.is_file()}
+        with pytest.raises(ConfigError, match=r"'k': 8.*'k': 9"):
+            capture(CACHED_ROWS, LocalTeacher(teacher_dir), cache_dir, targets=TopK(9), progress=False)
+        assert {p: p.read_bytes() for p in before} == before
+
+
+def test_the_way_out_of_an_interrupted_cache(tmp_path, student_dir, interrupted_dir):
+    trainer = offline(tmp_path / "a", student_dir, str(interrupted_dir), allow_partial=True, max_steps=1)
+    trainer.train()
+    assert len(trainer.train_dataset) == 4
+    given = offline(tmp_path / "b", student_dir, str(interrupted_dir), CACHED_ROWS, allow_partial=True)
+    assert len(given.train_dataset) == 4  # the others have no teacher, and no cross-entropy is asked for
+    mixed = offline(tmp_path / "c", student_dir, str(interrupted_dir), CACHED_ROWS, allow_partial=True, ce_weight=1.0,
+                    max_steps=8, per_device_train_batch_size=1)  # fmt: skip
+    mixed.train()
+    assert len(mixed.train_dataset) == 8 and len(mixed.state.log_history) == 9
+
+
+def test_another_chat_template_is_warned_of_and_its_rows_are_not_found(tmp_path, student_dir, teacher_dir):
+    chats = Dataset.from_list([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    cache = capture(chats, LocalTeacher(teacher_dir), tmp_path / "cache", targets=TopK(8), progress=False)
+    other = byte_tokenizer()
+    other.chat_template = other.chat_template.replace("<|im_start|>{{ m['role'] }}", "{{ m['role'] }}:")
+    with (
+        pytest.warns(UserWarning, match="captured with another chat template"),
+        pytest.raises(DataError, match="1 of 1 rows of the train dataset are not in the teacher cache"),
+    ):
+        offline(tmp_path / "run", student_dir, cache, chats, processing_class=other)
+
+
+@pytest.mark.parametrize("shape", [{}, {"packing": True}], ids=["padded", "packed"])
+def test_rows_longer_than_max_length_are_counted(shape, tmp_path, student_dir, teacher_dir, caplog):
+    rows = Dataset.from_list([{"prompt": "a?", "completion": " b" * length} for length in (2, 20, 30)])
+    cache = capture(rows, LocalTeacher(teacher_dir), tmp_path / "cache", targets=TopK(8), progress=False)
+    logger = logging.getLogger("kd_plugin.trl.offline_trainer")
+    logger.addHandler(caplog.handler)
+    trainer = offline(tmp_path / "run", student_dir, cache, rows, max_length=23, **shape)
+    logger.removeHandler(caplog.handler)
+    assert "2 of 3 rows of the train dataset are longer than max_length=23: 60 tokens are cut off" in caplog.text
+    assert "The longest row has 63 tokens" in caplog.text
+    assert all(len(row["input_ids"]) == len(row["teacher_index"]) for row in trainer.train_dataset)
 
 
 def test_rows_that_the_cache_does_not_hold(tmp_path, student_dir, cache_dir):
