@@ -1,0 +1,47 @@
+"""Two ranks of data parallelism are one process with their rows together."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_plugin.cache import Sampled, TeacherCache, TopK, capture
+from kd_plugin.teachers import LocalTeacher
+from tests.equivalence.test_offline_packing import COMPLETIONS, TEXTS
+from tests.hosts.runs import assert_same
+
+
+def run(directory: Path, cache: TeacherCache, student: str, ranks: int, rows_a_rank: int, *options: str) -> dict:
+    directory.mkdir()
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    arguments = [str(directory), str(cache.path), student, str(rows_a_rank), *options]
+    done = subprocess.run(
+        [*launch, "-m", "tests.hosts.offline_worker", *arguments],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(directory / "result.pt")
+
+
+@pytest.mark.parametrize(
+    ("rows", "targets", "options"),
+    [(COMPLETIONS, TopK(16), ()), (TEXTS, Sampled(20), ("packed",))],
+    ids=["padded", "packed"],
+)
+def test_two_ranks_train_as_one_process(rows, targets, options, tmp_path, student_dir, teacher_dir):
+    teacher = LocalTeacher(teacher_dir, dtype="float32")
+    cache = capture(rows, teacher, tmp_path / "cache", targets=targets, progress=False)
+    cache.dataset()  # built once, before two processes ask for it
+    one = run(tmp_path / "one", cache, student_dir, 1, 2, *options)
+    two = run(tmp_path / "two", cache, student_dir, 2, 1, *options)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4) and len(one["losses"]) == 4
+    assert_same(two["weights"], one["weights"], 1e-4)
