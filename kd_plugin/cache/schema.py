@@ -8,7 +8,7 @@ hand-made bit packing. Pages carry checksums.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from kd_plugin.cache.targets import Sampled, Targets
 from kd_plugin.errors import CacheCorruptionError
 
 METADATA_SETTINGS, METADATA_UNIT = b"kd_plugin.settings", b"kd_plugin.unit"
+_IN_ORDER = 8  # tokens of a truncated target that stand by falling probability
 _ROW_GROUP = 128  # rows: the most that is in memory when a shard is read
 _SPLIT = ("input_ids", "target_ids", "target_logprobs", "mean_logprob", "tail_logmass")
 _DICTIONARY = ("completion_mask", "target_counts", "target_draws")
@@ -60,13 +61,14 @@ def shard_schema(passed: Sequence[str], targets: Targets) -> pa.Schema:
 def to_table(rows: Sequence[CapturedRow], passed: Sequence[str], targets: Targets) -> pa.Table:
     """Lay ``rows`` out as a table of :func:`shard_schema`."""
     schema = shard_schema(passed, targets)
+    ordered = [row.targets if isinstance(targets, Sampled) else _in_stored_order(row.targets) for row in rows]
     columns: dict[str, Any] = {
         "example_id": [row.example.example_id for row in rows],
         "input_ids": _lists([row.example.input_ids for row in rows], pa.int32()),
         "completion_mask": _lists([row.example.completion_mask for row in rows], pa.int8()),
         "target_counts": _lists([row.targets.counts for row in rows], pa.int32()),
-        "target_ids": _lists([row.targets.ids for row in rows], pa.int32()),
-        "target_logprobs": _lists([row.targets.logprobs for row in rows], pa.float16()),
+        "target_ids": _lists([kept.ids for kept in ordered], pa.int32()),
+        "target_logprobs": _lists([kept.logprobs for kept in ordered], pa.float16()),
         "tail_logmass": _lists([row.targets.tail_logmass for row in rows], pa.float32()),
     }
     if isinstance(targets, Sampled):
@@ -132,6 +134,21 @@ def _lists(arrays: Sequence[NDArray[Any]], value_type: pa.DataType) -> pa.Array:
     flat = np.concatenate(arrays) if arrays else np.zeros(0, value_type.to_pandas_dtype())
     # 32-bit offsets bound a shard at 2^31 targets; from_arrays refuses more.
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat, value_type))
+
+
+def _in_stored_order(targets: Extracted) -> Extracted:
+    """Order a position's tokens, but for the likeliest ones, by the upper byte of their log-probability, then by id.
+
+    That costs the column of log-probabilities nothing, whose lower bytes do not compress in any order, and makes the
+    ids within a step smaller: 3% of the whole at top-64 of SmolLM2.
+    """
+    ends = np.cumsum(targets.counts, dtype=np.int64)
+    position = np.repeat(np.arange(len(ends), dtype=np.int64), targets.counts)
+    rank = np.arange(len(position)) - np.repeat(ends - targets.counts, targets.counts)
+    step = (targets.logprobs.view(np.uint16) >> 8).astype(np.int64) + _IN_ORDER  # rises as the value falls below 0
+    key = (position << 40) | (np.where(rank < _IN_ORDER, rank, step) << 30) | np.where(rank < _IN_ORDER, 0, targets.ids)
+    order = np.argsort(key, kind="stable")
+    return replace(targets, ids=targets.ids[order], logprobs=targets.logprobs[order])
 
 
 def _logprobs_field(targets: Targets) -> pa.Field:

@@ -43,10 +43,12 @@ def test_top_k_equals_the_live_log_softmax(teacher, tmp_path, k, temperature):
         live = live_logprobs(teacher, row["input_ids"], temperature)[at]
         best = live.topk(min(k, 259))
         # Near ties may change places between a padded batch and one row: the values at the stored ids are what counts
-        torch.testing.assert_close(live.gather(1, signal.ids), best.values, rtol=0, atol=1e-5)
+        found = live.gather(1, signal.ids)
+        torch.testing.assert_close(found[:, :8], best.values[:, :8], rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.sort(-1, descending=True).values, best.values, rtol=0, atol=1e-5)
         assert all(len(set(ids)) == len(ids) for ids in signal.ids.tolist())
         # 1.1: what the reader takes back of the rounding may move a value by as much again, here by far less
-        assert ((signal.logprobs - best.values).abs() <= 2.2 * HALF_STEP * best.values.abs() + 1e-5).all()
+        assert ((signal.logprobs - found).abs() <= 2.2 * HALF_STEP * found.abs() + 1e-5).all()
         rest = live.scatter(1, best.indices, -torch.inf).logsumexp(-1)
         if k >= 259:
             assert (signal.tail_logmass == -torch.inf).all()
