@@ -13,6 +13,7 @@ from torch import Tensor
 from kd_plugin.cache.alignment import Alignment, require_aligned
 from kd_plugin.cache.joining import batch_targets, not_in_cache
 from kd_plugin.cache.reader import TeacherCache
+from kd_plugin.cache.together import is_together, open_members
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.vocab import Vocabulary
@@ -59,7 +60,8 @@ class JointCache:
         """Open what a user names.
 
         Args:
-            caches: a cache or its directory, a list of them (with equal weights), or a mapping from them to weights.
+            caches: a cache or its directory, a list of them (with equal weights), or a mapping from them to weights. A
+                directory may hold several caches, as ``kd-plugin cache merge`` puts them together.
             allow_partial: take caches whose capture did not finish.
 
         Raises:
@@ -80,11 +82,19 @@ class JointCache:
             raise ConfigError(
                 f"The weights of the teacher caches are {numbers}; expected numbers of at least 0, not all 0."
             )
-        opened = [c if isinstance(c, TeacherCache) else TeacherCache(c, allow_partial=allow_partial) for c in named]
+        opened: list[tuple[TeacherCache, float]] = []
+        for cache, number in zip(named, numbers, strict=True):
+            if isinstance(cache, TeacherCache):
+                opened.append((cache, number / total))
+            elif is_together(cache):
+                held = open_members(cache, allow_partial)
+                opened += [(c, weight / sum(held.values()) * number / total) for c, weight in held.items()]
+            else:
+                opened.append((TeacherCache(cache, allow_partial=allow_partial), number / total))
         return cls(
             [
-                Member(cache, weight / total, "teacher_index" if not i else f"teacher_index_{i}")
-                for i, (cache, weight) in enumerate(zip(opened, numbers, strict=True))
+                Member(cache, weight, "teacher_index" if not i else f"teacher_index_{i}")
+                for i, (cache, weight) in enumerate(opened)
             ]
         )
 

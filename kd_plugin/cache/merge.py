@@ -19,7 +19,8 @@ from kd_plugin.errors import ConfigError
 def merge(caches: Sequence[str | Path], output_dir: str | Path) -> TeacherCache:
     """Join ``caches`` into a new one at ``output_dir``; the sources stay as they are.
 
-    Interrupted, the same call goes on. For caches of several teachers give the trainer all of them instead.
+    Interrupted, the same call goes on. Caches of several teachers over the same examples are put together by
+    :func:`~kd_plugin.cache.together.keep_together` instead.
 
     Args:
         caches: at least two finished caches with the same settings.
@@ -39,7 +40,7 @@ def merge(caches: Sequence[str | Path], output_dir: str | Path) -> TeacherCache:
         if differences:
             raise ConfigError(
                 f"{opened[0].path} and {cache.path} differ in {'; '.join(differences)}. One cache has one teacher and "
-                "one set of settings: train on several caches instead."
+                "one set of settings: keep them together (kd-plugin cache merge), or give the trainer both."
             )
     parts: list[Part] = []
     plan: list[tuple[TeacherCache, int]] = []  # unit of the merged cache -> (source, its unit)

@@ -13,7 +13,8 @@ _DESCRIPTION = """\
 info      what a cache holds and who taught it; also of a capture that still runs
 verify    read every byte; name each file that differs, the rows that are lost, and how to redo just those
 fidelity  what each setting of a capture would keep of the teacher, before it is begun
-merge     join caches of the same teacher and settings over different data into a new one
+merge     join caches of the same teacher and settings over different data into a new one; or put caches of several
+          teachers over the same examples together, for training on all of them at once
 append    capture more data into a finished cache; takes the settings of `kd-plugin capture`
 Exit codes: 0 good, 1 refused, damaged or unfinished, 2 wrong usage.
 """
@@ -41,14 +42,27 @@ def main(argv: Sequence[str]) -> int:
     merge = commands.add_parser("merge", help="join caches of the same settings")
     merge.add_argument("output_dir", type=Path, help="a new directory")
     merge.add_argument("caches", type=Path, nargs="+")
+    merge.add_argument("--weights", type=float, nargs="+", help="of several teachers' caches; equal if left out")
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         return _info(arguments.directory, arguments.json)
     if arguments.command == "verify":
         return _verify(arguments.directory)
-    from kd_plugin.cache.merge import merge as merge_caches
+    return _merge(arguments.caches, arguments.output_dir, arguments.weights)
 
-    merged = merge_caches(arguments.caches, arguments.output_dir)
+
+def _merge(caches: Sequence[Path], output_dir: Path, weights: Sequence[float] | None) -> int:
+    from kd_plugin.cache import TeacherCache
+    from kd_plugin.cache.merge import merge as merge_caches
+    from kd_plugin.cache.together import keep_together
+
+    opened = [TeacherCache(path, verify=False) for path in caches]
+    settings = [cache.manifest.settings for cache in opened]
+    if any(settings[0].differences(other) for other in settings[1:]) or weights is not None:
+        keep_together(opened, output_dir, weights)
+        print(f"{output_dir}: {len(opened)} caches over the same {len(opened[0])} examples. Train on it as on a cache.")
+        return 0
+    merged = merge_caches(caches, output_dir)
     print(f"{merged.path}: {len(merged)} examples, {merged.tokens} targets.")
     return 0
 
@@ -57,8 +71,14 @@ def _info(directory: Path, as_json: bool) -> int:
     from kd_plugin.cache.manifest import read_manifest
     from kd_plugin.cache.store import gather
     from kd_plugin.cache.targets import describe
+    from kd_plugin.cache.together import is_together, read_together
     from kd_plugin.cli.capture import dropped_text
 
+    if is_together(directory):
+        for path, weight in read_together(directory).members.items():
+            print(f"{path}, weight {weight:g}")
+            _info(Path(path), as_json)
+        return 0
     manifest = gather(directory, read_manifest(directory))
     if as_json:
         print(json.dumps(manifest.to_json(), indent=1))
@@ -92,7 +112,10 @@ def _verify(directory: Path) -> int:
     from kd_plugin.cache.audit import problems
     from kd_plugin.cache.manifest import read_manifest
     from kd_plugin.cache.store import gather
+    from kd_plugin.cache.together import is_together, open_members
 
+    if is_together(directory):
+        return max(_verify(cache.path) for cache in open_members(directory))
     found = problems(directory)
     if found:
         raise CacheCorruptionError("\n".join(found))

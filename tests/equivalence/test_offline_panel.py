@@ -4,8 +4,10 @@ import pytest
 from datasets import Dataset
 
 from kd_plugin.cache import Sampled, TeacherCache, TopK, capture
+from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.teachers import LocalTeacher
+from tests.core.cache_help import flip
 from tests.equivalence.test_offline_packing import COMPLETIONS, require_same, step
 from tests.hosts.runs import assert_same
 
@@ -93,3 +95,24 @@ def test_rows_of_another_cache_are_refused(caches, tmp_path, student_dir):
     reference = step(tmp_path / "joined", caches["a"], student_dir, COMPLETIONS)
     assert run[0] == pytest.approx(reference[0], rel=1e-4)
     assert_same(run[1], reference[1])
+
+
+def test_caches_put_together_by_merge_train_as_both(caches, tmp_path, student_dir, capsys):
+    out = tmp_path / "panel"
+    arguments = ["cache", "merge", str(out), caches["a"], caches["b"], "--weights", "3", "1"]
+    assert main(arguments) == 0
+    assert main(["cache", "verify", str(out)]) == 0 and main(["cache", "info", str(out)]) == 0
+    assert "weight 3" in capsys.readouterr().out
+    together = step(tmp_path / "run", str(out), student_dir, COMPLETIONS)
+    require_same(together, step(tmp_path / "both", {caches["a"]: 3, caches["b"]: 1}, student_dir, COMPLETIONS))
+    assert main(arguments) == 1 and "is not empty" in capsys.readouterr().err
+    flip(out / "panel.json", 40)
+    assert main(["cache", "verify", str(out)]) == 1 and "panel.json" in capsys.readouterr().err
+
+
+def test_caches_that_do_not_go_together(caches, tmp_path, capsys):
+    assert main(["cache", "merge", str(tmp_path / "p"), caches["first"], caches["second"]]) == 1
+    assert "5 are only in the first, 7 only in the second" in capsys.readouterr().err
+    assert main(["cache", "merge", str(tmp_path / "p"), caches["a"], caches["b"], "--weights", "1"]) == 1
+    assert "1 weights [1.0] for 2 caches" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
