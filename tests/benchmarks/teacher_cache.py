@@ -9,6 +9,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,24 +22,32 @@ from kd_plugin.cache.manifest import Part, Settings
 from kd_plugin.cache.schema import CapturedRow, to_table
 from kd_plugin.cache.store import Store
 from kd_plugin.teachers import LocalTeacher
+from kd_plugin.vocab import Vocabulary
 
 VOCAB = 49_152
 
 
-def synthetic(directory: Path, examples: int, length: int, k: int) -> TeacherCache:
+def synthetic(
+    directory: Path, examples: int, length: int, k: int, vocabulary: Vocabulary | None = None, lineage: Any = None
+) -> TeacherCache:
     """Fill a cache with random targets: only their number and size matter here."""
-    settings = Settings("none", None, "none", "float32", "none", None, VOCAB, TopK(k), 1.0, 0, None, None, 4096, ())
+    tokenizer = "none" if vocabulary is None else vocabulary.fingerprint
+    template = None if vocabulary is None else vocabulary.template_fingerprint
+    size = VOCAB if vocabulary is None else vocabulary.size
+    settings = Settings(
+        "none", None, "none", "float32", tokenizer, template, size, TopK(k), 1.0, 0, None, None, 4096, ()
+    )
     part = Part("synthetic", examples, 0)
-    store = Store.create_or_join(directory, settings, [part], {"nodes": [], "edges": []}, {})
+    store = Store.create_or_join(directory, settings, [part], lineage or {"nodes": [], "edges": []}, {})
     for unit in store.missing():
         count, rng, rows = store.manifest.rows_of(unit)[2], np.random.default_rng(unit), []
         for _ in range(count):
-            ids, mask = rng.integers(0, VOCAB, length).astype(np.int32), np.ones(length, np.int8)
+            ids, mask = rng.integers(0, size, length).astype(np.int32), np.ones(length, np.int8)
             scored = scored_positions(mask)
             n = len(scored)
             targets = Extracted(
                 counts=np.full(n, k, np.int32),
-                ids=rng.integers(0, VOCAB, n * k).astype(np.int32),
+                ids=rng.integers(0, size, n * k).astype(np.int32),
                 logprobs=(-np.sort(rng.random((n, k)) * 8, axis=1) - 3).astype(np.float16).ravel(),
                 tail_logmass=np.full(n, -5, np.float32),
                 draws=None,
