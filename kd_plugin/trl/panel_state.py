@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -38,6 +38,24 @@ def resumed_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     if resume_from_checkpoint is True:
         return get_last_checkpoint(output_dir)  # type: ignore[no-any-return]
     return resume_from_checkpoint or None
+
+
+def save_what_was_learnt(trainer: Trainer) -> None:
+    """Save a checkpoint of the last finished step, unless there is one; for a run that a server's death ends.
+
+    Under DeepSpeed and FSDP saving takes all ranks, and only some may know of the failure, so nothing is saved there.
+    """
+    args, step = trainer.args, trainer.state.global_step
+    if step == 0 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or not args.should_save:
+        return
+    checkpoint = Path(args.output_dir, f"checkpoint-{step}")
+    if not checkpoint.is_dir():
+        trainer._save_checkpoint(trainer.model_wrapped, None)
+        trainer.callback_handler.on_save(args, trainer.state, trainer.control)
+    logger.error(
+        f"A teacher's server is gone. What was learnt in {step} steps is in {checkpoint}; once the server is back, go "
+        "on with trainer.train(resume_from_checkpoint=True)."
+    )
 
 
 def changes_since(checkpoint: str, identity: dict[str, Any], *, allowed: bool) -> list[str]:

@@ -15,7 +15,7 @@ from trl.models import prepare_deepspeed
 from kd_plugin.cache import TeacherCache
 from kd_plugin.cache.alignment import require_aligned
 from kd_plugin.divergence.finite import require_finite
-from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.errors import ConfigError, DataError, ServerError
 from kd_plugin.lineage.start import dataset_sources, student_source
 from kd_plugin.panel import Correction, CorrectionLoss, TeacherPanel, correction_loss, score_rows
 from kd_plugin.panel.build import panel_from, require_sampling
@@ -26,7 +26,7 @@ from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import AdapterTeacher, LocalTeacher, Teacher
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, lineage_callback, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
-from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, resumed_checkpoint
+from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, resumed_checkpoint, save_what_was_learnt
 from kd_plugin.trl.rollouts import RolloutMixin
 from kd_plugin.trl.start import load_vocabulary, start_lineage
 
@@ -128,6 +128,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
         """Train as the parent does.
 
         Raises:
+            ServerError: a teacher's server stayed away; the steps done so far are saved as a checkpoint before.
             ConfigError: the checkpoint was trained under another panel, and ``allow_changed_panel`` is not set; or
                 ``output_dir`` holds another run's checkpoints, and this call does not resume.
         """
@@ -139,7 +140,11 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
             own = lineage_callback(self.callback_handler.callbacks)
             if own is not None and own.run is not None:
                 own.run.note_changes([f"panel after {Path(checkpoint).name}: {change}" for change in changed])
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except ServerError:
+            save_what_was_learnt(self)
+            raise
 
     def _prepare_teacher(self, name: str, teacher: Teacher) -> None:
         """Place a teacher as TRL places its own: sharded by DeepSpeed, else wrapped by accelerate."""
