@@ -1,11 +1,15 @@
 """One block of YAML describes a panel; every wrong key names the near one."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 
 from kd_plugin.cache import TopK, capture
 from kd_plugin.errors import ConfigError
 from kd_plugin.panel.block import panel_from_block
+from kd_plugin.panel.checks import require_defined_panel
 from kd_plugin.teachers import AdapterTeacher, CachedTeacher, LocalTeacher, ServerTeacher
 
 BLOCK = """
@@ -57,6 +61,15 @@ def test_all_four_kinds(block):
     assert panel.weights.teachers["math"].at(50) == pytest.approx(0.5)
     assert panel.weights.teachers["code"].at(50) == 1.0
     assert panel.weights_of(panel.assign({"domain": "law"})) == (0, 0, 0, 0, 0, 1.0, 0)
+
+
+def test_the_block_of_the_docs(block, teacher_dir):
+    page = (Path(__file__).parents[2] / "docs" / "panel.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    text = text.replace("MODEL", teacher_dir).replace("EXPERT", block["teachers"]["mine"]["adapter"])
+    panel = panel_from_block(yaml.safe_load(text)["panel"])
+    require_defined_panel(panel, panel.divergence, 1.0)
+    assert panel.weights_of(panel.assign({"domain": "poetry"})) == (0.75, 0.25)
 
 
 def test_from_a_file(block, tmp_path):
