@@ -1,0 +1,282 @@
+"""Whole steps of the panel's trainer: against TRL's, with three routed teachers, with four adapters, and memory.
+
+    python -m tests.benchmarks.panel_step --model DIR     # all tables, float32; half an hour on 2 idle cores
+    python -m tests.benchmarks.panel_step --quick         # tiny models in memory, seconds; checks that it runs
+
+DIR is SmolLM2-135M-Instruct; student and teachers have its size. Both sides of a comparison alternate within one
+process, with one seed a round, so they write the same tokens, all rollouts of one length; medians are compared.
+Adapters are random LoRAs of rank 16 on all linear layers, over one base. Memory is measured in a process of its own a
+row: the resident set after one generation batch was scored, and for offloaded teachers the most bytes of weights that
+were on the device at once, counted as they are moved (on a CPU the device's memory is the host's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import DistillationConfig, DistillationTrainer
+
+from kd_plugin.divergence import Divergence
+from kd_plugin.panel import TeacherPanel, correction_loss, score_rows
+from kd_plugin.signals import OutputHead
+from kd_plugin.teachers import AdapterTeacher, LocalTeacher
+from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
+from kd_plugin.vocab import Vocabulary
+from tests.tiny import save_tiny
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAMES = [f"t{i}" for i in range(8)]
+
+
+class Clock:
+    """Seconds spent in functions, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def around(self, name: str, function: Callable) -> Callable:
+        def timed(*args, **kwargs):
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+        return timed
+
+
+class Side:
+    """One trainer, and the time of its steps."""
+
+    def __init__(self, trainer, loss_module: str, loss_name: str) -> None:
+        self.trainer, self.clock, self.rounds = trainer, Clock(), []
+        trainer.create_optimizer_and_scheduler(1000)
+        trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+        trainer._generate = self.clock.around("generation", trainer._generate)
+        trainer.accelerator.backward = self.clock.around("loss and backward", trainer.accelerator.backward)
+        self.module, self.loss_name = sys.modules[loss_module], loss_name
+
+    def step(self, rows: list[dict], seed: int) -> None:
+        """One optimizer step; the module's loss function is timed while it is this side's turn."""
+        torch.manual_seed(seed)
+        self.clock.seconds = {}
+        original = getattr(self.module, self.loss_name)
+        setattr(self.module, self.loss_name, self.clock.around("loss and backward", original))
+        started = time.perf_counter()
+        try:
+            self.trainer.model.train()
+            for _ in range(self.trainer.args.gradient_accumulation_steps):
+                self.trainer.training_step(self.trainer.model, [dict(row) for row in rows], None)
+            self.trainer.optimizer.step()
+            self.trainer.optimizer.zero_grad()
+        finally:
+            setattr(self.module, self.loss_name, original)
+        self.rounds.append({"whole step": time.perf_counter() - started, **self.clock.seconds})
+
+    def medians(self) -> dict[str, float]:
+        return {key: statistics.median(r[key] for r in self.rounds) for key in self.rounds[0]}
+
+
+def config(cls, options, directory: str, **extra):
+    return cls(
+        output_dir=directory, per_device_train_batch_size=options.rows, max_completion_length=options.tokens,
+        generation_kwargs={"min_new_tokens": options.tokens}, learning_rate=1e-6, bf16=False, use_cpu=True,
+        report_to="none", gradient_checkpointing=False, dataloader_pin_memory=False, disable_tqdm=True, beta=1.0,
+        **extra,
+    )  # fmt: skip
+
+
+def prompts(teachers: int = 1) -> Dataset:
+    texts = [f"Write {'a few ' * (i % 3)}words about the number {i}." for i in range(64)]
+    routes = {"teacher_id": [NAMES[i % teachers] for i in range(64)]} if teachers > 1 else {}
+    return Dataset.from_dict({"prompt": texts, **routes})
+
+
+def compare(options, sides: dict[str, Side], title: str) -> None:
+    for round_number in range(options.rounds + 1):
+        for side in sides.values():
+            side.step(list(side.trainer.train_dataset)[: options.rows], round_number)
+    for side in sides.values():
+        del side.rounds[0]  # the first touches memory for the first time
+    (first, a), (second, b) = ((name, side.medians()) for name, side in sides.items())
+    print(f"\n### {title}\n\n| part | {first}, s | {second}, s | ratio |\n|---|---|---|---|")
+    for part in ("whole step", "generation", "loss and backward"):
+        print(f"| {part} | {a[part]:.3f} | {b[part]:.3f} | {a[part] / b[part]:.2f} |", flush=True)
+
+
+def ours(options, directory: str, teachers: dict, **extra) -> Side:
+    trainer = TeacherPanelTrainer(
+        model=options.model, teacher_models=teachers, args=config(TeacherPanelConfig, options, directory, **extra),
+        train_dataset=prompts(1 if extra else len(teachers)),
+    )  # fmt: skip
+    return Side(trainer, "kd_plugin.trl.panel_trainer", "correction_loss")
+
+
+def against_trl(options, scratch: Path) -> None:
+    theirs = DistillationTrainer(
+        model=options.model, teacher_model=options.model, train_dataset=prompts(),
+        args=config(DistillationConfig, options, str(scratch / "trl"), teacher_model_init_kwargs={"dtype": "float32"}),
+    )  # fmt: skip
+    mine = ours(options, str(scratch / "ours"), {"t0": options.model}, combine="weighted_kl")
+    sides = {"ours": mine, "TRL": Side(theirs, "trl.trainer.distillation_trainer", "_chunked_divergence_loss")}
+    compare(options, sides, "One teacher, against TRL's DistillationTrainer")
+
+
+def routed(options, scratch: Path) -> None:
+    sides = {
+        "three routed": ours(options, str(scratch / "three"), {name: options.model for name in NAMES[:3]}),
+        "one": ours(options, str(scratch / "one"), {"t0": options.model}, combine="weighted_kl"),
+    }
+    compare(options, sides, "Three routed local teachers, against one")
+
+
+def save_adapter(model: str, directory: Path, seed: int) -> str:
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    peft = get_peft_model(base, LoraConfig(r=16, target_modules=LINEAR, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    peft.save_pretrained(directory)
+    return str(directory)
+
+
+def fixed_batch(options, vocab: int) -> tuple:
+    torch.manual_seed(1)
+    ids = torch.randint(3, vocab, (options.rows, 16 + options.tokens))
+    return ids, torch.ones_like(ids), [range(options.tokens)] * options.rows
+
+
+def adapters(options, scratch: Path) -> None:
+    base = LocalTeacher(options.model, dtype="float32")
+    found = {n: AdapterTeacher(save_adapter(options.model, scratch / n, i), base=base, name=n)
+             for i, n in enumerate(NAMES[:4])}  # fmt: skip
+    student = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    ids, mask, positions = fixed_batch(options, base.vocabulary.size)
+    seconds: dict[tuple[int, str], list[float]] = {}
+
+    def timed(count: int, part: str, function: Callable):
+        started = time.perf_counter()
+        result = function()
+        seconds.setdefault((count, part), []).append(time.perf_counter() - started)
+        return result
+
+    hidden = student.base_model(input_ids=ids).last_hidden_state[:, 15:-1].detach()
+    hidden = hidden.reshape(-1, hidden.shape[-1]).requires_grad_()
+    head = OutputHead.from_model(student, base.vocabulary.size)
+
+    def loss_and_backward(panel: TeacherPanel, corrections, values: bool) -> None:
+        loss = correction_loss(
+            panel, corrections, hidden, head, ids[:, 16:].reshape(-1), divergence=Divergence("reverse_kl"),
+            values=values,
+        )  # fmt: skip
+        torch.autograd.grad(loss.loss_sum, [hidden, head.weight])
+
+    for _ in range(options.rounds + 1):
+        for count in (1, 4):
+            panel = TeacherPanel({name: found[name] for name in NAMES[:count]}, combine="weighted_kl")
+            asked = [panel.assign({})] * options.rows
+            corrections = timed(
+                count, "scoring", lambda p=panel, a=asked: score_rows(p, a, ids, mask, 16, positions, options.rows)
+            )
+            for part, values in (("loss, all values", True), ("loss, values when logged", False)):
+                timed(count, part, lambda p=panel, c=corrections, v=values: loss_and_backward(p, c, v))
+    print("\n### Four adapters, all consulted on all rows, against one\n\n| part | four, s | one, s | ratio |")
+    print("|---|---|---|---|")
+    for part in ("scoring", "loss, all values", "loss, values when logged"):
+        four, one = (statistics.median(seconds[count, part][1:]) for count in (4, 1))
+        print(f"| {part} | {four:.3f} | {one:.3f} | {four / one:.2f} |", flush=True)
+
+
+class Counted(LocalTeacher):
+    """Counts the bytes of offloaded weights that are on the device."""
+
+    here, most = 0, 0
+
+    def _move(self, device) -> None:
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        Counted.here += size if self._holders else -size
+        Counted.most = max(Counted.most, Counted.here)
+        super()._move(device)
+
+
+def memory_of(options, kind: str, count: int, scratch: Path) -> None:
+    """Print one row's measurement as JSON; run in a process of its own."""
+    if kind == "adapters":
+        base = LocalTeacher(options.model, dtype="float32")
+        teachers = {n: AdapterTeacher(scratch / n, base=base, name=n) for n in NAMES[:count]}
+    else:
+        teachers = {n: Counted(options.model, name=n, dtype="float32", placement="offload") for n in NAMES[:count]}
+    panel = TeacherPanel(teachers, combine="weighted_kl")
+    vocab = Vocabulary.from_tokenizer(next(iter(teachers.values())).tokenizer).size
+    ids, mask, positions = fixed_batch(options, vocab)
+    score_rows(panel, [panel.assign({})] * options.rows, ids, mask, 16, positions, options.rows)
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    resident = int(status.split("VmRSS:")[1].split()[0]) / 1024
+    own = sum(f.stat().st_size for f in scratch.glob("t0/*.safetensors")) / 2**20
+    print(json.dumps({"resident": resident, "on_device": Counted.most / 2**20, "adapter": own}))
+
+
+def memory(options, scratch: Path) -> None:
+    for i, name in enumerate(NAMES):
+        save_adapter(options.model, scratch / name, i)
+    print(
+        "\n### Memory, MiB\n\n| teachers | adapters: resident | an adapter file | offloaded: resident | on the device |"
+    )
+    print("|---|---|---|---|---|")
+    for count in (1, 2, 4, 8):
+        found = {}
+        for kind in ("adapters", "offloaded"):
+            size = ["--rows", str(options.rows), "--tokens", str(options.tokens)]
+            command = [sys.executable, "-m", "tests.benchmarks.panel_step", "--model", options.model, *size]
+            command += ["--memory", kind, str(count), str(scratch)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[kind] = json.loads(done.stdout.splitlines()[-1])
+        a, o = found["adapters"], found["offloaded"]
+        print(
+            f"| {count} | {a['resident']:.0f} | {a['adapter']:.1f} | {o['resident']:.0f} | {o['on_device']:.1f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", choices=["trl", "routed", "adapters", "memory"])
+    parser.add_argument("--memory", nargs=3, metavar=("KIND", "COUNT", "SCRATCH"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        if options.memory:
+            memory_of(options, options.memory[0], int(options.memory[1]), Path(options.memory[2]))
+            return
+        if options.quick:
+            options.model = save_tiny(scratch / "tiny", scale=1.0)
+            options.rows, options.tokens, options.rounds = 3, 6, 2
+        if not options.model:
+            parser.error("--model DIR, or --quick")
+        parts = {"trl": against_trl, "routed": routed, "adapters": adapters, "memory": memory}
+        for name, part in parts.items():
+            if options.only in (None, name):
+                part(options, scratch)
+
+
+if __name__ == "__main__":
+    main()
