@@ -24,6 +24,7 @@ from kd_plugin.panel.combining import scored_positions
 from kd_plugin.panel.identity import panel_identity
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import AdapterTeacher, LocalTeacher, Teacher
+from kd_plugin.trl.behaviour import padded, recorded
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, lineage_callback, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, resumed_checkpoint, save_what_was_learnt
@@ -196,7 +197,13 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
             )
         assignments = [self.panel.assign(row) for row in inputs]
         self.begin_rollouts(inputs, assignments)
-        output = super()._generate_and_score_completions(inputs)
+        estimators = {(own.estimator or self.panel.estimator).name for own in self.panel.own.values()}
+        if self.use_vllm and "sampled" in estimators:
+            with recorded(self.vllm_generation) as found:
+                output = super()._generate_and_score_completions(inputs)
+            output["behaviour_logprobs"] = padded(found, output["completion_mask"])
+        else:
+            output = super()._generate_and_score_completions(inputs)
         loss_mask = output["completion_mask"]
         if "tool_mask" in output:
             loss_mask = loss_mask * output["tool_mask"]
@@ -239,6 +246,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
         hidden = hidden.to(head.weight.device)
         positions = scored_positions(corrections, width, hidden.device)
         values = self._values_are_read()
+        behaviour = inputs.get("behaviour_logprobs")
         loss = correction_loss(
             self.panel,
             corrections,
@@ -249,6 +257,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
             temperature=self.temperature,
             step=self.state.global_step,
             values=values,
+            behaviour_logprobs=None if behaviour is None else behaviour.to(hidden.device).reshape(-1)[positions],
         )
         if values:
             self._count(loss)

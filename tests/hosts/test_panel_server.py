@@ -1,8 +1,9 @@
 """A panel with teachers behind servers: it trains as the local one, and survives a server's death."""
 
 import pytest
+import torch
 
-from kd_plugin.errors import ServerError
+from kd_plugin.errors import DataError, ServerError
 from kd_plugin.lineage import verify
 from kd_plugin.teachers import LocalTeacher, ServerTeacher, client
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
@@ -43,6 +44,41 @@ def test_it_trains_as_the_local_teacher(estimator, local, tokenizer, tmp_path, s
     theirs.train()
     assert losses(mine) == pytest.approx(losses(theirs), rel=1e-3, abs=1e-3)
     assert_same(weights(mine), weights(theirs), 1e-3)
+
+
+class FakeGeneration:
+    """Answers as TRL's ``VLLMGeneration`` does; its tokens are drawn by a student that has moved on since."""
+
+    def __init__(self, shift):
+        self.shift, self.lost = shift, False
+
+    def sync_weights(self):
+        pass
+
+    def generate(self, prompts, images, num_generations, profiler):
+        completions = [[10 + i, 20 + i, 30] for i in range(len(prompts))]
+        logprobs = [[[-5.0 + self.shift]] * (2 if self.lost else 3) for _ in prompts]
+        return prompts, completions, logprobs, None
+
+
+def test_importance_ratios_come_from_what_vllm_said(local, tmp_path, student_dir):
+    """Tokens of which vLLM was far surer than the student is now count half as much: the ratio's lower bound."""
+
+    def gradient(shift, lost=False):
+        torch.manual_seed(0)
+        made = trainer(tmp_path / f"{shift}{lost}", student_dir, local, estimator="sampled", ratio_bounds=[0.5, 2.0])
+        made.use_vllm, made._last_loaded_step, made.vllm_generation = True, -1, FakeGeneration(shift)
+        made.vllm_generation.lost = lost
+        made.create_optimizer_and_scheduler(5)
+        made.current_gradient_accumulation_steps = 1
+        made.model.train()
+        made.training_step(made.model, [dict(row) for row in made.train_dataset.select(range(4))], None)
+        return {n: p.grad for n, p in made.model.named_parameters()}
+
+    low, high = gradient(100.0), gradient(-100.0)
+    assert_same({n: 4 * g for n, g in low.items()}, high)
+    with pytest.raises(DataError, match=r"\[2, 2, 2, 2\] tokens of completions of \[3, 3, 3, 3\]"):
+        gradient(0.0, lost=True)
 
 
 def test_a_server_that_dies_for_good(local, tokenizer, tmp_path, student_dir, teacher_dir):
