@@ -29,6 +29,7 @@ _PANEL_KEYS = (
     "routes",
     "confidence_temperature",
     "estimator",
+    "allow_other_eos",
     *_ESTIMATOR_KEYS,
 )
 _OWN_KEYS = ("kind", "weight", "divergence", "temperature", "estimator")
@@ -40,7 +41,8 @@ def panel_from_block(block: Mapping[str, Any] | str | Path, where: str = "panel"
     """Build the panel that a block describes; no weights are loaded.
 
     Keys: ``combine``, ``divergence`` (a name, or a mapping with ``name``, ``beta``, ``alpha``), ``routes``,
-    ``domain_weights``, ``confidence_temperature``, ``estimator``, ``top_k``, ``student_top_k``, ``ratio_bounds``, and
+    ``domain_weights``, ``confidence_temperature``, ``estimator``, ``top_k``, ``student_top_k``, ``ratio_bounds``,
+    ``allow_other_eos``, and
     ``teachers``, name to a mapping. A teacher has ``kind`` (``local`` where it is left out, ``adapter``, ``server``,
     ``cached``), ``weight`` (a number or a schedule), ``divergence``, ``temperature`` and ``estimator`` of its own, and
     the arguments of its class: ``model``, ``adapter`` and ``base``, ``url``, ``cache``, ``placement`` and so on. A base
@@ -75,6 +77,7 @@ def panel_from_block(block: Mapping[str, Any] | str | Path, where: str = "panel"
         own={name: _own(teacher, estimator, f"{where}: teacher {name!r}") for name, teacher in described.items()},
         estimator=estimator,
         divergence=_divergence(block.get("divergence"), where),
+        allow_other_eos=block.get("allow_other_eos", False),
     )
 
 

@@ -6,10 +6,11 @@ import logging
 from typing import Any
 
 from kd_plugin.divergence.spec import Divergence
-from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.panel.estimators import require_defined
 from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.teachers.adapter import AdapterTeacher
+from kd_plugin.teachers.base import Teacher
 from kd_plugin.teachers.cached import CachedTeacher
 from kd_plugin.teachers.local import LocalTeacher
 from kd_plugin.vocab import Vocabulary
@@ -18,14 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> None:
-    """Refuse teachers whose token ids mean other tokens than the student's; warn of what changes lengths.
+    """Refuse teachers whose token ids mean other tokens than the student's, or that never end where it ends.
+
+    Another chat template, and an end token of its own beside the student's, are warned of: lengths may change.
 
     Args:
         panel: the teachers; their tokenizers are read, not their weights.
         vocabulary: the student's. A loaded model that names no tokenizer is taken to speak it.
 
     Raises:
-        VocabularyError: names the teacher and the first ids that differ.
+        VocabularyError: names the teacher and the first ids that differ, or the end tokens.
     """
     for name, teacher in panel.teachers.items():
         if isinstance(teacher, CachedTeacher) or (isinstance(teacher, AdapterTeacher) and teacher.uses_student):
@@ -37,11 +40,28 @@ def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> None:
             )
             teacher.assume_vocabulary(vocabulary)
         vocabulary.require_same_tokens(teacher.vocabulary, "student", f"teacher {name!r}")
+        _require_common_end(panel, name, teacher, vocabulary)
         for difference in vocabulary.differences_that_change_lengths(teacher.vocabulary):
             logger.warning(
                 f"The student and teacher {name!r} differ in their {difference}: the teacher may never reward "
                 "the student for stopping, and lengths can explode."
             )
+
+
+def _require_common_end(panel: TeacherPanel, name: str, teacher: Teacher, vocabulary: Vocabulary) -> None:
+    """Refuse a teacher that gives the student's end-of-sequence token no meaning: its student would never stop."""
+    end = vocabulary.special_ids.get("eos_token")
+    theirs = teacher.vocabulary.special_ids.get("eos_token")
+    base: Any = teacher.base if isinstance(teacher, AdapterTeacher) else teacher
+    ends = base.end_tokens if isinstance(base, LocalTeacher) else frozenset({theirs} - {None})
+    if end is None or theirs is None or end in ends or panel.allow_other_eos:
+        return
+    raise VocabularyError(
+        f"The student ends its responses with token id {end}, and teacher {name!r} with {sorted(ends)}: the "
+        "teacher gives the student's end token next to no probability, so the student would unlearn to stop and "
+        "lengths would grow without bound. Take a teacher of the same chat format, set one eos_token on both tokenizers, or, "
+        "if the teacher does end that way, set allow_other_eos=True."
+    )
 
 
 def check_rows(dataset: Any, name: str, panel: TeacherPanel) -> None:

@@ -71,6 +71,7 @@ class TeacherPanel:
         own: name to what is special about that teacher.
         estimator: how the divergence is estimated, for teachers without an estimator of their own.
         divergence: of the panel; None leaves it to the host's configuration.
+        allow_other_eos: take teachers that end their responses with another token than the student.
 
     Raises:
         ConfigError: no teacher, an unknown ``combine``, a name that is on no panel, a negative weight, weights that
@@ -89,6 +90,7 @@ class TeacherPanel:
         own: Mapping[str, OwnTerms] | None = None,
         estimator: Estimator | None = None,
         divergence: Divergence | None = None,
+        allow_other_eos: bool = False,
     ) -> None:
         if not teachers:
             raise ConfigError("A teacher panel needs at least one teacher; got none.")
@@ -112,6 +114,7 @@ class TeacherPanel:
         self.confidence_temperature = confidence_temperature
         self.estimator = estimator or Estimator()
         self.divergence = divergence
+        self.allow_other_eos = allow_other_eos
         self.own = {name: OwnTerms() for name in self.teachers} | dict(own or {})
         for name in self.own:
             if name not in self.teachers:

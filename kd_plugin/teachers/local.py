@@ -149,6 +149,22 @@ class LocalTeacher:
 
         return AutoConfig.from_pretrained(self._ref, revision=self._revision, trust_remote_code=self._trust_remote_code)
 
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids at which this teacher ends a response, by its tokenizer and its generation configuration."""
+        from transformers import GenerationConfig
+
+        found = {self.vocabulary.special_ids.get("eos_token")}
+        settings = getattr(self._model, "generation_config", None)
+        if settings is None and self._ref is not None:
+            try:
+                settings = GenerationConfig.from_pretrained(self._ref, revision=self._revision)
+            except OSError:
+                settings = None  # a model need not have one
+        ends = getattr(settings, "eos_token_id", None)
+        found |= {ends} if isinstance(ends, int) else set(ends or ())
+        return frozenset(token for token in found if token is not None)
+
     @property
     def is_loaded(self) -> bool:
         """Whether the weights are in memory."""

@@ -106,6 +106,13 @@ class TeacherPanelConfig(RolloutFields, DistillationFields, DistillationConfig):
             "gradient. The logged loss is then that of the logging step."
         },
     )
+    allow_other_eos: bool = field(
+        default=False,
+        metadata={
+            "help": "Take teachers that end their responses with another token than the student, which are refused: "
+            "the student would unlearn to stop."
+        },
+    )
     allow_changed_panel: bool = field(
         default=False,
         metadata={

@@ -98,6 +98,22 @@ class TestBeforeAnyModelIsLoaded:
         with pytest.raises(DataError, match="Add a column 'teacher_id' holding one of 'math', 'code'"):
             panel(tmp_path, student_dir, {"math": teacher_dir, "code": teacher_dir})
 
+    def test_a_teacher_that_never_ends_where_the_student_ends(self, tmp_path, student_dir, teacher_dir, caplog):
+        other = tmp_path / "other"
+        shutil.copytree(teacher_dir, other)
+        tokenizer = byte_tokenizer()
+        tokenizer.eos_token = "<|endoftext|>"
+        tokenizer.save_pretrained(other)
+        (other / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+        with pytest.raises(VocabularyError, match=r"ends its responses with token id 2, and teacher 't' with \[0\]"):
+            panel(tmp_path / "run", student_dir, {"t": str(other)})
+        with pytest.raises(AssertionError, match="a model was loaded"):  # past the check
+            panel(tmp_path / "run", student_dir, {"t": str(other)}, allow_other_eos=True)
+        (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
+        with pytest.raises(AssertionError, match="a model was loaded"):
+            panel(tmp_path / "run", student_dir, {"t": str(other)})
+        assert "differ in their end-of-sequence token" in caplog.text and "lengths can explode" in caplog.text
+
     def test_no_teacher(self, tmp_path, student_dir):
         with pytest.raises(ConfigError, match="No teacher is given"):
             panel(tmp_path, student_dir, None)
