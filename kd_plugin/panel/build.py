@@ -54,7 +54,7 @@ def panel_from(teacher_model: Any, teacher_models: Any, args: Any) -> TeacherPan
         routes=args.routes,  # type: ignore[arg-type]
         confidence_temperature=args.confidence_temperature,
         estimator=estimator_from(args),
-        allow_other_eos=args.allow_other_eos,
+        allow_other_eos=getattr(args, "allow_other_eos", False),
     )
 
 

@@ -53,14 +53,16 @@ def _require_common_end(panel: TeacherPanel, name: str, teacher: Teacher, vocabu
     end = vocabulary.special_ids.get("eos_token")
     theirs = teacher.vocabulary.special_ids.get("eos_token")
     base: Any = teacher.base if isinstance(teacher, AdapterTeacher) else teacher
-    ends = base.end_tokens if isinstance(base, LocalTeacher) else frozenset({theirs} - {None})
-    if end is None or theirs is None or end in ends or panel.allow_other_eos:
+    if end is None or theirs is None or panel.allow_other_eos:
+        return
+    ends = base.end_tokens if isinstance(base, LocalTeacher) else frozenset({theirs})
+    if end in ends:
         return
     raise VocabularyError(
         f"The student ends its responses with token id {end}, and teacher {name!r} with {sorted(ends)}: the "
         "teacher gives the student's end token next to no probability, so the student would unlearn to stop and "
-        "lengths would grow without bound. Take a teacher of the same chat format, set one eos_token on both tokenizers, or, "
-        "if the teacher does end that way, set allow_other_eos=True."
+        "lengths would grow without bound. Take a teacher of the same chat format, set one eos_token on both "
+        "tokenizers, or, if the teacher does end that way, set allow_other_eos=True."
     )
 
 
