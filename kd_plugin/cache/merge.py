@@ -65,6 +65,7 @@ def merge(caches: Sequence[str | Path], output_dir: str | Path) -> TeacherCache:
             input_tokens=unit.input_tokens,
             tokens=unit.tokens,
             entries=unit.entries,
+            dropped=unit.dropped,
         )
     store.finish()
     return TeacherCache(output_dir)

@@ -182,6 +182,19 @@ def test_what_is_dropped_is_counted_by_reason(teacher, tmp_path, capsys):
     cache.verify()
 
 
+def test_counts_survive_a_merge_and_an_append(teacher, tmp_path):
+    from kd_plugin.cache.merge import merge
+
+    chosen = options(filter="tests.core.cache_filters:odd_rows")
+    first = capture(prompts(6), teacher, tmp_path / "a", **chosen)
+    capture(prompts(9)[6:], teacher, tmp_path / "b", **chosen)
+    merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    assert first.manifest.dropped == {"filtered": 9} and merged.manifest.dropped == {"filtered": 15}
+    appended = capture(prompts(9)[6:], teacher, tmp_path / "a", append=True, **chosen)
+    assert appended.manifest.dropped == {"filtered": 15} and len(appended) == len(merged) == 12
+    assert appended.dataset()["input_ids"] == merged.dataset()["input_ids"]
+
+
 def test_a_filter_judges_given_completions_too(teacher, tmp_path):
     rows = [{"prompt": "2+2=", "completion": c, "answer": "4"} for c in (" 4", "5", "4")]
     cache = capture(rows, teacher, tmp_path, filter="exact_match", targets=TopK(3), progress=False)
