@@ -17,7 +17,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 ARGS ?=
 
-.PHONY: help install demo test test-all test-vllm lint format types bench wheel-test clean
+.PHONY: help install demo test test-all test-zero test-vllm lint format types bench wheel-test clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,10 +37,13 @@ demo: $(STAMP) ## Distil a real model both ways and verify its lineage. Options:
 	@$(VENV)/bin/kd-plugin demo $(ARGS)
 
 test: $(STAMP) ## Run the tests. Some of them: make test ARGS="tests/core -k cache"
-	@$(TEST_ENV) $(PY) -m pytest -m "not slow and not wheel and not vllm" $(ARGS)
+	@$(TEST_ENV) $(PY) -m pytest -m "not slow and not wheel and not zero and not vllm" $(ARGS)
 
 test-all: $(STAMP) ## Run the tests, and those that need the real SmolLM2 weights.
 	@OMP_NUM_THREADS=2 $(PY) -m pytest -m "not wheel and not vllm" $(ARGS)
+
+test-zero: $(STAMP) ## Run the tests of several ranks under DeepSpeed, on CPU; takes some ten minutes.
+	@$(TEST_ENV) $(PY) -m pytest -m zero $(ARGS)
 
 lint: $(STAMP) ## Check style and types, as CI does.
 	@$(PY) -m ruff check .

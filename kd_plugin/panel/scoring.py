@@ -17,6 +17,7 @@ from kd_plugin.teachers.base import Teacher
 from kd_plugin.teachers.cached import CachedTeacher
 from kd_plugin.teachers.local import resident
 from kd_plugin.teachers.server import ServerTeacher
+from kd_plugin.zero.sharding import most_of_any_rank, needs_all_ranks
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,16 @@ def score_rows(
     """
     collected: list[dict[str, HiddenSignal | SparseSignal]] = [{} for _ in assignments]
     used = _used_columns(attention_mask)
+    rows_of = {
+        name: [b for b, assignment in enumerate(assignments) if name in assignment.judges and positions[b]]
+        for name in panel.teachers
+    }
+    passes = _passes(panel, rows_of, rows_at_once, input_ids.device)
     for name, teacher in panel.teachers.items():
-        rows = [b for b, assignment in enumerate(assignments) if name in assignment.judges and positions[b]]
-        if not rows:
+        rows = rows_of[name]
+        if not passes[name]:
             continue
-        at_once = rows_at_once if teacher_in_process(teacher) else len(rows)
+        at_once = rows_at_once if teacher_in_process(teacher) else max(len(rows), 1)
         with resident(teacher, input_ids.device):
             for start in range(0, len(rows), at_once):
                 chunk = rows[start : start + at_once]
@@ -80,6 +86,10 @@ def score_rows(
                     pieces = [HiddenSignal(piece, signal.head) for piece in signal.hidden.split(counts)]
                 for b, piece in zip(chunk, pieces, strict=True):
                     collected[b][name] = piece
+            for _ in range(passes[name] - -(-len(rows) // rows_at_once)):
+                # Another rank has rows for this sharded teacher and waits for this one to gather with it
+                nothing = torch.empty(0, dtype=torch.int64, device=input_ids.device)
+                teacher.score(input_ids[:1, -1:], torch.ones_like(attention_mask[:1, -1:]), nothing)
     return [
         Correction(tuple(p), {name: signals[name] for name in a.judges if name in signals}, a)
         for p, signals, a in zip(positions, collected, assignments, strict=True)
@@ -111,6 +121,15 @@ def _score(
 def teacher_in_process(teacher: Teacher) -> bool:
     """Whether a teacher computes here, so that the rows of one call share this machine's memory."""
     return not isinstance(teacher, ServerTeacher | CachedTeacher)
+
+
+def _passes(
+    panel: TeacherPanel, rows_of: Mapping[str, Sequence[int]], rows_at_once: int, device: torch.device
+) -> dict[str, int]:
+    """Return how many passes each teacher makes on this rank: for a sharded one as many as on any rank."""
+    own = {name: -(-len(rows) // rows_at_once) for name, rows in rows_of.items()}
+    together = [name for name, teacher in panel.teachers.items() if needs_all_ranks(teacher)]
+    return own | dict(zip(together, most_of_any_rank([own[name] for name in together], device), strict=True))
 
 
 def _used_columns(attention_mask: Tensor) -> tuple[list[int], list[int]]:

@@ -15,6 +15,7 @@ from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import HiddenSignal, OutputHead
 from kd_plugin.vocab import Vocabulary
+from kd_plugin.zero.sharding import is_sharded
 
 Placement = Literal["resident", "offload"]
 
@@ -188,6 +189,11 @@ class LocalTeacher:
 
     def _move(self, device: torch.device | str) -> None:
         self.model.to(device)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each pass gathers weights from other ranks, so that every rank must join it."""
+        return self._model is not None and is_sharded(self._model)
 
     def attach(self, call: Callable[..., Tensor]) -> None:
         """Let a host run the forward pass inside its own wrapper (DDP, FSDP, a DeepSpeed engine).

@@ -120,6 +120,13 @@ class TeacherPanelConfig(RolloutFields, DistillationFields, DistillationConfig):
             "lineage. Without it such a resume is refused."
         },
     )
+    shard_teachers: bool = field(
+        default=False,
+        metadata={
+            "help": "Under DeepSpeed: cut local teachers over all ranks by ZeRO-3 also where the student trains under "
+            "ZeRO-1 or 2. Under ZeRO-3 they are cut in any case."
+        },
+    )
     divergence: str | None = field(
         default=None,
         metadata={
@@ -143,6 +150,11 @@ class TeacherPanelConfig(RolloutFields, DistillationFields, DistillationConfig):
         if len(self.ratio_bounds) != 2:
             raise ConfigError(f"ratio_bounds are {self.ratio_bounds}; expected two numbers, low and high.")
         Estimator(self.estimator, self.top_k_tail, self.student_top_k, tuple(self.ratio_bounds))  # type: ignore[arg-type]
+        if self.shard_teachers and self.deepspeed is None and self.deepspeed_plugin is None:
+            raise ConfigError(
+                "shard_teachers needs DeepSpeed: set `deepspeed` to a configuration file, or launch with an Accelerate "
+                "YAML that names one."
+            )
         self.resolved_divergence()
         self.check_rollouts()
 

@@ -30,6 +30,8 @@ from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, resumed_checkpoint, save_what_was_learnt
 from kd_plugin.trl.rollouts import RolloutMixin
 from kd_plugin.trl.start import load_vocabulary, start_lineage
+from kd_plugin.zero.sharding import whole_heads
+from kd_plugin.zero.teachers import shard_for_inference
 
 logger = logging.get_logger(__name__)
 
@@ -163,7 +165,9 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
                     "them. Use placement='resident' here, and the sharding's own offloading."
                 )
             return
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled and self.args.shard_teachers:
+            wrapped = shard_for_inference(model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        elif self.is_deepspeed_enabled:
             wrapped = prepare_deepspeed(model, self.accelerator)
         else:
             wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)
@@ -247,18 +251,19 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
         positions = scored_positions(corrections, width, hidden.device)
         values = self._values_are_read()
         behaviour = inputs.get("behaviour_logprobs")
-        loss = correction_loss(
-            self.panel,
-            corrections,
-            hidden.reshape(-1, hidden.size(-1)).index_select(0, positions),
-            head,
-            inputs["completion_ids"].to(hidden.device).reshape(-1).index_select(0, positions),
-            divergence=self.divergence,
-            temperature=self.temperature,
-            step=self.state.global_step,
-            values=values,
-            behaviour_logprobs=None if behaviour is None else behaviour.to(hidden.device).reshape(-1)[positions],
-        )
+        with whole_heads(self.panel.teachers.values()):
+            loss = correction_loss(
+                self.panel,
+                corrections,
+                hidden.reshape(-1, hidden.size(-1)).index_select(0, positions),
+                head,
+                inputs["completion_ids"].to(hidden.device).reshape(-1).index_select(0, positions),
+                divergence=self.divergence,
+                temperature=self.temperature,
+                step=self.state.global_step,
+                values=values,
+                behaviour_logprobs=None if behaviour is None else behaviour.to(hidden.device).reshape(-1)[positions],
+            )
         if values:
             self._count(loss)
         count = positions.new_full((), positions.numel())

@@ -1,0 +1,41 @@
+"""Teachers cut over all ranks with DeepSpeed ZeRO-3, whatever stage the student trains under."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+# What belongs to training, and would make DeepSpeed build an optimizer for a model that has none
+_TRAINING_ONLY = ("optimizer", "scheduler", "gradient_clipping", "zero_allow_untested_optimizer")
+
+
+def inference_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a student's DeepSpeed configuration into one that cuts a frozen model over all ranks.
+
+    Args:
+        config: the student's configuration, of any stage, with its batch sizes filled in.
+
+    Returns:
+        Stage 3 with the student's precision and parameter offload; without optimizer or its offload.
+    """
+    frozen = {key: copy.deepcopy(value) for key, value in config.items() if key not in _TRAINING_ONLY}
+    zero = frozen.setdefault("zero_optimization", {})
+    zero.pop("offload_optimizer", None)
+    zero["stage"] = 3
+    return frozen
+
+
+def shard_for_inference(model: nn.Module, config: Mapping[str, Any]) -> Any:
+    """Wrap a frozen ``model`` in a DeepSpeed engine that keeps one part of it on each rank.
+
+    A model that was loaded under ZeRO-3 is sharded already and is taken as it is; any other is cut now, after each
+    rank has held it whole in host memory.
+    """
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, config=inference_config(config))
+    engine.eval()
+    return engine

@@ -1,0 +1,217 @@
+"""One rank of a multi-rank job: trains with either method under a ZeRO stage, and reports what it held."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+
+def deepspeed_config(stage: int, **zero: object) -> dict:
+    """Return the smallest configuration that runs on CPU."""
+    return {
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            **({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}),
+            **zero,
+        },
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": False},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
+def arguments(job: dict, rank: int) -> dict:
+    return {
+        "output_dir": job["output_dir"],
+        "max_steps": job.get("steps", 5),
+        "per_device_train_batch_size": job.get("rows", 2),
+        "gradient_accumulation_steps": job.get("accumulate", 1),
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 11,
+        "accelerator_config": {"use_configured_state": True},
+        "deepspeed": deepspeed_config(job["stage"], **job.get("zero", {})),
+        **job.get("arguments", {}),
+    }
+
+
+def build_panel(job: dict, args: dict):
+    from datasets import Dataset
+
+    from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
+    from tests.hosts.runs import LORA, prompts
+
+    count = job.get("prompts", 48)
+    columns = {}
+    if job.get("routing"):
+        names = list(job["teachers"])
+        chooser = random.Random(job["routing"])
+        # Long runs of one teacher, so that some ranks hold no row for another
+        columns["teacher_id"] = [chooser.choice(names) for _ in range(count)]
+        args.setdefault("combine", "route")
+    else:
+        args.setdefault("combine", "weighted_kl")
+    data: Dataset = prompts(count=count, **columns)
+    config = TeacherPanelConfig(max_completion_length=job.get("completion", 8), temperature=1.0, **args)
+    return TeacherPanelTrainer(
+        model=job["student"],
+        teacher_models=job["teachers"],
+        args=config,
+        train_dataset=data,
+        peft_config=LORA if job.get("lora") else None,
+    )
+
+
+def build_offline(job: dict, args: dict):
+    from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
+    from tests.hosts.runs import LORA
+
+    config = OfflineKDConfig(teacher_cache=job["cache"], max_length=64, **args)
+    return OfflineKDTrainer(model=job["student"], args=config, peft_config=LORA if job.get("lora") else None)
+
+
+class Held:
+    """Counts the bytes that this rank holds when an optimizer steps for the second time."""
+
+    def __init__(self, engine) -> None:
+        self.engine, self.steps, self.found = engine, 0, {}
+        step = engine.optimizer.step
+
+        def counted(*args, **kwargs):
+            self.steps += 1
+            if self.steps == 2:
+                self.found = self.count()
+            return step(*args, **kwargs)
+
+        engine.optimizer.step = counted
+
+    def count(self) -> dict[str, int]:
+        seen: set[int] = set()
+
+        def size(tensors) -> int:
+            total = 0
+            for tensor in tensors:
+                if tensor is None or not tensor.numel() or tensor.data_ptr() in seen:
+                    continue
+                seen.add(tensor.data_ptr())
+                total += tensor.numel() * tensor.element_size()
+            return total
+
+        zero, parameters = self.engine.optimizer, list(self.engine.module.parameters())
+        weights = size(t for p in parameters for t in (getattr(p, "ds_tensor", None), p.data))
+        gradients = [p.grad for p in parameters]
+        gradients += [g for group in getattr(zero, "averaged_gradients", {}).values() for g in group or []]
+        gradients += [getattr(zero, "grad_partitions_flat_buffer", None)]
+        master = [*getattr(zero, "single_partition_of_fp32_groups", [])]
+        master += [*getattr(zero, "fp32_partitioned_groups_flat", [])]
+        inner = getattr(zero, "optimizer", zero)
+        states = [v for state in inner.state.values() for v in state.values() if torch.is_tensor(v) and v.dim()]
+        return {"weights": weights, "gradients": size(gradients), "optimizer": size([*master, *states])}
+
+
+class Buffers:
+    """Adds up what the fused loss asks of its workspace, and the hidden states that wait for it."""
+
+    def __init__(self, trainer) -> None:
+        from kd_plugin.divergence.projection import Workspace
+
+        self.loss, self.hidden = 0, 0
+        made, score = Workspace.get, type(trainer)._generate_and_score_completions
+
+        def get(workspace, name, rows, dtype):
+            buffer = made(workspace, name, rows, dtype)
+            held = sum(b.numel() * b.element_size() for b in workspace._buffers.values())
+            self.loss = max(self.loss, held)
+            return buffer
+
+        def scored(inputs):
+            output = score(trainer, inputs)
+            signals = [s for c in output["corrections"] for s in c.signals.values()]
+            self.hidden = max(self.hidden, sum(s.hidden.numel() * s.hidden.element_size() for s in signals))
+            return output
+
+        Workspace.get, trainer._generate_and_score_completions = get, scored
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    rank = int(os.environ["RANK"])
+    from accelerate import PartialState
+
+    PartialState(backend="gloo")
+    args = arguments(job, rank)
+    if job["stage"] is None:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        args.pop("deepspeed")
+    trainer = (build_panel if job["method"] == "panel" else build_offline)(job, args)
+    if job.get("die_at") and rank == job.get("die_rank", 1):
+        from transformers import TrainerCallback
+
+        class Die(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == job["die_at"]:
+                    os._exit(9)
+
+        trainer.add_callback(Die())
+    counted = {}
+    if job.get("count"):
+        prepare = trainer.accelerator.prepare
+        buffers = Buffers(trainer)
+
+        def prepared(*args, **kwargs):
+            result = prepare(*args, **kwargs)
+            if trainer.is_deepspeed_enabled and not counted:
+                engine = result[0] if isinstance(result, tuple) else result
+                if hasattr(engine, "optimizer"):
+                    counted["held"] = Held(engine)
+            return result
+
+        trainer.accelerator.prepare = prepared
+    trainer.train(resume_from_checkpoint=job.get("resume"))
+    report = {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "steps": trainer.state.global_step,
+        "norm": weight_norm(trainer),
+    }
+    if job["method"] == "panel":
+        report["sharded"] = [name for name, teacher in trainer.panel.teachers.items() if teacher.is_sharded]
+    if counted:
+        report |= {**counted["held"].found, "loss": buffers.loss, "hidden": buffers.hidden}
+    if job.get("save"):
+        trainer.save_model(job["save"])
+    Path(sys.argv[1]).with_name(f"rank{rank}.json").write_text(json.dumps(report))
+
+
+@torch.no_grad()
+def weight_norm(trainer) -> float:
+    """Return the sum of the trained weights' squares, gathered where they are sharded."""
+    total = 0.0
+    for parameter in trainer.model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if hasattr(parameter, "ds_tensor"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                total += float((parameter.double() ** 2).sum())
+        else:
+            total += float((parameter.double() ** 2).sum())
+    return total
+
+
+if __name__ == "__main__":
+    main()
