@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -98,6 +98,7 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
             if args.completion_only_loss is None:
                 args = copy.copy(args)
                 args.completion_only_loss = True
+        args = _without_dispatch(args)
         self._allow_partial = args.allow_partial
         self._keeps_rows_without_targets = args.ce_weight > 0
 
@@ -252,6 +253,25 @@ def _something_to_cut(dataset: Any, max_length: int, dataset_name: str) -> bool:
 def _rows_with_labels(labels: pa.ChunkedArray) -> int:
     rows = pc.list_parent_indices(labels).to_numpy()
     return len(np.unique(rows[pc.list_flatten(labels).to_numpy() != -100]))
+
+
+def _without_dispatch(args: OfflineKDConfig) -> OfflineKDConfig:
+    """Let each rank collate its own batches.
+
+    Accelerate's default for a stream is that the first rank collates for all and cuts every tensor by rows, which
+    would tear the targets, one a scored position, from their rows.
+
+    Raises:
+        ConfigError: the user asks for that dispatch.
+    """
+    if args.accelerator_config.dispatch_batches:
+        raise ConfigError(
+            "accelerator_config has dispatch_batches=True, which cuts batches by rows; cached targets are one a scored "
+            "position. Leave dispatch_batches out or set it to false."
+        )
+    own = copy.copy(args)
+    own.accelerator_config = replace(args.accelerator_config, dispatch_batches=False)
+    return own
 
 
 def _open_cache(caches: Caches | None, args: OfflineKDConfig) -> JointCache:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from kd_plugin.cache import TeacherCache
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
 from tests.hosts.runs import losses, settings, weights
 from tests.tiny import byte_tokenizer
@@ -19,6 +20,7 @@ def main(directory: str, cache: str, student: str, rows_a_rank: str, *options: s
         args=OfflineKDConfig(
             **settings(out / "run", per_device_train_batch_size=int(rows_a_rank), max_steps=4, ce_weight=0.3, **chosen)
         ),
+        train_dataset=TeacherCache(cache).dataset().to_iterable_dataset() if "streamed" in options else None,
         teacher_cache=cache,
         processing_class=byte_tokenizer(),
     )

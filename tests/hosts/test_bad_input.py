@@ -194,6 +194,11 @@ class TestCachesThatDoNotFit:
         assert {p: p.read_bytes() for p in before} == before
 
 
+def test_batches_that_the_first_rank_would_cut(tmp_path, student_dir, cache_dir):
+    with pytest.raises(ConfigError, match="dispatch_batches=True, which cuts batches by rows"):
+        offline(tmp_path, student_dir, str(cache_dir), accelerator_config={"dispatch_batches": True})
+
+
 def test_the_way_out_of_an_interrupted_cache(tmp_path, student_dir, interrupted_dir):
     trainer = offline(tmp_path / "a", student_dir, str(interrupted_dir), allow_partial=True, max_steps=1)
     trainer.train()
