@@ -25,6 +25,7 @@ COMMANDS = {
     "cache": Command("kd_plugin.cli.cache", "inspect, verify, extend and join teacher caches"),
     "offline": Command("kd_plugin.cli.offline", "train a student on a teacher cache, from YAML (extra: trl)"),
     "panel": Command("kd_plugin.cli.panel", "train a student on-policy with several teachers, from YAML (extra: trl)"),
+    "plan": Command("kd_plugin.cli.plan", "whether a run fits, with which ZeRO stage, at which price; writes configs"),
     "lineage": Command("kd_plugin.cli.lineage", "show and verify who taught a checkpoint, under which terms"),
 }
 

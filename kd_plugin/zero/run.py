@@ -1,0 +1,117 @@
+"""The run that a plan is made for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.zero.architectures import Architecture, architecture
+
+Method = Literal["offline", "panel"]
+Placement = Literal["sharded", "resident", "offload", "adapter", "server", "cached"]
+Precision = Literal["bf16", "fp32"]
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class PlannedTeacher:
+    """A teacher and where it lives.
+
+    Attributes:
+        name: as the user named it.
+        shape: its architecture; None for a server or a cache, which take no memory here.
+        placement: ``sharded`` cut over all ranks by ZeRO-3, ``resident`` whole on each GPU, ``offload`` in host
+            memory and moved in one at a time, ``adapter`` on the student's own frozen base, ``server``, ``cached``.
+    """
+
+    name: str
+    shape: Architecture | None
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What decides how much memory, compute and communication a run takes.
+
+    Attributes:
+        student: the student's shape; its ``trainable`` parameters tell LoRA from a full student.
+        method: ``offline`` or ``panel``.
+        teachers: those of the panel.
+        micro_batch: rows a GPU holds in a forward pass.
+        accumulation: micro-batches in an optimizer step.
+        prompt_length: tokens of the prompt, or 0 where `completion_length` holds all.
+        completion_length: tokens that are trained on in a row.
+        precision: ``bf16`` with float32 optimizer states, or ``fp32``.
+        divergences_on_all: every teacher judges every row (``weighted_kl``), not one a row (``route``).
+        divergence: decides which buffers the loss needs.
+        listed: target tokens a position, for offline KD.
+        gather_for_generation: under ZeRO-3 each GPU holds all weights while the student writes.
+    """
+
+    student: Architecture
+    method: Method = "panel"
+    teachers: tuple[PlannedTeacher, ...] = field(default=())
+    micro_batch: int = 1
+    accumulation: int = 8
+    prompt_length: int = 512
+    completion_length: int = 2048
+    precision: Precision = "bf16"
+    divergences_on_all: bool = False
+    divergence: str = "reverse_kl"
+    listed: int = 64
+    gather_for_generation: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch", "accumulation", "completion_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a whole number of at least 1.")
+        if self.prompt_length < 0:
+            raise ConfigError(f"prompt_length is {self.prompt_length}; expected 0 or more tokens.")
+        if self.method not in get_args(Method):
+            raise ConfigError(
+                f"Unknown method {self.method!r}; expected offline or panel."
+                + nearest(self.method, ["offline", "panel"])
+            )
+        if self.precision not in get_args(Precision):
+            raise ConfigError(f"Unknown precision {self.precision!r}; expected bf16 or fp32.")
+        if self.method == "panel" and not self.teachers:
+            raise ConfigError(
+                "A panel needs a teacher; name at least one, such as --teachers Qwen/Qwen2.5-72B:sharded."
+            )
+
+    @property
+    def tokens_in_a_pass(self) -> int:
+        """Tokens of one micro-batch."""
+        return self.micro_batch * (self.prompt_length + self.completion_length)
+
+    @property
+    def rows_generated(self) -> int:
+        """Rows that a GPU generates and scores at once: a generation batch."""
+        return self.micro_batch * self.accumulation
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight in the forward pass."""
+        return 2 if self.precision == "bf16" else 4
+
+    def placed(self, *placements: Placement) -> list[PlannedTeacher]:
+        """Return the teachers of these placements."""
+        return [teacher for teacher in self.teachers if teacher.placement in placements]
+
+
+def parse_teacher(text: str) -> PlannedTeacher:
+    """Read ``MODEL:PLACEMENT``, such as ``Qwen/Qwen2.5-72B:sharded``; without a placement it is ``sharded``.
+
+    Raises:
+        ConfigError: an unknown placement or model.
+    """
+    model, _, placement = text.rpartition(":") if ":" in text else (text, "", "sharded")
+    if placement not in get_args(Placement):
+        known = list(get_args(Placement))
+        raise ConfigError(
+            f"Unknown placement {placement!r} of teacher {model}; expected one of {', '.join(known)}."
+            + nearest(placement, known)
+        )
+    away = placement in ("server", "cached", "adapter")
+    return PlannedTeacher(model, None if away else architecture(model), placement)  # type: ignore[arg-type]

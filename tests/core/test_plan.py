@@ -1,0 +1,188 @@
+"""``kd-plugin plan``: arithmetic that can be done by hand, verdicts, files, and contradictions."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from kd_plugin.cli.main import main
+from kd_plugin.errors import ConfigError
+from kd_plugin.zero.architectures import architecture
+from kd_plugin.zero.cluster import Cluster
+from kd_plugin.zero.communication import traffic
+from kd_plugin.zero.cost import bills, break_even
+from kd_plugin.zero.fitting import options, recommended, require_possible
+from kd_plugin.zero.memory import Layout, memory, state_bytes
+from kd_plugin.zero.run import GIB, PlannedRun, PlannedTeacher, parse_teacher
+from kd_plugin.zero.workspace import activations, kv_cache, layer_activations
+from tests.tiny import save_tiny, tiny_llama
+
+QWEN_32B, LLAMA_70B = "Qwen/Qwen2.5-32B", "meta-llama/Llama-3.1-70B"
+
+
+def offline(student, **more):
+    return PlannedRun(architecture(student), "offline", **more)
+
+
+def plan(capsys, *argv):
+    code = main(["plan", "--json", *argv])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("stage", "weights", "gradients", "optimizer"), [(1, 2, 2, 12 / 8), (2, 2, 1 / 4, 12 / 8)])
+def test_states_follow_the_zero_paper(stage, weights, gradients, optimizer):
+    run = offline(QWEN_32B)
+    expected = [run.student.total * factor for factor in (weights, gradients, optimizer)]
+    assert state_bytes(run, stage, ranks=8) == pytest.approx(expected, rel=1e-6)
+
+
+def test_stage_3_cuts_everything_and_keeps_small_parameters_whole():
+    run = offline(QWEN_32B)
+    weights, gradients, optimizer = state_bytes(run, 3, ranks=8)
+    small = sum(p.numel for p in run.student.parameters if p.numel < 51_200)
+    assert weights == pytest.approx(2 * (run.student.total / 8 + small), rel=1e-6)
+    assert [gradients, optimizer] == pytest.approx([run.student.total / 4, 12 * run.student.total / 8], rel=1e-6)
+
+
+def test_layer_activations_are_what_autograd_keeps(tmp_path):
+    """Holds the formula against the tensors that a real layer saves."""
+    save_tiny(tmp_path / "model", hidden=64, layers=3)
+    run = offline(str(tmp_path / "model"), precision="fp32", prompt_length=0, completion_length=128)
+    model = tiny_llama(hidden=64, layers=3)
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def saved(layers):
+        kept.clear()
+        model.model.layers = torch.nn.ModuleList(list(model.model.layers)[:layers])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            model.model(input_ids=torch.ones(1, 128, dtype=torch.long), use_cache=False).last_hidden_state.sum()
+        return sum(kept.values())
+
+    difference = saved(3) - saved(2)
+    assert layer_activations(run) == pytest.approx(difference, rel=0.25)
+
+
+def test_checkpointing_keeps_one_input_a_layer():
+    run = offline(QWEN_32B, completion_length=2048, prompt_length=0)
+    inputs = 64 * 2048 * 5120 * 2
+    assert activations(run, True) - layer_activations(run) == inputs
+    assert activations(run, False) == 64 * layer_activations(run)
+
+
+def test_kv_cache_counts_grouped_heads():
+    run = PlannedRun(architecture(QWEN_32B), teachers=(parse_teacher("x:server"),), accumulation=4)
+    assert kv_cache(run) == 2 * 64 * 8 * 128 * 2 * 4 * (512 + 2048)
+
+
+@pytest.mark.parametrize(
+    ("student", "nodes", "expected"),
+    [(QWEN_32B, 1, "ZeRO-3"), (LLAMA_70B, 2, "ZeRO-3, optimizer on cpu"), (LLAMA_70B, 4, "ZeRO-3")],
+)
+def test_the_documented_verdicts(student, nodes, expected):
+    best = recommended(options(offline(student, completion_length=4096), Cluster(nodes=nodes)))
+    assert best.layout.name == expected
+
+
+def test_teachers_take_memory_where_they_are():
+    student, shape = architecture(QWEN_32B), architecture(LLAMA_70B)
+    size = 2 * shape.total
+
+    def teachers(*placements):
+        run = PlannedRun(student, teachers=tuple(PlannedTeacher(p, shape, p) for p in placements))
+        held = memory(run, Layout(3), ranks=16)
+        return held.teachers, held.host
+
+    assert teachers("sharded") == (size / 16, 0)
+    assert teachers("resident", "sharded") == (size + size / 16, 0)
+    assert teachers("offload", "offload") == (size, 2 * size)
+    assert teachers("server", "cached") == (0, 0)
+
+
+def test_more_ranks_and_offload_never_take_more():
+    run = offline(QWEN_32B)
+    for stage in (1, 2, 3):
+        peaks = [memory(run, Layout(stage), ranks).peak for ranks in (1, 2, 8, 64)]
+        assert peaks == sorted(peaks, reverse=True)
+        assert memory(run, Layout(stage, "cpu"), 8).peak < memory(run, Layout(stage), 8).peak
+
+
+def test_what_does_not_fit_exits_3_and_what_fits_writes_files(capsys, tmp_path):
+    code, found = plan(capsys, "--student", LLAMA_70B, "--method", "offline", "--host_memory", "100")
+    assert (code, found["recommended"]) == (3, None)
+    code, found = plan(capsys, "--student", QWEN_32B, "--method", "offline", "--output", str(tmp_path / "out"))
+    assert (code, found["recommended"]) == (0, "ZeRO-3")
+    config = json.loads((tmp_path / "out" / "deepspeed.json").read_text())
+    assert config["zero_optimization"]["stage"] == 3
+    accelerate = yaml.safe_load((tmp_path / "out" / "accelerate.yaml").read_text())
+    assert accelerate["num_processes"] == 8
+    assert accelerate["deepspeed_config"]["deepspeed_config_file"] == str(tmp_path / "out" / "deepspeed.json")
+    assert "torchrun --nnodes 1 --nproc_per_node 8 -m kd_plugin offline" in (tmp_path / "out" / "launch.sh").read_text()
+
+
+def test_the_table_names_the_recommendation_and_warns_of_slow_generation(capsys):
+    argv = ["plan", "--student", LLAMA_70B, "--teachers", f"[{QWEN_32B}:sharded]", "--nodes", "4"]
+    assert main(argv) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Recommended: ZeRO-3" in shown
+    assert "ds3_gather_for_generation=False" in shown
+    assert "fits, recommended" in shown
+
+
+def test_traffic_by_stage():
+    run = offline(QWEN_32B, accumulation=4)
+    size = 2 * run.student.total
+    assert traffic(run, 0, 2).total == pytest.approx(size)
+    assert traffic(run, 1, 2).total == pytest.approx(size)
+    assert traffic(run, 2, 2).total == pytest.approx(size / 2 * 5)
+    assert traffic(run, 3, 2).total == pytest.approx(size / 2 * 12, rel=1e-3)
+
+
+def test_the_bill_of_offline_kd_has_the_teacher_once():
+    run = PlannedRun(architecture("qwen2.5-1.5b"), teachers=(parse_teacher("qwen2.5-7b:sharded"),))
+    once, twice = (bills(run, Cluster(), rows=1000, epochs=epochs) for epochs in (1, 2))
+    assert twice[0].teacher_hours == once[0].teacher_hours
+    assert twice[1].teacher_hours == pytest.approx(2 * once[1].teacher_hours)
+    assert twice[0].student_flops == pytest.approx(2 * once[0].student_flops)
+    assert once[0].student_flops == 1000 * 2560 * 8 * run.student.total
+
+
+def test_own_gpus_pay_off_only_where_a_token_costs_less():
+    run = PlannedRun(architecture("qwen2.5-1.5b"), teachers=(parse_teacher("qwen2.5-7b:sharded"),))
+    dear = break_even(run, Cluster(), input_price=1.0, output_price=10.0)
+    assert dear.tokens == pytest.approx(20 / (dear.api_per_million - dear.own_per_million))
+    assert break_even(run, Cluster(), input_price=0.0, output_price=0.001).tokens is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--student", "Qwen/Qwen2.5-23B"], "Did you mean"),
+        ([], "no student is named"),
+        (["--student", QWEN_32B], "A panel needs a teacher"),
+        (["--student", QWEN_32B, "--teachers", f"[{LLAMA_70B}:shard]"], "Did you mean 'sharded'"),
+        (["--student", QWEN_32B, "--teachers", "[math:adapter]"], "the full student is trained and its base moves"),
+        (["--student", QWEN_32B, "--method", "offline", "--micro_batch", "0"], "micro_batch is 0"),
+        (["--student", QWEN_32B, "--methd", "offline"], "unknown option --methd"),
+    ],
+)
+def test_contradictions_are_refused(argv, message, capsys):
+    assert main(["plan", *argv]) == 1
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_offloaded_weights_need_stage_3():
+    with pytest.raises(ConfigError, match="choose stage 3"):
+        require_possible(offline("qwen2.5-0.5b"), Layout(2, offload_parameters="cpu"))
+
+
+def test_usable_memory_leaves_a_reserve():
+    assert Cluster(memory_gib=80).usable == int(80 * GIB * 0.92)
