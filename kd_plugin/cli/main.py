@@ -26,11 +26,20 @@ COMMANDS = {
     "offline": Command("kd_plugin.cli.offline", "train a student on a teacher cache, from YAML (extra: trl)"),
     "panel": Command("kd_plugin.cli.panel", "train a student on-policy with several teachers, from YAML (extra: trl)"),
     "plan": Command("kd_plugin.cli.plan", "whether a run fits, with which ZeRO stage, at which price; writes configs"),
+    "doctor": Command("kd_plugin.cli.doctor", "check a launch on all ranks before it trains"),
+    "consolidate": Command("kd_plugin.cli.consolidate", "join a ZeRO checkpoint into one model (extra: deepspeed)"),
     "lineage": Command("kd_plugin.cli.lineage", "show and verify who taught a checkpoint, under which terms"),
 }
 
 # Optional packages that commands import, and the extra that brings each
-EXTRAS = {"trl": "trl", "peft": "trl", "accelerate": "trl", "gguf": "trl", "matplotlib": "plots"}
+EXTRAS = {
+    "trl": "trl",
+    "peft": "trl",
+    "accelerate": "trl",
+    "gguf": "trl",
+    "matplotlib": "plots",
+    "deepspeed": "deepspeed",
+}
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 

@@ -19,6 +19,7 @@ from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.record import RECORD
 from kd_plugin.lineage.shares import Place, hash_share
 from kd_plugin.trl.start import refuse_another_run
+from kd_plugin.zero.consolidate import require_resumable
 
 logger = logging.get_logger(__name__)
 
@@ -259,12 +260,16 @@ class LineageSavingMixin(Trainer):
         """Train as the parent does.
 
         Raises:
-            ConfigError: ``output_dir`` holds another run's checkpoints, and this call does not resume.
+            ConfigError: ``output_dir`` holds another run's checkpoints, and this call does not resume; or it resumes
+                ZeRO shards that another number of ranks wrote.
         """
         callback = lineage_callback(self.callback_handler.callbacks)
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
+        if checkpoint and self.is_deepspeed_enabled:
+            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            require_resumable(str(checkpoint), self.args.world_size, settings)
         if not checkpoint:
             if not getattr(self, "_has_trained", False) and callback is not None:
                 refuse_another_run(self.args.output_dir, callback._run)

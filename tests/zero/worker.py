@@ -6,6 +6,7 @@ import json
 import os
 import random
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -164,6 +165,7 @@ def main() -> None:
         class Die(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):
                 if state.global_step == job["die_at"]:
+                    Path(job["die_file"]).write_text(str(time.time()))
                     os._exit(9)
 
         trainer.add_callback(Die())

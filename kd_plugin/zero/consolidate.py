@@ -1,0 +1,140 @@
+"""One ordinary Hugging Face directory out of a checkpoint whose weights lie in ZeRO shards."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_plugin.errors import ConfigError
+from kd_plugin.lineage import RunLineage, Source, load_record
+
+_BESIDE_THE_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt")
+_NOT_COPIED = frozenset({"lineage.json", "bom.cdx.json", "trainer_state.json", "model.safetensors.index.json"})
+
+
+def consolidate(checkpoint: str | Path, output: str | Path, *, dtype: str = "bfloat16") -> Path:
+    """Write the student of a ZeRO checkpoint of transformers' ``Trainer`` so that ``from_pretrained`` loads it.
+
+    The float32 master weights of all ranks are joined on the CPU, cast and saved as safetensors. Configuration and
+    tokenizer come from the checkpoint itself; the new record has the checkpoint as its student, with all who taught
+    it.
+
+    Args:
+        checkpoint: ``checkpoint-N`` with a ``global_step*`` directory in it. Its shards are pickles: consolidate only
+            checkpoints that you trust.
+        output: a new or empty directory.
+        dtype: of the written weights.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        ConfigError: there are no ZeRO shards, some are missing, the weights are LoRA's, or ``output`` holds files.
+        LineageError: the checkpoint's lineage is missing or damaged.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    tag = _tag(checkpoint)
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ConfigError(f"Unknown dtype {dtype!r}; expected bfloat16, float16 or float32.")
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"{output} is not empty; name a new directory.")
+    record = load_record(checkpoint)
+    state = _whole_state(checkpoint, tag)
+    if any(".lora_" in name for name in state):
+        raise ConfigError(
+            f"{checkpoint} holds a LoRA adapter, which the trainer saves whole beside the shards: load it with "
+            "PeftModel.from_pretrained."
+        )
+    _save(state, checkpoint, output, getattr(torch, dtype))
+    facts = record["policy"]["facts"]
+    run = RunLineage(
+        method="conversion",
+        student=Source(name="student", ref=str(checkpoint)),
+        config={"use": dict(facts)} if facts else None,
+    )
+    run.write(output, step=record["checkpoint"]["step"])
+    return output
+
+
+def _tag(checkpoint: Path) -> str:
+    """Return the directory of shards that ``latest`` names, once all ranks' shards are known to be there."""
+    latest = checkpoint / "latest"
+    if not latest.is_file():
+        raise ConfigError(
+            f"{checkpoint} has no file 'latest', so it is no DeepSpeed checkpoint. Name a checkpoint-N directory of a "
+            "run under DeepSpeed."
+        )
+    tag = latest.read_text(encoding="utf-8").strip()
+    shards = sorted((checkpoint / tag).glob("*_optim_states.pt"))
+    if not shards:
+        raise ConfigError(f"{checkpoint / tag} holds no *_optim_states.pt; the ranks' shards were not copied here.")
+    return tag
+
+
+def _whole_state(checkpoint: Path, tag: str) -> dict[str, Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    try:
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=tag))
+    except (FileNotFoundError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"{checkpoint / tag} cannot be joined: {' '.join(str(error).split())}. Shards of every rank must be there."
+        ) from error
+
+
+def _save(state: dict[str, Tensor], checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint), dtype=dtype)
+    state = {name: value.to(dtype) for name, value in state.items()}
+    wrong = student.load_state_dict(state, assign=True, strict=False)
+    tied = set(student._tied_weights_keys or ()) if student.config.get_text_config().tie_word_embeddings else set()
+    missing = [name for name in wrong.missing_keys if name not in tied]
+    if missing or wrong.unexpected_keys:
+        raise ConfigError(
+            f"{checkpoint}: the shards do not hold the model of its config.json; missing {missing[:3]}, unexpected "
+            f"{wrong.unexpected_keys[:3]}."
+        )
+    student.tie_weights()
+    student.save_pretrained(output)
+    for pattern in _BESIDE_THE_WEIGHTS:
+        for path in checkpoint.glob(pattern):
+            if path.name not in _NOT_COPIED and not (output / path.name).exists():
+                shutil.copyfile(path, output / path.name)
+
+
+def saved_ranks(checkpoint: str | Path) -> int:
+    """Return how many ranks wrote a DeepSpeed checkpoint."""
+    checkpoint = Path(checkpoint)
+    return len(list((checkpoint / _tag(checkpoint)).glob("*_optim_states.pt")))
+
+
+def require_resumable(checkpoint: str | Path, ranks: int, config: Mapping[str, Any]) -> None:
+    """Refuse to resume shards that another number of ranks wrote, unless they are in universal format.
+
+    Args:
+        checkpoint: the checkpoint.
+        ranks: ranks of this run.
+        config: this run's DeepSpeed configuration.
+
+    Raises:
+        ConfigError: says how to convert the checkpoint.
+    """
+    checkpoint = Path(checkpoint)
+    if not (checkpoint / "latest").is_file():
+        return
+    written = saved_ranks(checkpoint)
+    if written == ranks or config.get("checkpoint", {}).get("load_universal"):
+        return
+    raise ConfigError(
+        f"{checkpoint} was written by {written} ranks and this run has {ranks}. Launch {written} ranks; or convert "
+        f"it with `python -m deepspeed.checkpoint.ds_to_universal --input_folder {checkpoint / _tag(checkpoint)} "
+        f"--output_folder {checkpoint / (_tag(checkpoint) + '_universal')}`, write the new directory's name into the "
+        'file latest_universal, and set "checkpoint": {"load_universal": true} in the DeepSpeed configuration.'
+    )

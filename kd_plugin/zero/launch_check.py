@@ -1,0 +1,188 @@
+"""What every rank must agree on before a long run: asked on each, compared on all, the odd rank named."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PACKAGES = ("kd-plugin", "torch", "transformers", "trl", "lightning", "accelerate", "deepspeed", "peft", "datasets")
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    """What to check.
+
+    Attributes:
+        output_dir: must be one directory for all ranks; its disk is measured.
+        teachers: local directories of teachers, whose files must be equal everywhere.
+        caches: teacher caches, whose manifests must be equal everywhere.
+        servers: base URLs of vLLM servers that every rank must reach.
+        memory_gib: free memory that each rank needs, as the plan says; 0 asks for none.
+        disk_gib: free disk that ``output_dir`` needs.
+    """
+
+    output_dir: str = "."
+    teachers: Sequence[str] = field(default_factory=list)
+    caches: Sequence[str] = field(default_factory=list)
+    servers: Sequence[str] = field(default_factory=list)
+    memory_gib: float = 0.0
+    disk_gib: float = 0.0
+
+
+def check_launch(settings: LaunchSettings) -> list[str]:
+    """Run all checks; every rank of the default process group must call it.
+
+    Returns:
+        The problems, the same on every rank; each names the rank and host that it was found on.
+    """
+    facts: dict[str, Any] = {"host": f"rank {dist.get_rank()} on {socket.gethostname()}"}
+    facts["must_agree"] = _must_agree(settings)
+    facts["problems"] = _own_problems(settings)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, facts)
+    problems = disagreements({g["host"]: g["must_agree"] for g in gathered})
+    problems += [f"{g['host']}: {problem}" for g in gathered for problem in g["problems"]]
+    return (
+        problems + _shared_directory(Path(settings.output_dir), [g["host"] for g in gathered]) + _collectives(gathered)
+    )
+
+
+def disagreements(facts: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Name each rank whose fact differs from what most ranks say.
+
+    Args:
+        facts: rank's name to what it says of each subject.
+    """
+    found = []
+    for subject in dict.fromkeys(name for said in facts.values() for name in said):
+        said = {rank: values.get(subject, "absent") for rank, values in facts.items()}
+        usual = Counter(said.values()).most_common(1)[0][0]
+        found += [
+            f"{rank}: {subject} is {value}; most ranks have {usual}" for rank, value in said.items() if value != usual
+        ]
+    return found
+
+
+def _must_agree(settings: LaunchSettings) -> dict[str, str]:
+    facts = {}
+    for package in PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "absent"
+    facts |= {f"teacher {path}": _digest_of_teacher(Path(path)) for path in settings.teachers}
+    facts |= {f"cache {path}": _digest_of_file(Path(path) / "manifest.json") for path in settings.caches}
+    facts["world size"] = str(dist.get_world_size())
+    return facts
+
+
+def _digest_of_teacher(directory: Path) -> str:
+    """Hash the small files, and the names and sizes of the weights, which would take long to read on every rank."""
+    if not directory.is_dir():
+        return "absent"
+    digest = hashlib.sha256()
+    for path in sorted(p for p in directory.iterdir() if p.is_file()):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest_of_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "absent"
+
+
+def _own_problems(settings: LaunchSettings) -> list[str]:
+    import requests
+
+    problems = []
+    for server in settings.servers:
+        try:
+            requests.get(server.rstrip("/") + "/v1/models", timeout=10).raise_for_status()
+        except requests.RequestException as error:
+            problems.append(f"the server {server} does not answer: {type(error).__name__}")
+    free = _free_memory() / 1024**3
+    if free < settings.memory_gib:
+        problems.append(f"{free:.1f} GiB of memory are free, {settings.memory_gib:g} are needed")
+    place = Path(settings.output_dir)
+    disk = shutil.disk_usage(place if place.exists() else place.absolute().parent).free / 1024**3
+    if disk < settings.disk_gib:
+        problems.append(f"{disk:.1f} GiB of disk are free at {place}, {settings.disk_gib:g} are needed")
+    return problems
+
+
+def _free_memory() -> int:
+    """Free bytes of this rank's accelerator; on a CPU machine what the system can hand out."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _shared_directory(directory: Path, hosts: Sequence[str]) -> list[str]:
+    """Rank 0 leaves a file with a random name; each rank says whether it is there."""
+    name = [f".launch-check-{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(name)
+    marker = directory / name[0]
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    dist.barrier()
+    seen: list[Any] = [None] * len(hosts)
+    dist.all_gather_object(seen, marker.exists())
+    if dist.get_rank() == 0:
+        marker.unlink()
+    return [
+        f"{host}: output_dir {directory} is not the directory that rank 0 sees; it must be shared"
+        for host, found in zip(hosts, seen, strict=True)
+        if not found
+    ]
+
+
+def _collectives(gathered: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Run each kind of collective that training uses, and compare its result with what it must be."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    own = torch.full((4,), float(rank), device=device)
+    total = float(sum(range(world)))
+
+    def all_reduce() -> bool:
+        value = own.clone()
+        dist.all_reduce(value)
+        return bool((value == total).all())
+
+    def all_gather() -> bool:
+        value = torch.empty(4 * world, device=device)
+        dist.all_gather_into_tensor(value, own)
+        return value.view(world, 4)[:, 0].tolist() == [float(r) for r in range(world)]
+
+    def reduce_scatter() -> bool:
+        value = torch.empty(4, device=device)
+        dist.reduce_scatter_tensor(value, own.repeat(world))
+        return bool((value == total).all())
+
+    def broadcast() -> bool:
+        value = own.clone()
+        dist.broadcast(value, src=world - 1)
+        return bool((value == world - 1).all())
+
+    kinds: list[Callable[[], bool]] = [all_reduce, all_gather, reduce_scatter, broadcast]
+    wrong = [kind.__name__ for kind in kinds if not kind()]
+    all_wrong: list[Any] = [None] * world
+    dist.all_gather_object(all_wrong, wrong)
+    return [
+        f"{g['host']}: {kind} gave a wrong result"
+        for g, kinds in zip(gathered, all_wrong, strict=True)
+        for kind in kinds
+    ]
