@@ -1,0 +1,107 @@
+"""Two nodes, each a network namespace of its own, joined by a cable: ZeRO-3 over them, one lineage."""
+
+import json
+import subprocess
+import sys
+import uuid
+
+import pytest
+import yaml
+
+from kd_plugin.lineage import verify
+from tests.zero.ranks import CHECKOUT, environment, reports
+
+pytestmark = pytest.mark.zero
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+
+
+@pytest.fixture
+def nodes():
+    """Two namespaces with a cable between them; the test is skipped, with the reason, where they are not permitted."""
+    tag = uuid.uuid4().hex[:6]
+    names, ends = [f"kd{tag}{i}" for i in range(2)], [f"v{tag}{i}" for i in range(2)]
+
+    def ip(*arguments):
+        try:
+            done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip("no `ip` (iproute2) on this machine")
+        if done.returncode:
+            pytest.skip(f"network namespaces are not permitted here: ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", ends[0], "netns", names[0], "type", "veth", "peer", "name", ends[1], "netns", names[1])
+        for name, end, address in zip(names, ends, ADDRESSES, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield list(zip(names, ends, strict=True))
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def torchrun(rank, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    return [*launch, "--node_rank", str(rank), "--master_addr", ADDRESSES[0], "--master_port", "29511", "-m"], {}
+
+
+def accelerate(rank, tmp_path):
+    config = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_CPU",
+        "num_machines": 2,
+        "num_processes": 2,
+        "machine_rank": rank,
+        "main_process_ip": ADDRESSES[0],
+        "main_process_port": 29511,
+        "rdzv_backend": "static",
+        "use_cpu": True,
+    }
+    path = tmp_path / f"accelerate{rank}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "-m"], {}
+
+
+def slurm(rank, tmp_path):
+    """Build what a batch script does on each node: torchrun, with its numbers from Slurm's variables."""
+    script = (
+        f"exec {sys.executable} -m torch.distributed.run --nnodes $SLURM_NNODES "
+        "--nproc_per_node $SLURM_NTASKS_PER_NODE "
+        '--rdzv_backend c10d --rdzv_endpoint $HEAD:29511 --rdzv_id $SLURM_JOB_ID --local_addr $ADDRESS -m "$@"'
+    )
+    variables = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_ID": "77", "SLURM_NODEID": str(rank)}
+    return ["bash", "-c", script, "node"], {**variables, "HEAD": ADDRESSES[0], "ADDRESS": ADDRESSES[rank]}
+
+
+@pytest.mark.parametrize("launcher", [torchrun, accelerate, slurm])
+def test_two_nodes_train_one_student(launcher, nodes, student_dir, teacher_dir, tmp_path):
+    job = {"method": "panel", "stage": 3, "steps": 2, "completion": 4, "student": student_dir}
+    job |= {"teachers": {"a": teacher_dir}, "output_dir": str(tmp_path / "out")}
+    job["arguments"] = {"save_strategy": "steps", "save_steps": 2}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    running = []
+    for rank, (name, end) in enumerate(nodes):
+        command, variables = launcher(rank, tmp_path)
+        running.append(
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, *command, "tests.zero.worker", str(tmp_path / "job.json")],
+                env=environment(GLOO_SOCKET_IFNAME=end, **variables),
+                cwd=CHECKOUT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        ended = [process.communicate(timeout=300)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], ended[0][-3000:] + ended[1][-3000:]
+    first, second = reports(tmp_path, 2)
+    assert first["losses"] == second["losses"] and first["steps"] == 2
+    assert verify(tmp_path / "out" / "checkpoint-2").exit_code == 0
+    assert len(list((tmp_path / "out").rglob("lineage.json"))) == 1
