@@ -93,8 +93,9 @@ def _check_model(path: str, given: Mapping[str, Any]) -> None:
         raise ConfigError(f"{path}: model has no class_path; choose one of {', '.join(_modules())}.")
     for key in given:
         _require(path, "model.", str(key), ("class_path", "init_args", "dict_kwargs"))
+    known = _fields(_resolve(path, given["class_path"]))
     for key in given.get("init_args") or {}:
-        _require(path, "model.init_args.", str(key), _fields(_resolve(path, given["class_path"])))
+        _require(path, "model.init_args.", str(key), known)
 
 
 def _require(where: str, prefix: str, key: str, known: Sequence[str]) -> None:

@@ -52,8 +52,8 @@ class ResumableLoader:
         self.accumulate = accumulate
         self._look_ahead = look_ahead
         self._options = options
-        # Lightning looks here for whom to tell the epoch
-        self.sampler, self.batch_sampler = self, None
+        # Lightning looks here for whom to tell the epoch, and DeepSpeed for the batch size
+        self.sampler = self.batch_sampler = self
         self._epoch = 0
         self._handed_out = 0
         self._resumed: dict[str, int] | None = None

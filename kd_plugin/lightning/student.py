@@ -75,6 +75,13 @@ def require_supported(trainer: Trainer) -> None:
             f"{type(strategy).__name__} is not supported by kd-plugin. Use a single device, DDPStrategy, "
             f"ModelParallelStrategy (FSDP2) or DeepSpeedStrategy.{hint}"
         )
+    mesh = getattr(strategy, "device_mesh", None) if isinstance(strategy, ModelParallelStrategy) else None
+    if mesh is not None and mesh["tensor_parallel"].size() > 1:
+        raise ConfigError(
+            f"ModelParallelStrategy splits layers over {mesh['tensor_parallel'].size()} ranks, which is Lightning's "
+            "default and gives each of them the same rows; kd-plugin shards parameters instead. Set "
+            f"data_parallel_size: {trainer.world_size} and tensor_parallel_size: 1."
+        )
 
 
 def require_returned_loss(module: LightningModule) -> None:

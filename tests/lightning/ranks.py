@@ -1,0 +1,82 @@
+"""One rank of a run under some strategy; ``tests/lightning/test_strategies.py`` starts as many as it needs.
+
+    python -m tests.lightning.ranks STRATEGY DIRECTORY SETTINGS.json
+
+DeepSpeedStrategy insists on a GPU. Three things stand in the way on a CPU, and the subclass below lifts them: the check
+of the accelerator, the check of device indices, and a device without an index. All else is DeepSpeed itself, over gloo.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+
+from kd_plugin.lightning import KDDataModule, OfflineKDModule, TeacherPanelModule
+from tests.lightning.help import Losses
+
+STEPS = 4
+
+
+class DeepSpeedOnCPU(DeepSpeedStrategy):
+    """The strategy as it is, on two CPU processes; for tests alone."""
+
+    def setup_environment(self):
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self):
+        from lightning.fabric.utilities.seed import reset_seed
+
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self):
+        return torch.device("cpu", self.local_rank)
+
+
+def strategy(name):
+    if name == "single":
+        return "auto"
+    if name == "ddp":
+        return DDPStrategy(process_group_backend="gloo")
+    if name == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    stage = {"stage": int(name[-1]), "overlap_comm": False, "stage3_param_persistence_threshold": 0}
+    config = {"zero_optimization": stage, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return DeepSpeedOnCPU(config=config, process_group_backend="gloo")
+
+
+def fit(name, directory, settings, steps, ckpt_path=None):
+    """Train to ``steps``, and return the mean over ranks of each step's loss."""
+    ranks = 1 if name == "single" else 2
+    kind = TeacherPanelModule if "teacher_models" in settings["model"] else OfflineKDModule
+    module = kind(**{"learning_rate": 1e-3, "lr_scheduler_type": "constant", **settings["model"]})
+    data = KDDataModule(batch_size=4 // ranks, shuffle=False, **settings["data"])
+    seen = Losses()
+    trainer = Trainer(
+        strategy=strategy(name), accelerator="cpu", devices=ranks, max_steps=steps, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=[seen],
+        default_root_dir=directory, log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=False)
+    losses = [float(trainer.strategy.reduce(torch.tensor(loss), reduce_op="mean")) for loss in seen.losses]
+    return losses, trainer
+
+
+def main(name, directory, given):
+    found = {}
+    for job, settings in json.loads(Path(given).read_text()).items():
+        checkpoint = Path(directory) / f"{job}.ckpt"
+        found[job], trainer = fit(name, directory, settings, STEPS)
+        trainer.save_checkpoint(checkpoint)
+        found[f"{job} resumed"], trainer = fit(name, directory, settings, STEPS + 1, checkpoint)
+        if trainer.is_global_zero:
+            (Path(directory) / "losses.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
