@@ -22,6 +22,7 @@ class Command:
 COMMANDS = {
     "demo": Command("kd_plugin.cli.demo", "distil a small real model both ways, and verify its lineage"),
     "capture": Command("kd_plugin.cli.capture", "store a teacher's outputs once, as a teacher cache"),
+    "trace": Command("kd_plugin.cli.trace", "show saved rollouts as one page, each token by its correction"),
     "cache": Command("kd_plugin.cli.cache", "inspect, verify, extend and join teacher caches"),
     "offline": Command("kd_plugin.cli.offline", "train a student on a teacher cache, from YAML (extra: trl)"),
     "panel": Command("kd_plugin.cli.panel", "train a student on-policy with several teachers, from YAML (extra: trl)"),

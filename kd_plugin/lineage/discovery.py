@@ -12,14 +12,13 @@ from urllib.parse import urlsplit
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import hashing
 from kd_plugin.lineage.directory import DirectoryFacts, printable, read_directory
-from kd_plugin.lineage.graph import SELF, Edge, Evidence, Graph, Node
+from kd_plugin.lineage.graph import DECLARED, SELF, Edge, Evidence, Graph, Node
 from kd_plugin.lineage.hub import ask_hub
 from kd_plugin.lineage.overrides import Override, read_overrides
 from kd_plugin.lineage.record import RECORD, SCHEMA, load_record
 from kd_plugin.lineage.registry import UNKNOWN, Registry
 from kd_plugin.lineage.sources import Source
 
-DECLARED = "declared"  # where a reading comes from the user
 _MAX_DEPTH = 16  # bases of bases; deeper is a loop or a prank
 _HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
 _SNAPSHOT = re.compile(r"(?:models|datasets)--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")

@@ -8,6 +8,7 @@ dataset passes on the reach of what filled it, so terms are not washed out by go
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -39,6 +40,7 @@ REACH: Mapping[str, Reach] = {
     "corrected_by": "outputs",
     "trained_on": "data",
 }
+DECLARED = "declared"  # where a reading comes from the user
 SELF = "self"  # the checkpoint that a graph describes
 
 
@@ -108,6 +110,22 @@ class Node:
         return f"{self.kind}:{hashlib.sha256(rfc8785.dumps(self._content())).hexdigest()[:16]}"
 
     @property
+    def sure(self) -> str:
+        """How sure the licence is, by what was read of it.
+
+        ``text``: the licence's own words lie with it; ``declared``: the user said so; ``stated``: a card or the
+        registry of known repositories says so; ``disputed``: readings differ, and the most severe counts;
+        ``nothing``: nothing was read.
+        """
+        readings = {e.ids for e in self.evidence if e.ids} - {("unknown",)}
+        if len(readings) != 1:
+            return "disputed" if readings else "nothing"
+        places = {e.where for e in self.evidence if e.ids}
+        if any(re.match(r"(?i)licen[cs]e|copying|unlicense", place) for place in places):
+            return "text"
+        return "declared" if DECLARED in places else "stated"
+
+    @property
     def label(self) -> str:
         """How messages call the node."""
         return self.repo or self.model or self.name
@@ -131,7 +149,7 @@ class Node:
 
     def to_json(self) -> dict[str, Any]:
         """Return the node as it stands in ``lineage.json``; fields without a value are left out."""
-        return {"id": self.id, **self._content()}
+        return {"id": self.id, "sure": self.sure, **self._content()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Node:
@@ -141,7 +159,7 @@ class Node:
             LineageError: a field is missing, unknown or of the wrong type, or the id does not fit the content.
         """
         fields = dict(data)
-        claimed = fields.pop("id", None)
+        claimed, sure = fields.pop("id", None), fields.pop("sure", None)
         try:
             evidence = tuple(
                 Evidence(str(e["where"]), str(e["value"]), _strings(e["ids"])) for e in fields.pop("evidence", [])
@@ -163,6 +181,8 @@ class Node:
             raise LineageError(f"A lineage node has kind {node.kind!r}; expected one of {get_args(NodeKind)}.")
         if claimed != found:  # also catches values that are not what their field needs
             raise LineageError(f"Lineage node {claimed!r} does not fit its content (that is {found!r}); it was edited.")
+        if sure not in (None, node.sure):  # a node of an older record does not say
+            raise LineageError(f"Lineage node {claimed!r} says that it is {sure!r}; its evidence is {node.sure!r}.")
         return node
 
 

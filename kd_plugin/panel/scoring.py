@@ -5,7 +5,8 @@ Shape suffixes: B rows, L tokens, n_b scored positions of row b, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,7 @@ def score_rows(
     completion_start: int,
     positions: Sequence[Sequence[int]],
     rows_at_once: int,
+    clock: Callable[[str], AbstractContextManager[None]] | None = None,
 ) -> list[Correction]:
     """Collect the panel's judgement of a generation batch.
 
@@ -59,6 +61,7 @@ def score_rows(
             column ``completion_start + c - 1``.
         positions: for each row the offsets c of the completion tokens that are trained on.
         rows_at_once: rows in the forward pass of a teacher in this process; others get all rows at once.
+        clock: entered with a teacher's name around all that it does.
 
     Returns:
         One :class:`Correction` a row, in order.
@@ -75,7 +78,7 @@ def score_rows(
         if not passes[name]:
             continue
         at_once = rows_at_once if teacher_in_process(teacher) else max(len(rows), 1)
-        with resident(teacher, input_ids.device):
+        with clock(name) if clock is not None else nullcontext(), resident(teacher, input_ids.device):
             for start in range(0, len(rows), at_once):
                 chunk = rows[start : start + at_once]
                 signal = _score(teacher, chunk, input_ids, attention_mask, completion_start, positions, used)

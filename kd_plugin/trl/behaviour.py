@@ -33,12 +33,13 @@ def recorded(vllm_generation: Any) -> Iterator[list[list[float]]]:
         vllm_generation.generate = original
 
 
-def padded(found: list[list[float]], completion_mask: Tensor) -> Tensor:
+def padded(found: list[list[float]], completion_mask: Tensor, *, cut: bool = False) -> Tensor:
     """Put the lists beside their completions.
 
     Args:
         found: one list a row.
         completion_mask: (B, C) 1 for tokens, which stand on the left.
+        cut: completions may have lost their ends since.
 
     Returns:
         (B, C) nats; 0 at padding.
@@ -47,6 +48,8 @@ def padded(found: list[list[float]], completion_mask: Tensor) -> Tensor:
         DataError: they are not one a token.
     """
     lengths = completion_mask.sum(dim=1).tolist()
+    if cut:
+        found = [row[:length] for row, length in zip(found, lengths, strict=True)]
     if [len(row) for row in found] != lengths:
         raise DataError(
             f"vLLM gave log-probabilities for {[len(row) for row in found]} tokens of completions of {lengths}; "

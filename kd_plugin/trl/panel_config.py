@@ -12,10 +12,11 @@ from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.panel import Combine, Estimator
 from kd_plugin.trl.rollout_fields import RolloutFields
 from kd_plugin.trl.shared_fields import DistillationFields
+from kd_plugin.trl.watch_fields import WatchFields
 
 
 @dataclass
-class TeacherPanelConfig(RolloutFields, DistillationFields, DistillationConfig):
+class TeacherPanelConfig(WatchFields, RolloutFields, DistillationFields, DistillationConfig):
     """What TRL's ``DistillationConfig`` holds, and how a panel of teachers is combined.
 
     Every inherited field keeps its meaning. With one teacher and default settings the losses and gradients are
@@ -157,6 +158,7 @@ class TeacherPanelConfig(RolloutFields, DistillationFields, DistillationConfig):
             )
         self.resolved_divergence()
         self.check_rollouts()
+        self.check_watch()
 
     def resolved_divergence(self) -> Divergence:
         """Return the divergence that ``divergence``, ``beta`` and ``skew_alpha`` name.

@@ -30,13 +30,14 @@ from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, resumed_checkpoint, save_what_was_learnt
 from kd_plugin.trl.rollouts import RolloutMixin
 from kd_plugin.trl.start import load_vocabulary, start_lineage
+from kd_plugin.trl.watch import WatchMixin
 from kd_plugin.zero.sharding import whole_heads
 from kd_plugin.zero.teachers import shard_for_inference
 
 logger = logging.get_logger(__name__)
 
 
-class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer):
+class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, DistillationTrainer):
     """``DistillationTrainer`` with several teachers, a fused loss, and lineage in every checkpoint.
 
     The student writes completions; each row is judged by the teachers of the panel that its ``teacher_id``
@@ -123,6 +124,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
             self._prepare_teacher(name, teacher)
         self._panel_totals: dict[str, Tensor] = {}
         self.add_callback(PanelStateCallback(self._identity))
+        self.start_watching()
 
     def _identity(self) -> dict[str, Any]:
         return panel_identity(self.panel, self.divergence, self.temperature)
@@ -205,15 +207,16 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
         if self.use_vllm and "sampled" in estimators:
             with recorded(self.vllm_generation) as found:
                 output = super()._generate_and_score_completions(inputs)
-            output["behaviour_logprobs"] = padded(found, output["completion_mask"])
+            output["behaviour_logprobs"] = padded(found, output["completion_mask"], cut=self.args.repetition_stop > 0)
         else:
             output = super()._generate_and_score_completions(inputs)
         loss_mask = output["completion_mask"]
         if "tool_mask" in output:
             loss_mask = loss_mask * output["tool_mask"]
         # Known on the host from here on, so that the training steps wait for nothing
-        positions = [[c for c, used in enumerate(row) if used] for row in loss_mask.tolist()]
+        positions = self.judged_positions(output, loss_mask)
         training = self.model.training
+        at_once = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
         output["corrections"] = score_rows(
             self.panel,
             assignments,
@@ -221,8 +224,10 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
             torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
             completion_start=output["prompt_ids"].size(1),
             positions=positions,
-            rows_at_once=self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size,
+            rows_at_once=at_once,
+            clock=self.clock,
         )
+        self.score_start(output, positions, at_once)
         return output
 
     def compute_loss(
@@ -249,38 +254,36 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
         head = OutputHead.from_model(unwrapped_student, self._vocabulary.size)
         hidden = hidden.to(head.weight.device)
         positions = scored_positions(corrections, width, hidden.device)
+        scored = hidden.reshape(-1, hidden.size(-1)).index_select(0, positions)
+        tokens = inputs["completion_ids"].to(hidden.device).reshape(-1).index_select(0, positions)
         values = self._values_are_read()
         behaviour = inputs.get("behaviour_logprobs")
         with whole_heads(self.panel.teachers.values()):
             loss = correction_loss(
                 self.panel,
                 corrections,
-                hidden.reshape(-1, hidden.size(-1)).index_select(0, positions),
+                scored,
                 head,
-                inputs["completion_ids"].to(hidden.device).reshape(-1).index_select(0, positions),
+                tokens,
                 divergence=self.divergence,
                 temperature=self.temperature,
                 step=self.state.global_step,
                 values=values,
                 behaviour_logprobs=None if behaviour is None else behaviour.to(hidden.device).reshape(-1)[positions],
             )
+            self.watch_loss(inputs, scored, head, tokens, loss)
         if values:
             self._count(loss)
+        loss_sum = loss.loss_sum + self.anchor_loss(inputs, scored, head, tokens)
         count = positions.new_full((), positions.numel())
         normaliser = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if isinstance(normaliser, Tensor):
             normaliser = normaliser.to(loss.loss_sum.device)
-        return loss.loss_sum / normaliser, loss.entropy.sum(), count
+        return loss_sum / normaliser, loss.entropy.sum(), count
 
     def _values_are_read(self) -> bool:
         """Whether anything reads this step's divergences: always, unless the configuration leaves them to the log."""
-        if self.args.panel_values == "always" or not self.model.training:
-            return True
-        step = self.state.global_step + 1
-        last = self.state.max_steps and step >= self.state.max_steps
-        return (
-            bool(last) or step % max(self.state.logging_steps, 1) == 0 or (step == 1 and self.args.logging_first_step)
-        )
+        return self.args.panel_values == "always" or self._logs_this_step()
 
     def _count(self, loss: CorrectionLoss) -> None:
         """Add this micro-batch to each teacher's divergence and tokens, and to the whole loss, on the device."""
@@ -305,6 +308,8 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, DistillationTrainer)
                 self._metrics[mode][f"tokens/{name}"].append(tokens)
             if self.args.panel_values == "logging" and mode == "train" and "loss" in logs and count:
                 logs["loss"] = loss / count  # of this step: the steps before it had lower bounds
+            for key, value in self.watched().items():
+                self._metrics[mode][key].append(value)
         super().log(logs, start_time)
 
 

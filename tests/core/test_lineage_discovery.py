@@ -5,6 +5,7 @@ import pytest
 from kd_plugin.errors import LineageError
 from kd_plugin.lineage import RunLineage, Source
 from kd_plugin.lineage.discovery import discover
+from kd_plugin.lineage.graph import Evidence, Node
 from kd_plugin.lineage.registry import default_registry
 from kd_plugin.lineage.texts import recognise
 from tests.core.lineage_help import checkpoint, model_dir, run_of
@@ -137,3 +138,19 @@ def test_the_hubs_cache_gives_repo_and_commit(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     node = find("org/m").node
     assert (node.repo, node.revision, node.licenses) == ("org/m", commit, ("gemma",))
+
+
+def test_a_node_says_how_sure_its_licence_is(tmp_path):
+    def node(*evidence):
+        return Node("model", "x", evidence=tuple(Evidence(*e) for e in evidence))
+
+    assert node().sure == "nothing"
+    assert node(("hub", "not asked", ())).sure == "nothing"
+    assert node(("README.md", "mit", ("mit",))).sure == "stated"
+    assert node(("declared", "mit", ("mit",))).sure == "declared"
+    assert node(("LICENSE.txt", "MIT License", ("mit",)), ("README.md", "mit", ("mit",))).sure == "text"
+    disputed = node(("declared", "mit", ("mit",)), ("README.md", "gemma", ("gemma",)))
+    assert disputed.sure == "disputed"
+    assert Node.from_json(disputed.to_json()) == disputed
+    with pytest.raises(LineageError, match="says that it is 'text'"):
+        Node.from_json({**disputed.to_json(), "sure": "text"})

@@ -1,0 +1,207 @@
+"""What notices that a run goes wrong: loops, rollouts that grow, and how far the student may drift from its start.
+
+Shape suffixes: B rows, L tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.teachers.adapter import tree_over_same_tensors, without_adapters
+from kd_plugin.teachers.local import LocalTeacher
+from kd_plugin.vocab import Vocabulary
+
+LONGEST_LOOP = 32  # tokens of the sequence that repeats
+AlarmAction = Literal["warn", "lower_learning_rate", "stop"]
+
+
+def loop_end(tokens: Sequence[int], repeats: int, longest: int = LONGEST_LOOP) -> int | None:
+    """Return how many tokens there are when a sequence has come ``repeats`` times in a row, or None.
+
+    Args:
+        tokens: a response.
+        repeats: from 2.
+        longest: tokens of the longest sequence that is looked for.
+    """
+    ids = np.asarray(tokens)
+    ends = []
+    for period in range(1, min(longest, len(ids) // repeats) + 1):
+        needed = period * (repeats - 1)  # tokens in a row that equal the one a period before
+        equal = np.concatenate([[0], np.cumsum(ids[period:] == ids[:-period])])
+        found = np.flatnonzero(equal[needed:] - equal[: len(equal) - needed] == needed)
+        if found.size:
+            ends.append(int(found[0]) + needed + period)
+    return min(ends, default=None)
+
+
+def ends_in_loop(input_ids: Tensor, start: int, repeats: int, longest: int = LONGEST_LOOP) -> Tensor:
+    """Return (B,) whether each response ends in a sequence that came ``repeats`` times; for use while it is written.
+
+    Args:
+        input_ids: (B, L) prompts and responses.
+        start: column of the first response token.
+        repeats: from 2.
+        longest: tokens of the longest sequence that is looked for.
+    """
+    written = input_ids[:, start:]
+    looping = torch.zeros(len(written), dtype=torch.bool, device=input_ids.device)
+    for period in range(1, min(longest, written.size(1) // repeats) + 1):
+        tail = written[:, -period * repeats :]
+        looping = looping | (tail[:, period:] == tail[:, :-period]).all(dim=1)
+    return looping
+
+
+def repetition(tokens: Sequence[int], length: int = 4) -> float:
+    """Return the share of a response's n-grams that stood in it before: 0 for none, near 1 for a loop."""
+    grams = [tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+@dataclass(frozen=True)
+class AlarmSettings:
+    """When a run is thought to go wrong, and what is done then.
+
+    Attributes:
+        length: factor over the first window's mean response length, above or below which it rings; 0 is off.
+        truncated: share of responses cut by the limit; 0 is off.
+        repetition: share of repeated 4-grams; 0 is off.
+        window: generation batches that are averaged; the first window is the baseline.
+        action: ``warn``, ``lower_learning_rate`` by ``factor``, or ``stop`` after a save.
+        factor: what the learning rate is multiplied by.
+
+    Raises:
+        ConfigError: a value that cannot be meant.
+    """
+
+    length: float = 0.0
+    truncated: float = 0.0
+    repetition: float = 0.0
+    window: int = 8
+    action: AlarmAction = "warn"
+    factor: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.length and self.length <= 1.0:
+            raise ConfigError(f"length_alarm is {self.length}; expected a factor above 1, such as 2, or 0 for none.")
+        for name in ("truncated", "repetition"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name}_alarm is {getattr(self, name)}; expected a share between 0 and 1.")
+        if self.window < 1:
+            raise ConfigError(f"alarm_window is {self.window}; expected at least one generation batch.")
+        if self.action not in get_args(AlarmAction):
+            raise ConfigError(
+                f"Unknown alarm_action {self.action!r}; expected one of {', '.join(get_args(AlarmAction))}."
+                + nearest(self.action, list(get_args(AlarmAction)))
+            )
+        if not 0.0 < self.factor < 1.0:
+            raise ConfigError(f"alarm_factor is {self.factor}; expected a number between 0 and 1.")
+
+    @property
+    def is_set(self) -> bool:
+        """Whether anything can ring it."""
+        return bool(self.length or self.truncated or self.repetition)
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What is seen of the responses of a generation batch, over all ranks.
+
+    Attributes:
+        length: mean tokens.
+        truncated: share that the limit cut.
+        repetition: mean share of repeated 4-grams.
+    """
+
+    length: float
+    truncated: float
+    repetition: float
+
+
+class LengthAlarm:
+    """Rings when responses grow, shrink, run into the limit, or repeat themselves, averaged over a window.
+
+    Length inflation and truncation collapse are how on-policy distillation is known to fail (arXiv 2604.08527). After
+    it rang it is quiet for a window. It is a function of what it saw, so ranks that see the same agree.
+    """
+
+    def __init__(self, settings: AlarmSettings) -> None:
+        self.settings = settings
+        self._seen: deque[Responses] = deque(maxlen=settings.window)
+        self._baseline: float | None = None
+        self._quiet = 0
+
+    def observe(self, responses: Responses) -> str | None:
+        """Take in a generation batch; return what is wrong, in words, or None."""
+        self._seen.append(responses)
+        if len(self._seen) < self.settings.window:
+            return None
+        count = len(self._seen)
+        length = sum(r.length for r in self._seen) / count
+        truncated = sum(r.truncated for r in self._seen) / count
+        repeated = sum(r.repetition for r in self._seen) / count
+        if self._baseline is None:
+            self._baseline = length
+        if self._quiet:
+            self._quiet -= 1
+            return None
+        found = []
+        factor, start = self.settings.length, max(self._baseline, 1.0)
+        if factor and length > factor * start:
+            found.append(f"responses grew from {start:.1f} to {length:.1f} tokens")
+        if factor and length * factor < start:
+            found.append(f"responses shrank from {start:.1f} to {length:.1f} tokens")
+        if self.settings.truncated and truncated >= self.settings.truncated:
+            found.append(f"{truncated:.0%} of responses are cut by the limit")
+        if self.settings.repetition and repeated >= self.settings.repetition:
+            found.append(f"{repeated:.0%} of 4-grams are repeated")
+        if found:
+            self._quiet = self.settings.window
+        return "; ".join(found) or None
+
+    def state(self) -> dict[str, Any]:
+        """Return what :meth:`load` goes on from, JSON-ready."""
+        seen = [[r.length, r.truncated, r.repetition] for r in self._seen]
+        return {"seen": seen, "baseline": self._baseline, "quiet": self._quiet}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self._seen = deque((Responses(*values) for values in state["seen"]), maxlen=self.settings.window)
+        self._baseline, self._quiet = state["baseline"], state["quiet"]
+
+
+def starting_student(student: nn.Module, vocabulary: Vocabulary) -> LocalTeacher:
+    """Return the student as it is now, frozen, as a teacher to anchor it to.
+
+    A PEFT student costs nothing more: its start is its own base without the adapter. Another student is copied.
+
+    Args:
+        student: unwrapped, before the first step.
+        vocabulary: the student's.
+
+    Raises:
+        ConfigError: the student is a PEFT model that trains a part of its base.
+    """
+    inner = getattr(student, "get_base_model", lambda: None)()
+    if inner is None:
+        start = copy.deepcopy(student)
+        start.__dict__.pop("save_pretrained", None)  # a copy that is never saved needs no lineage
+    else:
+        start = without_adapters(tree_over_same_tensors(inner))
+        trained = [name for name, parameter in start.named_parameters() if parameter.requires_grad]
+        if trained:
+            raise ConfigError(
+                f"anchor_weight needs the student's start, but the student trains a part of its base ({trained[0]}), "
+                "which then is gone. Train adapters alone, or set anchor_weight=0."
+            )
+    teacher = LocalTeacher(start, name="start")
+    teacher.assume_vocabulary(vocabulary)
+    return teacher

@@ -1,0 +1,208 @@
+"""What is logged of the panel and the student: entropies, agreement, supports, disagreement, time.
+
+Full distributions are compared at a few positions and at logging steps only; sums stay on the device until then.
+
+Shape suffixes: S compared positions, V vocabulary, K tokens of a support.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from kd_plugin.panel.combining import GroupTerms
+from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
+
+SUPPORT = 16  # K
+_PAIRS_BY_NAME = 6  # of more than four teachers only the mean disagreement is logged
+
+
+class PanelTally:
+    """Sums over the compared positions since the last log.
+
+    Args:
+        names: the teachers.
+        positions: at most so many positions of a group are compared, spread evenly over it.
+    """
+
+    def __init__(self, names: Sequence[str], positions: int) -> None:
+        self.names = tuple(names)
+        self.positions = positions
+        self._pairs = list(combinations(range(len(names)), 2))
+        self._sums: Tensor | None = None  # (teachers + pairs, 4): count, then what :meth:`read` names
+
+    @torch.no_grad()
+    def add(self, groups: Sequence[GroupTerms], student_hidden: Tensor, student_head: OutputHead) -> None:
+        """Compare the student and its teachers at some positions of a micro-batch; waits for nothing.
+
+        Heads of sharded teachers must be whole meanwhile, since ranks have different groups.
+
+        Args:
+            groups: who judged which of the N positions, and what they said.
+            student_hidden: (N, H).
+            student_head: its head.
+        """
+        rows = len(self.names) + len(self._pairs)
+        if self._sums is None:
+            self._sums = torch.zeros(rows, 4, dtype=torch.float32, device=student_hidden.device)
+        sampled = [(group, self._sample(group, student_hidden)) for group in groups if group.terms]
+        empty = torch.zeros(0, dtype=torch.int64, device=student_hidden.device)
+        where = torch.cat([empty, *(places for _, (_, places) in sampled)])
+        # Projected once, also where nothing is compared: a sharded head is gathered by all ranks together
+        whole = _View.of(HiddenSignal(student_hidden.index_select(0, where), student_head))
+        begin = 0
+        for group, (chosen, _) in sampled:
+            student = whole.part(begin, len(chosen))
+            begin += len(chosen)
+            views = {}
+            for term in group.terms:
+                at = self.names.index(term.teacher)
+                views[at] = _View.of(_selected(term.signal, chosen))
+                self._sums[at] += views[at].against(student)
+            for number, (first, second) in enumerate(self._pairs):
+                if first in views and second in views:
+                    self._sums[len(self.names) + number] += views[first].between(views[second])
+
+    def _sample(self, group: GroupTerms, student_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which of a group's positions are compared, in the group and among the N."""
+        size = len(student_hidden) if group.positions is None else len(group.positions)
+        chosen = torch.linspace(0, max(size - 1, 0), min(size, self.positions)).round().long()
+        chosen = chosen.to(student_hidden.device, non_blocking=True)
+        return chosen, chosen if group.positions is None else group.positions.index_select(0, chosen)
+
+    def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+        """Return the means since the last call; waits for the device once.
+
+        Args:
+            reduce: sums a tensor over all ranks; called on every rank.
+            device: where a rank that compared nothing has its zeros.
+        """
+        rows = len(self.names) + len(self._pairs)
+        sums, self._sums = self._sums, None
+        found = reduce(torch.zeros(rows, 4, device=device) if sums is None else sums).tolist()
+        metrics = {}
+        for name, (count, entropy, agreement, overlap) in zip(self.names, found, strict=False):
+            if count:
+                metrics[f"entropy/{name}"] = entropy / count
+                metrics[f"agreement/{name}"] = agreement / count
+                metrics[f"support_overlap/{name}"] = overlap / count
+        pairs = found[len(self.names) :]
+        total = sum(row[0] for row in pairs)
+        if total:
+            metrics["disagreement"] = sum(row[2] for row in pairs) / total
+        if len(self._pairs) <= _PAIRS_BY_NAME:
+            for (first, second), (count, divergence, differ, dense) in zip(self._pairs, pairs, strict=True):
+                pair = f"{self.names[first]}|{self.names[second]}"
+                if count:
+                    metrics[f"disagreement/{pair}"] = differ / count
+                if dense:
+                    metrics[f"jensen_shannon/{pair}"] = divergence / dense
+        return metrics
+
+
+class _View:
+    """A distribution at S positions, in full or as the tokens that are listed."""
+
+    def __init__(self, entropy: Tensor, support: Tensor, logprobs: Tensor | None) -> None:
+        self.entropy = entropy  # (S,) nats
+        self.support = support  # (S, K) ids, the likeliest first; -1 where fewer are listed
+        self.logprobs = logprobs  # (S, V), or None
+
+    @classmethod
+    def of(cls, signal: HiddenSignal | SparseSignal) -> _View:
+        if isinstance(signal, SparseSignal):
+            return cls._of_list(signal)
+        logprobs = signal.head.logits(signal.hidden).float().log_softmax(-1)
+        entropy = torch.special.entr(logprobs.exp()).sum(-1)
+        return cls(entropy, logprobs.topk(min(SUPPORT, logprobs.size(1)), -1).indices, logprobs)
+
+    @classmethod
+    def _of_list(cls, signal: SparseSignal) -> _View:
+        """Take the rest for one token, a lower bound of the entropy; mean surprise where tokens were drawn."""
+        logprobs = signal.logprobs.float()
+        if signal.draws is not None:
+            draws = signal.draws.float()
+            surprise = torch.where(draws > 0, -draws * logprobs, 0.0)
+            entropy = surprise.sum(-1) / draws.sum(-1).clamp(min=1.0)
+        else:
+            entropy = torch.special.entr(logprobs.exp()).sum(-1)
+            entropy = entropy + torch.special.entr(signal.tail_logmass.float().exp())
+        best, order = logprobs.topk(min(SUPPORT, logprobs.size(1)), -1)
+        ids = signal.ids.gather(1, order).masked_fill(best == -torch.inf, -1)
+        return cls(entropy, ids, None)
+
+    def part(self, begin: int, count: int) -> _View:
+        """Return ``count`` positions from ``begin`` on."""
+        rows = slice(begin, begin + count)
+        logprobs = None if self.logprobs is None else self.logprobs[rows]
+        return _View(self.entropy[rows], self.support[rows], logprobs)
+
+    def against(self, student: _View) -> Tensor:
+        """Return (4,) count, entropy, agreement of the first token, and share of this support in the student's."""
+        listed = self.support >= 0
+        shared = (self.support.unsqueeze(-1) == student.support.unsqueeze(-2)).any(-1) & listed
+        overlap = shared.sum(-1) / listed.sum(-1).clamp(min=1)
+        return self._sums(self.entropy, (self.support[:, 0] == student.support[:, 0]).float(), overlap)
+
+    def between(self, other: _View) -> Tensor:
+        """Return (4,) count, Jensen-Shannon divergence in nats, disagreement of the first token, dense count."""
+        differ = (self.support[:, 0] != other.support[:, 0]).float()
+        if self.logprobs is None or other.logprobs is None or self.logprobs.shape != other.logprobs.shape:
+            return self._sums(torch.zeros_like(differ), differ, torch.zeros_like(differ))
+        middle = 0.5 * (self.logprobs.exp() + other.logprobs.exp())
+        divergence = torch.special.entr(middle).sum(-1) - 0.5 * (self.entropy + other.entropy)
+        return self._sums(divergence.clamp(min=0.0), differ, torch.ones_like(differ))
+
+    @staticmethod
+    def _sums(*columns: Tensor) -> Tensor:
+        return torch.stack([torch.ones_like(columns[0]), *columns], dim=1).float().sum(0)
+
+
+def _selected(signal: HiddenSignal | SparseSignal, chosen: Tensor) -> HiddenSignal | SparseSignal:
+    if isinstance(signal, HiddenSignal):
+        return HiddenSignal(signal.hidden.index_select(0, chosen), signal.head)
+    draws = None if signal.draws is None else signal.draws.index_select(0, chosen)
+    return SparseSignal(
+        signal.ids.index_select(0, chosen),
+        signal.logprobs.index_select(0, chosen),
+        signal.tail_logmass.index_select(0, chosen),
+        draws,
+    )
+
+
+class Stopwatch:
+    """Seconds that each teacher took since the last log; on an accelerator by its own events, read at the log."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spans: list[tuple[str, float | tuple[torch.Event, torch.Event]]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time a block under ``name``."""
+        if self._device.type == "cpu":
+            begin = time.perf_counter()
+            yield
+            self._spans.append((name, time.perf_counter() - begin))
+            return
+        events = tuple(torch.Event(device=self._device, enable_timing=True) for _ in range(2))
+        events[0].record()
+        yield
+        events[1].record()
+        self._spans.append((name, (events[0], events[1])))
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds of each name, and forget them; waits for what is still being timed."""
+        spans, self._spans = self._spans, []
+        seconds: dict[str, float] = {}
+        for name, span in spans:
+            if not isinstance(span, float):
+                span[1].synchronize()
+                span = span[0].elapsed_time(span[1]) / 1000.0
+            seconds[name] = seconds.get(name, 0.0) + span
+        return seconds

@@ -1,0 +1,202 @@
+"""Rollouts with the correction that each token got: kept as JSON lines, shown as one self-contained HTML page.
+
+Shape suffixes: N scored positions of a micro-batch, n of a row, K tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_plugin.divergence.extract import logprobs_of, top_tokens
+from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.panel.loss import Judgement
+from kd_plugin.panel.scoring import Correction
+from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
+
+ROLLOUTS = "rollouts"  # directory below output_dir
+_KEYS = {"step", "row", "prompt", "domain", "truncated", "tokens", "scored", "student", "correction", "teachers"}
+_TEACHER_KEYS = {"weight", "divergence", "logprob", "top"}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A response as people read it.
+
+    Attributes:
+        prompt: text before it.
+        tokens: its token ids, scored or not.
+        truncated: whether the limit cut it.
+    """
+
+    prompt: str
+    tokens: tuple[int, ...]
+    truncated: bool
+
+
+@torch.no_grad()
+def rollout_rows(
+    corrections: Sequence[Correction],
+    written: Sequence[Written],
+    student_hidden: Tensor,
+    student_head: OutputHead,
+    tokens: Tensor,
+    judgements: Sequence[Judgement],
+    *,
+    decode: Callable[[int], str],
+    top_k: int,
+    step: int,
+    rows: int,
+) -> list[dict[str, Any]]:
+    """Return the first rows of a micro-batch with all that was said of them. Waits for the device.
+
+    Args:
+        corrections: one a row.
+        written: one a row.
+        student_hidden: (N, H) at the scored positions, row by row.
+        student_head: the student's.
+        tokens: (N,) written there.
+        judgements: what the loss made of the corrections.
+        decode: a token's text.
+        top_k: K, tokens that each teacher would have written.
+        step: optimizer step.
+        rows: at most so many.
+
+    Returns:
+        One mapping a row, JSON-ready; numbers are nats, but for the probabilities in ``top``.
+    """
+    chosen = corrections[:rows]
+    count = sum(len(correction.positions) for correction in chosen)
+    student = logprobs_of(HiddenSignal(student_hidden[:count], student_head), tokens[:count], 1.0).tolist()
+    names = dict.fromkeys(name for correction in chosen for name in correction.signals)
+    said = {name: _values(judgements, name, tokens) for name in names}
+    found, begin = [], 0
+    for number, (correction, text) in enumerate(zip(chosen, written[:rows], strict=True)):
+        span = slice(begin, begin + len(correction.positions))
+        begin = span.stop
+        teachers: dict[str, dict[str, Any]] = {}
+        for name, signal in correction.signals.items():
+            divergence, weight = (_numbers(column[span]) for column in said[name])
+            logprobs, top = _token_view(signal, tokens[span], top_k, decode)
+            teachers[name] = {"weight": weight, "divergence": divergence, "logprob": logprobs, "top": top}
+        total = [
+            round(sum((t["weight"][i] or 0.0) * (t["divergence"][i] or 0.0) for t in teachers.values()), 4)
+            for i in range(len(correction.positions))
+        ]
+        found.append(
+            {
+                "step": step,
+                "row": number,
+                "prompt": text.prompt,
+                "domain": correction.assignment.domain,
+                "truncated": text.truncated,
+                "tokens": [decode(token) for token in text.tokens],
+                "scored": list(correction.positions),
+                "student": [round(value, 4) for value in student[span]],
+                "correction": total,
+                "teachers": teachers,
+            }
+        )
+    return found
+
+
+def append_rollouts(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a file of JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def read_rollouts(place: Path) -> list[dict[str, Any]]:
+    """Read saved rollouts: a file, a directory of such files, or a run's ``output_dir``; in the order of steps.
+
+    Raises:
+        ConfigError: there are none.
+        DataError: a line is no rollout.
+    """
+    if place.is_dir():
+        inside = place / ROLLOUTS if (place / ROLLOUTS).is_dir() else place
+        files = sorted(inside.glob("*.jsonl"))
+    else:
+        files = [place] if place.is_file() else []
+    rows = [row for file in files for row in _lines(file)]
+    if not rows:
+        raise ConfigError(
+            f"{str(place)!r} holds no saved rollouts. Set save_rollouts to a number of rows when training with "
+            "TeacherPanelTrainer; they go to output_dir/rollouts."
+        )
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def page(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """Return the page: HTML with its style, script and data inside, which asks no other machine for anything."""
+    # `<` alone could end the element early; the two separators are line ends in older scripts
+    data = json.dumps({"title": title, "rollouts": list(rows)}, ensure_ascii=False, allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    template = resources.files("kd_plugin.panel").joinpath("trace.html").read_text(encoding="utf-8")
+    before, after = template.split("{{data}}")
+    return before + data + after
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                good = row.keys() >= _KEYS and all(t.keys() >= _TEACHER_KEYS for t in row["teachers"].values())
+                good = good and isinstance(row["step"], int) and isinstance(row["tokens"], list)
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}, is no saved rollout: {error}.") from error
+            if not good:
+                raise DataError(
+                    f"{path}, line {number}, is no saved rollout: expected the keys {', '.join(sorted(_KEYS))}."
+                )
+            yield row
+
+
+def _values(judgements: Sequence[Judgement], name: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return one teacher's (N,) divergences and weights; NaN where it did not judge."""
+    both = tuple(torch.full((len(tokens),), math.nan, device=tokens.device) for _ in range(2))
+    for one in judgements:
+        if one.teacher == name:
+            where = torch.arange(len(tokens), device=tokens.device) if one.positions is None else one.positions
+            for column, values in zip(both, (one.divergence, one.weights), strict=True):
+                column.index_copy_(0, where, values.float())
+    return both[0], both[1]
+
+
+def _token_view(
+    signal: HiddenSignal | SparseSignal, tokens: Tensor, top_k: int, decode: Callable[[int], str]
+) -> tuple[list[float | None], list[list[tuple[str, float]]]]:
+    """Return a teacher's log-probability of each written token, and its own first K tokens with probabilities."""
+    if isinstance(signal, HiddenSignal):
+        ids = top_tokens(signal, top_k)
+        written = logprobs_of(signal, tokens, 1.0)
+        columns = [logprobs_of(signal, ids[:, k].contiguous(), 1.0) for k in range(ids.size(1))]
+        logprobs = torch.stack(columns, 1) if columns else signal.hidden.new_zeros((len(tokens), 0))
+    else:
+        logprobs, order = signal.logprobs.float().topk(min(top_k, signal.logprobs.size(1)), -1)
+        ids = signal.ids.gather(1, order)
+        listed = (signal.ids == tokens.unsqueeze(-1)) & (signal.logprobs > -math.inf)
+        known = torch.where(listed, signal.logprobs.float(), math.nan).nan_to_num(nan=-math.inf).amax(-1)
+        written = known.masked_fill(known == -math.inf, math.nan)
+        if signal.written_logprobs is not None:
+            written = signal.written_logprobs.float()
+    top = [
+        [(decode(i), round(math.exp(p), 4)) for i, p in zip(row_ids, row, strict=True) if p > -math.inf]
+        for row_ids, row in zip(ids.tolist(), logprobs.tolist(), strict=True)
+    ]
+    return _numbers(written), top
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    return [round(value, 4) if math.isfinite(value) else None for value in values.tolist()]

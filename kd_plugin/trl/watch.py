@@ -1,0 +1,285 @@
+"""Metrics, saved rollouts and guards in a TRL trainer: thin hooks over ``kd_plugin.panel``'s metrics, guards, trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from kd_plugin.divergence import Divergence
+from kd_plugin.errors import ConfigError
+from kd_plugin.panel import Correction, CorrectionLoss, TeacherPanel, correction_loss, score_rows
+from kd_plugin.panel.combining import group_terms
+from kd_plugin.panel.guards import LengthAlarm, Responses, ends_in_loop, loop_end, repetition, starting_student
+from kd_plugin.panel.metrics import PanelTally, Stopwatch
+from kd_plugin.panel.roster import Assignment
+from kd_plugin.panel.trace import ROLLOUTS, Written, append_rollouts, rollout_rows
+from kd_plugin.signals import OutputHead
+
+logger = logging.get_logger(__name__)
+ALARM_STATE = "alarm.json"
+_START = Assignment(("start",))
+
+
+class WatchMixin:
+    """Adds to the panel's trainer what notices, and what acts, when a run goes wrong.
+
+    The trainer calls :meth:`start_watching` after its parent's ``__init__``, :meth:`judged_positions` between
+    generation and scoring, :meth:`watch_loss` and :meth:`anchor_loss` in its loss, and :meth:`watched` when it logs.
+    """
+
+    panel: TeacherPanel
+    args: Any
+    accelerator: Any
+    state: Any
+    model: Any
+
+    def start_watching(self) -> None:
+        """Read the configuration, and keep the student's start where it is anchored to it."""
+        self._tallies = {mode: PanelTally(self.panel.names, self.args.watch_positions) for mode in ("train", "eval")}
+        self.clock = Stopwatch(self.accelerator.device)
+        self._saved = (-1, 0)  # step, rows
+        self._anchor: TeacherPanel | None = None
+        self._anchored: dict[str, Any] = {}
+        if self.args.anchor_weight > 0.0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # type: ignore[attr-defined]
+            raise ConfigError(
+                "anchor_weight keeps a whole copy of the student, and DeepSpeed or FSDP shard it. Name the start as a "
+                "teacher of the panel instead: combine='weighted_kl', with the student's own path as one teacher."
+            )
+        if self.args.anchor_weight > 0.0:
+            student = self.accelerator.unwrap_model(self.model)
+            start = starting_student(student, self._vocabulary)  # type: ignore[attr-defined]
+            self._prepare_teacher("start", start)  # type: ignore[attr-defined]
+            self._anchor = TeacherPanel({"start": start})
+        settings = self.args.alarm_settings()
+        self._alarm = LengthAlarm(settings) if settings.is_set else None
+        if self._alarm is not None:
+            self.add_callback(AlarmStateCallback(self._alarm))  # type: ignore[attr-defined]
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, **kwargs: Any) -> Any:
+        repeats = self.args.repetition_stop
+        if not repeats:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, **kwargs)  # type: ignore[misc]
+        model = self.accelerator.unwrap_model(self.model_wrapped)  # type: ignore[attr-defined]
+        generate = model.generate
+
+        def stopping(*args: Any, **options: Any) -> Any:
+            criteria = StoppingCriteriaList([_StopLoops(options["input_ids"].size(1), repeats)])
+            return generate(*args, stopping_criteria=criteria, **options)
+
+        model.generate = stopping  # TRL passes no criteria to it (1.16)
+        try:
+            found = super()._generate_single_turn(prompt_ids, images, multimodal_fields, **kwargs)  # type: ignore[misc]
+        finally:
+            del model.generate
+        ends = [loop_end(ids, repeats) for ids in found]  # exact, and the same for vLLM, which was not stopped
+        looping = sum(end is not None for end in ends)
+        self._metrics[self._mode]["rollouts/looping"].append(looping / len(found))  # type: ignore[attr-defined]
+        return [ids[:end] for ids, end in zip(found, ends, strict=True)]
+
+    def judged_positions(self, output: dict[str, Any], loss_mask: Tensor) -> list[list[int]]:
+        """Return for each row which tokens are trained on, look at the responses, and act on an alarm.
+
+        Args:
+            output: a generation batch; ``num_items_in_batch`` is set anew where rows leave the loss.
+            loss_mask: (B, C) the tokens that the student wrote.
+        """
+        used, lengths = loss_mask.tolist(), output["completion_mask"].sum(1).tolist()
+        ids = [row[:length] for row, length in zip(output["completion_ids"].tolist(), lengths, strict=True)]
+        truncated = [not row or row[-1] not in self.eos_token_ids for row in ids]  # type: ignore[attr-defined]
+        output["written"] = [
+            Written("", tuple(row), cut) for row, cut in zip(ids, truncated, strict=True)
+        ]  # the prompt is decoded only if the row is saved
+        positions = [[c for c, is_used in enumerate(row) if is_used] for row in used]
+        if self.args.mask_truncated_completions:
+            positions = [[] if cut else row for row, cut in zip(positions, truncated, strict=True)]
+            count = torch.tensor(float(sum(map(len, positions))), device=self.accelerator.device)
+            output["num_items_in_batch"] = self.accelerator.gather(count).sum()
+        self._observe(ids, truncated)
+        return positions
+
+    def _observe(self, ids: Sequence[Sequence[int]], truncated: Sequence[bool]) -> None:
+        """Log what the responses are like, over all ranks, and let the alarm see it."""
+        sums = [len(ids), sum(map(len, ids)), sum(truncated), sum(map(repetition, ids))]
+        local = torch.tensor(sums, dtype=torch.float32, device=self.accelerator.device)
+        rows, tokens, cut, repeated = self.accelerator.reduce(local, reduction="sum").tolist()
+        metrics = self._metrics[self._mode]  # type: ignore[attr-defined]
+        metrics["rollouts/repetition"].append(repeated / rows)
+        if self.args.mask_truncated_completions:
+            metrics["rollouts/masked"].append(cut / rows)
+        if self._alarm is None or self._mode == "eval":
+            return
+        wrong = self._alarm.observe(Responses(tokens / rows, cut / rows, repeated / rows))
+        metrics["alarm"].append(float(wrong is not None))
+        if wrong is not None:
+            self._ring(wrong)
+
+    def _ring(self, wrong: str) -> None:
+        action, step = self.args.alarm_action, self.state.global_step
+        if action == "stop":
+            done = "training stops, and what was learnt is saved"
+            self.control.should_training_stop = True  # type: ignore[attr-defined]
+            self.control.should_save = True  # type: ignore[attr-defined]
+        elif action == "lower_learning_rate":
+            factor = self.args.alarm_factor
+            done = f"the learning rate is multiplied by {factor}"
+            scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # type: ignore[attr-defined]
+            scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]  # kept in checkpoints
+            for group in self.optimizer.param_groups:  # type: ignore[attr-defined]
+                group["lr"] *= factor
+        else:
+            done = "nothing is done (alarm_action='warn')"
+        logger.warning(f"Alarm at step {step}: {wrong}; {done}.")
+
+    def score_start(self, output: dict[str, Any], positions: Sequence[Sequence[int]], rows_at_once: int) -> None:
+        """Ask the student's start about a generation batch, where the student is anchored to it."""
+        if self._anchor is None:
+            return
+        output["start"] = score_rows(
+            self._anchor,
+            [_START] * len(positions),
+            torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+            torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+            completion_start=output["prompt_ids"].size(1),
+            positions=positions,
+            rows_at_once=rows_at_once,
+        )
+
+    def anchor_loss(self, inputs: dict[str, Any], hidden: Tensor, head: OutputHead, tokens: Tensor) -> Tensor | float:
+        """Return the weighted KL(student || start) of a micro-batch, a sum in nats; 0 where there is no anchor."""
+        if self._anchor is None:
+            return 0.0
+        found = correction_loss(
+            self._anchor,
+            inputs["start"],
+            hidden,
+            head,
+            tokens,
+            divergence=Divergence("reverse_kl"),
+            temperature=self.temperature,  # type: ignore[attr-defined]
+        )
+        total = torch.stack(
+            [judgement.divergence.sum() for judgement in found.judgements] or [hidden.sum() * 0.0]
+        ).sum()
+        seen = torch.stack([total.detach(), torch.full_like(total, len(tokens))])
+        self._anchored[self._mode] = self._anchored.get(self._mode, 0.0) + seen
+        return self.args.anchor_weight * found.loss_sum
+
+    def watch_loss(
+        self, inputs: dict[str, Any], hidden: Tensor, head: OutputHead, tokens: Tensor, loss: CorrectionLoss
+    ) -> None:
+        """Compare full distributions and save rollouts, at logging steps."""
+        if not self._logs_this_step():
+            return
+        corrections: list[Correction] = inputs["corrections"]
+        hidden, step = hidden.detach(), self.state.global_step
+        if self.args.watch_positions:
+            self._tallies[self._mode].add(group_terms(self.panel, corrections, hidden.device, step), hidden, head)
+        if self.args.save_rollouts and self.model.training:
+            self._save_rollouts(inputs, hidden, head, tokens, loss)
+
+    def _save_rollouts(
+        self, inputs: dict[str, Any], hidden: Tensor, head: OutputHead, tokens: Tensor, loss: CorrectionLoss
+    ) -> None:
+        step = self.state.global_step + 1
+        path = Path(self.args.output_dir, ROLLOUTS, f"step-{step:08d}-rank-{self.accelerator.process_index}.jsonl")
+        if self._saved[0] != step:
+            self._saved = (step, 0)
+            path.unlink(missing_ok=True)  # of the same step before a resume
+        left = self.args.save_rollouts - self._saved[1]
+        if left <= 0:
+            return
+        tokenizer = self._tokenizer  # type: ignore[attr-defined]
+        prompts = [
+            tokenizer.decode([token for token, used in zip(ids, mask, strict=True) if used])
+            for ids, mask in zip(
+                inputs["prompt_ids"][:left].tolist(), inputs["prompt_mask"][:left].tolist(), strict=True
+            )
+        ]
+        written = [
+            Written(prompt, one.tokens, one.truncated)
+            for prompt, one in zip(prompts, inputs["written"][:left], strict=True)
+        ]
+        rows = rollout_rows(
+            inputs["corrections"],
+            written,
+            hidden,
+            head,
+            tokens,
+            loss.judgements,
+            decode=lambda token: tokenizer.decode([token]),
+            top_k=self.args.save_rollouts_top_k,
+            step=step,
+            rows=left,
+        )
+        append_rollouts(path, rows)
+        self._saved = (step, self._saved[1] + len(rows))
+
+    def watched(self) -> dict[str, float]:
+        """Return what was watched since the last log; called on every rank."""
+        device, found = self.accelerator.device, {}
+        if self.args.watch_positions:
+            found = self._tallies[self._mode].read(lambda sums: self.accelerator.reduce(sums, reduction="sum"), device)
+        if self._anchor is not None:
+            sums = self._anchored.pop(self._mode, torch.zeros(2, device=device))
+            divergence, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+            found["divergence/start"] = divergence / max(count, 1.0)
+        return found | {f"time/{name}": seconds for name, seconds in self.clock.read().items()}
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _logs_this_step(self) -> bool:
+        """Whether the optimizer step that is being made will be logged."""
+        if not self.model.training:
+            return True
+        step, args = self.state.global_step + 1, self.args
+        by_step = args.logging_strategy == "steps" and step % max(self.state.logging_steps, 1) == 0
+        return by_step or (step == 1 and args.logging_first_step) or 0 < self.state.max_steps <= step
+
+
+class AlarmStateCallback(TrainerCallback):
+    """Keeps what the alarm saw in every checkpoint, so that a resumed run rings when an undisturbed one would."""
+
+    def __init__(self, alarm: LengthAlarm) -> None:
+        self._alarm = alarm
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write it, on the process that writes checkpoints."""
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and checkpoint.is_dir():
+            (checkpoint / ALARM_STATE).write_text(json.dumps(self._alarm.state()))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take it up again."""
+        path = Path(args.output_dir, f"checkpoint-{state.global_step}", ALARM_STATE)
+        if state.global_step > 0 and path.is_file():
+            self._alarm.load(json.loads(path.read_text()))
+
+
+class _StopLoops(StoppingCriteria):
+    """Ends rows that repeat themselves; looked at every eighth token, since the exact end is cut afterwards."""
+
+    def __init__(self, start: int, repeats: int) -> None:
+        self.start, self.repeats = start, repeats
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        if (input_ids.size(1) - self.start) % 8:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return ends_in_loop(input_ids, self.start, self.repeats)
