@@ -1,8 +1,8 @@
 """Bytes that each GPU holds, part by part, for one ZeRO stage.
 
 Symbols: P parameters, T trainable ones, N ranks, b bytes of a weight (2 in bf16). The optimizer is AdamW with a
-float32 master copy and two float32 moments (Rajbhandari et al., arXiv 1910.02054, section 3.1). What DeepSpeed 0.19.8
-holds was counted in 2-rank runs; tests/zero/test_plan_bytes.py compares.
+float32 master copy and two float32 moments (Rajbhandari et al., arXiv 1910.02054, section 3.1). DeepSpeed's buffers are
+read from its code (0.19.8).
 """
 
 from __future__ import annotations
