@@ -10,6 +10,7 @@ import yaml
 
 from kd_plugin.lineage import verify
 from tests.zero.ranks import CHECKOUT, environment, reports
+from tests.zero.worker import deepspeed_config
 
 pytestmark = pytest.mark.zero
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -49,16 +50,23 @@ def torchrun(rank, tmp_path):
 
 
 def accelerate(rank, tmp_path):
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text(json.dumps(deepspeed_config(3)))
     config = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "MULTI_CPU",
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {
+            "deepspeed_config_file": str(settings),
+            "deepspeed_multinode_launcher": "standard",
+            "zero3_init_flag": True,
+        },
         "num_machines": 2,
         "num_processes": 2,
         "machine_rank": rank,
         "main_process_ip": ADDRESSES[0],
         "main_process_port": 29511,
         "rdzv_backend": "static",
-        "use_cpu": True,
+        "use_cpu": False,
     }
     path = tmp_path / f"accelerate{rank}.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -70,10 +78,10 @@ def slurm(rank, tmp_path):
     script = (
         f"exec {sys.executable} -m torch.distributed.run --nnodes $SLURM_NNODES "
         "--nproc_per_node $SLURM_NTASKS_PER_NODE "
-        '--rdzv_backend c10d --rdzv_endpoint $HEAD:29511 --rdzv_id $SLURM_JOB_ID --local_addr $ADDRESS -m "$@"'
+        '--node_rank $SLURM_NODEID --master_addr $HEAD --master_port 29511 -m "$@"'
     )
     variables = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_ID": "77", "SLURM_NODEID": str(rank)}
-    return ["bash", "-c", script, "node"], {**variables, "HEAD": ADDRESSES[0], "ADDRESS": ADDRESSES[rank]}
+    return ["bash", "-c", script, "node"], {**variables, "HEAD": ADDRESSES[0]}
 
 
 @pytest.mark.parametrize("launcher", [torchrun, accelerate, slurm])
