@@ -35,6 +35,13 @@ def place_teachers(
     strategy = trainer.strategy
     zero3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
     sharded = zero3 or isinstance(strategy, ModelParallelStrategy)
+    local = [name for name, teacher in panel.teachers.items() if isinstance(teacher, LocalTeacher)]
+    if zero3 and trainer.world_size > 1 and panel.combine == "route" and len(local) > 1:
+        raise ConfigError(
+            f"combine='route' over the sharded teachers {', '.join(local)} is not there yet under ZeRO-3 in Lightning: "
+            "ranks that ask different teachers would wait for one another. Use combine='weighted_kl', ZeRO-1 or 2, or "
+            "TeacherPanelTrainer in TRL."
+        )
     for name, teacher in panel.teachers.items():
         if isinstance(teacher, AdapterTeacher):
             if sharded:

@@ -127,7 +127,8 @@ def state_bytes(run: PlannedRun, stage: int, ranks: int) -> tuple[int, int, int]
     """Return the bytes of the student's weights, gradients and optimizer states on one rank.
 
     Under stage 3 a parameter of fewer than ``persistence_threshold`` elements stays whole on each rank beside its
-    part. In float32 stage 3 needs no master copy.
+    part. Stage 1 holds all gradients until the step reduces them. DeepSpeed 0.19.8 keeps a float32 master copy in
+    stages 1 to 3 even where the weights are float32 (counted on two ranks).
     """
     student = run.student
     total, trainable = student.total, student.trainable
@@ -140,8 +141,7 @@ def state_bytes(run: PlannedRun, stage: int, ranks: int) -> tuple[int, int, int]
     parts = sum(-(-p.numel // ranks) for p in student.parameters)
     trainable_parts = sum(-(-p.numel // ranks) for p in student.parameters if p.trainable)
     whole = sum(p.numel for p in student.parameters if p.numel < persistence_threshold(student.hidden))
-    states = 8 if run.precision == "fp32" else 12
-    return run.element * (parts + whole), run.element * trainable_parts, states * trainable_parts
+    return run.element * (parts + whole), run.element * trainable_parts, 12 * trainable_parts
 
 
 def persistence_threshold(hidden: int) -> int:

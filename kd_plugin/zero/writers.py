@@ -114,8 +114,9 @@ deepspeed{hostfile} --module {train} {settings} --deepspeed {deepspeed_file}
 
 # Slurm: the whole script is integrations/slurm/{method}.sbatch
 srun --nodes {cluster.nodes} --ntasks-per-node 1 --gpus-per-node {cluster.gpus_per_node} bash -c \\
-  'torchrun --nnodes {cluster.nodes} --nproc_per_node {cluster.gpus_per_node} --rdzv_backend c10d \\
-   --rdzv_endpoint "$HEAD:29500" --rdzv_id "$SLURM_JOB_ID" -m {train} {settings} --deepspeed {deepspeed_file}'
+  'torchrun --nnodes {cluster.nodes} --nproc_per_node {cluster.gpus_per_node} \\
+   --node_rank "$SLURM_NODEID" --master_addr "$HEAD" --master_port 29500 \\
+   -m {train} {settings} --deepspeed {deepspeed_file}'
 """
 
 
