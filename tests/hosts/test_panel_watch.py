@@ -2,9 +2,12 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from kd_plugin.cli.main import main
@@ -233,3 +236,11 @@ def test_a_collapse_lowers_the_learning_rate(tmp_path, student_dir):
 def test_values_that_cannot_be_meant_are_refused_before_anything_is_loaded(wrong, words, tmp_path):
     with pytest.raises(ConfigError, match=words):
         TeacherPanelConfig(**settings(tmp_path), **wrong)
+
+
+def test_the_page_on_watching_names_fields_that_exist(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "watching.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    fields = {key: value for block in blocks for key, value in yaml.safe_load(block).items()}
+    config = TeacherPanelConfig(**settings(tmp_path), **fields)
+    assert len(fields) >= 11 and config.alarm_settings().is_set
