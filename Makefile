@@ -54,9 +54,12 @@ format: $(STAMP) ## Put the code into the project's format.
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-bench: $(STAMP) ## Run the benchmarks.
-	@for script in tests/benchmarks/[a-z]*.py; do \
-		name=$$(basename $$script .py); echo "== $$name"; $(PY) -m tests.benchmarks.$$name $(ARGS) || exit 1; done
+bench: $(STAMP) ## Run a benchmark: make bench NAME=panel_loss ARGS="--help"; without NAME it lists them.
+ifdef NAME
+	@$(PY) -m tests.benchmarks.$(NAME) $(ARGS)
+else
+	@grep -l __main__ tests/benchmarks/*.py | xargs -n 1 basename -s .py
+endif
 
 # vLLM pins another transformers, so it lives apart. KD_VLLM_PYTHON names one that is there; KD_VLLM_MODELS is where
 # the demo's model is kept.

@@ -183,7 +183,8 @@ def _option(option: Option, cluster: Cluster) -> dict[str, Any]:
 
 
 def _bills(settings: PlanSettings, run: PlannedRun, cluster: Cluster) -> Sequence[Any]:
-    return bills(run, cluster, settings.rows, settings.epochs)
+    """Return the bills; that of a panel only where there are teachers to pay for."""
+    return [b for b in bills(run, cluster, settings.rows, settings.epochs) if b.method == "offline" or run.teachers]
 
 
 def _break_even(settings: PlanSettings, run: PlannedRun, cluster: Cluster) -> dict[str, Any] | None:

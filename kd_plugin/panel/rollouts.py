@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Tokens = list[int]
-Propose = Callable[[Sequence[int], list[Tokens], int], list[Tokens]]
+Propose = Callable[[list[Tokens], int], list[Tokens]]
 Judge = Callable[[Sequence[int], list[Tokens], list[Tokens]], list[Tensor]]
 
 
@@ -79,7 +79,7 @@ def interleave(
 
     Args:
         prompts: B prompts as token ids.
-        propose: ``(row numbers, prefixes, N) -> proposals``; each of 1 to N tokens, ending at an end token.
+        propose: ``(prefixes, N) -> proposals``; each of 1 to N tokens, ending at an end token.
         judge: ``(row numbers, prefixes, proposals) -> log-probabilities``; one (len(proposal), V) tensor a row, the
             panel's distribution at each proposed token.
         max_new_tokens: longest response.
@@ -100,7 +100,7 @@ def interleave(
         room = min(block, max(max_new_tokens - len(tokens[row]) for row in writing))
         proposals = [
             proposal[: max_new_tokens - len(tokens[row])]
-            for row, proposal in zip(writing, propose(writing, prefixes, room), strict=True)
+            for row, proposal in zip(writing, propose(prefixes, room), strict=True)
         ]
         judged = judge(writing, prefixes, proposals)
         for row, proposal, logprobs in zip(writing, proposals, judged, strict=True):

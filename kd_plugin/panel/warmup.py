@@ -60,7 +60,9 @@ class CacheWarmup:
         self._seed = seed
         self._pad = pad_token_id
         self._max_length = max_length
-        self._rows = [cache.dataset() for cache in self.caches]
+        self._rows = [cache.dataset().with_format("numpy") for cache in self.caches]
+        self._masks = [rows.select_columns(["completion_mask"]) for rows in self._rows]
+        self._scored_of: tuple[int, int] = (-1, 0)  # the last step, and how many positions it scores
         self._ends = torch.tensor([len(rows) for rows in self._rows]).cumsum(0)
         self._orders: dict[int, Tensor] = {}
 
@@ -81,8 +83,9 @@ class CacheWarmup:
         whole_step = rows * micro_steps * ranks
         numbers = [self._nth(step * whole_step + i) for i in range(whole_step)]
         mine = numbers[(rank * micro_steps + micro_step) * rows :][:rows]
-        scored = sum(self._scored(number) for number in numbers)
-        return self._collated(mine, scored)
+        if self._scored_of[0] != step:
+            self._scored_of = step, sum(self._scored(number) for number in numbers)
+        return self._collated(mine, self._scored_of[1])
 
     def _nth(self, position: int) -> int:
         """Return the row at a position of the endless sequence of shuffled passes."""
@@ -93,18 +96,23 @@ class CacheWarmup:
             self._orders[epoch] = torch.randperm(len(self), generator=generator)
         return int(self._orders[epoch][within])
 
+    def _place(self, number: int) -> tuple[int, int]:
+        """Return which cache a row is in, and its number there."""
+        cache = int(torch.searchsorted(self._ends, number, right=True))
+        return cache, number - (int(self._ends[cache - 1]) if cache else 0)
+
     def _row(self, number: int) -> tuple[int, dict[str, Any]]:
         """Return which cache a row is in, and the row."""
-        cache = int(torch.searchsorted(self._ends, number, right=True))
-        before = int(self._ends[cache - 1]) if cache else 0
-        row = self._rows[cache][number - before]
+        cache, within = self._place(number)
+        row = self._rows[cache][within]
         cut = slice(0, self._max_length)
         return cache, {
             name: torch.as_tensor(row[name])[cut] for name in ("input_ids", "completion_mask", "teacher_index")
         }
 
     def _scored(self, number: int) -> int:
-        return int(self._row(number)[1]["completion_mask"][1:].sum())
+        cache, within = self._place(number)
+        return int(self._masks[cache][within]["completion_mask"][1 : self._max_length].sum())
 
     def _collated(self, numbers: Sequence[int], scored: int) -> WarmupBatch:
         found = [self._row(number) for number in numbers]

@@ -92,8 +92,7 @@ class RolloutMixin:
                     "completions cannot be mixed in. Let the student write all rows (on_policy_fraction=1)."
                 )
             ids = whole[len(prompt) :]
-        ends = [i for i, token in enumerate(ids) if token in self.eos_token_ids]  # type: ignore[attr-defined]
-        return ids[: ends[0] + 1 if ends else None][: self.args.max_completion_length]
+        return self._until_end(ids)[: self.args.max_completion_length]
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, **kwargs: Any) -> Any:
         given = self._given if len(self._given) == len(prompt_ids) else [None] * len(prompt_ids)
@@ -129,7 +128,7 @@ class RolloutMixin:
             torch.no_grad(),
         ):
 
-            def propose(numbers: Sequence[int], prefixes: list[list[int]], count: int) -> list[list[int]]:
+            def propose(prefixes: list[list[int]], count: int) -> list[list[int]]:
                 width = max(map(len, prefixes))
                 ids = torch.full((len(prefixes), width), pad)
                 mask = torch.zeros_like(ids)

@@ -43,7 +43,7 @@ def deepspeed_config(run: PlannedRun, layout: Layout, nvme_path: str = "/local_n
     }
 
 
-def accelerate_config(run: PlannedRun, cluster: Cluster, deepspeed_file: str) -> dict[str, Any]:
+def accelerate_config(cluster: Cluster, layout: Layout, deepspeed_file: str) -> dict[str, Any]:
     """Return an Accelerate configuration that launches on every GPU with the DeepSpeed file.
 
     On several nodes the launch command adds each node's rank and the first one's address.
@@ -53,7 +53,7 @@ def accelerate_config(run: PlannedRun, cluster: Cluster, deepspeed_file: str) ->
         "distributed_type": "DEEPSPEED",
         "deepspeed_config": {
             "deepspeed_config_file": deepspeed_file,
-            "zero3_init_flag": True,
+            "zero3_init_flag": layout.stage == 3,
             **({"deepspeed_multinode_launcher": "standard"} if cluster.nodes > 1 else {}),
         },
         "num_machines": cluster.nodes,
@@ -127,7 +127,7 @@ def write_all(run: PlannedRun, layout: Layout, cluster: Cluster, directory: Path
     ds, acc = str(names["deepspeed.json"]), str(names["accelerate.yaml"])
     config = deepspeed_config(run, layout, nvme_path)
     names["deepspeed.json"].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    names["accelerate.yaml"].write_text(_yaml(accelerate_config(run, cluster, ds)), encoding="utf-8")
+    names["accelerate.yaml"].write_text(_yaml(accelerate_config(cluster, layout, ds)), encoding="utf-8")
     names["lightning.yaml"].write_text(_yaml(lightning_fragment(layout, cluster, ds, run)), encoding="utf-8")
     names["launch.sh"].write_text(commands(run, layout, cluster, ds, acc), encoding="utf-8")
     return list(names.values())
