@@ -1,8 +1,8 @@
 """The Lightning host: callbacks for a module that is there already, and ready modules for configuration files.
 
 student.py finds the student and says what must hold · forward.py lets its forward pass compute the loss · step.py adds
-it to what a training step returns · offline.py and panel.py are the callbacks · lineage.py follows every save ·
-module.py, data.py and cli.py are for those who write YAML and no Python.
+it to what a training step returns · offline.py and panel.py are the callbacks, callback.py what they share ·
+lineage.py follows every save · module.py, data.py and cli.py are for those who write YAML and no Python.
 """
 
 from kd_plugin.lightning.data import KDDataModule

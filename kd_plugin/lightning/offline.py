@@ -8,26 +8,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from kd_plugin.cache import TeacherCache
 from kd_plugin.cache.alignment import require_aligned
 from kd_plugin.cache.joining import TARGET, batch_targets
-from kd_plugin.divergence import Divergence, Tail, require_finite
+from kd_plugin.divergence import Divergence, Tail
 from kd_plugin.divergence.objective import OfflineObjective
 from kd_plugin.errors import ConfigError
+from kd_plugin.lightning.callback import StudentCallback
 from kd_plugin.lightning.forward import Call, DistillingForward
 from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.step import WINDOW_TOKENS, DistillingStep, Prepared, require_mapping, without
-from kd_plugin.lightning.student import (
-    builds_later,
-    find_student,
-    require_returned_loss,
-    require_supported,
-    tell_transformers_of_zero3,
-)
+from kd_plugin.lightning.student import find_student
 from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.vocab import Vocabulary
 
@@ -39,7 +34,7 @@ _WAY_OUT = (
 )
 
 
-class OfflineKD(Callback):
+class OfflineKD(StudentCallback):
     """Adds the divergence from a teacher cache to whatever a module trains on; the module is left as it is.
 
     The module holds a transformers causal language model somewhere, and its ``training_step`` returns a loss. The
@@ -69,7 +64,7 @@ class OfflineKD(Callback):
         DataError: before the first step, batches have no ``teacher_index``.
     """
 
-    brings_lineage = True
+    loss_name = "the offline KD loss"
 
     def __init__(
         self,
@@ -93,13 +88,9 @@ class OfflineKD(Callback):
             Divergence(divergence, beta=jsd_beta, alpha=skew_alpha), temperature, tail, kd_weight, ce_weight
         )
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache, allow_partial=allow_partial)
-        self.student = student
+        super().__init__(student)
         self.tokenizer = tokenizer
         self.lineage = lineage
-        self._forward: DistillingForward | None = None
-        self._step: DistillingStep | None = None
-        self._zero3: Any = None
-        self._checked = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -107,18 +98,10 @@ class OfflineKD(Callback):
         return {"objective": self.objective, "cache": self.cache.manifest.content_digest}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the trainer, the module, the cache and the licenses."""
-        self._zero3 = tell_transformers_of_zero3(trainer)
-        self._checked = False
-        if stage != "fit":
-            return
-        require_supported(trainer)
-        require_returned_loss(pl_module)
-        require_aligned(self.cache)
-        if not builds_later(pl_module):
-            self._check(trainer, pl_module, find_student(pl_module, self.student))
-        elif hasattr(pl_module, "student_reference"):
-            self._check(trainer, pl_module, pl_module.student_reference)
+        """Check the cache, the trainer, the module and the licenses."""
+        if stage == "fit":
+            require_aligned(self.cache)
+        super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the student where it was not there before, and take part in its forward pass."""
@@ -154,31 +137,12 @@ class OfflineKD(Callback):
             values["val/cross_entropy"] = found.nll.sum() / tokens
         module.log_dict(values, batch_size=tokens, sync_dist=True, add_dataloader_idx=False)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the module as it was."""
-        if self._step is not None:
-            self._step.remove()
-        if self._forward is not None:
-            self._forward.remove()
-        self._step = self._forward = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the module as it was."""
-        self.teardown(trainer, pl_module, "fit")
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the first rows, where the loader allows it, so that a missing column shows before any step."""
         loader: Any = trainer.train_dataloader
         dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
         if collate is not None and dataset is not None and hasattr(dataset, "__getitem__") and len(dataset):
             self._require(collate([dataset[0]]))
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Look at the loss where it is read anyway; reading it at each step would make the device wait."""
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            require_finite(outputs["loss"], "the offline KD loss")
 
     def _join(self, module: LightningModule, model: PreTrainedModel) -> None:
         """Patch the student's forward pass."""

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kd_plugin.divergence import require_finite
 from kd_plugin.errors import ConfigError
+from kd_plugin.lightning.callback import StudentCallback
 from kd_plugin.lightning.forward import Call, DistillingForward
 from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.offline import load_tokenizer
@@ -21,13 +21,7 @@ from kd_plugin.lightning.panel_objective import Corrected, PanelObjective
 from kd_plugin.lightning.panel_settings import PanelSettings
 from kd_plugin.lightning.placing import place_teachers
 from kd_plugin.lightning.step import WINDOW, DistillingStep, Prepared, require_mapping
-from kd_plugin.lightning.student import (
-    builds_later,
-    find_student,
-    require_returned_loss,
-    require_supported,
-    tell_transformers_of_zero3,
-)
+from kd_plugin.lightning.student import find_student
 from kd_plugin.lightning.writing import Rollouts, render, write
 from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.panel import score_rows
@@ -39,7 +33,7 @@ _ROW = ("teacher_id", "domain", "teacher_weights")
 _WAY_OUT = "Let the collator keep 'prompt' as a list, text or messages, with 'teacher_id' beside it for a routed panel."
 
 
-class TeacherPanelCorrection(Callback):
+class TeacherPanelCorrection(StudentCallback):
     """Lets the student write before a step, has the panel correct it, and lets the module train on the correction.
 
     The batch holds ``prompt``, a list of texts or conversations, and for a routed panel ``teacher_id`` (or
@@ -66,7 +60,7 @@ class TeacherPanelCorrection(Callback):
         DataError: before the first step, batches have no ``prompt``, or a row names no teacher of the panel.
     """
 
-    brings_lineage = True
+    loss_name = "the teacher panel's loss"
 
     def __init__(
         self,
@@ -88,29 +82,12 @@ class TeacherPanelCorrection(Callback):
             raise ConfigError(f"ce_weight is {ce_weight}; expected a number of at least 0.")
         # The temperature that the student writes at is the one that the divergence is taken at, as in TRL
         self.objective = PanelObjective(self.panel, divergence, self.settings.temperature, ce_weight)
-        self.student = student
+        super().__init__(student)
         self.seed = seed
         self.lineage = lineage
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
-        self._forward: DistillingForward | None = None
-        self._step: DistillingStep | None = None
         self._ahead: list[Prepared] = []
-        self._zero3: Any = None
-        self._checked = False
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the trainer, the module, the vocabularies and the licenses, before teachers are loaded."""
-        self._zero3 = tell_transformers_of_zero3(trainer)
-        self._checked = False
-        if stage != "fit":
-            return
-        require_supported(trainer)
-        require_returned_loss(pl_module)
-        if not builds_later(pl_module):
-            self._check(trainer, pl_module, find_student(pl_module, self.student))
-        elif hasattr(pl_module, "student_reference"):
-            self._check(trainer, pl_module, pl_module.student_reference)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the student where it was not there before, load the teachers, and join the student's forward pass."""
@@ -141,25 +118,10 @@ class TeacherPanelCorrection(Callback):
         if WINDOW not in batch:
             self._ahead = [_alone(self._ahead[0])]
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Look at the loss where it is read anyway; reading it at each step would make the device wait."""
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            require_finite(outputs["loss"], "the teacher panel's loss")
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the module as it was."""
-        if self._step is not None:
-            self._step.remove()
-        if self._forward is not None:
-            self._forward.remove()
-        self._step = self._forward = None
+        """Leave the module as it was, and what was written for it."""
+        super().teardown(trainer, pl_module, stage)
         self._ahead = []
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the module as it was."""
-        self.teardown(trainer, pl_module, "fit")
 
     def _check(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel | str) -> None:
         """Pass the license gate and compare vocabularies; neither needs any weights."""
