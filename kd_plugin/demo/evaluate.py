@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kd_plugin.demo.precision import fast_dtype
 from kd_plugin.demo.prompts import Question
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.reference import divergence_from_logits
@@ -107,5 +108,5 @@ class Measurement:
 
 
 def open_model(directory: str | Path, tokenizer: Any, name: str = "student") -> LocalTeacher:
-    """Open a model directory for scoring and writing, in bfloat16."""
-    return LocalTeacher(directory, tokenizer=tokenizer, name=name, dtype="bfloat16")
+    """Open a model directory for scoring and writing, in the dtype that this machine is fast in."""
+    return LocalTeacher(directory, tokenizer=tokenizer, name=name, dtype=fast_dtype())

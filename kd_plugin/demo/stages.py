@@ -16,6 +16,7 @@ from kd_plugin.cache import TeacherCache, TopK, capture
 from kd_plugin.demo.config import DemoConfig
 from kd_plugin.demo.evaluate import Answer, Measurement, answer, held_out_kl, open_model
 from kd_plugin.demo.model import Prepared, cut_student
+from kd_plugin.demo.precision import fast_dtype
 from kd_plugin.demo.progress import Bar, training_bar
 from kd_plugin.demo.prompts import DOMAINS, GENERAL, MATH, Question, questions
 from kd_plugin.demo.state import DemoState
@@ -76,8 +77,8 @@ class Stage:
             "warmup_steps": max(1, steps // 10),
             "per_device_train_batch_size": self.config.batch_size,
             "gradient_checkpointing": False,  # memory is no concern here, time is
-            "bf16": False,  # the weights are bfloat16 already, so autocast has nothing to do
-            "model_init_kwargs": {"dtype": "bfloat16"},
+            "bf16": False,  # the weights have the fastest dtype already, so autocast has nothing to do
+            "model_init_kwargs": {"dtype": fast_dtype()},
             "seed": self.config.seed,
             "save_strategy": "no",  # saved once, at the end
             "logging_steps": 1,
@@ -165,7 +166,7 @@ def fill_cache(stage: Stage) -> dict[str, Any]:
         {"prompt": q.prompt, "completion": [{"role": "assistant", "content": a.text}], "domain": q.domain}
         for q, a in zip(train, _answers(stage, "train"), strict=True)
     ]
-    teacher = LocalTeacher(stage.teacher.ref, name=GENERAL, license=config.teacher_license or None)
+    teacher = open_teacher(stage)
     stage.state.claim(CACHE, clean=False)  # an interrupted capture goes on where it was
     cache = capture(
         Dataset.from_list(rows),
@@ -208,8 +209,8 @@ def train_panel(stage: Stage) -> dict[str, float]:
     trainer = TeacherPanelTrainer(
         model=str(stage.path(OFFLINE)),
         teacher_models={
-            MATH: LocalTeacher(stage.path(SPECIALIST), name=MATH),
-            GENERAL: LocalTeacher(stage.teacher.ref, name=GENERAL, license=config.teacher_license or None),
+            MATH: open_model(stage.path(SPECIALIST), stage.tokenizer, MATH),
+            GENERAL: open_teacher(stage),
         },
         args=TeacherPanelConfig(
             **stage.training(PANEL, config.panel_steps, config.panel_learning_rate),
@@ -236,6 +237,13 @@ def measure(stage: Stage, name: str) -> dict[str, Any]:
     shown = sample_questions(config)
     texts = [a.text for a in answer(student.model, stage.tokenizer, list(shown.values()), config.max_completion_length)]
     return asdict(Measurement(kl=kl, samples=dict(zip(shown, texts, strict=True))))
+
+
+def open_teacher(stage: Stage) -> LocalTeacher:
+    """Return the general teacher, under the licence that the user declares or that its card names."""
+    return LocalTeacher(
+        stage.teacher.ref, name=GENERAL, license=stage.config.teacher_license or None, dtype=fast_dtype()
+    )
 
 
 def sample_questions(config: DemoConfig) -> dict[str, Question]:
