@@ -8,7 +8,7 @@ what else uses the base (a teacher, a student that trains an adapter of its own)
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -16,19 +16,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage.sources import Source
-from kd_plugin.signals import HiddenSignal, OutputHead
+from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.adapter_check import read_adapter, require_base
+from kd_plugin.teachers.in_process import InProcessTeacher
 from kd_plugin.teachers.local import LocalTeacher, resident
 from kd_plugin.vocab import Vocabulary
 
 STUDENT = "student"
 
 
-class AdapterTeacher:
+class AdapterTeacher(InProcessTeacher):
     """A PEFT adapter (LoRA, IA3, OFT ...) on a base model that other teachers, or the student, share.
 
     Nothing is loaded until it is needed, so that the license gate can refuse it first.
@@ -59,13 +60,13 @@ class AdapterTeacher:
         license: str | None = None,
         accept_base: bool = False,
     ) -> None:
+        super().__init__()
         self.name = name
         self.adapter = str(adapter)
         self._revision, self._license, self._accept_base = revision, license, accept_base
         self._model: nn.Module | None = None
         self._student: nn.Module | None = None
         self._student_vocabulary: Vocabulary | None = None
-        self._call: Callable[..., Tensor] = lambda method, *inputs: method(*inputs)
         self.base: LocalTeacher | None = None
         self.owns_base = not isinstance(base, LocalTeacher)
         if isinstance(base, LocalTeacher):
@@ -210,24 +211,9 @@ class AdapterTeacher:
             if self.base.placement == "offload":
                 self.model.to("cpu")
 
-    def attach(self, call: Callable[..., Tensor]) -> None:
-        """Let a host run the forward pass; see :meth:`LocalTeacher.attach`."""
-        self._call = call
-
-    @torch.no_grad()
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the last hidden states (B, L, H) of a batch (B, L), after the final norm."""
-        self.model.eval()
-        return self._call(self._backbone, input_ids, attention_mask)
-
-    def _backbone(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        backbone = self.model.get_base_model().base_model  # type: ignore[operator]
-        return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-
-    def score(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> HiddenSignal:
-        """Judge the next token at ``positions``; see :meth:`~kd_plugin.teachers.base.Teacher.score`."""
-        hidden = self.hidden_states(input_ids, attention_mask)
-        return HiddenSignal(hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions), self.head)
+    @property
+    def _backbone(self) -> Any:
+        return self.model.get_base_model().base_model  # type: ignore[operator]
 
     @cached_property
     def _config(self) -> Any:

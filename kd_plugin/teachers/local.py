@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.sources import Source
-from kd_plugin.signals import HiddenSignal, OutputHead
+from kd_plugin.signals import OutputHead
+from kd_plugin.teachers.in_process import InProcessTeacher
 from kd_plugin.vocab import Vocabulary
 from kd_plugin.zero.sharding import is_sharded
 
 Placement = Literal["resident", "offload"]
 
 
-class LocalTeacher:
+class LocalTeacher(InProcessTeacher):
     """A transformers causal language model in this process, resident on one device or moved there when it scores.
 
     Nothing is loaded until it is needed, so that the license gate can refuse it first.
@@ -53,6 +54,7 @@ class LocalTeacher:
         trust_remote_code: bool = False,
         model_init_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        super().__init__()
         self.name = name
         if placement not in get_args(Placement):
             raise ConfigError(
@@ -69,7 +71,6 @@ class LocalTeacher:
         self._trust_remote_code = trust_remote_code
         self._model_init_kwargs = dict(model_init_kwargs or {})
         self._tokenizer = tokenizer
-        self._call: Callable[..., Tensor] = _call_directly
         self._model = model if isinstance(model, nn.Module) else None
         if self._model is not None:
             self._model.eval().requires_grad_(False)
@@ -195,41 +196,15 @@ class LocalTeacher:
         """Whether each pass gathers weights from other ranks, so that every rank must join it."""
         return self._model is not None and is_sharded(self._model)
 
-    def attach(self, call: Callable[..., Tensor]) -> None:
-        """Let a host run the forward pass inside its own wrapper (DDP, FSDP, a DeepSpeed engine).
-
-        Args:
-            call: called as ``call(method, *args)``; must return ``method(*args)``, with sharded parameters
-                gathered while it runs.
-        """
-        self._call = call
-
-    @torch.no_grad()
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the last hidden states (B, L, H) of a batch (B, L), after the final norm."""
-        self.model.eval()
-        return self._call(self._backbone, input_ids, attention_mask)
-
-    def _backbone(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        backbone = self.model.base_model
-        return backbone(  # type: ignore[operator]
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-
-    def score(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> HiddenSignal:
-        """Judge the next token at ``positions``; see :meth:`~kd_plugin.teachers.base.Teacher.score`."""
-        hidden = self.hidden_states(input_ids, attention_mask)
-        return HiddenSignal(hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions), self.head)
+    @property
+    def _backbone(self) -> Any:
+        return self.model.base_model
 
 
 def resident(teacher: Any, device: torch.device | str) -> AbstractContextManager[None]:
     """Return a block in which ``teacher`` is on ``device``; teachers that are not moved need nothing."""
     enter = getattr(teacher, "resident", None)
     return nullcontext() if enter is None else enter(device)
-
-
-def _call_directly(method: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    return method(*args)
 
 
 def _reference(model: str | Path | nn.Module) -> str | None:
