@@ -13,6 +13,7 @@ from kd_plugin.demo.precision import fast_dtype
 from kd_plugin.demo.prompts import Question
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.reference import divergence_from_logits
+from kd_plugin.panel.rollouts import left_padded
 from kd_plugin.teachers import LocalTeacher
 
 _ROWS_AT_ONCE = 4
@@ -50,18 +51,13 @@ def answer(
     by_length = sorted(range(len(questions)), key=lambda i: len(rendered[i]))
     for start in range(0, len(by_length), _GENERATE_AT_ONCE):
         batch = by_length[start : start + _GENERATE_AT_ONCE]
-        width = max(len(rendered[i]) for i in batch)
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(batch):
-            ids[row, width - len(rendered[i]) :] = torch.tensor(rendered[i])
-            mask[row, width - len(rendered[i]) :] = 1
+        ids, mask = left_padded([rendered[i] for i in batch], tokenizer.pad_token_id)
         with torch.inference_mode():
             written = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, temperature=None,
                 top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
-        for i, row in zip(batch, written[:, width:].tolist(), strict=True):
+        for i, row in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True):
             end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
             text = tokenizer.decode(row[:end], skip_special_tokens=True).strip()
             answers[i] = Answer(tuple(rendered[i]), tuple(row[:end]), text)

@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor
 
+from kd_plugin.panel.rollouts import left_padded
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -108,14 +110,9 @@ def write(
         seed: of this call; another one for each step and rank.
     """
     device = module.device
-    width = max(len(prompt) for prompt in prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
+    ids, mask = (tensor.to(device) for tensor in left_padded(prompts, pad))
+    width = ids.shape[1]
     was_training, devices = model.training, [device] if device.type == "cuda" else []
     model.eval()
     with torch.random.fork_rng(devices=devices):

@@ -46,6 +46,17 @@ def seeded(seed: int, step: int, rank: int) -> torch.Generator:
     return generator
 
 
+def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Return B token lists as (B, L) ids and their mask, padded on the left as generation needs them; on the CPU."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, width - len(row) :] = torch.tensor(row)
+        mask[number, width - len(row) :] = 1
+    return ids, mask
+
+
 @dataclass(frozen=True)
 class Interleaved:
     """A response that the student wrote and the panel kept on its own support.

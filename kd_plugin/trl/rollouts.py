@@ -15,7 +15,7 @@ from kd_plugin.divergence.objective import OfflineObjective
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel import Assignment, TeacherPanel
 from kd_plugin.panel.judging import panel_logprobs
-from kd_plugin.panel.rollouts import interleave, on_policy_rows, seeded
+from kd_plugin.panel.rollouts import interleave, left_padded, on_policy_rows, seeded
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch
 from kd_plugin.signals import OutputHead
 
@@ -129,19 +129,14 @@ class RolloutMixin:
         ):
 
             def propose(prefixes: list[list[int]], count: int) -> list[list[int]]:
-                width = max(map(len, prefixes))
-                ids = torch.full((len(prefixes), width), pad)
-                mask = torch.zeros_like(ids)
-                for row, prefix in enumerate(prefixes):
-                    ids[row, width - len(prefix) :] = torch.tensor(prefix)
-                    mask[row, width - len(prefix) :] = 1
+                ids, mask = left_padded(prefixes, pad)
                 output = student.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
                     generation_config=self.generation_config,  # type: ignore[attr-defined]
                     max_new_tokens=count,
                 )
-                return [self._until_end(row) for row in output[:, width:].tolist()]
+                return [self._until_end(row) for row in output[:, ids.shape[1] :].tolist()]
 
             def judge(numbers: Sequence[int], prefixes: list[list[int]], proposals: list[list[int]]) -> list[Tensor]:
                 return panel_logprobs(
