@@ -12,6 +12,7 @@ from kd_plugin.lightning.writing import Rollouts
 from kd_plugin.panel import Correction, TeacherPanel
 from kd_plugin.panel.loss import Judgement, correction_loss
 from kd_plugin.signals import OutputHead
+from kd_plugin.zero.sharding import whole_heads
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,15 @@ class PanelObjective:
         flat = [b * width + start + c - 1 for b, one in enumerate(target.corrections) for c in one.positions]
         positions = torch.tensor(flat, dtype=torch.int64).to(hidden.device, non_blocking=True)
         tokens = target.rollouts.input_ids.to(hidden.device).reshape(-1).index_select(0, positions + 1)
-        found = correction_loss(
-            self.panel,
-            target.corrections,
-            hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions),
-            head,
-            tokens,
-            divergence=self.divergence,
-            temperature=self.temperature,
-            step=target.step,
-        )
+        with whole_heads(self.panel.teachers.values()):
+            found = correction_loss(
+                self.panel,
+                target.corrections,
+                hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions),
+                head,
+                tokens,
+                divergence=self.divergence,
+                temperature=self.temperature,
+                step=target.step,
+            )
         return PanelFound(found.loss_sum, found.entropy, found.judgements, len(flat))

@@ -12,6 +12,7 @@ from kd_plugin.panel import TeacherPanel
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import AdapterTeacher, LocalTeacher
 from kd_plugin.vocab import Vocabulary
+from kd_plugin.zero.teachers import shard_for_inference, through_engine
 
 
 def place_teachers(
@@ -35,13 +36,6 @@ def place_teachers(
     strategy = trainer.strategy
     zero3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
     sharded = zero3 or isinstance(strategy, ModelParallelStrategy)
-    local = [name for name, teacher in panel.teachers.items() if isinstance(teacher, LocalTeacher)]
-    if zero3 and trainer.world_size > 1 and panel.combine == "route" and len(local) > 1:
-        raise ConfigError(
-            f"combine='route' over the sharded teachers {', '.join(local)} is not there yet under ZeRO-3 in Lightning: "
-            "ranks that ask different teachers would wait for one another. Use combine='weighted_kl', ZeRO-1 or 2, or "
-            "TeacherPanelTrainer in TRL."
-        )
     for name, teacher in panel.teachers.items():
         if isinstance(teacher, AdapterTeacher):
             if sharded:
@@ -68,13 +62,6 @@ def place_teachers(
 
 
 def _shard(teacher: LocalTeacher, strategy: Any) -> None:
-    """Wrap a teacher for inference under ZeRO-3; its modules then gather their own parameters as they run."""
-    import deepspeed
-
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {**strategy.config["zero_optimization"], "stage": 3},
-        **{key: strategy.config[key] for key in ("bf16", "fp16") if key in strategy.config},
-    }
-    engine, *_ = deepspeed.initialize(model=teacher.model, config=config, dist_init_required=False)
-    engine.eval()
+    """Cut a teacher over all ranks; every pass of it then is one of all ranks, which scoring sees to."""
+    engine = shard_for_inference(teacher.model, strategy.config)
+    teacher.attach(through_engine(engine))

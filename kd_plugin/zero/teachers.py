@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -39,3 +39,33 @@ def shard_for_inference(model: nn.Module, config: Mapping[str, Any]) -> Any:
     engine, *_ = deepspeed.initialize(model=model, config=inference_config(config))
     engine.eval()
     return engine
+
+
+def through_engine(engine: Any) -> Callable[..., Any]:
+    """Return what runs a method of the wrapped model as a forward pass of its engine.
+
+    The engine counts what a pass gathered when its own ``forward`` ends, so a method that is called beside it would
+    have it gather from a list that grows for ever. The result goes into ``InProcessTeacher.attach``.
+    """
+    model = engine.module
+
+    def call(method: Callable[..., Any], *inputs: Any) -> Any:
+        own = model.__dict__.get("forward")
+
+        def redirected(*args: Any) -> Any:
+            restore()  # the method may want the real forward
+            return method(*args)
+
+        def restore() -> None:
+            if own is None:
+                model.__dict__.pop("forward", None)
+            else:
+                model.forward = own
+
+        model.forward = redirected
+        try:
+            return engine(*inputs)
+        finally:
+            restore()
+
+    return call

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from tests.lightning.ranks import STEPS
 
 ROOT = Path(__file__).parents[2]
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-ROWS = [{"prompt": "abcdefgh"[i] * (3 + i), "teacher_id": ("math", "code")[i % 2]} for i in range(8)]
+# Ranks ask different numbers of rows of a teacher, at some steps none: under ZeRO-3 they must join its passes
+ROUTES = random.Random(0).choices(["math", "code"], k=16)
+ROWS = [{"prompt": "abcdefgh"[i % 8] * (3 + i % 5), "teacher_id": route} for i, route in enumerate(ROUTES)]
 
 
 def start(name, directory, settings, ranks):
@@ -59,13 +62,7 @@ def settings(tmp_path_factory, student_dir, teacher_dir, other_teacher_dir, cach
             "model": {"model": student_dir, "teacher_models": teachers, **written},
             "data": {"prompts": str(directory / "prompts.jsonl")},
         },
-        # Under ZeRO-3 a pass of a sharded teacher is one of all ranks, so all of them ask every teacher
-        "weighted": {
-            "model": {"model": student_dir, "teacher_models": teachers, "combine": "weighted_kl", **written},
-            "data": {"prompts": str(directory / "bare.jsonl")},
-        },
     }
-    (directory / "bare.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in ROWS))
 
     def write(*names):
         path = directory / f"{'-'.join(names)}.json"
@@ -78,7 +75,7 @@ def settings(tmp_path_factory, student_dir, teacher_dir, other_teacher_dir, cach
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, settings):
     directory = tmp_path_factory.mktemp("single")
-    return directory, start("single", directory, settings("offline", "panel", "weighted"), 1)
+    return directory, start("single", directory, settings("offline", "panel"), 1)
 
 
 def weights(directory):
@@ -101,7 +98,7 @@ def nodes(checkpoint):
 )
 def test_two_ranks_take_the_steps_of_one(name, tmp_path, settings, alone, student_dir):
     directory, expected = alone
-    jobs = ("offline", "weighted" if name == "zero3" else "panel")
+    jobs = ("offline", "panel")
     found = start(name, tmp_path, settings(*jobs), 2)
     for job, losses in found.items():
         assert len(losses) == (1 if "resumed" in job else STEPS)
