@@ -11,7 +11,9 @@ from kd_plugin.lineage.terms import Clause, Terms
 from kd_plugin.lineage.verdict import Finding, Student
 
 # What a licence may ask and a student's own licence need not repeat: the notices travel beside it.
-_MET_BY_FILES = ("notice", "license_text", "attribution", "state_changes", "display", "guardrails")
+_MET_BY_FILES = (
+    "notice", "license_text", "attribution", "state_changes", "display", "guardrails", "patent_grant", "no_endorsement",
+)  # fmt: skip
 # Share-alike licences under which one derivative can satisfy both (each pair by the words of one of the two).
 _COMPATIBLE = frozenset(
     map(
