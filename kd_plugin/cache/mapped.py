@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd_plugin.cache.files import sha256_file
+from kd_plugin.cache.flat import BLOCK_BYTES, FlatFile
+from kd_plugin.cache.index import bucket_bits
 from kd_plugin.cache.manifest import Manifest, unseal
-from kd_plugin.cache.mapping import BLOCK_BYTES, MAPPED_VERSION, FlatFile, bucket_bits
+from kd_plugin.cache.mapping import MAPPED_VERSION
 from kd_plugin.errors import CacheCorruptionError, DataError
 from kd_plugin.signals import SparseSignal
 

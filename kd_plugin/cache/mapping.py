@@ -6,50 +6,26 @@ Built once from the shards, each verified as it is read, one row group in memory
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from kd_plugin.cache.examples import scored_positions
 from kd_plugin.cache.files import explained, sha256_file, sync, temporary_name
+from kd_plugin.cache.flat import FlatWriter
+from kd_plugin.cache.index import IndexWriter
 from kd_plugin.cache.manifest import Manifest, Unit, seal
 from kd_plugin.cache.schema import list_values, read_row_groups
 from kd_plugin.cache.targets import Sampled, TopK
 from kd_plugin.errors import CacheCorruptionError
 
-BLOCK_BYTES = 256 << 10
 MAPPED_VERSION = 1
-_BUCKET_ROWS = 4  # index entries a bucket, on average
-
-
-@dataclass(frozen=True)
-class FlatFile:
-    """A file of equal items, and its digests.
-
-    Attributes:
-        name: in the mapped directory.
-        items: how many.
-        dtype: NumPy's name of an item's type.
-        sha256: of the whole file.
-        checks_sha256: of the file ``<name>.crc``, which holds the CRC-32 of every 256 KiB block; None for a file
-            that is only checked whole.
-    """
-
-    name: str
-    items: int
-    dtype: str
-    sha256: str
-    checks_sha256: str | None
 
 
 def mapped_directory(cache: Path, manifest: Manifest, mapped_dir: str | Path | None) -> Path:
@@ -122,65 +98,21 @@ def verify_shard(cache: Path, unit: Unit, whole: bool = True) -> Path:
     return path
 
 
-class _Writer:
-    """Appends arrays to a flat file and takes the checksum of each block."""
-
-    def __init__(self, directory: Path, name: str, dtype: str) -> None:
-        self._path = directory / name
-        self._dtype = np.dtype(dtype)
-        self._file = open(self._path, "wb")  # noqa: SIM115  closed in finish()
-        self._digest = hashlib.sha256()
-        self._pending = b""
-        self._checks: list[int] = []
-        self._items = 0
-
-    def append(self, array: NDArray[Any]) -> None:
-        data = np.ascontiguousarray(array, self._dtype).tobytes()
-        self._items += len(array)
-        self._file.write(data)
-        self._digest.update(data)
-        data = self._pending + data
-        whole = len(data) - len(data) % BLOCK_BYTES
-        view = memoryview(data)
-        self._checks += [zlib.crc32(view[start : start + BLOCK_BYTES]) for start in range(0, whole, BLOCK_BYTES)]
-        self._pending = data[whole:]
-
-    def discard(self) -> None:
-        self._file.close()
-        self._path.unlink()
-
-    def finish(self, with_checks: bool = True) -> FlatFile:
-        if self._pending:
-            self._checks.append(zlib.crc32(self._pending))
-        self._file.close()
-        sync(self._path)
-        self._path.chmod(0o444)
-        whole = self._digest.hexdigest()
-        if not with_checks:
-            return FlatFile(self._path.name, self._items, self._dtype.str, whole, None)
-        checks = np.asarray(self._checks, "<u4").tobytes()
-        checks_path = self._path.with_name(self._path.name + ".crc")
-        checks_path.write_bytes(checks)
-        sync(checks_path)
-        checks_path.chmod(0o444)
-        return FlatFile(self._path.name, self._items, self._dtype.str, whole, hashlib.sha256(checks).hexdigest())
-
-
 def _write(cache: Path, manifest: Manifest, directory: Path) -> None:
     passed, targets_kept = manifest.settings.passed, manifest.settings.targets
     writers = {
-        "target_ids": _Writer(directory, "ids.bin", "<i4"),
-        "tail_logmass": _Writer(directory, "tail.bin", "<f4"),
+        "target_ids": FlatWriter(directory, "ids.bin", "<i4"),
+        "tail_logmass": FlatWriter(directory, "tail.bin", "<f4"),
     }
     if isinstance(targets_kept, Sampled):
-        writers["target_draws"] = _Writer(directory, "draws.bin", "<i2")
+        writers["target_draws"] = FlatWriter(directory, "draws.bin", "<i2")
     if isinstance(targets_kept, Sampled) and targets_kept.logprobs == "mean":
-        writers["mean_logprob"] = _Writer(directory, "mean_logprob.bin", "<f4")
+        writers["mean_logprob"] = FlatWriter(directory, "mean_logprob.bin", "<f4")
     else:
-        writers["target_logprobs"] = _Writer(directory, "logprobs.bin", "<f2")
-    offsets = _Writer(directory, "offsets.bin", "<i8")
+        writers["target_logprobs"] = FlatWriter(directory, "logprobs.bin", "<f2")
+    offsets = FlatWriter(directory, "offsets.bin", "<i8")
     offsets.append(np.zeros(1, np.int64))
-    keys: list[NDArray[Any]] = []
+    index = IndexWriter(directory)
     targets = entries = 0
     (directory / "rows").mkdir()
     rows_path = directory / "rows" / "rows.arrow"
@@ -190,7 +122,7 @@ def _write(cache: Path, manifest: Manifest, directory: Path) -> None:
             path = verify_shard(cache, unit)
             for table in read_row_groups(path, manifest.settings.digest, unit.index, unit.rows_lost):
                 stream.write_table(_rows(table, schema, targets))
-                keys.append(_keys(table["example_id"].to_pylist()))
+                index.append(table["example_id"].to_pylist())
                 counts, _ = list_values(table["target_counts"])
                 offsets.append(entries + np.cumsum(counts, dtype=np.int64))
                 targets, entries = targets + len(counts), entries + int(counts.sum())
@@ -202,7 +134,7 @@ def _write(cache: Path, manifest: Manifest, directory: Path) -> None:
         offsets.discard()  # equally many everywhere: the offsets are multiples of the count
     else:
         files.append(offsets.finish())
-    files += _write_index(directory, np.concatenate(keys) if keys else np.zeros((0, 2), "<u8"))
+    files += index.finish()
     record = {
         "version": MAPPED_VERSION,
         "content": manifest.content_digest,
@@ -226,38 +158,6 @@ def _rows(table: pa.Table, schema: pa.Schema, first_target: int) -> pa.Table:
     column = pa.ListArray.from_arrays(offsets, pa.array(index))
     columns = [column if name == "teacher_index" else table[name] for name in schema.names]
     return pa.table(columns, names=schema.names).cast(schema)
-
-
-def _keys(example_ids: list[str]) -> NDArray[Any]:
-    return np.frombuffer(bytes.fromhex("".join(example_ids)), ">u8").reshape(-1, 2).astype("<u8")
-
-
-def _write_index(directory: Path, keys: NDArray[Any]) -> list[FlatFile]:
-    """Write a hash index: keys sorted, and where each bucket of their leading bits begins."""
-    order = np.lexsort((np.arange(len(keys)), keys[:, 1], keys[:, 0]))
-    bits = bucket_bits(len(keys))
-    buckets = np.arange(2**bits, dtype=np.uint64)
-    starts = np.append(np.searchsorted(leading_bits(keys[order, 0], bits), buckets), len(keys))
-    files = []
-    for name, dtype, values in (
-        ("index_keys.bin", "<u8", keys[order].ravel()),
-        ("index_rows.bin", "<i8", order),
-        ("index_buckets.bin", "<i8", starts),
-    ):
-        writer = _Writer(directory, name, dtype)
-        writer.append(values)
-        files.append(writer.finish(with_checks=False))
-    return files
-
-
-def bucket_bits(rows: int) -> int:
-    """Return the number of leading key bits that choose a bucket of an index over ``rows`` rows."""
-    return max(0, (rows // _BUCKET_ROWS).bit_length() - 1)
-
-
-def leading_bits(keys: NDArray[np.uint64], bits: int) -> NDArray[np.uint64]:
-    """Return the bucket of each key."""
-    return keys >> np.uint64(64 - bits) if bits else np.zeros_like(keys)
 
 
 @contextmanager

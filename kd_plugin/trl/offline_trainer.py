@@ -26,6 +26,7 @@ from kd_plugin.trl.collator import TeacherTargetCollator
 from kd_plugin.trl.distillation_head import add_distillation_head
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, with_lineage
 from kd_plugin.trl.offline_config import OfflineKDConfig
+from kd_plugin.trl.shuffling import shuffle_leanly
 from kd_plugin.trl.start import load_vocabulary, start_lineage
 
 logger = logging.get_logger(__name__)
@@ -125,6 +126,10 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
             vocab_size=vocabulary.size,
             objective=args.objective(),
         )
+
+    def get_train_dataloader(self) -> Any:
+        """Return the host's batches, in its order, without its list of all rows."""
+        return shuffle_leanly(super().get_train_dataloader())
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -39,7 +39,8 @@ ROWS = [
 @pytest.fixture(scope="module")
 def smol(tmp_path_factory):
     models = os.environ.get("KD_VLLM_MODELS")
-    return prepare_teacher(Path(models) if models else tmp_path_factory.mktemp("models")).ref
+    # Absolute: the server runs in another directory
+    return prepare_teacher(Path(models).resolve() if models else tmp_path_factory.mktemp("models")).ref
 
 
 @pytest.fixture(scope="module")
