@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SeedableRandomSampler, get_sampler
-from torch.utils.data import DataLoader
 
 _AT_ONCE = 1 << 12  # row numbers that are Python integers at a time
 
@@ -19,24 +19,23 @@ class LeanRandomSampler(SeedableRandomSampler):
     """
 
     def __iter__(self) -> Iterator[int]:
-        if self.generator is None:
-            self.generator = torch.Generator(device=torch.get_default_device())
-        self.generator.manual_seed(self.epoch + self.initial_seed)
+        generator: torch.Generator = self.generator or torch.Generator(device=torch.get_default_device())
+        generator.manual_seed(self.epoch + self.initial_seed)
         rows = len(self.data_source)  # type: ignore[arg-type]
         # The order does not depend on the type
         small = rows <= torch.iinfo(torch.int32).max
-        order = torch.randperm(rows, generator=self.generator, dtype=torch.int32 if small else torch.int64)
+        order = torch.randperm(rows, generator=generator, dtype=torch.int32 if small else torch.int64)
         for part in order.split(_AT_ONCE):
             yield from part.tolist()
         self.set_epoch(self.epoch + 1)
 
 
-def shuffle_leanly(loader: DataLoader) -> DataLoader:
+def shuffle_leanly(loader: Any) -> Any:
     """Put :class:`LeanRandomSampler` in the place of the sampler that accelerate gave ``loader``; return ``loader``.
 
     Other samplers (by length, in order, the user's own) are left as they are, and the order is the same.
     """
-    sampler = get_sampler(loader) if isinstance(loader, DataLoaderShard | DataLoaderDispatcher) else None
+    sampler: Any = get_sampler(loader) if isinstance(loader, DataLoaderShard | DataLoaderDispatcher) else None
     # An exact type: a subclass has an order of its own. Trainer always asks for each row once.
     if type(sampler) is SeedableRandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source):
         lean = LeanRandomSampler(sampler.data_source, generator=sampler.generator, data_seed=sampler.initial_seed)
