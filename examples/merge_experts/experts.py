@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from examples.merge_experts.tasks import Problem
 from kd_plugin.trl import LicenseLineageCallback
 
-MAX_NEW_TOKENS = 32
+MAX_NEW_TOKENS = 16
 
 
 def lora() -> LoraConfig:

@@ -25,11 +25,13 @@ class Recipe:
     Attributes:
         name: in the results.
         offline: share of the updates that fit the experts' own answers from a cache; the rest are on-policy.
+        averaged: whether the student starts as the average of the experts' adapters instead of as the base.
         divergence: of the on-policy updates.
     """
 
     name: str
     offline: float
+    averaged: bool = False
     divergence: str = "reverse_kl"
 
 
@@ -37,6 +39,8 @@ RECIPES = (
     Recipe("panel", offline=0.0),
     Recipe("warm-up, then panel", offline=0.5),
     Recipe("offline KD", offline=1.0),
+    Recipe("average, then panel", offline=0.0, averaged=True),
+    Recipe("average, then offline KD", offline=1.0, averaged=True),
 )
 
 
@@ -72,7 +76,7 @@ def train_student(
     """
     offline_steps = round(recipe.offline * steps)
     trainer = TeacherPanelTrainer(
-        model=get_peft_model(load_base(base), lora()),
+        model=averaged(base, experts) if recipe.averaged else get_peft_model(load_base(base), lora()),
         teacher_models={name: AdapterTeacher(path, name=name) for name, path in experts.items()},
         args=TeacherPanelConfig(
             output_dir=str(directory),
@@ -104,11 +108,16 @@ def train_student(
 
 
 def averaged(base: str | Path, adapters: Mapping[str, Path]) -> Any:
-    """Return the base with the plain average of the experts' adapters, which costs no training."""
+    """Return the base with one trainable adapter, the plain average of the experts' weight changes.
+
+    The sum of three changes of rank 16 has rank 48, which is what "cat" makes of them: the average is exact.
+    """
     names = list(adapters)
     model = PeftModel.from_pretrained(load_base(base), adapters[names[0]], adapter_name=names[0])
     for name in names[1:]:
         model.load_adapter(adapters[name], adapter_name=name)
-    model.add_weighted_adapter(names, [1 / len(names)] * len(names), "average", combination_type="linear")
-    model.set_adapter("average")
+    model.add_weighted_adapter(names, [1 / len(names)] * len(names), "default", combination_type="cat")
+    model.set_adapter("default")
+    for name in names:
+        model.delete_adapter(name)
     return model
