@@ -135,8 +135,9 @@ def plot(runs: list[dict], path: Path) -> None:
     axes = figure.subplots()
     for number, method in enumerate(METHODS):
         for run in (r for r in runs if r["method"] == method):
-            axes.plot(*zip(*run["curve"], strict=True), color=f"C{number}", label=method if run["seed"] == 0 else None)
-    axes.set(xlabel="tokens trained on", ylabel="held-out KL(teacher ‖ student), nats a token", yscale="log")
+            label = method if run["seed"] == runs[0]["seed"] else None
+            axes.plot(*zip(*run["curve"], strict=True), "o-", markersize=3, color=f"C{number}", label=label)
+    axes.set(xlabel="tokens trained on", ylabel="held-out KL(teacher ‖ student), nats a token")
     axes.legend()
     figure.savefig(path, dpi=110)
 
