@@ -119,6 +119,7 @@ def main(argv: Sequence[str]) -> int:
         command.add_argument("--json", action="store_true", help="print JSON for machines instead")
         if name == "verify":
             command.add_argument("--key", type=Path, help="PEM file of the public key that lineage.sig must hold for")
+            command.add_argument("--registry", type=Path, help="TOML of your own that the run was judged by")
     add("sign", _SIGN, _sign, "DIR").add_argument("--key", type=Path, required=True, help="PEM file of a private key")
     add("diff", _DIFF, _diff, "A", "B")
     export = add("export", _EXPORT, _export, "DIR")
@@ -167,7 +168,9 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    report = verify(arguments.dir)
+    from kd_plugin.lineage.registry import load_registry
+
+    report = verify(arguments.dir, None if arguments.registry is None else load_registry(arguments.registry))
     if arguments.key is not None and report.exit_code != EXIT_MISSING:
         from kd_plugin.lineage.signing import SIGNATURE, signature_problem
 

@@ -26,6 +26,7 @@ _HUB_EXPRESSIONS = frozenset(
         "bigcode-openrail-m", "bigscience-bloom-rail-1.0", "creativeml-openrail-m",
     )
 )  # fmt: skip
+_INITIALISED = ("resumed_from", "initialized_from", "adapter_of")
 _TEACHING = {"distilled_logits": "distributions", "trained_on_outputs": "text", "corrected_by": "corrections"}
 
 
@@ -69,7 +70,8 @@ def front_matter(front: Mapping[str, Any], record: Mapping[str, Any]) -> dict[st
     merged |= _license_fields(graph, record)
     base = _hub_base(graph)
     if base is not None:
-        merged |= {"base_model": base, "base_model_relation": "finetune"}
+        is_adapter = any(item["path"].startswith("adapter_model.") for item in record["subjects"])
+        merged |= {"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"}
     tags = merged.get("tags")
     kept = [tags] if isinstance(tags, str) else tags if isinstance(tags, list) else []
     merged["tags"] = list(dict.fromkeys([*kept, "distillation"]))
@@ -122,7 +124,11 @@ def section(record: Mapping[str, Any]) -> str:
         for terms, cite, says, basis, status in seen:
             how = "" if basis == "explicit" else ", as a precaution"
             lines.append(f"- {_text(says)} ({_text(terms)} {_text(cite)}{how}; {_text(status)})")
-    findings = [f for f in effective["findings"] if f["severity"] != "warning"]
+    excepted = [f for f in effective["findings"] if f["severity"] == "overridden"]
+    if excepted:
+        lines += ["", "Stands only by recorded exceptions:", ""]
+        lines += [f"- {_text(f['subject'])}: {_text(f['clause'])}: {_text(f['remedy'])}" for f in excepted]
+    findings = [f for f in effective["findings"] if f["severity"] not in ("warning", "overridden")]
     if findings:
         lines += ["", "What stands in the way:", ""]
         lines += [f"- {_text(f['severity'])}: {_text(f['subject'])}: {_text(f['clause'])}" for f in findings]
@@ -148,7 +154,7 @@ def _hub_base(graph: Graph) -> str | None:
     """Follow the initialisation back to the first model that the hub knows."""
     at, seen = SELF, {SELF}
     while True:
-        step = next((e for e in graph.edges if e.source == at and e.kind in ("resumed_from", "initialized_from")), None)
+        step = next((e for e in graph.edges if e.source == at and e.kind in _INITIALISED), None)
         if step is None or step.target in seen:
             return None
         node = graph.nodes[step.target]

@@ -16,7 +16,7 @@ from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.verdict import FACTS
 
 _KEYS = ("student", "teachers", "datasets", "use", "overrides", "run", "registry")
-_SOURCE_KEYS = ("repo", "revision", "license", "endpoint", "model", "signal", "generated_by", "name")
+_SOURCE_KEYS = ("repo", "revision", "license", "endpoint", "endpoint_terms", "model", "signal", "generated_by", "name")
 _STUDENT_KEYS = ("repo", "revision", "license", "name", "declared_license")
 _RUN_KEYS = ("id", "date", "repo", "commit")
 _MAX_BYTES = 1 << 20
@@ -32,6 +32,7 @@ class Declaration:
     revision: str | None = None
     license: str | None = None
     endpoint: str | None = None
+    endpoint_terms: str | None = None
     model: str | None = None
     signal: str | None = None
     generated_by: tuple[str, ...] | None = None
@@ -46,6 +47,7 @@ class Declaration:
             "license": self.license,
             "revision": self.revision,
             "endpoint": self.endpoint,
+            "endpoint_terms": self.endpoint_terms,
             "model": self.model,
             "signal": self.signal,
             "generated_by": self.generated_by,
@@ -89,10 +91,17 @@ def load_config(config: Mapping[str, Any] | str | Path | None) -> LineageConfig:
     """
     if config is None:
         return LineageConfig()
-    where, folder = "lineage", Path()
-    if isinstance(config, str | Path):
-        where, folder = str(config), Path(config).parent
-        config = read_yaml(Path(config))
+    if not isinstance(config, str | Path):
+        return _load(config, "lineage", Path())
+    path = Path(config)
+    data = read_yaml(path)
+    try:
+        return _load(data, str(path), path.parent)
+    except ConfigError as error:
+        raise ConfigError(_with_line(str(error), path)) from error
+
+
+def _load(config: Any, where: str, folder: Path) -> LineageConfig:
     data = _mapping(config, where, _KEYS)
     overrides = data.get("overrides") or []
     if not isinstance(overrides, list | tuple) or not all(isinstance(o, Mapping) for o in overrides):
@@ -152,6 +161,28 @@ def parse_yaml(raw: bytes, where: str) -> Any:
         raise ConfigError(f"{where} is not valid YAML: {error}.") from error
 
 
+def _with_line(message: str, path: Path) -> str:
+    """Say in which line the key stands that a message is about; messages begin with the key's place."""
+    places = {str(path): 1}
+    stack = [(str(path), yaml.compose(path.read_text(), Loader=_LOADER))]
+    while stack:
+        where, node = stack.pop()
+        if isinstance(node, yaml.MappingNode):
+            below = [(f"{where}.{key.value}", key, value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            below = [(f"{where}[{i}]", item, item) for i, item in enumerate(node.value)]
+        else:
+            continue
+        places |= {name: key.start_mark.line + 1 for name, key, _ in below}
+        stack += [(name, value) for name, _, value in below]
+    about = max((name for name in places if message.startswith(name)), key=len, default=None)
+    if about is None:
+        return message
+    unknown = re.search(r": unknown key '([^']*)'", message)
+    line = places.get(f"{about}.{unknown[1]}", places[about]) if unknown else places[about]
+    return f"{about} (line {line}){message.removeprefix(about)}"
+
+
 def _depth(text: str) -> int:
     """Return how deep brackets nest, as an upper bound: brackets inside strings count too."""
     depth = deepest = 0
@@ -169,6 +200,11 @@ def _declaration(value: Any, where: str, keys: tuple[str, ...]) -> Declaration:
             raise ConfigError(f"{where}.{key} must be a string, got {item!r}.")
     if data.get("signal") not in (None, "text", "logits"):
         raise ConfigError(f"{where}.signal must be 'text' or 'logits', got {data['signal']!r}.")
+    if data.get("endpoint_terms") not in (None, "own"):
+        raise ConfigError(
+            f"{where}.endpoint_terms must be 'own', for a server of yours, got {data['endpoint_terms']!r}. Terms of "
+            "others belong into a registry of your own, as a [[service]] with `hosts`."
+        )
     if generated is None:
         return Declaration(**data)
     items = [generated] if isinstance(generated, str | Mapping) else generated
@@ -180,7 +216,7 @@ def _declaration(value: Any, where: str, keys: tuple[str, ...]) -> Declaration:
 
 def _writer(item: Mapping[str, Any], where: str) -> Source:
     """Read a model that wrote a dataset: its name, and what is declared of it."""
-    data = _mapping(item, where, ("model", "license", "revision", "endpoint"))
+    data = _mapping(item, where, ("model", "license", "revision", "endpoint", "endpoint_terms"))
     if not isinstance(data.get("model"), str) or not all(isinstance(v, str | None) for v in data.values()):
         raise ConfigError(f"{where} must say which model, as in {{model: org/name, license: mit}}; got {item!r}.")
     name = data["model"]
@@ -191,6 +227,7 @@ def _writer(item: Mapping[str, Any], where: str) -> Source:
         revision=data.get("revision"),
         license=data.get("license"),
         endpoint=data.get("endpoint"),
+        endpoint_terms=data.get("endpoint_terms"),
         signal="text",
     )
 

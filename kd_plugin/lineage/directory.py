@@ -19,6 +19,7 @@ from kd_plugin.lineage.graph import EdgeKind, Evidence
 from kd_plugin.lineage.hashing import sha256_text
 from kd_plugin.lineage.registry import UNKNOWN, Registry
 from kd_plugin.lineage.texts import copyright_lines, recognise
+from kd_plugin.lineage.writers import writers_of
 
 _MAX_TEXT = 1 << 20  # bytes
 _MAX_FILES = 20  # licence files that are read in one directory
@@ -41,6 +42,7 @@ class DirectoryFacts:
         notice: contents of its NOTICE file.
         unmatched_text: a licence text that no registry entry matches.
         bases: models that it was made from, with the kind of edge.
+        writers: models that the card of a dataset names as its writers, each with the words that name it.
     """
 
     readings: tuple[Evidence, ...] = ()
@@ -49,10 +51,11 @@ class DirectoryFacts:
     notice: str | None = None
     unmatched_text: str | None = None
     bases: tuple[tuple[str, EdgeKind], ...] = field(default=())
+    writers: tuple[tuple[str, str], ...] = ()
 
 
 def read_directory(directory: Path, registry: Registry) -> DirectoryFacts:
-    """Read licence files, NOTICE, the card's front matter and an adapter's base.
+    """Read licence files, NOTICE, the card, the licence in a config, an adapter's base and a dataset's writers.
 
     Raises:
         LineageError: ``adapter_config.json`` is not valid JSON.
@@ -75,8 +78,10 @@ def read_directory(directory: Path, registry: Registry) -> DirectoryFacts:
         texts.append(text)
         if found.id is None:
             unmatched.append(text)
-    card = front_matter(directory)
+    card_text = _card_text(directory)
+    card = _front_matter(card_text)
     readings += _card_readings(card, registry)
+    readings += _config_readings(directory, registry)
     notices = (_read_text(directory / name, directory) for name in ("NOTICE", "NOTICE.txt", "Notice", "Notice.txt"))
     return DirectoryFacts(
         readings=tuple(readings),
@@ -85,18 +90,30 @@ def read_directory(directory: Path, registry: Registry) -> DirectoryFacts:
         notice=next((notice for notice in notices if notice), None),
         unmatched_text="\n\n".join(unmatched) or None,
         bases=_bases(directory, card),
+        writers=writers_of(card, card_text, registry),
     )
 
 
-def front_matter(directory: Path) -> Mapping[str, Any]:
-    """Return the YAML front matter of the directory's README.md.
+def _card_text(directory: Path) -> str:
+    """Return the beginning of README.md; a card that leads elsewhere reads as one that cannot be read."""
+    path = directory / "README.md"
+    if not path.is_file():
+        return ""
+    if path.is_symlink() and not _stays_home(path, directory):
+        return "---\n"
+    with path.open("rb") as file:
+        return file.read(_MAX_TEXT).decode("utf-8", "replace")
+
+
+def _front_matter(text: str) -> Mapping[str, Any]:
+    """Return the YAML front matter of a card.
 
     Front matter that cannot be read says that it cannot be read: it then resolves to unknown, not to nothing.
     """
-    text = _read_text(directory / "README.md", directory)
-    match = re.match(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", text or "", re.DOTALL)
+    match = re.match(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", text, re.DOTALL)
     if match is None:
-        return {}
+        begun = re.match(r"\A\ufeff?---[ \t]*\r?\n", text) is not None
+        return {"license": "front matter that cannot be read"} if begun else {}
     try:
         data = parse_yaml(match[1].encode("utf-8", "replace"), "README.md")
     except ConfigError:
@@ -116,9 +133,25 @@ def _card_readings(card: Mapping[str, Any], registry: Registry) -> list[Evidence
     for one in written if isinstance(written, list) else [written]:
         if one is None:
             continue
-        name = card.get("license_name") if str(one).lower() == "other" else None
+        # "other" is something only with both a name and a link
+        name = card.get("license_name") if str(one).lower() == "other" and card.get("license_link") else None
         value = printable(str(name if isinstance(name, str) else one), 100)
         readings.append(Evidence("README.md", value, registry.resolve(value).ids))
+    return readings
+
+
+def _config_readings(directory: Path, registry: Registry) -> list[Evidence]:
+    """Read the licence that a model's config or a saved dataset's description names, if any."""
+    readings = []
+    for name in ("config.json", "dataset_info.json"):
+        text = _read_text(directory / name, directory)
+        try:
+            data = json.loads(text or "{}")
+        except (ValueError, RecursionError):
+            continue  # whoever loads it will say so
+        written = data.get("license") if isinstance(data, Mapping) else None
+        if isinstance(written, str) and written.strip():
+            readings.append(Evidence(name, printable(written, 100), registry.resolve(written).ids))
     return readings
 
 

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import hashing
 from kd_plugin.lineage.directory import DirectoryFacts, printable, read_directory
+from kd_plugin.lineage.endpoints import host_of
 from kd_plugin.lineage.graph import DECLARED, SELF, Edge, Evidence, Graph, Node
 from kd_plugin.lineage.hub import ask_hub
 from kd_plugin.lineage.overrides import Override, read_overrides
 from kd_plugin.lineage.record import RECORD, SCHEMA, load_record
-from kd_plugin.lineage.registry import UNKNOWN, Registry
+from kd_plugin.lineage.registry import UNKNOWN, UNREAD_API, Registry
 from kd_plugin.lineage.sources import Source
 
 _MAX_DEPTH = 16  # bases of bases; deeper is a loop or a prank
@@ -80,7 +80,10 @@ def discover(
     ids, evidence = _decide(readings, registry)
     if hub is not None and hub.problem is not None:
         evidence += (Evidence("hub", hub.problem, ()),)
-    services = _services(source, registry, directory, repo)
+    if source.named_in is not None:
+        evidence += (Evidence("a dataset's card", printable(source.named_in), ()),)
+    services, server = _services(source, registry, directory, repo)
+    evidence += server
     in_memory = source.kind == "dataset" and source.ref is None
     undeclared = not ids and not services and (in_memory or vouched)
     if not ids and not services and not undeclared:
@@ -95,7 +98,7 @@ def discover(
         evidence=evidence,
         expression=_expression(evidence, ids, registry),
         text_sha256=facts.text_sha256,
-        endpoint=_host(source.endpoint),
+        endpoint=host_of(source.endpoint or ""),
         model=None if source.model is None else printable(source.model),
         copyright=facts.copyright,
         notice=facts.notice,
@@ -110,6 +113,9 @@ def discover(
         bases.append((known.base, "initialized_from"))
     behind = [(Source(base, "model", base), kind, vouch) for base, kind in bases]
     written_by = [*(Source(name, "model", name) for name in source.generated_by), *source.generators]
+    if source.kind == "dataset":
+        said = {one.ref for one in written_by}
+        written_by += [Source(n, "model", n, named_in=words) for n, words in facts.writers if n not in said]
     behind += [(one, "trained_on_outputs", False) for one in written_by]
     overrides: tuple[Override, ...] = ()
     for one, kind, answered in behind:
@@ -151,12 +157,18 @@ def _unshipped_texts(ids: tuple[str, ...], facts: DirectoryFacts, registry: Regi
     return {} if text is None else {i: text for i in ids if i != UNKNOWN and registry.text(i) is None}
 
 
-def _services(source: Source, registry: Registry, directory: Path | None, declared_repo: str | None) -> tuple[str, ...]:
-    """Return the closed APIs that a source is, by its endpoint's host or by its model's name."""
+def _services(
+    source: Source, registry: Registry, directory: Path | None, declared_repo: str | None
+) -> tuple[tuple[str, ...], tuple[Evidence, ...]]:
+    """Return the APIs that a source is, by its endpoint's host or its model's name, and what the user says of it."""
     found = {registry.service_of_endpoint(source.endpoint)} if source.endpoint else set()
+    evidence: tuple[Evidence, ...] = ()
+    if source.endpoint_terms == "own" and UNREAD_API in found and not registry.is_listed(source.endpoint or ""):
+        found.discard(UNREAD_API)
+        evidence = (Evidence("declared", "the server is the user's own", ()),)
     names = (source.model, declared_repo, source.ref if directory is None else None)
     found |= {registry.service_of_model(name) for name in names if name}
-    return tuple(sorted(s for s in found if s))
+    return tuple(sorted(s for s in found if s)), evidence
 
 
 def _directory(source: Source) -> Path | None:
@@ -202,11 +214,6 @@ def _name(source: Source, directory: Path | None) -> str:
     if _HUB_ID.match(source.ref) and not Path(source.ref).is_dir():
         return source.ref
     return printable((directory.resolve() if directory else PurePath(source.ref)).name or source.name)
-
-
-def _host(endpoint: str | None) -> str | None:
-    """Keep the host only: a URL may hold credentials."""
-    return None if endpoint is None else urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname
 
 
 def with_weights(found: Found, source: Source) -> Found:

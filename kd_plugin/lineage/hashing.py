@@ -13,7 +13,9 @@ from pathlib import Path
 from kd_plugin.errors import LineageError
 
 _CHUNK = 4 << 20
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|ckpt|distcp|h5|msgpack|onnx)$")
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|gguf|ggml|ckpt|distcp|h5|keras|msgpack|npz|ot|pdparams|onnx|tflite)$", re.IGNORECASE
+)
 # What a trainer keeps beside the weights. DeepSpeed's *_optim_states.pt are not among these: under ZeRO they hold
 # the float32 master weights from which zero_to_fp32 rebuilds the model.
 _NOT_WEIGHTS = re.compile(
@@ -53,6 +55,14 @@ def weight_files(directory: Path) -> list[Path]:
                 f"The weight file {path.name!a} has a name that is not plain text; rename it and save again."
             )
     return files
+
+
+def apart(directory: Path) -> list[str]:
+    """Name the directories below a checkpoint that hold a lineage of their own and are no ``checkpoint-*``."""
+    if not directory.is_dir():
+        return []
+    below = (path.parent.relative_to(directory) for path in sorted(directory.rglob("lineage.json")))
+    return [place.as_posix() for place in below if place.parts and not any(map(_CHECKPOINT.match, place.parts))]
 
 
 def subjects(

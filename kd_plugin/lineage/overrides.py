@@ -80,6 +80,11 @@ def read_overrides(items: Iterable[Mapping[str, Any]], where: str) -> tuple[Over
     return tuple(sorted({Override.from_mapping(item, f"{where}[{i}]") for i, item in enumerate(items)}))
 
 
+def in_force(overrides: Iterable[Override], today: str) -> tuple[Override, ...]:
+    """Return the exceptions that hold on the ISO date ``today``, whatever date a run gives itself."""
+    return tuple(one for one in overrides if one.approved_on <= today <= one.expires)
+
+
 def apply_overrides(finding: Finding, terms: Mapping[str, Terms], overrides: Sequence[Override], on: str) -> Finding:
     """Return ``finding`` as overridden where an exception holds on the ISO date ``on``, else as it is."""
     if finding.severity not in ("block", "unknown", "violation") or finding.terms not in terms:
@@ -96,4 +101,7 @@ def apply_overrides(finding: Finding, terms: Mapping[str, Terms], overrides: Seq
             return replace(finding, severity="overridden", remedy=reason)
     hint = f"an exception must name rule {finding.code!r}, terms {finding.terms!r}, cite {finding.cite!r}, "
     hint += f"subject {finding.subject!r} and terms_sha256 {digest}"
-    return replace(finding, remedy=f"{finding.remedy}; {hint}") if finding.severity == "block" else finding
+    is_contract = terms[finding.terms].kind == "service"
+    return (
+        replace(finding, remedy=f"{finding.remedy}; {hint}") if finding.severity == "block" or is_contract else finding
+    )

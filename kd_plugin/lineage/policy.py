@@ -105,7 +105,7 @@ def _first_hit(node: Node, terms: Terms, clause: Clause, paths: list[Path]) -> H
 def _apply(hit: Hit, facts: Mapping[str, bool | None], student: Student, tally: _Tally) -> None:
     clause = hit.clause
     if clause.effect == "unknown":
-        tally.findings.append(_finding(hit, "unknown_license", "unknown", "training", _cure(hit.node)))
+        tally.findings.append(_finding(hit, "unknown_license", "unknown", "training", _cure(hit.node, hit.terms)))
         return
     answer = facts.get(clause.fact) if clause.fact else True
     if answer is None:
@@ -154,7 +154,12 @@ def _note(code: str, node: Node, path: Path, clause: str, evidence: str, remedy:
     return Finding(code, "warning", "training", node.id, node.label, path.nodes, clause, evidence, remedy)
 
 
-def _cure(node: Node) -> str:
+def _cure(node: Node, terms: Terms) -> str:
+    if terms.kind == "service":
+        return (
+            "if the server is yours, say so: `lineage: {teachers: {NAME: {endpoint_terms: own}}}`; else describe its "
+            "terms in a registry of your own, as a [[service]] with `hosts`, or choose another server"
+        )
     if node.kind == "dataset":
         return f"declare it: `lineage: {{datasets: [{{repo: {node.label}, license: ID}}]}}`"
     return "declare its licence, `own` if it is yours: `lineage: {teachers: {NAME: {license: apache-2.0}}}`"

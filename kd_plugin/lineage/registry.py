@@ -12,14 +12,15 @@ from functools import cache
 from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any
-from urllib.parse import urlsplit
 
 from license_expression import ExpressionError, LicenseSymbol, get_spdx_licensing
 
 from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.lineage.endpoints import host_of, is_own_network
 from kd_plugin.lineage.terms import Terms
 
 UNKNOWN = "unknown"
+UNREAD_API = "unread-api-terms"  # the service of every server that is neither known nor the user's own
 _TABLES = ("version", "groups", "license", "service", "known")
 
 
@@ -119,8 +120,21 @@ class Registry:
         return max((severity_of(self.terms[i]) for i in ids or (UNKNOWN,)), default=0)
 
     def service_of_endpoint(self, endpoint: str) -> str | None:
-        """Return the service behind a URL or host, or None."""
-        host = (urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or "").rstrip(".").lower()
+        """Return the service behind a URL or host, or None where the server is on the user's own network.
+
+        A server elsewhere that no entry knows is an API whose terms were not read.
+        """
+        host = host_of(endpoint)
+        if host is None:
+            return UNREAD_API
+        return self._listed(host) or (None if is_own_network(host) else UNREAD_API)
+
+    def is_listed(self, endpoint: str) -> bool:
+        """Whether an entry names the host of an endpoint: nobody can declare such a server their own."""
+        host = host_of(endpoint)
+        return host is not None and self._listed(host) is not None
+
+    def _listed(self, host: str) -> str | None:
         return next((s for pattern, s in self.hosts.items() if fnmatch.fnmatchcase(host, pattern)), None)
 
     def service_of_model(self, name: str) -> str | None:
@@ -165,7 +179,8 @@ def load_registry(path: Path) -> Registry:
     Texts are read from beside the file. The digest covers both, so a record names which policy it was judged by.
 
     Raises:
-        ConfigError: unreadable or malformed (with line and column), or an entry that misses something.
+        ConfigError: unreadable or malformed (with line and column), an entry that misses something, or one that
+            would exempt from a rule what only a recorded exception may: ``unknown``, and the closed APIs.
     """
     base = default_registry()
     try:
@@ -173,6 +188,7 @@ def load_registry(path: Path) -> Registry:
     except OSError as error:
         raise ConfigError(f"The registry {str(path)!r} cannot be read: {error.strerror}.") from error
     mine = parse_registry(raw, path.name, lambda name: (path.parent / PurePath(name).name).read_bytes(), base)
+    _refuse_exemptions(mine, base, path.name)
     return replace(
         mine,
         version=f"{base.version}+{mine.version}",
@@ -243,6 +259,21 @@ def parse_registry(raw: bytes, where: str, read: Callable[[str], bytes], base: R
         {one.repo.lower(): one for one in known},
         texts,
     )
+
+
+def _refuse_exemptions(mine: Registry, base: Registry, where: str) -> None:
+    """Refuse entries that would let pass what is unknown or closed, without the record that an exception is."""
+    for terms_id in mine.terms:
+        before = base.terms.get(terms_id)
+        if terms_id == UNKNOWN or (before is not None and before.kind == "service"):
+            raise ConfigError(
+                f"{where}: {terms_id!r} cannot be replaced; where you may use such a source all the same, record an "
+                "exception under `overrides`."
+            )
+    for spelling, target in mine.aliases.items():
+        before_id = base.aliases.get(spelling)
+        if before_id is not None and before_id != target:
+            raise ConfigError(f"{where}: {spelling!r} already names {before_id!r}; it cannot stand for {target!r}.")
 
 
 def _own(clause: Any, terms_id: str) -> Any:

@@ -21,7 +21,7 @@ from kd_plugin.lineage.config import LineageConfig, load_config
 from kd_plugin.lineage.declared import Declared, match_datasets, match_teachers, registry_of, shipped_student
 from kd_plugin.lineage.discovery import Found, checkpoint_node, discover, record_overrides, with_weights
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph, Node
-from kd_plugin.lineage.overrides import Override
+from kd_plugin.lineage.overrides import Override, in_force
 from kd_plugin.lineage.place import lineage_directory
 from kd_plugin.lineage.policy import evaluate
 from kd_plugin.lineage.record import RECORD, SCHEMA, load_record, sealed
@@ -110,8 +110,8 @@ class RunLineage:
 
     @cached_property
     def verdict(self) -> Verdict:
-        """The verdict under the declared facts. Reads files and declarations only."""
-        return self._judge(self.graph, self.config.use)
+        """The verdict under the declared facts, today. Reads files and declarations only."""
+        return self._judge(self.graph, self.config.use, self._overrides_in_force)
 
     def require_trainable(self) -> None:
         """Refuse to train where the terms of a source forbid it, or nothing is known of them.
@@ -141,7 +141,7 @@ class RunLineage:
         """
         if directory is not None:
             load_record(directory)
-        verdict = self._judge(self.graph, {**self.config.use, "distribute": True})
+        verdict = self._judge(self.graph, {**self.config.use, "distribute": True}, self._overrides_in_force)
         _refuse(verdict.publication_stops, "Publishing is refused by the terms of the sources", self._remedy)
 
     def write(self, directory: str | Path, *, step: int, parent: str | Path | None = None) -> None:
@@ -206,7 +206,7 @@ class RunLineage:
         graph = self._recorded_graph
         named = {i for node in graph.nodes.values() for i in (*node.licenses, *node.services)}
         terms = {i: self.registry.terms[i] for i in sorted(named | set(self._student.declared_license))}
-        verdict = self._judge(graph, self.config.use)
+        verdict = self._judge(graph, self.config.use, self._overrides)
         student = self._student
         record: dict[str, Any] = {
             "schema": SCHEMA,
@@ -267,8 +267,13 @@ class RunLineage:
         resumed = record_overrides(self.resumed) if self.resumed is not None else ()
         return tuple(sorted({*self.config.overrides, *inherited, *resumed}))
 
-    def _judge(self, graph: Graph, facts: Mapping[str, bool]) -> Verdict:
-        verdict = evaluate(graph, self.registry.terms, facts, self._student, self._overrides, self.started)
+    @property
+    def _overrides_in_force(self) -> tuple[Override, ...]:
+        """Those that hold today: a run that gives itself another date does not stretch an exception."""
+        return in_force(self._overrides, datetime.now(UTC).date().isoformat())
+
+    def _judge(self, graph: Graph, facts: Mapping[str, bool], overrides: tuple[Override, ...]) -> Verdict:
+        verdict = evaluate(graph, self.registry.terms, facts, self._student, overrides, self.started)
         return obligations.settle(verdict, graph, self.registry.terms)
 
     def _discover(self) -> list[tuple[Edge, Found]]:
@@ -295,7 +300,7 @@ class RunLineage:
     def _remedy(self, finding: Finding) -> str:
         """Put the run's own name of a source into the line of config that cures an unknown licence."""
         edge = next((e for e, found in self._roots if finding.node in found.graph.nodes), None)
-        if finding.code != "unknown_license" or edge is None:
+        if finding.code != "unknown_license" or edge is None or self._is_contract(finding):
             return finding.remedy
         if edge.kind == "initialized_from":
             line = "student: {license: apache-2.0}"
@@ -309,6 +314,9 @@ class RunLineage:
         else:
             line = f"teachers: {{{edge.role}: {{license: apache-2.0}}}}"
         return f"declare its licence, `own` if it is yours: `lineage: {{{line}}}`"
+
+    def _is_contract(self, finding: Finding) -> bool:
+        return self.registry.terms[finding.terms].kind == "service"
 
     def _parent(self, parent: str | Path | None) -> dict[str, Any] | None:
         if parent is not None:
@@ -361,12 +369,14 @@ def outputs_record(
     graph = Graph.of([node], edges).merged(*(found.graph for found in behind))
     used = graph.merged(Graph.of([], [Edge(SELF, node.id, edges[0].kind)]))
     overrides = tuple(sorted({*declared.overrides, *(o for found in behind for o in found.overrides)}))
-    today = declared.run.get("date") or datetime.now(UTC).date().isoformat()
+    today = datetime.now(UTC).date().isoformat()
+    date = declared.run.get("date") or today
     student = shipped_student(declared, registry)
-    verdict = evaluate(used, registry.terms, declared.use, student, overrides, today)
+    verdict = evaluate(used, registry.terms, declared.use, student, in_force(overrides, today), date)
 
     def remedy(finding: Finding) -> str:
-        if finding.code == "unknown_license" and finding.node == behind[0].node.id:
+        is_contract = finding.terms in registry.terms and registry.terms[finding.terms].kind == "service"
+        if finding.code == "unknown_license" and finding.node == behind[0].node.id and not is_contract:
             name = teacher.name
             return f"declare its licence, `own` if it is yours: `lineage: {{teachers: {{{name}: {{license: mit}}}}}}`"
         return finding.remedy

@@ -21,10 +21,12 @@ class Source:
         revision: branch, tag or commit, as asked for.
         license: declared licence: a hub id, an SPDX expression, or ``own``; None leaves it to discovery.
         endpoint: URL of a server, if the source is reached through one.
+        endpoint_terms: ``own`` where the user declares that a server with a public name is the user's own.
         model: model name that is sent to the endpoint.
         signal: what reaches the student: distributions, or text only.
         generated_by: names of the models that wrote a dataset.
         generators: models that wrote a dataset and of which more than the name is declared.
+        named_in: the words that name this source, where only a card does.
         record: a lineage node (and its ancestors) that the source brings along, such as a cache's manifest
             or a checkpoint's ``lineage.json``; None leaves it to discovery.
     """
@@ -35,8 +37,10 @@ class Source:
     revision: str | None = None
     license: str | None = None
     endpoint: str | None = None
+    endpoint_terms: str | None = None
     model: str | None = None
     signal: Signal = "logits"
     generated_by: tuple[str, ...] = ()
     generators: tuple[Source, ...] = ()
+    named_in: str | None = None
     record: Mapping[str, Any] | None = field(default=None, compare=False)

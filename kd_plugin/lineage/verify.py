@@ -14,10 +14,11 @@ from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import section, section_in
 from kd_plugin.lineage.discovery import record_overrides
 from kd_plugin.lineage.graph import Graph
+from kd_plugin.lineage.overrides import in_force
 from kd_plugin.lineage.place import lineage_directory, weights_of
 from kd_plugin.lineage.policy import evaluate
 from kd_plugin.lineage.record import BOM, LICENSES, MAX_RECORD, NOTICE, RECORD, canonical, digest_of, read_record, seal
-from kd_plugin.lineage.registry import default_registry
+from kd_plugin.lineage.registry import Registry, default_registry
 from kd_plugin.lineage.terms import Terms
 from kd_plugin.lineage.verdict import Student, Verdict
 
@@ -63,12 +64,17 @@ class VerifyReport:
         return 2 if "tampered" in kinds else 3 if "incomplete" in kinds else 1 if "violation" in kinds else 0
 
 
-def verify(directory: str | Path) -> VerifyReport:
+def verify(directory: str | Path, registry: Registry | None = None) -> VerifyReport:
     """Check a checkpoint's lineage against its files, recomputing digests and verdict; no network, no model.
+
+    Args:
+        directory: the checkpoint.
+        registry: the registry by which it should have been judged; None is the package's.
 
     Raises:
         LineageError: there is nothing at ``directory``.
     """
+    registry = registry or default_registry()
     weights = Path(directory)
     if not weights.exists():
         raise LineageError(f"{str(weights)!r} is not there; expected a checkpoint.")
@@ -86,16 +92,15 @@ def verify(directory: str | Path) -> VerifyReport:
         return VerifyReport(directory, (Problem("tampered", RECORD, str(error)),))
     problems += _check_subjects(weights_of(directory), record)
     problems += _check_files(directory, record)
-    verdict, found = _check_verdict(record)
+    verdict, found = _check_verdict(record, registry)
     problems += found
-    notes: list[str] = []
-    if record["policy"].get("sha256") != default_registry().sha256:
-        version = record["policy"].get("version")
+    notes = [f"{name}/ has a lineage of its own and was not checked" for name in hashing.apart(weights_of(directory))]
+    if record["policy"].get("sha256") != registry.sha256:
         notes.append(
-            f"judged by registry {version}, which is not the installed one: its own copy of the terms was used"
+            f"judged by registry {record['policy'].get('version')}, which is not the one at hand ({registry.version}): "
+            "its own copy of the terms was used, and compared with the one at hand"
         )
-    for check in (_check_parent, _check_card):
-        more, said = check(directory, record)
+    for more, said in (_check_parent(directory, record), _check_card(directory, record, registry)):
         problems += more
         notes += said
     return VerifyReport(directory, tuple(problems), tuple(notes), verdict)
@@ -152,7 +157,7 @@ def _check_files(directory: Path, record: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
-def _check_verdict(record: Mapping[str, Any]) -> tuple[Verdict | None, list[Problem]]:
+def _check_verdict(record: Mapping[str, Any], registry: Registry) -> tuple[Verdict | None, list[Problem]]:
     """Recompute the verdict from the record's own nodes, terms and facts; compare with what it says."""
     try:
         graph = Graph.from_json(record)
@@ -166,10 +171,10 @@ def _check_verdict(record: Mapping[str, Any]) -> tuple[Verdict | None, list[Prob
     except (LineageError, ConfigError, KeyError, TypeError, AttributeError) as error:
         return None, [Problem("tampered", RECORD, f"the verdict cannot be recomputed: {error}")]
     problems = []
-    if verdict.to_json() != record["effective"]:
+    same_policy = record["policy"].get("sha256") == registry.sha256
+    if _comparable(verdict.to_json(), same_policy) != _comparable(record["effective"], same_policy):
         problems.append(Problem("tampered", RECORD, "decision, duties or findings are not what its lineage leads to"))
-    registry = default_registry()
-    if record["policy"].get("sha256") == registry.sha256:
+    if same_policy:
         for terms_id, entry in terms.items():
             if registry.terms.get(terms_id) != entry:
                 problems.append(Problem("tampered", RECORD, f"its copy of terms {terms_id!r} is not the registry's"))
@@ -178,13 +183,36 @@ def _check_verdict(record: Mapping[str, Any]) -> tuple[Verdict | None, list[Prob
         for name, text in {NOTICE: notice, BOM: bom_text(record), **texts}.items():
             if promised.get(name) != hashing.sha256_text(text):
                 problems.append(Problem("tampered", name, "it is not what the lineage asks for"))
+    else:
+        at_hand = {i: registry.terms.get(i, entry) for i, entry in terms.items()}
+        again = evaluate(graph, at_hand, facts, student, overrides, str(record["run"]["date"]))
+        problems += _stricter_today(verdict, obligations.settle(again, graph, at_hand), registry)
     problems += [Problem("violation", f.subject, str(f)) for f in verdict.publication_stops]
     today = datetime.now(UTC).date().isoformat()
     for one in overrides:
-        if one.expires < today and any(f.severity == "overridden" for f in verdict.findings):
-            message = f"the exception by {one.approved_by} for {one.subject} ({one.terms}) expired on {one.expires}"
+        if not in_force([one], today) and any(f.severity == "overridden" for f in verdict.findings):
+            when = f"expired on {one.expires}" if one.expires < today else f"begins on {one.approved_on}"
+            message = f"the exception by {one.approved_by} for {one.subject} ({one.terms}) {when}"
             problems.append(Problem("violation", "overrides", message))
     return verdict, problems
+
+
+def _comparable(effective: Mapping[str, Any], same_policy: bool) -> Mapping[str, Any]:
+    """Leave out how a remedy is worded, which another version of this package may word otherwise."""
+    if same_policy:
+        return effective
+    findings = [{k: v for k, v in finding.items() if k != "remedy"} for finding in effective["findings"]]
+    return {**effective, "findings": findings}
+
+
+def _stricter_today(recorded: Verdict, again: Verdict, registry: Registry) -> list[Problem]:
+    """Report what the registry at hand asks and the record's own copy of the terms does not."""
+    known = {(d.terms, d.kind, d.node) for d in recorded.obligations}
+    stopped = {(f.terms, f.code, f.node) for f in recorded.publication_stops}
+    asked = [f"{d.terms} {d.cite}: {d.says}" for d in again.obligations if (d.terms, d.kind, d.node) not in known]
+    asked += [str(f) for f in again.publication_stops if (f.terms, f.code, f.node) not in stopped]
+    where = f"registry {registry.version}"
+    return [Problem("violation", where, f"it asks what the record does not: {words}") for words in dict.fromkeys(asked)]
 
 
 def _check_parent(directory: Path, record: Mapping[str, Any]) -> tuple[list[Problem], list[str]]:
@@ -207,10 +235,10 @@ def _check_parent(directory: Path, record: Mapping[str, Any]) -> tuple[list[Prob
     return [], []
 
 
-def _check_card(directory: Path, record: Mapping[str, Any]) -> tuple[list[Problem], list[str]]:
+def _check_card(directory: Path, record: Mapping[str, Any], registry: Registry) -> tuple[list[Problem], list[str]]:
     """Compare the card's section with the record. A trainer may write its own card again, without the section."""
     path = directory / "README.md"
-    if record["policy"].get("sha256") != default_registry().sha256 or not path.is_file():
+    if record["policy"].get("sha256") != registry.sha256 or not path.is_file():
         return [], []
     with path.open("rb") as file:
         found = section_in(file.read(MAX_RECORD).decode("utf-8", "replace"))

@@ -108,3 +108,21 @@ def test_licence_names_and_expressions_resolve(written, ids, expression):
     found = default_registry().resolve(written)
     assert found.ids == ids
     assert expression is None or found.expression == expression
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("use: {}\nteachers:\n  t:\n    licence: mit\n", r"teachers.t \(line 4\): unknown key 'licence'.*'license'"),
+        ("student:\n  name: a\n  license: 3\n", r"student.license \(line 3\) must be a string, got 3"),
+        ("datasets:\n- {repo: a}\n- {repo: b, rows: 3}\n", r"datasets\[1\] \(line 3\): unknown key 'rows'"),
+        ("use:\n  commercial: perhaps\n", r"use.commercial \(line 2\) must be true or false"),
+        ("\n\nteacher: {}\n", r"lineage.yaml \(line 3\): unknown key 'teacher'"),
+        ("[]\n", r"lineage.yaml \(line 1\) must be a mapping"),
+    ],
+)
+def test_a_wrong_key_is_named_with_its_line(tmp_path, text, says):
+    path = tmp_path / "lineage.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        load_config(path)

@@ -154,3 +154,31 @@ def test_a_node_says_how_sure_its_licence_is(tmp_path):
     assert Node.from_json(disputed.to_json()) == disputed
     with pytest.raises(LineageError, match="says that it is 'text'"):
         Node.from_json({**disputed.to_json(), "sure": "text"})
+
+
+def test_other_is_something_only_with_both_a_name_and_a_link(tmp_path):
+    name = "license: other\nlicense_name: mit"
+    assert find(model_dir(tmp_path, "a", name)).node.licenses == ("unknown",)
+    assert find(model_dir(tmp_path, "b", f"{name}\nlicense_link: LICENSE")).node.licenses == ("mit",)
+    assert find(model_dir(tmp_path, "c", "license: other\nlicense_link: LICENSE")).node.licenses == ("unknown",)
+
+
+@pytest.mark.parametrize("file", ["config.json", "dataset_info.json"])
+def test_a_licence_in_a_config_is_read_and_the_more_severe_counts(tmp_path, file):
+    directory = model_dir(tmp_path, "m", "mit")
+    (tmp_path / "m" / file).write_text('{"license": "cc-by-nc-4.0", "model_type": "x"}')
+    node = find(directory).node
+    assert node.licenses == ("cc-by-nc-4.0",) and node.sure == "disputed"
+    (tmp_path / "m" / file).write_text("[" * 100_000)  # whoever loads it will say so
+    assert find(directory).node.licenses == ("mit",)
+
+
+def test_a_card_that_is_padded_or_leads_elsewhere_does_not_go_unread(tmp_path):
+    padded = model_dir(tmp_path, "padded", license_text=text_of("mit"))
+    (tmp_path / "padded" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n" + "x" * (2 << 20))
+    assert find(padded).node.licenses == ("cc-by-nc-4.0",)
+    (tmp_path / "padded" / "README.md").write_text("---\nx: " + "x" * (2 << 20) + "\nlicense: cc-by-nc-4.0\n---\n")
+    assert find(padded).node.licenses == ("unknown",)
+    out = model_dir(tmp_path, "out", license_text=text_of("mit"))
+    (tmp_path / "out" / "README.md").symlink_to(tmp_path / "padded" / "README.md")
+    assert find(out).node.licenses == ("unknown",)

@@ -198,3 +198,12 @@ def test_check_has_an_exit_code_for_every_outcome(tmp_path, capsys, text, code):
     shown = capsys.readouterr()
     assert ("not legal advice" in shown.out) == (code != 2)
     assert main(["check", str(path), "--json"]) == code
+
+
+def test_an_adapter_is_called_an_adapter(tmp_path):
+    directory = checkpoint(tmp_path / "out")
+    (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
+    student = Source("student", ref="org/base", license="mit")
+    RunLineage(method="sft", student=student, config={"run": RUN}).write(directory, step=1)
+    front = yaml.safe_load((directory / "README.md").read_text().split("---")[1])
+    assert (front["base_model"], front["base_model_relation"]) == ("org/base", "adapter")

@@ -2,6 +2,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import rfc8785
@@ -305,3 +306,44 @@ def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def test_terms_that_were_forged_with_the_policy_and_every_digest_are_judged_by_the_registry_at_hand(tmp_path):
+    directory = checkpoint(tmp_path / "out")
+    record = forged(run_of(tmp_path, "gemma"), directory, "gemma")
+    assert record["effective"]["decision"] == "allow_with_duties"
+    assert "gemma" not in {duty["terms"] for duty in record["effective"]["duties"]}
+    report = verify(directory)
+    assert report.exit_code == 1 and "not the one at hand" in report.notes[0]
+    assert {p.kind for p in report.problems} == {"violation"}
+    assert any("gemma §3.1(2): Provide recipients a copy" in str(p) for p in report.problems)
+
+
+def test_a_forged_ban_is_a_violation_too(tmp_path):
+    directory = checkpoint(tmp_path / "out")
+    forged(run_of(tmp_path, "llama2", config={"use": {"mau_over_700m_at_release": False}}), directory, "llama2")
+    assert any("may not be used to improve" in str(p) for p in verify(directory).problems)
+
+
+def forged(run, directory, terms_id):
+    """Write a record whose copy of some terms asks nothing, consistent in itself, as a forger with this code would."""
+    terms = dict(run.registry.terms)
+    terms[terms_id] = replace(terms[terms_id], clauses=())
+    run.registry = replace(run.registry, terms=terms, version="2020.01.01", sha256="0" * 64)
+    run.write(directory, step=1)
+    return load_record(directory)
+
+
+def test_a_directory_that_is_set_apart_is_named_and_not_passed_over_in_silence(saved):
+    hidden = saved / "extra"
+    hidden.mkdir()
+    (hidden / "lineage.json").write_text("{}")
+    (hidden / "model.safetensors").write_bytes(b"other weights")
+    report = verify(saved)
+    assert report.exit_code == 0 and report.notes == ("extra/ has a lineage of its own and was not checked",)
+
+
+@pytest.mark.parametrize("name", ["extra.SAFETENSORS", "weights.npz", "extra.Bin", ".hidden.gguf"])
+def test_weights_in_another_spelling_are_extra_weights(saved, name):
+    (saved / name).write_bytes(b"other weights")
+    assert [p.where for p in verify(saved).problems] == [name]

@@ -151,4 +151,48 @@ def test_a_registry_of_ones_own_adds_and_replaces_and_is_named_by_its_digest(tmp
     base.write(directory, step=1)
     assert (directory / "LICENSES" / "acme.txt").read_text() == "The ACME licence.\n"
     assert load_record(directory)["policy"]["version"].endswith("+acme-1")
-    assert verify(directory).exit_code == 0
+    report = verify(directory)
+    assert report.exit_code == 0 and "not the one at hand" in report.notes[0]
+    assert verify(directory, registry) == replace(report, notes=())
+
+
+@pytest.mark.parametrize(
+    ("date", "change"),
+    [
+        ("2025-06-01", {"approved_on": "2025-01-01", "expires": "2025-12-31"}),
+        ("2099-06-01", {"approved_on": "2099-01-01", "expires": "2099-12-31"}),
+    ],
+    ids=["expired", "not yet"],
+)
+def test_a_run_that_gives_itself_another_date_does_not_stretch_an_exception(date, change):
+    dated = run({**EXCEPTION, **change})
+    dated.started = date
+    with pytest.raises(LicenseRefusedError):
+        dated.require_trainable()
+    with pytest.raises(LicenseRefusedError):
+        dated.require_publishable()
+
+
+def test_the_card_says_by_whose_exception_it_stands(tmp_path):
+    directory = checkpoint(tmp_path / "out")
+    run(EXCEPTION).write(directory, step=1)
+    card = (directory / "README.md").read_text()
+    assert "Stands only by recorded exceptions:" in card and "excepted by A. Counsel on 2026-01-01" in card
+
+
+@pytest.mark.parametrize(
+    ("toml", "says"),
+    [
+        ('[[license]]\nid = "unknown"\nname = "fine"\nno_text = true\n', "'unknown' cannot be replaced"),
+        ('[[service]]\nid = "openai-terms"\nname = "fine"\n', "'openai-terms' cannot be replaced.*overrides"),
+        (
+            '[[license]]\nid = "x"\nname = "X"\nno_text = true\naliases = ["llama2"]\n',
+            "'llama2' already names 'llama2'",
+        ),
+    ],
+)
+def test_a_registry_of_ones_own_is_no_way_round_an_exception(tmp_path, toml, says):
+    path = tmp_path / "mine.toml"
+    path.write_text(toml)
+    with pytest.raises(ConfigError, match=says):
+        load_registry(path)
