@@ -13,6 +13,7 @@ from kd_plugin.lightning.step import DistillingStep
 from kd_plugin.lightning.student import (
     builds_later,
     find_student,
+    require_launchable,
     require_returned_loss,
     require_supported,
     tell_transformers_of_zero3,
@@ -47,9 +48,13 @@ class StudentCallback(Callback):
         require_supported(trainer)
         require_returned_loss(pl_module)
         if not builds_later(pl_module):
-            self._check(trainer, pl_module, find_student(pl_module, self.student))
+            student: PreTrainedModel | str = find_student(pl_module, self.student)
         elif hasattr(pl_module, "student_reference"):
-            self._check(trainer, pl_module, pl_module.student_reference)
+            student = pl_module.student_reference
+        else:
+            return
+        require_launchable(trainer, student)
+        self._check(trainer, pl_module, student)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -19,7 +19,7 @@ from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.offline import load_tokenizer
 from kd_plugin.lightning.panel_objective import Corrected, PanelObjective
 from kd_plugin.lightning.panel_settings import PanelSettings
-from kd_plugin.lightning.placing import place_teachers
+from kd_plugin.lightning.placing import place_teachers, require_placeable
 from kd_plugin.lightning.step import WINDOW, DistillingStep, Prepared, require_mapping
 from kd_plugin.lightning.student import find_student
 from kd_plugin.lightning.writing import Rollouts, render, write
@@ -124,7 +124,8 @@ class TeacherPanelCorrection(StudentCallback):
         self._ahead = []
 
     def _check(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel | str) -> None:
-        """Pass the license gate and compare vocabularies; neither needs any weights."""
+        """Pass the license gate, and compare vocabularies and placements; none of it needs any weights."""
+        require_placeable(self.panel, trainer)
         declared = self.lineage if self.lineage is not None else declared_lineage(trainer)
         run = start_run(
             method="teacher_panel",

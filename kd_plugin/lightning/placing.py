@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
-from kd_plugin.errors import ConfigError
 from kd_plugin.panel import TeacherPanel
+from kd_plugin.panel.checks import require_placements
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import AdapterTeacher, LocalTeacher
 from kd_plugin.vocab import Vocabulary
@@ -35,30 +35,32 @@ def place_teachers(
     """
     strategy = trainer.strategy
     zero3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
-    sharded = zero3 or isinstance(strategy, ModelParallelStrategy)
-    for name, teacher in panel.teachers.items():
+    for teacher in panel.teachers.values():
         if isinstance(teacher, AdapterTeacher):
-            if sharded:
-                raise ConfigError(
-                    f"Teacher {name!r} is an adapter, which shares the tensors of its base; ZeRO-3 and FSDP2 replace "
-                    "them by shards. Merge the adapter into a model of its own, or train without sharding."
-                )
             if teacher.uses_student:
                 adapted = next((m for m in module.modules() if hasattr(m, "peft_config")), student)
                 teacher.use_student(adapted, student.config._name_or_path, vocabulary)
             elif teacher.base is not None and teacher.base.placement == "resident":
                 teacher.base.model.to(module.device)
         elif isinstance(teacher, LocalTeacher):
-            if teacher.placement == "offload" and zero3:
-                raise ConfigError(
-                    f"Teacher {name!r} has placement='offload', which moves whole models; ZeRO-3 shards them. Use "
-                    "placement='resident' here, and the sharding's own offloading."
-                )
             OutputHead.from_model(teacher.model)  # raises early where the teacher has no head
             if zero3:
                 _shard(teacher, strategy)
             elif teacher.placement == "resident":
                 teacher.model.to(module.device)
+
+
+def require_placeable(panel: TeacherPanel, trainer: Trainer) -> None:
+    """Refuse placements that the strategy cannot give, before anything is loaded.
+
+    Raises:
+        ConfigError: names the teacher, and what can be.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+        require_placements(panel, "ZeRO-3", refused=("adapter", "offload"))
+    elif isinstance(strategy, ModelParallelStrategy):
+        require_placements(panel, "FSDP2", refused=("adapter",))
 
 
 def _shard(teacher: LocalTeacher, strategy: Any) -> None:

@@ -11,9 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.zero.preflight import require_batches, require_filled, require_offload, require_student
 
 SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)  # DeepSpeedStrategy is a DDPStrategy
 
@@ -82,6 +83,32 @@ def require_supported(trainer: Trainer) -> None:
             "default and gives each of them the same rows; kd-plugin shards parameters instead. Set "
             f"data_parallel_size: {trainer.world_size} and tensor_parallel_size: 1."
         )
+
+
+def require_launchable(trainer: Trainer, student: PreTrainedModel | str) -> None:
+    """Refuse a DeepSpeed configuration that contradicts the trainer or the student, before anything is loaded.
+
+    Args:
+        trainer: for its strategy and its batches.
+        student: the student, or the reference that it will be loaded from.
+
+    Raises:
+        ConfigError: batch sizes contradict, ``auto`` stands where Lightning fills in nothing, the configuration was
+            made for another student, or an offload cannot be.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, DeepSpeedStrategy):
+        return
+    config: dict[str, Any] = strategy.config or {}
+    require_filled(config)
+    rows = getattr(getattr(trainer, "datamodule", None), "hparams", {}).get("batch_size")
+    rows = config.get("train_micro_batch_size_per_gpu", rows)
+    if rows is not None:
+        require_batches(
+            config, micro_batch=rows, accumulation=trainer.accumulate_grad_batches, ranks=trainer.world_size
+        )
+    require_student(config, AutoConfig.from_pretrained(student) if isinstance(student, str) else student.config)
+    require_offload(config)
 
 
 def require_returned_loss(module: LightningModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from kd_plugin.divergence.spec import Divergence
@@ -98,6 +99,32 @@ def check_rows(dataset: Any, name: str, panel: TeacherPanel) -> None:
         if key not in seen:
             seen.add(key)
             panel.assign(row)
+
+
+def require_placements(panel: TeacherPanel, sharding: str | None, refused: Collection[str]) -> None:
+    """Refuse teachers whose placement cannot be under the host's sharding, before anything is loaded.
+
+    Args:
+        panel: the teachers.
+        sharding: what the host cuts models with, such as ``"ZeRO-3"``; None where it leaves them whole.
+        refused: what that sharding has no room for, of ``"adapter"`` and ``"offload"``.
+
+    Raises:
+        ConfigError: names the teacher, and the placements that can be.
+    """
+    if sharding is None:
+        return
+    for name, teacher in panel.teachers.items():
+        if "adapter" in refused and isinstance(teacher, AdapterTeacher):
+            raise ConfigError(
+                f"Teacher {name!r} is an adapter, which shares the tensors of its base; {sharding} replaces them by "
+                "shards. Merge the adapter into a model of its own, or train without sharding."
+            )
+        if "offload" in refused and isinstance(teacher, LocalTeacher) and teacher.placement == "offload":
+            raise ConfigError(
+                f"Teacher {name!r} has placement='offload', which moves whole models; {sharding} shards them. Use "
+                "placement='resident' here, and the sharding's own offloading."
+            )
 
 
 def require_defined_panel(panel: TeacherPanel, divergence: Divergence, temperature: float) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from kd_plugin.errors import KDError
@@ -18,7 +17,7 @@ from kd_plugin.lineage.background import Background, is_large
 from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.record import RECORD
 from kd_plugin.lineage.shares import Place, hash_share
-from kd_plugin.trl.start import refuse_another_run
+from kd_plugin.trl.start import refuse_another_run, resumed_checkpoint
 from kd_plugin.zero.consolidate import require_resumable
 
 logger = logging.get_logger(__name__)
@@ -264,12 +263,10 @@ class LineageSavingMixin(Trainer):
                 ZeRO shards that another number of ranks wrote.
         """
         callback = lineage_callback(self.callback_handler.callbacks)
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
+        checkpoint = resumed_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         if checkpoint and self.is_deepspeed_enabled:
             settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            require_resumable(str(checkpoint), self.args.world_size, settings)
+            require_resumable(checkpoint, self.args.world_size, settings)
         if not checkpoint:
             if not getattr(self, "_has_trained", False) and callback is not None:
                 refuse_another_run(self.args.output_dir, callback._run)

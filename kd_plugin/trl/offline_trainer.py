@@ -27,7 +27,7 @@ from kd_plugin.trl.distillation_head import add_distillation_head
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, with_lineage
 from kd_plugin.trl.offline_config import OfflineKDConfig
 from kd_plugin.trl.shuffling import shuffle_leanly
-from kd_plugin.trl.start import load_vocabulary, start_lineage
+from kd_plugin.trl.start import load_vocabulary, require_launchable, start_lineage
 
 logger = logging.get_logger(__name__)
 
@@ -89,6 +89,7 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
             args=args,
             declared=declared_lineage(callbacks),
         )
+        require_launchable(args, model)
         vocabulary = load_vocabulary(model, processing_class, args)
         self.teacher_cache.require_compatible(vocabulary, temperature=args.temperature)
         for path, found in self.teacher_cache.require_aligned().items():

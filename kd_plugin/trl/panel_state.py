@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from kd_plugin.errors import ConfigError
@@ -31,13 +30,6 @@ class PanelStateCallback(TrainerCallback):
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if state.is_world_process_zero and checkpoint.is_dir():
             write_identity(checkpoint, self._identity())
-
-
-def resumed_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
-    """Return the checkpoint that a call of ``train`` goes on from."""
-    if resume_from_checkpoint is True:
-        return get_last_checkpoint(output_dir)  # type: ignore[no-any-return]
-    return resume_from_checkpoint or None
 
 
 def save_what_was_learnt(trainer: Trainer) -> None:

@@ -27,9 +27,9 @@ from kd_plugin.teachers import AdapterTeacher, LocalTeacher, Teacher
 from kd_plugin.trl.behaviour import padded, recorded
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, lineage_callback, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
-from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, resumed_checkpoint, save_what_was_learnt
+from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, save_what_was_learnt
 from kd_plugin.trl.rollouts import RolloutMixin
-from kd_plugin.trl.start import load_vocabulary, start_lineage
+from kd_plugin.trl.start import load_vocabulary, require_launchable, resumed_checkpoint, start_lineage
 from kd_plugin.trl.watch import WatchMixin
 from kd_plugin.zero.sharding import whole_heads
 from kd_plugin.zero.teachers import shard_for_inference
@@ -101,6 +101,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
             args=args,
             declared=declared_lineage(callbacks),
         )
+        require_launchable(args, model, self.panel)
         self._vocabulary = load_vocabulary(model, processing_class, args)
         require_one_vocabulary(self.panel, self._vocabulary)
         if isinstance(model, str):
@@ -120,8 +121,8 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
             **kwargs,
         )
         self.start_rollouts(warmup_caches)
-        for name, teacher in self.panel.teachers.items():
-            self._prepare_teacher(name, teacher)
+        for teacher in self.panel.teachers.values():
+            self._prepare_teacher(teacher)
         self._panel_totals: dict[str, Tensor] = {}
         self.add_callback(PanelStateCallback(self._identity))
         self.start_watching()
@@ -151,21 +152,16 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
             save_what_was_learnt(self)
             raise
 
-    def _prepare_teacher(self, name: str, teacher: Teacher) -> None:
+    def _prepare_teacher(self, teacher: Teacher) -> None:
         """Place a teacher as TRL places its own: sharded by DeepSpeed, else wrapped by accelerate."""
         if isinstance(teacher, AdapterTeacher):
-            self._prepare_adapter(name, teacher)
+            self._prepare_adapter(teacher)
             return
         if not isinstance(teacher, LocalTeacher):
             return
         model = teacher.model
         OutputHead.from_model(model)  # raises early where the teacher has no head
         if teacher.placement == "offload":
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                raise ConfigError(
-                    f"Teacher {name!r} has placement='offload', which moves whole models; DeepSpeed and FSDP shard "
-                    "them. Use placement='resident' here, and the sharding's own offloading."
-                )
             return
         if self.is_deepspeed_enabled and self.args.shard_teachers:
             wrapped = shard_for_inference(model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
@@ -176,13 +172,8 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
         unwrapped = self.accelerator.unwrap_model(wrapped)
         teacher.attach(lambda method, *inputs: self._forward_redirection(wrapped, unwrapped, method, *inputs))
 
-    def _prepare_adapter(self, name: str, teacher: AdapterTeacher) -> None:
+    def _prepare_adapter(self, teacher: AdapterTeacher) -> None:
         """Give an adapter its base; its module tree is over that base's own parameters."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ConfigError(
-                f"Teacher {name!r} is an adapter, which shares the tensors of its base; DeepSpeed and FSDP replace "
-                "them by shards. Merge the adapter into a model of its own, or train without sharding."
-            )
         if teacher.uses_student:
             student = self.accelerator.unwrap_model(self.model)
             teacher.use_student(student, student.config._name_or_path, self._vocabulary)

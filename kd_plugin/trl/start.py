@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import RunLineage, Source, load_record
 from kd_plugin.lineage.start import start_run
+from kd_plugin.panel import TeacherPanel
+from kd_plugin.panel.checks import require_placements
 from kd_plugin.vocab import Vocabulary
+from kd_plugin.zero.consolidate import require_resumable
+from kd_plugin.zero.preflight import require_batches, require_offload, require_student
 
 # Where a run is written and how it reports is no part of what it does
 _NOT_IN_THE_HASH = frozenset(
@@ -64,6 +70,63 @@ def start_lineage(
         outputs=outputs,
         datasets=datasets,
     )
+
+
+def require_launchable(
+    args: TrainingArguments, model: str | PreTrainedModel, panel: TeacherPanel | None = None
+) -> None:
+    """Refuse what DeepSpeed or FSDP cannot do with these settings, before the student's weights are loaded.
+
+    Args:
+        args: the trainer's settings.
+        model: the student, of which the configuration alone is read.
+        panel: teachers, whose placement must be possible.
+
+    Raises:
+        ConfigError: batch sizes contradict, the DeepSpeed configuration was made for another student, an offload or a
+            placement cannot be, or ``resume_from_checkpoint`` holds another number of ranks' shards.
+    """
+    plugin: Any = args.deepspeed_plugin
+    if panel is not None:
+        sharding = "DeepSpeed" if plugin is not None else "FSDP" if _uses_fsdp(args) else None
+        require_placements(panel, sharding, refused=("adapter", "offload"))
+    if plugin is None:
+        return
+    config = plugin.hf_ds_config.config
+    require_batches(
+        config,
+        micro_batch=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        ranks=args.world_size,
+    )
+    student = _student_config(model, args)
+    if student is not None:
+        require_student(config, student)
+    checkpoint = resumed_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
+    if checkpoint is not None:
+        require_resumable(checkpoint, args.world_size, config)
+    require_offload(config)
+
+
+def resumed_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
+    """Return the directory that ``resume_from_checkpoint`` means, which may be ``True`` or ``"true"`` for the last."""
+    if resume_from_checkpoint is True or str(resume_from_checkpoint).lower() == "true":
+        return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    return str(resume_from_checkpoint) if resume_from_checkpoint else None
+
+
+def _uses_fsdp(args: TrainingArguments) -> bool:
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def _student_config(model: str | PreTrainedModel, args: Any) -> Any:
+    """Read the student's configuration; None for a directory that holds an adapter alone."""
+    if not isinstance(model, str):
+        return model.config
+    if Path(model, "adapter_config.json").is_file():
+        return None
+    revision = (args.model_init_kwargs or {}).get("revision")
+    return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
 def load_vocabulary(model: str | PreTrainedModel, processing_class: Any, args: Any) -> Vocabulary:

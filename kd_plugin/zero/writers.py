@@ -10,6 +10,7 @@ import yaml
 
 from kd_plugin.zero.cluster import Cluster
 from kd_plugin.zero.memory import Layout, bucket_elements, persistence_threshold
+from kd_plugin.zero.preflight import MADE_FOR, made_for
 from kd_plugin.zero.run import PlannedRun
 
 
@@ -40,6 +41,7 @@ def deepspeed_config(run: PlannedRun, layout: Layout, nvme_path: str = "/local_n
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "zero_allow_untested_optimizer": True,
+        MADE_FOR: made_for(run.student.name, hidden, run.student.layers),
     }
 
 
