@@ -15,6 +15,7 @@ from typing import Any
 from kd_plugin.errors import LicenseRefusedError, LineageError
 from kd_plugin.lineage import hashing, obligations
 from kd_plugin.lineage import write as files
+from kd_plugin.lineage.background import is_large
 from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.config import LineageConfig, load_config
@@ -180,14 +181,15 @@ class RunLineage:
 
     @staticmethod
     def _subjects(weights: Path) -> list[hashing.Subject]:
-        """Hash the weights; where several nodes wrote them, with what the other nodes hashed already."""
+        """Hash the weights; where several nodes wrote many, with what the other nodes hash meanwhile."""
         place = Place.from_environment()
-        if place.nodes == 1 or not weights.is_dir():
+        if place.nodes == 1 or not weights.is_dir() or not is_large(weights):
             return hashing.subjects(weights)
         shares = Shares(weights, place)
-        subjects = hashing.subjects(weights, digest=shares.digest, order=shares.order)
-        shares.remove()
-        return subjects
+        try:
+            return hashing.subjects(weights, digest=shares.digest, order=shares.order)
+        finally:
+            shares.remove()
 
     def summary(self, *, step: int, parent: str | Path | None = None) -> dict[str, Any]:
         """Return what :meth:`write` records, less the digests of weights and files: for inside a checkpoint.

@@ -1,14 +1,17 @@
 """Spread the hashing of one checkpoint over the nodes of a run, without a collective.
 
-Where several nodes write one checkpoint to a file system that they share, each hashes a share of its files and leaves
-the digests in a hidden file there. The writer of the record takes what has arrived when it comes to a file, and hashes
-the file itself otherwise: it waits for nobody, and a node that died or sees another disk costs time alone.
+Where several nodes write one large checkpoint to a file system that they share, the writer of the record asks, by a
+hidden file beside the weights, for their digests; each other node hashes a share of the files and leaves digests there
+as they come. The writer takes what has arrived when it comes to a file, and hashes the file itself otherwise: it waits
+for nobody, and a node that died or sees another disk costs time alone.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +21,10 @@ from typing import Any
 from kd_plugin.lineage.hashing import name_in, sha256_file, weight_files
 
 _PREFIX = ".kd-digests-"
+_WANTED = f"{_PREFIX}wanted"
 _MAX_BYTES = 16 << 20
+_PATIENCE = 30.0  # seconds that a node waits for the writer to ask
+_PAUSE = 0.05  # seconds between two looks
 
 
 @dataclass(frozen=True)
@@ -49,22 +55,46 @@ class Place:
 
 
 def hash_share(checkpoint: Path, place: Place) -> None:
-    """Hash this node's share of a checkpoint's weight files, and leave the digests beside them."""
-    mine = weight_files(checkpoint)[place.node :: place.nodes]
+    """Hash this node's share of a checkpoint, once its writer asks, and leave the digests beside it as they come.
+
+    The weights may still be on their way when a node comes here, so it waits for the writer; it gives up where a
+    record is there, or where nobody asks.
+    """
+    limit = time.monotonic() + _PATIENCE
+    while not (checkpoint / _WANTED).is_file():
+        if time.monotonic() > limit or (checkpoint / "lineage.json").is_file():
+            return
+        time.sleep(_PAUSE)
+    entries: dict[str, list[Any]] = {}
+    lock = threading.Lock()
+
+    def hash_one(path: Path) -> None:
+        entry = _entry(path)
+        with lock:
+            entries[name_in(checkpoint, path)] = entry
+            _leave(checkpoint, place, entries)
+
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(_entry, mine))
-    entries = {name_in(checkpoint, path): entry for path, entry in zip(mine, digests, strict=True)}
+        list(pool.map(hash_one, weight_files(checkpoint)[place.node :: place.nodes]))
+
+
+def _leave(checkpoint: Path, place: Place, entries: Mapping[str, Any]) -> None:
+    """Leave digests for the writer; where it is done already, they are taken away again."""
+    left = checkpoint / f"{_PREFIX}{place.node}"
     temporary = checkpoint / f"{_PREFIX}{place.node}.tmp"
     temporary.write_text(json.dumps(entries))
-    temporary.replace(checkpoint / f"{_PREFIX}{place.node}")
+    temporary.replace(left)
+    if not (checkpoint / _WANTED).is_file():
+        left.unlink(missing_ok=True)
 
 
 class Shares:
-    """The digests of other nodes, as they arrive."""
+    """The digests of other nodes, as they arrive. Making one asks for them."""
 
     def __init__(self, checkpoint: Path, place: Place) -> None:
         self.checkpoint = checkpoint
         self.place = place
+        (checkpoint / _WANTED).touch()
 
     def order(self, files: list[Path]) -> list[Path]:
         """Return the files, this node's share first, so that the other nodes have time for theirs."""
@@ -81,7 +111,8 @@ class Shares:
         return sha256_file(path)
 
     def remove(self) -> None:
-        """Take the hidden files away; they are of no use once the record is there."""
+        """Take the hidden files away; they are of no use once the record is there. What asks for them goes first."""
+        (self.checkpoint / _WANTED).unlink(missing_ok=True)
         for path in self.checkpoint.glob(f"{_PREFIX}*"):
             path.unlink(missing_ok=True)
 

@@ -109,7 +109,7 @@ class LicenseLineageCallback(TrainerCallback):
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if not state.is_world_process_zero:
             place = Place.from_environment()
-            if place.nodes > 1 and place.leads and checkpoint.is_dir():
+            if place.nodes > 1 and place.leads:
                 self._thread.submit(lambda: self._hash_share(checkpoint, place))
             return
         if checkpoint.is_dir() and not (checkpoint / RECORD).is_file():

@@ -9,13 +9,14 @@ from kd_plugin.lineage.shares import Place, Shares, hash_share
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("kd_plugin.lineage.shares._PATIENCE", 0.2)
     for shard in range(5):
         (tmp_path / f"model-{shard}.safetensors").write_bytes(bytes([shard]) * 1000)
     return tmp_path
 
 
-def subjects(checkpoint, place, monkeypatch):
+def subjects(checkpoint, place, monkeypatch, others=(), then=None):
     """Hash as the writer does, and return what it read itself."""
     read = []
     sha256_file = hashing.sha256_file
@@ -24,8 +25,12 @@ def subjects(checkpoint, place, monkeypatch):
         read.append(path.name)
         return sha256_file(path)
 
-    monkeypatch.setattr("kd_plugin.lineage.shares.sha256_file", reading)
     shares = Shares(checkpoint, place)
+    for other in others:
+        hash_share(checkpoint, other)
+    if then:
+        then()
+    monkeypatch.setattr("kd_plugin.lineage.shares.sha256_file", reading)
     found = hashing.subjects(checkpoint, digest=shares.digest, order=shares.order)
     shares.remove()
     assert {s.path: s.sha256 for s in found} == {
@@ -35,8 +40,7 @@ def subjects(checkpoint, place, monkeypatch):
 
 
 def test_each_node_hashes_its_share(checkpoint, monkeypatch):
-    hash_share(checkpoint, Place(1, 2, True))
-    read = subjects(checkpoint, Place(0, 2, True), monkeypatch)
+    read = subjects(checkpoint, Place(0, 2, True), monkeypatch, [Place(1, 2, True)])
     assert read == ["model-0.safetensors", "model-2.safetensors", "model-4.safetensors"]
     assert sorted(p.name for p in checkpoint.iterdir()) == [f"model-{i}.safetensors" for i in range(5)]
 
@@ -46,12 +50,35 @@ def test_a_node_that_did_not_come_is_not_waited_for(checkpoint, monkeypatch):
 
 
 def test_a_digest_of_an_earlier_save_is_not_taken(checkpoint, monkeypatch):
+    def save_again():
+        (checkpoint / "model-1.safetensors").write_bytes(b"other" * 200)
+
+    assert "model-1.safetensors" in subjects(
+        checkpoint, Place(0, 2, True), monkeypatch, [Place(1, 2, True)], then=save_again
+    )
+
+
+def test_a_node_waits_until_the_writer_asks_and_leaves_nothing_where_nobody_does(checkpoint):
+    before = sorted(checkpoint.iterdir())
     hash_share(checkpoint, Place(1, 2, True))
-    (checkpoint / "model-1.safetensors").write_bytes(b"other" * 200)
-    assert "model-1.safetensors" in subjects(checkpoint, Place(0, 2, True), monkeypatch)
+    assert sorted(checkpoint.iterdir()) == before
+
+
+def test_digests_that_come_after_the_record_are_taken_away(checkpoint, monkeypatch):
+    shares = Shares(checkpoint, Place(0, 2, True))
+    sha256_file = hashing.sha256_file
+
+    def late(path):
+        shares.remove()
+        return sha256_file(path)
+
+    monkeypatch.setattr("kd_plugin.lineage.shares.sha256_file", late)
+    hash_share(checkpoint, Place(1, 2, True))
+    assert list(checkpoint.glob(".kd-*")) == []
 
 
 def test_verify_never_takes_digests_from_beside_the_weights(checkpoint):
+    Shares(checkpoint, Place(0, 1, True))
     hash_share(checkpoint, Place(0, 1, True))
     forged = (checkpoint / ".kd-digests-0").read_text().replace("a", "b")
     (checkpoint / ".kd-digests-0").write_text(forged)
