@@ -75,23 +75,30 @@ def front_matter(front: Mapping[str, Any], record: Mapping[str, Any]) -> dict[st
     tags = merged.get("tags")
     kept = [tags] if isinstance(tags, str) else tags if isinstance(tags, list) else []
     merged["tags"] = list(dict.fromkeys([*kept, "distillation"]))
-    teachers = [
-        {
-            "name": edge.role or graph.nodes[edge.target].name,
-            "model": graph.nodes[edge.target].label,
-            "signal": _TEACHING[edge.kind],
-            "license": list(graph.nodes[edge.target].licenses),
-        }
-        for edge in graph.edges
-        if edge.kind in _TEACHING and graph.nodes[edge.target].kind in ("model", "checkpoint")
-    ]
     merged["distillation"] = {
         "method": record["run"]["method"],
         "decision": record["effective"]["decision"],
         "lineage": "lineage.json",
-        "teachers": teachers,
+        "teachers": _teachers(graph),
     }
     return merged
+
+
+def license_problem(text: str, record: Mapping[str, Any]) -> str | None:
+    """Return how the licence in a card's front matter differs from what the record leads to, or None.
+
+    Front matter that names no licence, or cannot be read, says nothing wrong.
+    """
+    match = _FRONT.match(text)
+    try:
+        front = parse_yaml(match[1].encode("utf-8", "surrogateescape"), "README.md") if match else {}
+    except ConfigError:
+        return None
+    if not isinstance(front, Mapping) or front.get("license") is None:
+        return None
+    expected = _license_fields(Graph.from_json(record), record)
+    seen = {key: front.get(key) for key in expected}
+    return None if seen == expected else f"its front matter says {seen}; the lineage leads to {expected}"
 
 
 def section_in(text: str) -> str | None:
@@ -107,7 +114,7 @@ def section(record: Mapping[str, Any]) -> str:
     lines = [
         "## License lineage",
         "",
-        f"Decision: **{_text(effective['decision']).replace('_', ' ')}**. Licence of the weights: "
+        f"Decision: **{_text(effective['decision'].replace('_', ' '))}**. Licence of the weights: "
         f"`{_text(effective['license_expression'])}`. {NO_ADVICE}",
         "",
         "| made from | how | terms |",
@@ -136,6 +143,29 @@ def section(record: Mapping[str, Any]) -> str:
     lines += ["", *[f"{_text(value)}." for value in shown]] if shown else []
     lines += ["", "The full record is `lineage.json`; check it with `kd-plugin lineage verify DIR`."]
     return "\n".join(lines)
+
+
+def _teachers(graph: Graph) -> list[dict[str, Any]]:
+    """List who taught the checkpoint, and who taught what it was made from; the latter say whom they taught."""
+    own = {SELF}  # the checkpoint, and the earlier ones of its run
+    for edge in graph.edges:
+        own |= {edge.target} if edge.kind == "resumed_from" and edge.source in own else set()
+    found = []
+    for edge in graph.edges:
+        node = graph.nodes[edge.target]
+        if edge.kind not in _TEACHING or node.kind not in ("model", "checkpoint"):
+            continue
+        pupil = edge.source
+        while pupil not in own and graph.nodes[pupil].kind not in ("model", "checkpoint"):  # outputs that were stored
+            users = [e.source for e in graph.edges if e.target == pupil]
+            pupil = next((user for user in users if user in own), min(users, default=SELF))
+        entry: dict[str, Any] = {"name": edge.role or node.name, "model": node.label, "signal": _TEACHING[edge.kind]}
+        entry["license"] = list(node.licenses)
+        if pupil not in own:
+            entry["taught"] = graph.nodes[pupil].label
+        if entry not in found:
+            found.append(entry)
+    return sorted(found, key=lambda entry: ("taught" in entry, entry["name"], entry["model"]))
 
 
 def _license_fields(graph: Graph, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import hashing, obligations
 from kd_plugin.lineage.bom import bom_text
-from kd_plugin.lineage.card import section, section_in
+from kd_plugin.lineage.card import license_problem, section, section_in
+from kd_plugin.lineage.directory import printable
 from kd_plugin.lineage.discovery import record_overrides
 from kd_plugin.lineage.graph import Graph
 from kd_plugin.lineage.overrides import in_force
@@ -95,6 +96,7 @@ def verify(directory: str | Path, registry: Registry | None = None) -> VerifyRep
     verdict, found = _check_verdict(record, registry)
     problems += found
     notes = [f"{name}/ has a lineage of its own and was not checked" for name in hashing.apart(weights_of(directory))]
+    notes += _texts_of_others(directory, record)
     if record["policy"].get("sha256") != registry.sha256:
         notes.append(
             f"judged by registry {record['policy'].get('version')}, which is not the one at hand ({registry.version}): "
@@ -155,6 +157,13 @@ def _check_files(directory: Path, record: Mapping[str, Any]) -> list[Problem]:
         elif path.stat().st_size != size or hashing.sha256_file(path) != digest:
             problems.append(Problem("tampered", name, "its text was changed"))
     return problems
+
+
+def _texts_of_others(directory: Path, record: Mapping[str, Any]) -> list[str]:
+    """Note licence texts that someone added; the record vouches for none of them."""
+    folder, promised = directory / LICENSES, _entries(record["files"]) or {}
+    names = [f"{LICENSES}/{path.name}" for path in sorted(folder.iterdir())] if folder.is_dir() else []
+    return [f"{printable(name)} is not of this record" for name in names if name not in promised]
 
 
 def _check_verdict(record: Mapping[str, Any], registry: Registry) -> tuple[Verdict | None, list[Problem]]:
@@ -241,16 +250,17 @@ def _check_card(directory: Path, record: Mapping[str, Any], registry: Registry) 
     if record["policy"].get("sha256") != registry.sha256 or not path.is_file():
         return [], []
     with path.open("rb") as file:
-        found = section_in(file.read(MAX_RECORD).decode("utf-8", "replace"))
+        text = file.read(MAX_RECORD).decode("utf-8", "replace")
+    found = section_in(text)
     if found is None:
         return [], ["README.md has no lineage section; something wrote it after the lineage"]
     try:
-        expected = section(record)
+        expected, wrong = section(record), license_problem(text, record)
     except (LineageError, KeyError, TypeError, AttributeError):
         return [], []  # the record is malformed, which is reported already
     if found != expected:
         return [Problem("tampered", "README.md", "its lineage section is not what the record says")], []
-    return [], []
+    return ([Problem("violation", "README.md", wrong)] if wrong else []), []
 
 
 def _entries(items: Any) -> dict[str, tuple[str, int]] | None:

@@ -79,6 +79,8 @@ class LicenseLineageCallback(TrainerCallback):
             self.run.require_trainable()
         if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
             self._follow_saves(model, is_writer=args.should_save)
+        if hasattr(model, "peft_config"):  # what merge_and_unload() returns
+            self._follow_saves(model.get_base_model(), is_writer=args.should_save)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

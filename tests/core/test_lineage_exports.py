@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from kd_plugin.cli.lineage import main
-from kd_plugin.lineage import RunLineage, Source, load_record, verify
+from kd_plugin.lineage import RunLineage, Source, load_record, outputs_record, verify
 from kd_plugin.lineage.card import card_text
 from tests.core.lineage_help import RUN, checkpoint, model_dir, run_of
 
@@ -207,3 +207,34 @@ def test_an_adapter_is_called_an_adapter(tmp_path):
     RunLineage(method="sft", student=student, config={"run": RUN}).write(directory, step=1)
     front = yaml.safe_load((directory / "README.md").read_text().split("---")[1])
     assert (front["base_model"], front["base_model_relation"]) == ("org/base", "adapter")
+
+
+def test_the_card_tells_who_taught_it_from_who_taught_its_teacher(tmp_path):
+    middle = checkpoint(tmp_path / "out", "middle")
+    run_of(tmp_path, "gemma").write(middle, step=1)
+    student = Source("student", ref=model_dir(tmp_path, "small", "mit"))
+    cache = Source("c", "teacher_outputs", record=outputs_record(Source("expert", ref=str(middle))))
+    run = RunLineage(method="offline_kd", student=student, outputs=[cache], config={"run": RUN})
+    first, last = checkpoint(tmp_path / "run", "checkpoint-1"), checkpoint(tmp_path / "run", "checkpoint-2")
+    run.write(first, step=1)
+    run.resume(first)
+    run.write(last, step=2)
+    front = yaml.safe_load((last / "README.md").read_text().split("---")[1])
+    assert front["distillation"]["teachers"] == [
+        {"name": "expert", "model": "middle", "signal": "distributions", "license": []},
+        {"name": "t0", "model": "teacher-0-gemma", "signal": "distributions", "license": ["gemma"], "taught": "middle"},
+    ]
+    assert "Decision: **allow with duties**." in (last / "README.md").read_text()
+
+
+def test_a_card_that_names_another_licence_is_a_violation(saved):
+    card = saved / "README.md"
+    card.write_text(card.read_text().replace("license: other", "license: mit"))
+    report = verify(saved)
+    assert report.exit_code == 1 and "front matter says {'license': 'mit'" in report.problems[0].message
+
+
+def test_a_licence_text_that_someone_added_is_noted(saved):
+    (saved / "LICENSES" / "free.txt").write_text("Do as you please.")
+    report = verify(saved)
+    assert report.exit_code == 0 and report.notes == ("LICENSES/free.txt is not of this record",)

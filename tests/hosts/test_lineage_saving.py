@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from kd_plugin.cache import TopK, capture
 from kd_plugin.errors import LicenseRefusedError, LineageError
-from kd_plugin.lineage import RunLineage, background, verify
+from kd_plugin.lineage import RunLineage, background, load_record, verify
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import (
     LicenseLineageCallback,
@@ -217,3 +217,13 @@ def test_a_users_callback_finds_the_record_on_save(build):
     trainer.add_callback(uploader)
     trainer.train()
     assert uploader.seen == [0, 0]
+
+
+def test_a_model_that_is_merged_from_the_trained_adapter_carries_the_lineage(tmp_path, build):
+    trainer = build("offline", LORA, max_steps=1)
+    trainer.train()
+    trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert verify(tmp_path / "merged").exit_code == 0
+    merged = load_record(tmp_path / "merged")
+    assert [s["path"] for s in merged["subjects"]] == ["model.safetensors"] and merged["checkpoint"]["step"] == 1
+    assert merged["nodes"] == load_record(tmp_path / "offline" / "checkpoint-1")["nodes"]
