@@ -26,6 +26,8 @@ from kd_plugin.cache.targets import Sampled, TopK
 from kd_plugin.errors import CacheCorruptionError
 
 MAPPED_VERSION = 1
+# Every batch of rows.arrow costs each process that opens it some 3 kB of descriptions
+_BATCH_BYTES = 8 << 20
 
 
 def mapped_directory(cache: Path, manifest: Manifest, mapped_dir: str | Path | None) -> Path:
@@ -117,17 +119,23 @@ def _write(cache: Path, manifest: Manifest, directory: Path) -> None:
     (directory / "rows").mkdir()
     rows_path = directory / "rows" / "rows.arrow"
     schema = row_schema(passed)
+    waiting: list[pa.Table] = []
     with pa.OSFile(str(rows_path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
         for unit in manifest.units:
             path = verify_shard(cache, unit)
             for table in read_row_groups(path, manifest.settings.digest, unit.index, unit.rows_lost):
-                stream.write_table(_rows(table, schema, targets))
+                waiting.append(_rows(table, schema, targets))
+                if sum(rows.nbytes for rows in waiting) >= _BATCH_BYTES:
+                    stream.write_table(pa.concat_tables(waiting).combine_chunks())
+                    waiting.clear()
                 index.append(table["example_id"].to_pylist())
                 counts, _ = list_values(table["target_counts"])
                 offsets.append(entries + np.cumsum(counts, dtype=np.int64))
                 targets, entries = targets + len(counts), entries + int(counts.sum())
                 for name, writer in writers.items():
                     writer.append(list_values(table[name])[0])
+        if waiting:
+            stream.write_table(pa.concat_tables(waiting).combine_chunks())
     sync(rows_path)
     files = [writer.finish() for writer in writers.values()]
     if isinstance(targets_kept, TopK):

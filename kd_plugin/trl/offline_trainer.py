@@ -26,6 +26,7 @@ from kd_plugin.trl.collator import TeacherTargetCollator
 from kd_plugin.trl.distillation_head import add_distillation_head
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, with_lineage
 from kd_plugin.trl.offline_config import OfflineKDConfig
+from kd_plugin.trl.own_rows import with_labels
 from kd_plugin.trl.shuffling import shuffle_leanly
 from kd_plugin.trl.start import load_vocabulary, require_launchable, start_lineage
 
@@ -157,6 +158,7 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
         # The parent tokenizes whole rows; then they are joined, and only then truncated, packed and shuffled
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
+        dataset = with_labels(dataset, self.teacher_cache.columns, self.completion_only_loss, dataset_name)
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         dataset = self._join(dataset, dataset_name)
         cuts = args.max_length is not None and not (packing and args.packing_strategy == "bfd_split")

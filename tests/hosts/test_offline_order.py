@@ -65,3 +65,18 @@ def test_an_epoch_takes_no_list_of_all_rows():
 
     assert peak(SeedableRandomSampler) > 3_000_000
     assert peak(LeanRandomSampler) < 500_000  # tensors are not traced: 400,000 more
+
+
+@pytest.mark.parametrize("completion_only", [True, False])
+def test_labels_are_those_that_sft_builds(completion_only, tmp_path, student_dir, teacher_dir):
+    rows = [{"prompt": f"{'why ' * (i % 3)}?", "completion": f" because of {i}"} for i in range(7)]
+    cache = capture(rows, LocalTeacher(teacher_dir), tmp_path / "cache", targets=TopK(2), progress=False)
+    own = cache.dataset()
+    common = {"model": student_dir, "train_dataset": own, "processing_class": byte_tokenizer()}
+    arguments = settings(tmp_path, completion_only_loss=completion_only)
+    ours = OfflineKDTrainer(args=OfflineKDConfig(**arguments), teacher_cache=cache, **common).train_dataset
+    theirs = SFTTrainer(args=SFTConfig(**arguments), **common).train_dataset
+    assert ours["labels"][:] == theirs["labels"][:]
+    assert (-100 in ours["labels"][0]) == completion_only
+    assert sorted(ours.column_names) == sorted(theirs.column_names)
+    assert ours["teacher_index"][:] == own["teacher_index"][:]
