@@ -119,7 +119,7 @@ class LocalEngine:
     """A teacher in this process, on its accelerator unless the user chose a device.
 
     Args:
-        teacher: it; loaded here.
+        teacher: it; loaded here, and on its device for the whole capture, whatever its ``placement`` is.
         batch_tokens: tokens of a forward pass, padding included.
     """
 
@@ -129,7 +129,8 @@ class LocalEngine:
         holder = teacher.base if isinstance(teacher, AdapterTeacher) else teacher
         if holder is not None and holder.device is None and accelerator is not None:
             holder.device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
-            teacher.model.to(holder.device)
+        if holder is not None and holder.device is not None:
+            teacher.model.to(holder.device)  # an offloaded one too: no student is here to make room for
         self.weights: str | None = weights_digest(teacher.model)
         self.dtype: str | None = str(teacher.head.weight.dtype).removeprefix("torch.")
 

@@ -54,6 +54,21 @@ def test_targets_are_those_of_what_was_written(teacher, tmp_path):
     assert cache.manifest.version == 2  # which says to an older reader that it cannot read this
 
 
+@pytest.mark.parametrize("generate", [WRITE, None], ids=["generate", "score"])
+def test_an_offloaded_teacher_is_on_its_device_for_the_whole_capture(
+    generate, teacher, teacher_dir, tmp_path, monkeypatch
+):
+    offloaded = LocalTeacher(teacher_dir, dtype="float32", device="cpu", placement="offload")
+    moved = []
+    monkeypatch.setattr(type(offloaded.model), "to", lambda model, device: moved.append(device) or model)
+    rows = prompts(6) if generate else prompt_rows(6)
+    capture(rows, offloaded, tmp_path / "offloaded", **options(generate=generate))
+    assert moved == ["cpu"]
+    monkeypatch.undo()
+    capture(rows, teacher, tmp_path / "resident", **options(generate=generate))
+    assert shards_of(tmp_path / "offloaded") == shards_of(tmp_path / "resident")
+
+
 def test_the_text_and_the_domain_are_stored_beside(teacher, tmp_path):
     import pyarrow.parquet as pq
 
