@@ -13,7 +13,7 @@ from kd_plugin.cache import TeacherCache
 from kd_plugin.cache.joining import TARGET, batch_targets
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lightning.loader import ResumableLoader
-from kd_plugin.lightning.step import WINDOW, WINDOW_TOKENS
+from kd_plugin.lightning.step import SAMPLES, WINDOW, WINDOW_TOKENS
 
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _PASSED = ("prompt", "teacher_id", "domain", "teacher_weights", "answer")
@@ -29,7 +29,8 @@ class KDDataModule(LightningDataModule):
         cache: directory of a teacher cache, for offline KD.
         prompts: rows with ``prompt`` (text or messages), and ``teacher_id`` or ``domain`` where the panel needs them:
             a JSON or Parquet file, a directory of ``save_to_disk``, or a hub id.
-        validation_rows: rows that are kept out of training, from the end, and measured at validation.
+        validation_rows: rows that are kept out of training, from the end, and measured at validation: cached ones
+            against their targets, prompts by letting the student write and the panel judge.
         samples: prompts that are answered at validation, with ``answer`` where the task can be verified; a file,
             directory or hub id like ``prompts``.
         sample_rows: how many of them.
@@ -105,7 +106,7 @@ class KDDataModule(LightningDataModule):
         """Return the rows that were kept out, and the prompts that are answered."""
         collate = self._collate if self.hp.cache is not None else _as_columns
         loaders = [] if self.validation is None else [self._loader(self.validation, collate)]
-        return loaders if self.samples is None else [*loaders, self._loader(self.samples, _as_columns)]
+        return loaders if self.samples is None else [*loaders, self._loader(self.samples, _as_samples)]
 
     def _loader(self, rows: Any, collate: Any, **options: Any) -> ResumableLoader:
         hp, trainer = self.hp, self.trainer
@@ -152,6 +153,11 @@ def _padded(rows: list[Tensor], value: int) -> Tensor:
 
 def _as_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in _PASSED if any(name in row for row in rows)}
+
+
+def _as_samples(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tell a module that these are to be answered greedily, and not to be measured."""
+    return {**_as_columns(rows), SAMPLES: True}
 
 
 def _prompts(name: str, split: str) -> Any:

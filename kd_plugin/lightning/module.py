@@ -132,12 +132,15 @@ class StudentModule(LightningModule):
         prompts = render(self.tokenizer, batch["prompt"])
         written = texts(write(self, self.model, self.tokenizer, prompts, sampling, seed=0), self.tokenizer)
         self._shown += [[_as_text(p), text] for p, text in zip(batch["prompt"], written, strict=True)]
-        if batch.get("answer"):
-            right = [self._is_right(t, str(a)) for t, a in zip(written, batch["answer"], strict=True)]
-            accuracy = sum(right) / len(right)
-            self.log(
-                "val/accuracy", accuracy, batch_size=len(right), sync_dist=True, prog_bar=True, add_dataloader_idx=False
-            )
+        self.verify("val/accuracy", written, batch)
+
+    def verify(self, name: str, written: list[str], batch: Any) -> None:
+        """Log under ``name`` which share of what was written is right, where the batch has an ``answer``."""
+        if not batch.get("answer"):
+            return
+        right = [self._is_right(t, str(a)) for t, a in zip(written, batch["answer"], strict=True)]
+        share = sum(right) / len(right)
+        self.log(name, share, batch_size=len(right), sync_dist=True, prog_bar=True, add_dataloader_idx=False)
 
     def on_validation_epoch_end(self) -> None:
         """Log some of the answers as text."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,19 +16,21 @@ from kd_plugin.lightning.callback import StudentCallback
 from kd_plugin.lightning.forward import Call, DistillingForward
 from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.offline import load_tokenizer
-from kd_plugin.lightning.panel_objective import Corrected, PanelObjective
+from kd_plugin.lightning.panel_objective import Corrected, PanelFound, PanelObjective
 from kd_plugin.lightning.panel_settings import PanelSettings
 from kd_plugin.lightning.placing import place_teachers, require_placeable
 from kd_plugin.lightning.step import WINDOW, DistillingStep, Prepared, require_mapping
 from kd_plugin.lightning.student import find_student
-from kd_plugin.lightning.writing import Rollouts, render, write
+from kd_plugin.lightning.writing import Rollouts, render, texts, write
 from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.panel import score_rows
 from kd_plugin.panel.build import panel_from, require_sampling
 from kd_plugin.panel.checks import check_rows, require_defined_panel, require_one_vocabulary
+from kd_plugin.panel.rollouts import mixed_seed
 from kd_plugin.vocab import Vocabulary
 
 _ROW = ("teacher_id", "domain", "teacher_weights")
+_VALIDATION = -1  # in the place of a step: what is written at validation is the same at each
 _WAY_OUT = "Let the collator keep 'prompt' as a list, text or messages, with 'teacher_id' beside it for a routed panel."
 
 
@@ -94,10 +95,54 @@ class TeacherPanelCorrection(StudentCallback):
         model = find_student(pl_module, self.student)
         if not self._checked:
             self._check(trainer, pl_module, model)
-        place_teachers(self.panel, trainer, pl_module, model, self._vocabulary)
-        self._forward = DistillingForward(model, self._vocabulary.size, self.objective)
+        self._join(trainer, pl_module, model)
+        assert self._forward is not None
         report = functools.partial(self._report, pl_module)
         self._step = DistillingStep(trainer, pl_module, self._forward, self._next, report)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the teachers for a validation without training."""
+        if self._forward is None:
+            model = find_student(pl_module, self.student)
+            self._compare_vocabularies(pl_module, model)
+            self._join(trainer, pl_module, model)
+
+    def measure(
+        self, module: LightningModule, batch: Any, run: Callable[[Any], Tensor | None], batch_idx: int
+    ) -> list[str]:
+        """Let the student write on prompts, and log what the panel says of it: means over all written tokens.
+
+        It writes as in training, and at each validation from the same random numbers.
+
+        Args:
+            module: the module that validates.
+            batch: prompts as in training.
+            run: called with ``input_ids``, ``attention_mask`` and ``labels``; must run the student over them, and
+                returns its loss.
+            batch_idx: number of the batch.
+
+        Returns:
+            What the student wrote, as text.
+        """
+        require_mapping(batch, "prompt", _WAY_OUT)
+        assert self._forward is not None
+        trainer = module.trainer
+        seed = mixed_seed(self.seed, _VALIDATION, trainer.global_rank, batch_idx)
+        prepared = self._corrected(trainer, module, [batch], seed)[0]
+        call = Call(prepared.target, prepared.labels, prepared.shape, joint=True)
+        with self._forward.step(call):
+            own = run(prepared.batch)
+        rollouts, tokens = prepared.target.rollouts, call.found.tokens
+        divergence = call.found.own_mean()
+        weight = self.objective.ce_weight
+        loss = divergence if weight == 0.0 or own is None else divergence + weight * own.detach()
+        log = functools.partial(module.log, sync_dist=True, add_dataloader_idx=False)
+        log("val/divergence", divergence, batch_size=tokens)
+        log("val/loss", loss, batch_size=tokens)
+        log("val/completion_length", tokens / len(rollouts.lengths), batch_size=len(rollouts.lengths))
+        for name, (own_sum, count) in self._by_teacher(call.found).items():
+            log(f"val/divergence/{name}", own_sum / max(count, 1), batch_size=count)
+        return texts(rollouts, self._tokenizer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the rows, where the loader allows it, so that what is missing shows before any step."""
@@ -114,7 +159,8 @@ class TeacherPanelCorrection(StudentCallback):
         if self._ahead:
             return
         batches = batch.get(WINDOW) or [batch]
-        self._ahead = self._corrected(trainer, pl_module, batches, batch_idx)
+        seed = mixed_seed(self.seed, trainer.global_step, trainer.global_rank, batch_idx)
+        self._ahead = self._corrected(trainer, pl_module, batches, seed)
         if WINDOW not in batch:
             self._ahead = [_alone(self._ahead[0])]
 
@@ -135,19 +181,27 @@ class TeacherPanelCorrection(StudentCallback):
             declared=declared,
         )
         lineage_of(trainer, run, module)
+        self._compare_vocabularies(module, model)
+        self._checked = True
+
+    def _compare_vocabularies(self, module: LightningModule, model: PreTrainedModel | str) -> None:
         self._tokenizer = self._given_tokenizer or getattr(module, "tokenizer", None) or load_tokenizer(model)
         self._vocabulary = Vocabulary.from_tokenizer(self._tokenizer)
         require_one_vocabulary(self.panel, self._vocabulary)
-        self._checked = True
 
-    def _corrected(self, trainer: Trainer, module: LightningModule, batches: list[Any], batch_idx: int) -> list[Any]:
+    def _join(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel) -> None:
+        """Load the teachers, and patch the student's forward pass."""
+        place_teachers(self.panel, trainer, module, model, self._vocabulary)
+        self._forward = DistillingForward(model, self._vocabulary.size, self.objective)
+
+    def _corrected(self, trainer: Trainer, module: LightningModule, batches: list[Any], seed: int) -> list[Prepared]:
         """Write and judge some batches at once, and return them one by one."""
         assert self._forward is not None
         prompts = [prompt for batch in batches for prompt in batch["prompt"]]
         rows = [{name: _of_row(batch, name, i) for name in _ROW} for batch in batches for i in range(_rows(batch))]
         assignments = [self.panel.assign(row) for row in rows]
         with trainer.precision_plugin.forward_context():
-            rollouts = self.write(trainer, module, prompts, self._seed_of(trainer, batch_idx))
+            rollouts = self.write(module, prompts, seed)
             corrections = score_rows(
                 self.panel,
                 assignments,
@@ -170,16 +224,12 @@ class TeacherPanelCorrection(StudentCallback):
             prepared.append(Prepared(seen, target, labels, tuple(part.input_ids.shape), tokens, window_tokens))
         return prepared
 
-    def write(self, trainer: Trainer, module: LightningModule, prompts: list[Any], seed: int) -> Rollouts:
+    def write(self, module: LightningModule, prompts: list[Any], seed: int) -> Rollouts:
         """Let the student answer ``prompts``; what it writes depends on ``seed`` and its weights alone."""
         model = next((m for m in module.modules() if hasattr(m, "peft_config")), None)
         student = find_student(module, self.student) if model is None else model
         ids = render(self._tokenizer, prompts)
         return write(module, student, self._tokenizer, ids, self.settings.sampling(), seed)
-
-    def _seed_of(self, trainer: Trainer, batch_idx: int) -> int:
-        mixed = (self.seed * 1_000_003 + trainer.global_step) * 65_537 + batch_idx * 4_099 + trainer.global_rank
-        return mixed % (1 << 63)
 
     def _next(self, batch: Any) -> Prepared:
         return self._ahead.pop(0)
@@ -189,13 +239,19 @@ class TeacherPanelCorrection(StudentCallback):
         values: dict[str, Any] = {"kd/loss": total.detach(), "kd/entropy": found.entropy.sum() / tokens}
         length = sum(call.target.rollouts.lengths) / max(len(call.target.rollouts.lengths), 1)
         values["kd/completion_length"] = float(length)
-        for name in self.panel.names:
-            own = [j.divergence for j in found.judgements if j.teacher == name]
-            count = sum(d.numel() for d in own)
+        for name, (own, count) in self._by_teacher(found).items():
             values[f"tokens/{name}"] = float(count)
             if count:
-                values[f"divergence/{name}"] = torch.cat(own).mean()
+                values[f"divergence/{name}"] = own / count
         module.log_dict(values, on_step=True, on_epoch=False, batch_size=call.shape[0])
+
+    def _by_teacher(self, found: PanelFound) -> dict[str, tuple[Tensor, int]]:
+        """Return each teacher's summed divergence, in nats, and the number of positions that it judged."""
+        by_name = {name: (found.loss_sum.new_zeros(()), 0) for name in self.panel.names}
+        for one in found.judgements:
+            total, count = by_name[one.teacher]
+            by_name[one.teacher] = total + one.divergence.sum(), count + one.divergence.numel()
+        return by_name
 
 
 def _alone(prepared: Prepared) -> Prepared:

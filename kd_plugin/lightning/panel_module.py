@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 
 from kd_plugin.lightning.module import StudentModule
 from kd_plugin.lightning.panel import TeacherPanelCorrection
+from kd_plugin.lightning.step import SAMPLES
 
 
 class TeacherPanelModule(StudentModule):
@@ -82,6 +83,14 @@ class TeacherPanelModule(StudentModule):
     def configure_callbacks(self) -> list[Callback]:
         """Return the callback that has the panel correct; Lightning attaches it."""
         return [self._correction]
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Let the student write on prompts that were kept out and the panel judge; answer the samples."""
+        if "prompt" not in batch or SAMPLES in batch:
+            super().validation_step(batch, batch_idx, dataloader_idx)
+            return
+        written = self._correction.measure(self, batch, lambda seen: self.model(**seen).loss, batch_idx)
+        self.verify("val/rollout_accuracy", written, batch)
 
 
 _PASSED = (

@@ -18,6 +18,7 @@ from kd_plugin.lightning.student import loss_of
 # What the plugin puts into a batch and takes out again before the module sees it
 WINDOW_TOKENS = "kd_window_tokens"
 WINDOW = "kd_window"
+SAMPLES = "kd_samples"  # prompts that are answered at validation, and not measured
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,14 @@ def on_policy_rows(rows: int, fraction: float, *, seed: int, step: int, rank: in
     return [row in chosen for row in range(rows)]
 
 
-def seeded(seed: int, step: int, rank: int) -> torch.Generator:
+def mixed_seed(seed: int, step: int, rank: int = 0, draw: int = 0) -> int:
+    """Return one seed of a run's seed, the optimizer step, the rank, and which draw of that step it is."""
+    return ((seed * 1_000_003 + step) * 65_537 + draw * 4_099 + rank) % (1 << 63)
+
+
+def seeded(seed: int, step: int, rank: int = 0) -> torch.Generator:
     """Return a CPU generator that depends on the three numbers alone."""
-    generator = torch.Generator()
-    generator.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
-    return generator
+    return torch.Generator().manual_seed(mixed_seed(seed, step, rank))
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

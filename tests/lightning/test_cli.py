@@ -56,8 +56,12 @@ def test_panel_from_yaml_alone(tmp_path, monkeypatch, student_dir, teacher_dir, 
     teachers = json.dumps({"math": teacher_dir, "general": other_teacher_dir})
     options = ["--model.model", student_dir, "--model.teacher_models", teachers, "--data.prompts", prompts]
     options += ["--data.samples", prompts, "--model.max_completion_length", "3", "--model.sample_length", "2"]
-    done = KDCommand(["fit", "--config", str(FILES / "panel.yaml"), *SMALL, *options])
-    assert done.trainer.global_step == 2 and "val/accuracy" in done.trainer.callback_metrics
+    config = ["--config", str(FILES / "panel.yaml"), *SMALL, *options, "--data.validation_rows", "2"]
+    done = KDCommand(["fit", *config])
+    logged = done.trainer.callback_metrics
+    assert done.trainer.global_step == 2 and "val/accuracy" in logged and logged["val/divergence"] > 0
+    validated = KDCommand(["validate", *_without(config, "--trainer.max_steps")]).trainer.callback_metrics
+    assert validated["val/divergence"] != logged["val/divergence"] and "val/rollout_accuracy" in validated
     assert all(verify(path).exit_code == 0 for path in tmp_path.rglob("*.ckpt"))
 
 

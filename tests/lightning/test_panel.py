@@ -124,6 +124,24 @@ def test_an_adapter_is_trained_and_the_teachers_are_no_part_of_the_checkpoint(tm
     assert saved.keys() == {f"model.{name}" for name in host.lightning_module.model.state_dict()}
 
 
+def test_prompts_that_were_kept_out_are_measured_as_training_measures_them(tmp_path, student_dir, teachers, prompts):
+    trained, _, _ = module(tmp_path, student_dir, teachers, prompts, max_steps=1)
+    rows = [{**row, "answer": "7"} for row in ROWS + ROWS]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ready = TeacherPanelModule(
+        student_dir, teacher_models=teachers, max_completion_length=6, generation_kwargs=GREEDY, verify="contains"
+    )
+    data = KDDataModule(prompts=str(tmp_path / "held.jsonl"), validation_rows=4, batch_size=2)
+    host = trainer(tmp_path)
+    found = [host.validate(ready, datamodule=data, verbose=False)[0] for _ in range(2)]
+    assert found[0] == found[1]
+    measured = found[0]
+    assert measured["val/divergence"] == pytest.approx(trained[0], rel=1e-4) == measured["val/loss"]
+    both = [measured["val/divergence/math"], measured["val/divergence/code"]]
+    assert min(both) < measured["val/divergence"] < max(both)
+    assert 0 < measured["val/completion_length"] <= 6 and 0 <= measured["val/rollout_accuracy"] <= 1
+
+
 def test_values_are_logged_for_each_teacher(tmp_path, student_dir, teachers, prompts):
     _, _, host = module(tmp_path, student_dir, teachers, prompts, max_steps=1)
     logged = host.callback_metrics

@@ -1,12 +1,7 @@
 """One process, DDP, FSDP2 and ZeRO take the same steps, save whole lineage, resume, and convert."""
 
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from kd_plugin.lightning.convert import to_huggingface
 from kd_plugin.lineage import load_record, verify
+from tests.lightning.launch import run_ranks
 from tests.lightning.ranks import STEPS
 
-ROOT = Path(__file__).parents[2]
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 # Ranks ask different numbers of rows of a teacher, at some steps none: under ZeRO-3 they must join its passes
 ROUTES = random.Random(0).choices(["math", "code"], k=16)
@@ -24,29 +19,8 @@ ROWS = [{"prompt": "abcdefgh"[i % 8] * (3 + i % 5), "teacher_id": route} for i, 
 
 
 def start(name, directory, settings, ranks):
-    """Run all ranks to their end; the output of a rank that fails is the message."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "test",
-    }  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.lightning.ranks", name, str(directory), str(settings)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=600)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all(process.returncode == 0 for process in started), said[0][-3000:]
+    """Run all ranks to their end, and return their losses."""
+    run_ranks("tests.lightning.ranks", [name, directory, settings], ranks)
     return json.loads((directory / "losses.json").read_text())
 
 
