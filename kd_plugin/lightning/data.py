@@ -16,7 +16,7 @@ from kd_plugin.lightning.loader import ResumableLoader
 from kd_plugin.lightning.step import SAMPLES, WINDOW, WINDOW_TOKENS
 
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_PASSED = ("prompt", "teacher_id", "domain", "teacher_weights", "answer")
+_PASSED = ("prompt", "completion", "teacher_id", "domain", "teacher_weights", "answer")
 
 
 class KDDataModule(LightningDataModule):
@@ -27,8 +27,9 @@ class KDDataModule(LightningDataModule):
 
     Args:
         cache: directory of a teacher cache, for offline KD.
-        prompts: rows with ``prompt`` (text or messages), and ``teacher_id`` or ``domain`` where the panel needs them:
-            a JSON or Parquet file, a directory of ``save_to_disk``, or a hub id.
+        prompts: rows with ``prompt`` (text or messages), with ``teacher_id`` or ``domain`` where the panel needs them,
+            and ``completion`` where ``on_policy_fraction`` is below 1: a JSON or Parquet file, a directory of
+            ``save_to_disk``, or a hub id.
         validation_rows: rows that are kept out of training, from the end, and measured at validation: cached ones
             against their targets, prompts by letting the student write and the panel judge.
         samples: prompts that are answered at validation, with ``answer`` where the task can be verified; a file,

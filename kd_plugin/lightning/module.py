@@ -132,9 +132,9 @@ class StudentModule(LightningModule):
         prompts = render(self.tokenizer, batch["prompt"])
         written = texts(write(self, self.model, self.tokenizer, prompts, sampling, seed=0), self.tokenizer)
         self._shown += [[_as_text(p), text] for p, text in zip(batch["prompt"], written, strict=True)]
-        self.verify("val/accuracy", written, batch)
+        self.log_accuracy("val/accuracy", written, batch)
 
-    def verify(self, name: str, written: list[str], batch: Any) -> None:
+    def log_accuracy(self, name: str, written: list[str], batch: Any) -> None:
         """Log under ``name`` which share of what was written is right, where the batch has an ``answer``."""
         if not batch.get("answer"):
             return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,25 +13,35 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kd_plugin.cache import TeacherCache
 from kd_plugin.errors import ConfigError
 from kd_plugin.lightning.callback import StudentCallback
+from kd_plugin.lightning.correcting import Corrector, count_of, rows_of, warmed
 from kd_plugin.lightning.forward import Call, DistillingForward
 from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.offline import load_tokenizer
-from kd_plugin.lightning.panel_objective import Corrected, PanelFound, PanelObjective
+from kd_plugin.lightning.panel_objective import PanelObjective
 from kd_plugin.lightning.panel_settings import PanelSettings
 from kd_plugin.lightning.placing import place_teachers, require_placeable
+from kd_plugin.lightning.rollouts import RolloutWriter, require_one_process
+from kd_plugin.lightning.starting import StartKeeper
 from kd_plugin.lightning.step import WINDOW, DistillingStep, Prepared, require_mapping
-from kd_plugin.lightning.student import find_student
-from kd_plugin.lightning.writing import Rollouts, render, texts, write
+from kd_plugin.lightning.student import as_trained, find_student, shards_the_student
+from kd_plugin.lightning.watching import PanelWatch
+from kd_plugin.lightning.writing import pad_token, texts
+from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.start import start_run, student_source
-from kd_plugin.panel import score_rows
+from kd_plugin.panel.anchor import Anchor
 from kd_plugin.panel.build import panel_from, require_sampling
 from kd_plugin.panel.checks import check_rows, require_defined_panel, require_one_vocabulary
+from kd_plugin.panel.guards import LengthAlarm, starting_student
+from kd_plugin.panel.identity import panel_identity, require_same_panel
+from kd_plugin.panel.metrics import DivergenceTally
 from kd_plugin.panel.rollouts import mixed_seed
+from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, require_fitting, warmup_objective
 from kd_plugin.vocab import Vocabulary
 
-_ROW = ("teacher_id", "domain", "teacher_weights")
+logger = logging.getLogger(__name__)
 _VALIDATION = -1  # in the place of a step: what is written at validation is the same at each
 _WAY_OUT = "Let the collator keep 'prompt' as a list, text or messages, with 'teacher_id' beside it for a routed panel."
 
@@ -81,21 +93,54 @@ class TeacherPanelCorrection(StudentCallback):
         require_sampling(self.panel, self.settings)
         if ce_weight < 0:
             raise ConfigError(f"ce_weight is {ce_weight}; expected a number of at least 0.")
+        self._caches = [TeacherCache(path) for path in self.settings.warmup_caches()]
+        warmup = warmup_objective(self._caches, self.settings.warmup_divergence) if self._caches else None
         # The temperature that the student writes at is the one that the divergence is taken at, as in TRL
-        self.objective = PanelObjective(self.panel, divergence, self.settings.temperature, ce_weight)
+        self.objective = PanelObjective(self.panel, divergence, self.settings.temperature, ce_weight, warmup=warmup)
         super().__init__(student)
         self.seed = seed
         self.lineage = lineage
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
         self._ahead: list[Prepared] = []
+        self._warmup: CacheWarmup | None = None
+        self._run: RunLineage | None = None
+        self._changes: list[str] = []
+        self._keeper: StartKeeper | None = None
+        self._anchor: Anchor | None = None
+        alarm = self.settings.alarm_settings()
+        self._alarm = LengthAlarm(alarm) if alarm.is_set else None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the trainer, the module, the panel and the licenses; keep the student's start if it is anchored."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        require_one_process(self.settings, trainer.world_size)
+        if self.settings.anchor_weight > 0.0:
+            if shards_the_student(trainer):
+                raise ConfigError(
+                    "anchor_weight keeps a whole copy of the student, and ZeRO-3 and FSDP2 shard it. Name the start as "
+                    "a teacher of the panel instead: combine='weighted_kl', with the student's own path as one teacher."
+                )
+            self._keeper = StartKeeper(pl_module, functools.partial(self._keep_start, pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the student where it was not there before, load the teachers, and join the student's forward pass."""
         model = find_student(pl_module, self.student)
         if not self._checked:
             self._check(trainer, pl_module, model)
-        self._join(trainer, pl_module, model)
+        if self._caches:
+            self._warmup = CacheWarmup(self._caches, seed=self.seed, pad_token_id=pad_token(self._tokenizer))
+        if self._anchor is not None:
+            place_teachers(self._anchor.panel, trainer, pl_module, model, self._vocabulary)
+        self._watch = PanelWatch(
+            self.panel, self.settings, self._tokenizer, trainer, pl_module, alarm=self._alarm, anchor=self._anchor
+        )
+        self._join(
+            trainer, pl_module, model, dataclasses.replace(self.objective, watch=self._watch, anchor=self._anchor)
+        )
+        self._note_changes()
         assert self._forward is not None
         report = functools.partial(self._report, pl_module)
         self._step = DistillingStep(trainer, pl_module, self._forward, self._next, report)
@@ -105,7 +150,7 @@ class TeacherPanelCorrection(StudentCallback):
         if self._forward is None:
             model = find_student(pl_module, self.student)
             self._compare_vocabularies(pl_module, model)
-            self._join(trainer, pl_module, model)
+            self._join(trainer, pl_module, model, self.objective)
 
     def measure(
         self, module: LightningModule, batch: Any, run: Callable[[Any], Tensor | None], batch_idx: int
@@ -128,20 +173,27 @@ class TeacherPanelCorrection(StudentCallback):
         assert self._forward is not None
         trainer = module.trainer
         seed = mixed_seed(self.seed, _VALIDATION, trainer.global_rank, batch_idx)
-        prepared = self._corrected(trainer, module, [batch], seed)[0]
+        with trainer.precision_plugin.forward_context():
+            rollouts = self._writer.validate(module, self._trained(module), batch["prompt"], seed)
+            prepared = self._corrector.judged(rollouts, [batch], rows_of([batch]), trainer.global_step, training=False)[
+                0
+            ]
         call = Call(prepared.target, prepared.labels, prepared.shape, joint=True)
         with self._forward.step(call):
             own = run(prepared.batch)
-        rollouts, tokens = prepared.target.rollouts, call.found.tokens
-        divergence = call.found.own_mean()
+        rows, tokens, divergence = len(rollouts.lengths), call.found.tokens, call.found.own_mean()
         weight = self.objective.ce_weight
         loss = divergence if weight == 0.0 or own is None else divergence + weight * own.detach()
         log = functools.partial(module.log, sync_dist=True, add_dataloader_idx=False)
         log("val/divergence", divergence, batch_size=tokens)
         log("val/loss", loss, batch_size=tokens)
-        log("val/completion_length", tokens / len(rollouts.lengths), batch_size=len(rollouts.lengths))
-        for name, (own_sum, count) in self._by_teacher(call.found).items():
-            log(f"val/divergence/{name}", own_sum / max(count, 1), batch_size=count)
+        log("val/completion_length", sum(rollouts.lengths) / rows, batch_size=rows)
+        tally = DivergenceTally(self.panel.names)
+        tally.add(call.found.loss_sum, call.found.entropy, call.found.judgements)
+        found, _ = tally.read(lambda sums: sums, module.device)
+        for name in self.panel.names:
+            count = int(found[f"tokens/{name}"])
+            log(f"val/divergence/{name}", found.get(f"divergence/{name}", 0.0), batch_size=count)
         return texts(rollouts, self._tokenizer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,32 +208,87 @@ class TeacherPanelCorrection(StudentCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Let the student write and the panel judge, for this batch or for the whole window that begins with it."""
         require_mapping(batch, "prompt", _WAY_OUT)
+        if self._warmup is not None and trainer.global_step < self.settings.warmup_cache_steps:
+            self._ahead = [warmed(self._warmup, trainer, pl_module, batch, batch_idx)]
+            return
         if self._ahead:
             return
         batches = batch.get(WINDOW) or [batch]
-        seed = mixed_seed(self.seed, trainer.global_step, trainer.global_rank, batch_idx)
-        self._ahead = self._corrected(trainer, pl_module, batches, seed)
-        if WINDOW not in batch:
-            self._ahead = [_alone(self._ahead[0])]
+        rows = rows_of(batches)
+        assignments = [self.panel.assign(row) for row in rows]
+        with trainer.precision_plugin.forward_context():
+            rollouts, noted = self._writer.train(
+                pl_module,
+                self._trained(pl_module),
+                rows,
+                assignments,
+                draw=batch_idx % trainer.accumulate_grad_batches,
+                rows_at_once=count_of(batches[0]),
+            )
+            self._ahead = self._corrector.judged(
+                rollouts, batches, rows, trainer.global_step, training=True, noted=noted
+            )
+        if WINDOW not in batch:  # its window is not known: it is divided by its own tokens
+            self._ahead = [dataclasses.replace(self._ahead[0], window_tokens=None)]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the loss where it is read anyway, and stop if an alarm asks for it."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._watch.stop_if_wanted()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was, and what was written for it."""
         super().teardown(trainer, pl_module, stage)
-        self._ahead = []
+        if self._keeper is not None:
+            self._keeper.remove()
+        self._ahead, self._keeper = [], None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which panel taught, and what the alarm saw; both are in every checkpoint."""
+        return {"panel": self._identity(), "alarm": None if self._alarm is None else self._alarm.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ConfigError: it was trained under another panel, and ``allow_changed_panel`` is not set.
+        """
+        allowed = self.settings.allow_changed_panel
+        self._changes = require_same_panel(state_dict["panel"], self._identity(), "The checkpoint", allowed=allowed)
+        self._note_changes()
+        if self._alarm is not None and state_dict["alarm"] is not None:
+            self._alarm.load(state_dict["alarm"])
+
+    def _identity(self) -> dict[str, Any]:
+        return panel_identity(self.panel, self.objective.divergence, self.settings.temperature)
+
+    def _note_changes(self) -> None:
+        """Put what changed of the panel into the lineage, once there is a run; a checkpoint may be loaded before."""
+        if self._run is None or not self._changes:
+            return
+        for change in self._changes:
+            logger.warning("The panel changed since the checkpoint: %s.", change)
+        self._run.note_changes([f"panel after the checkpoint: {change}" for change in self._changes])
+        self._changes = []
 
     def _check(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel | str) -> None:
         """Pass the license gate, and compare vocabularies and placements; none of it needs any weights."""
-        require_placeable(self.panel, trainer)
+        require_placeable(self.panel, trainer, shard_teachers=self.settings.shard_teachers)
         declared = self.lineage if self.lineage is not None else declared_lineage(trainer)
-        run = start_run(
+        self._run = start_run(
             method="teacher_panel",
             student=student_source(model),
             teachers=[teacher.source for teacher in self.panel.teachers.values()],
+            outputs=[cache.source for cache in self._caches],
             settings={**dict(module.hparams), "panel": self.settings, "ce_weight": self.objective.ce_weight},
             declared=declared,
         )
-        lineage_of(trainer, run, module)
+        lineage_of(trainer, self._run, module)
         self._compare_vocabularies(module, model)
+        require_fitting(self._caches, self._vocabulary)
         self._checked = True
 
     def _compare_vocabularies(self, module: LightningModule, model: PreTrainedModel | str) -> None:
@@ -189,47 +296,25 @@ class TeacherPanelCorrection(StudentCallback):
         self._vocabulary = Vocabulary.from_tokenizer(self._tokenizer)
         require_one_vocabulary(self.panel, self._vocabulary)
 
-    def _join(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel) -> None:
+    def _keep_start(self, module: LightningModule) -> None:
+        model = find_student(module, self.student)
+        if not self._checked:
+            self._compare_vocabularies(module, model)
+        start = starting_student(as_trained(module, model), self._vocabulary)
+        self._anchor = Anchor(start, self.settings.anchor_weight, self.settings.temperature)
+
+    def _join(
+        self, trainer: Trainer, module: LightningModule, model: PreTrainedModel, objective: PanelObjective
+    ) -> None:
         """Load the teachers, and patch the student's forward pass."""
-        place_teachers(self.panel, trainer, module, model, self._vocabulary)
-        self._forward = DistillingForward(model, self._vocabulary.size, self.objective)
+        sharded = self.settings.shard_teachers
+        place_teachers(self.panel, trainer, module, model, self._vocabulary, shard_teachers=sharded)
+        self._writer = RolloutWriter(self.settings, self.panel, self._tokenizer, self._vocabulary.size, self.seed)
+        self._corrector = Corrector(self.panel, self.settings, self._tokenizer, objective.watch)
+        self._forward = DistillingForward(model, self._vocabulary.size, objective)
 
-    def _corrected(self, trainer: Trainer, module: LightningModule, batches: list[Any], seed: int) -> list[Prepared]:
-        """Write and judge some batches at once, and return them one by one."""
-        assert self._forward is not None
-        prompts = [prompt for batch in batches for prompt in batch["prompt"]]
-        rows = [{name: _of_row(batch, name, i) for name in _ROW} for batch in batches for i in range(_rows(batch))]
-        assignments = [self.panel.assign(row) for row in rows]
-        with trainer.precision_plugin.forward_context():
-            rollouts = self.write(module, prompts, seed)
-            corrections = score_rows(
-                self.panel,
-                assignments,
-                rollouts.input_ids,
-                rollouts.attention_mask,
-                completion_start=rollouts.completion_start,
-                positions=[range(length) for length in rollouts.lengths],
-                rows_at_once=_rows(batches[0]),
-            )
-        window_tokens = sum(rollouts.lengths)
-        prepared, first = [], 0
-        for batch in batches:
-            own = slice(first, first + _rows(batch))
-            first += _rows(batch)
-            part = rollouts.select(own)
-            labels = part.labels()
-            seen = {"input_ids": part.input_ids, "attention_mask": part.attention_mask, "labels": labels}
-            target = Corrected(tuple(corrections[own]), part, trainer.global_step)
-            tokens = sum(part.lengths)
-            prepared.append(Prepared(seen, target, labels, tuple(part.input_ids.shape), tokens, window_tokens))
-        return prepared
-
-    def write(self, module: LightningModule, prompts: list[Any], seed: int) -> Rollouts:
-        """Let the student answer ``prompts``; what it writes depends on ``seed`` and its weights alone."""
-        model = next((m for m in module.modules() if hasattr(m, "peft_config")), None)
-        student = find_student(module, self.student) if model is None else model
-        ids = render(self._tokenizer, prompts)
-        return write(module, student, self._tokenizer, ids, self.settings.sampling(), seed)
+    def _trained(self, module: LightningModule) -> Any:
+        return as_trained(module, find_student(module, self.student))
 
     def _next(self, batch: Any) -> Prepared:
         return self._ahead.pop(0)
@@ -237,32 +322,9 @@ class TeacherPanelCorrection(StudentCallback):
     def _report(self, module: LightningModule, call: Call, total: Tensor) -> None:
         found, tokens = call.found, max(call.found.tokens, 1)
         values: dict[str, Any] = {"kd/loss": total.detach(), "kd/entropy": found.entropy.sum() / tokens}
-        length = sum(call.target.rollouts.lengths) / max(len(call.target.rollouts.lengths), 1)
-        values["kd/completion_length"] = float(length)
-        for name, (own, count) in self._by_teacher(found).items():
-            values[f"tokens/{name}"] = float(count)
-            if count:
-                values[f"divergence/{name}"] = own / count
+        if not isinstance(call.target, WarmupBatch):
+            lengths = call.target.rollouts.lengths
+            values["kd/completion_length"] = sum(lengths) / max(len(lengths), 1)
+            if self._watch.logs_this_step and not self._ahead:
+                values |= self._watch.read()
         module.log_dict(values, on_step=True, on_epoch=False, batch_size=call.shape[0])
-
-    def _by_teacher(self, found: PanelFound) -> dict[str, tuple[Tensor, int]]:
-        """Return each teacher's summed divergence, in nats, and the number of positions that it judged."""
-        by_name = {name: (found.loss_sum.new_zeros(()), 0) for name in self.panel.names}
-        for one in found.judgements:
-            total, count = by_name[one.teacher]
-            by_name[one.teacher] = total + one.divergence.sum(), count + one.divergence.numel()
-        return by_name
-
-
-def _alone(prepared: Prepared) -> Prepared:
-    """Return a batch whose window is not known: it is divided by its own tokens."""
-    one = prepared
-    return Prepared(one.batch, one.target, one.labels, one.shape, one.tokens)
-
-
-def _rows(batch: Any) -> int:
-    return len(batch["prompt"])
-
-
-def _of_row(batch: Any, name: str, row: int) -> Any:
-    return batch[name][row] if name in batch and batch[name] is not None else None

@@ -39,7 +39,7 @@ class Prepared:
     labels: Tensor | None
     shape: tuple[int, ...]
     tokens: int | Tensor
-    window_tokens: int | Tensor | None = None
+    window_tokens: float | Tensor | None = None
 
 
 class DistillingStep:
@@ -97,7 +97,8 @@ class DistillingStep:
             output = self._run(call, prepared.batch, rest)
             own = loss_of(output, self.module)
         total = call.found.loss_sum / self._normaliser(prepared, call.found.loss_sum)
-        if call.own is None and weight != 0.0:
+        nothing = isinstance(prepared.tokens, int) and prepared.tokens == 0  # the mean over no labels is no number
+        if call.own is None and weight != 0.0 and not nothing:
             total = total + weight * own
         self._report(call, total)
         return _with_loss(output, total)

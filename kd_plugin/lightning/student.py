@@ -163,6 +163,18 @@ def tell_transformers_of_zero3(trainer: Trainer) -> Any:
     return HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **(strategy.config or {})})
 
 
+def shards_the_student(trainer: Trainer) -> bool:
+    """Whether each rank holds a part of the student, so that all of them run every forward pass together."""
+    strategy = trainer.strategy
+    zero3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    return zero3 or isinstance(strategy, ModelParallelStrategy)
+
+
+def as_trained(module: nn.Module, student: PreTrainedModel) -> Any:
+    """Return the student with its adapter, where the module holds it wrapped by PEFT."""
+    return next((m for m in module.modules() if hasattr(m, "peft_config")), student)
+
+
 def _is_causal(module: nn.Module) -> bool:
     if not isinstance(module, PreTrainedModel) or module.config.is_encoder_decoder:
         return False

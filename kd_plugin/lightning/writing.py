@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor
+from transformers import StoppingCriteriaList
 
+from kd_plugin.lightning.student import shards_the_student
+from kd_plugin.panel.responses import StopLoops, until_end
 from kd_plugin.panel.rollouts import left_padded
 
 
@@ -71,6 +74,11 @@ class Rollouts:
         labels[:, : self.completion_start] = -100
         return labels
 
+    def responses(self) -> list[list[int]]:
+        """Return the completions' tokens, on the host."""
+        rows = self.input_ids[:, self.completion_start :].tolist()
+        return [row[:length] for row, length in zip(rows, self.lengths, strict=True)]
+
     def select(self, rows: slice) -> Rollouts:
         """Return some of the rows, cut to their own longest completion."""
         lengths = self.lengths[rows]
@@ -78,77 +86,118 @@ class Rollouts:
         return Rollouts(self.input_ids[rows, :width], self.attention_mask[rows, :width], self.completion_start, lengths)
 
 
-def render(tokenizer: Any, prompts: Sequence[Any], max_length: int | None = None) -> list[list[int]]:
-    """Tokenize prompts, text or messages, as TRL does; a longer one keeps its end."""
-    rendered = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            ids = tokenizer(text=prompt)["input_ids"]
-        else:
-            ids = tokenizer.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True, return_dict=True)
-            ids = ids["input_ids"]
-        rendered.append(list(ids[-max_length:] if max_length else ids))
-    return rendered
+def assembled(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int, device: Any) -> Rollouts:
+    """Put B responses behind their prompts, on ``device``."""
+    ids, mask = left_padded(prompts, pad)
+    start, lengths = ids.shape[1], tuple(map(len, responses))
+    room = (0, max(lengths, default=0))
+    ids, mask = (torch.nn.functional.pad(tensor, room, value=value) for tensor, value in ((ids, pad), (mask, 0)))
+    for row, response in enumerate(responses):
+        ids[row, start : start + len(response)] = torch.tensor(response, dtype=ids.dtype)
+        mask[row, start : start + len(response)] = 1
+    return Rollouts(ids.to(device), mask.to(device), start, lengths)
 
 
-@torch.no_grad()
-def write(
-    module: LightningModule, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int
-) -> Rollouts:
-    """Let ``model`` answer ``prompts``.
+def pad_token(tokenizer: Any) -> int:
+    """Return what fills up short rows."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    The random state outside is left alone, and inside it depends on ``seed`` alone, so that a resumed run writes what
-    an undisturbed one writes. Under ZeRO-3 and FSDP2 each rank writes until all are done, because each token needs
-    the others' shards.
+
+def render(tokenizer: Any, prompts: Sequence[Any], chat_options: Mapping[str, Any] | None = None) -> list[list[int]]:
+    """Tokenize prompts, text or messages, as TRL does."""
+    options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, **(chat_options or {})}
+    return [
+        list(tokenizer(text=prompt)["input_ids"])
+        if isinstance(prompt, str)
+        else list(tokenizer.apply_chat_template(prompt, **options)["input_ids"])
+        for prompt in prompts
+    ]
+
+
+@contextmanager
+def writing(module: LightningModule, model: Any, seed: int) -> Iterator[None]:
+    """Have ``model`` ready to write inside the block, with random numbers that depend on ``seed`` alone.
+
+    The random state outside is left alone, so that a resumed run writes what an undisturbed one writes.
+    """
+    device = module.device
+    was_training, devices = model.training, [device] if device.type == "cuda" else []
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        model.train(was_training)
+
+
+def generated(
+    module: LightningModule,
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    **further: Any,
+) -> Tensor:
+    """Return (B, P + C) prompts and what ``model`` writes behind them; call it inside :func:`writing`.
+
+    Under ZeRO-3 and FSDP2 each rank writes until all are done, because each token needs the others' shards.
 
     Args:
         module: the LightningModule, for its device and strategy.
         model: the student: a transformers model, PEFT-wrapped or not.
         tokenizer: its tokenizer.
+        ids: (B, P) prompts, padded on the left.
+        mask: (B, P).
+        sampling: how it writes.
+        **further: arguments of ``generate`` that stand above those.
+    """
+    return model.generate(
+        input_ids=ids.to(module.device),
+        attention_mask=mask.to(module.device),
+        pad_token_id=pad_token(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        synced_gpus=module.trainer.world_size > 1 and shards_the_student(module.trainer),
+        use_cache=True,
+        **{**sampling.arguments(), **further},
+    )
+
+
+def responses(
+    module: LightningModule,
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    repeats: int = 0,
+) -> list[list[int]]:
+    """Let ``model`` answer ``prompts``, up to and with the first end of sequence; call it inside :func:`writing`.
+
+    Args:
+        module: as in :func:`generated`.
+        model: likewise.
+        tokenizer: likewise.
         prompts: token ids of B prompts.
         sampling: how it writes.
-        seed: of this call; another one for each step and rank.
+        repeats: stop rows in which a sequence comes so many times in a row; 0 is off. The loop's tail is left on.
     """
-    device = module.device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids, mask = (tensor.to(device) for tensor in left_padded(prompts, pad))
+    ids, mask = left_padded(prompts, pad_token(tokenizer))
     width = ids.shape[1]
-    was_training, devices = model.training, [device] if device.type == "cuda" else []
-    model.eval()
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        written = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-            synced_gpus=_sharded(module),
-            use_cache=True,
-            **sampling.arguments(),
-        )
-    model.train(was_training)
-    completions = written[:, width:]
-    ended = completions == tokenizer.eos_token_id
-    # Tokens up to and with the first end; all of them where there is none
-    kept = (ended.int().cumsum(1) - ended.int()) == 0
-    attention = torch.cat([mask, kept.to(mask.dtype)], dim=1)
-    lengths = kept.sum(1).tolist()  # the host needs them once a generation batch
-    whole = Rollouts(torch.where(attention == 1, written, pad), attention, width, tuple(lengths))
-    return whole.select(slice(None))
+    criteria = {"stopping_criteria": StoppingCriteriaList([StopLoops(width, repeats)])} if repeats else {}
+    written = generated(module, model, tokenizer, ids, mask, sampling, **criteria)
+    return [until_end(row, [tokenizer.eos_token_id]) for row in written[:, width:].tolist()]
+
+
+def write(
+    module: LightningModule, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int
+) -> Rollouts:
+    """Let ``model`` answer ``prompts``, as ``seed`` alone decides."""
+    with writing(module, model, seed):
+        answers = responses(module, model, tokenizer, prompts, sampling)
+    return assembled(prompts, answers, pad_token(tokenizer), module.device)
 
 
 def texts(rollouts: Rollouts, tokenizer: Any) -> list[str]:
     """Decode the completions, without special tokens."""
-    rows = rollouts.input_ids[:, rollouts.completion_start :].tolist()
-    return [
-        tokenizer.decode(row[:length], skip_special_tokens=True)
-        for row, length in zip(rows, rollouts.lengths, strict=True)
-    ]
-
-
-def _sharded(module: LightningModule) -> bool:
-    strategy = module.trainer.strategy
-    if module.trainer.world_size == 1:
-        return False
-    zero3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
-    return zero3 or isinstance(strategy, ModelParallelStrategy)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rollouts.responses()]

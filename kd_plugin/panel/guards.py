@@ -178,6 +178,20 @@ class LengthAlarm:
         self._baseline, self._quiet = state["baseline"], state["quiet"]
 
 
+def lower_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:
+    """Multiply the learning rate of all groups, and of the schedule that goes on from there, by ``factor``.
+
+    Args:
+        optimizer: its groups' rate holds until the schedule sets it anew.
+        scheduler: its base rates, which checkpoints keep; None where there is none.
+        factor: between 0 and 1.
+    """
+    if scheduler is not None:
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+
+
 def starting_student(student: nn.Module, vocabulary: Vocabulary) -> LocalTeacher:
     """Return the student as it is now, frozen, as a teacher to anchor it to.
 

@@ -100,6 +100,30 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def require_same_panel(before: Mapping[str, Any], now: Mapping[str, Any], where: str, *, allowed: bool) -> list[str]:
+    """Compare the panel of a checkpoint with the present one.
+
+    Args:
+        before: the checkpoint's.
+        now: the present one's.
+        where: how messages call the checkpoint.
+        allowed: take another panel.
+
+    Returns:
+        What changed, one sentence each.
+
+    Raises:
+        ConfigError: something changed, and that is not allowed.
+    """
+    changed = differences(before, now)
+    if changed and not allowed:
+        raise ConfigError(
+            f"{where} was trained under another panel: {'; '.join(changed)}. Resume with the same panel, or set "
+            "allow_changed_panel=True: the change then stands in the lineage."
+        )
+    return changed
+
+
 def _changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [
         f"{key} was {_short(one.get(key))} and is {_short(other.get(key))}"

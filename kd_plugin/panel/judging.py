@@ -2,14 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kd_plugin.panel.responses import until_end
+from kd_plugin.panel.rollouts import interleave, left_padded, seeded
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import score_rows
 from kd_plugin.signals import HiddenSignal, SparseSignal
+
+_INTERLEAVED = 1 << 20  # in the place of a rank: keeps its generator apart from that of the on-policy rows
+
+
+@dataclass(frozen=True)
+class InterleavedSettings:
+    """How the student writes with the panel at its elbow.
+
+    Attributes:
+        max_new_tokens: longest response.
+        block: tokens proposed before the panel is asked.
+        top_k: rank up to which the panel lets a token stand.
+        end_tokens: ids that end a response.
+        pad_token_id: fills up short rows.
+        rows_at_once: rows in a teacher's forward pass.
+    """
+
+    max_new_tokens: int
+    block: int
+    top_k: int
+    end_tokens: Sequence[int]
+    pad_token_id: int
+    rows_at_once: int
+
+
+def interleaved_responses(
+    panel: TeacherPanel,
+    assignments: Sequence[Assignment],
+    prompts: Sequence[list[int]],
+    generate: Callable[[Tensor, Tensor, int], Tensor],
+    settings: InterleavedSettings,
+    *,
+    vocab_size: int,
+    device: torch.device,
+    step: int,
+    seed: int,
+) -> tuple[list[list[int]], float]:
+    """Let the student write ``prompts``; see :func:`kd_plugin.panel.rollouts.interleave`.
+
+    Args:
+        panel: the teachers.
+        assignments: for each prompt who judges it.
+        prompts: token ids.
+        generate: ``(ids, mask, N) -> ids`` of the prompts and up to N tokens more, all on ``device``.
+        settings: see there.
+        vocab_size: V.
+        device: of the student and the teachers' inputs.
+        step: optimizer step, for weights with a schedule.
+        seed: of the run.
+
+    Returns:
+        The responses, and the share of their tokens that the panel put in.
+    """
+
+    def propose(prefixes: list[list[int]], count: int) -> list[list[int]]:
+        ids, mask = left_padded(prefixes, settings.pad_token_id)
+        output = generate(ids.to(device), mask.to(device), count)
+        return [until_end(row, settings.end_tokens) for row in output[:, ids.shape[1] :].tolist()]
+
+    def judge(numbers: Sequence[int], prefixes: list[list[int]], proposals: list[list[int]]) -> list[Tensor]:
+        return panel_logprobs(
+            panel,
+            [assignments[number] for number in numbers],
+            prefixes,
+            proposals,
+            vocab_size=vocab_size,
+            pad_token_id=settings.pad_token_id,
+            device=device,
+            rows_at_once=settings.rows_at_once,
+            step=step,
+        )
+
+    responses = interleave(
+        prompts,
+        propose,
+        judge,
+        max_new_tokens=settings.max_new_tokens,
+        block=settings.block,
+        top_k=settings.top_k,
+        end_tokens=settings.end_tokens,
+        generator=seeded(seed, step, _INTERLEAVED),
+    )
+    replaced = sum(sum(response.replaced) for response in responses)
+    tokens = sum(len(response.tokens) for response in responses)
+    return [list(response.tokens) for response in responses], replaced / max(tokens, 1)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.panel.combining import GroupTerms
+from kd_plugin.panel.loss import Judgement
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 
 SUPPORT = 16  # K
@@ -103,6 +104,51 @@ class PanelTally:
                 if dense:
                     metrics[f"jensen_shannon/{pair}"] = divergence / dense
         return metrics
+
+
+class DivergenceTally:
+    """Each teacher's divergence and tokens, and the whole loss, since the last log; sums stay on the device.
+
+    Args:
+        names: the teachers.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._sums: Tensor | None = None  # (teachers + 1, 2): nats, count; the last row is the loss
+
+    @property
+    def counted(self) -> bool:
+        """Whether this rank counted anything since the last log; a step is counted by all ranks or by none."""
+        return self._sums is not None
+
+    def add(self, loss_sum: Tensor, entropy: Tensor, judgements: Sequence[Judgement]) -> None:
+        """Count a micro-batch; see :class:`~kd_plugin.panel.loss.CorrectionLoss`."""
+        if self._sums is None:
+            self._sums = entropy.new_zeros((len(self.names) + 1, 2))
+        for judgement in judgements:
+            row = self._sums[self.names.index(judgement.teacher)]
+            row[0] += judgement.divergence.sum()
+            row[1] += judgement.divergence.numel()
+        self._sums[-1, 0] += loss_sum.detach()
+        self._sums[-1, 1] += entropy.numel()
+
+    def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> tuple[dict[str, float], float | None]:
+        """Return the metrics since the last call, and the mean loss in nats a token; waits for the device once.
+
+        Args:
+            reduce: sums a tensor over all ranks; called on every rank.
+            device: where a rank that counted nothing has its zeros.
+        """
+        sums, self._sums = self._sums, None
+        empty = torch.zeros((len(self.names) + 1, 2), device=device)
+        *totals, (loss, count) = reduce(empty if sums is None else sums).tolist()
+        metrics = {}
+        for name, (divergence, tokens) in zip(self.names, totals, strict=True):
+            if tokens:
+                metrics[f"divergence/{name}"] = divergence / tokens
+            metrics[f"tokens/{name}"] = tokens
+        return metrics, loss / count if count else None
 
 
 class _View:

@@ -13,9 +13,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_plugin.cache.alignment import require_aligned
 from kd_plugin.cache.joining import batch_targets
 from kd_plugin.cache.reader import TeacherCache
+from kd_plugin.divergence import Divergence
+from kd_plugin.divergence.objective import OfflineObjective
 from kd_plugin.errors import ConfigError
+from kd_plugin.signals import OutputHead
+from kd_plugin.vocab import Vocabulary
+
+
+def warmup_objective(caches: Sequence[TeacherCache], divergence: str) -> OfflineObjective:
+    """Return what the warm-up minimises, at the temperature that the caches were captured at."""
+    return OfflineObjective(Divergence(divergence), temperature=caches[0].manifest.settings.temperature)
+
+
+def require_fitting(caches: Sequence[TeacherCache], vocabulary: Vocabulary) -> None:
+    """Refuse caches of other tokens, of several temperatures, or whose targets stand at the wrong places.
+
+    Raises:
+        VocabularyError: another tokenizer.
+        CacheError: another temperature than the first cache's, or targets that do not fit their tokens.
+    """
+    for cache in caches:
+        cache.require_compatible(vocabulary, temperature=caches[0].manifest.settings.temperature)
+        require_aligned(cache)
+
+
+def warmup_loss(
+    objective: OfflineObjective, hidden: Tensor, head: OutputHead, targets: Sequence[dict[str, Tensor]]
+) -> tuple[Tensor, Tensor, int]:
+    """Return the offline loss of a micro-batch of cached rows.
+
+    Args:
+        objective: see :func:`warmup_objective`.
+        hidden: (B, L, H) last hidden states of the student.
+        head: its output head, cut to the vocabulary.
+        targets: of a :class:`WarmupBatch`.
+
+    Returns:
+        The loss, a sum in nats with a graph also where nothing is scored; the summed entropy, detached; how many
+        positions are scored.
+    """
+    losses = [objective.loss(hidden, head, target) for target in targets]
+    loss_sum = hidden.sum() * 0.0 + sum(loss.loss_sum for loss in losses)
+    entropy = loss_sum.new_zeros(()) + sum(loss.entropy.sum() for loss in losses)
+    return loss_sum, entropy.detach(), sum(target["positions"].numel() for target in targets)
 
 
 @dataclass(frozen=True)
@@ -25,12 +68,14 @@ class WarmupBatch:
     Attributes:
         input_ids: (B, L) int64, padded on the right.
         attention_mask: (B, L) 1 for tokens.
+        labels: (B, L) the completions' tokens, -100 elsewhere.
         targets: what :func:`~kd_plugin.cache.joining.batch_targets` gathers, one a cache that has rows here.
         scored: scored positions of the whole optimizer step, over all micro-batches and ranks.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
+    labels: Tensor
     targets: tuple[dict[str, Tensor], ...]
     scored: int
 
@@ -122,12 +167,13 @@ class CacheWarmup:
         for b, (_, row) in enumerate(found):
             ids[b, : lengths[b]] = row["input_ids"]
             mask[b, : lengths[b]] = 1
-        targets = []
+        targets, whole = [], torch.full(shape, -100)
         for c, cache in enumerate(self.caches):
             labels = torch.full(shape, -100)
             for b, (owner, row) in enumerate(found):
                 if owner == c:
                     labels[b, : lengths[b]] = torch.where(row["completion_mask"].bool(), row["input_ids"], -100)
+            whole = torch.where(labels == -100, whole, labels)
             if (labels[:, 1:] != -100).any():
                 targets.append(batch_targets(cache, labels, [row["teacher_index"].tolist() for _, row in found]))
-        return WarmupBatch(ids, mask, tuple(targets), scored)
+        return WarmupBatch(ids, mask, whole, tuple(targets), scored)

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.panel.identity import differences, read_identity, write_identity
+from kd_plugin.panel.identity import read_identity, require_same_panel, write_identity
 
 logger = logging.get_logger(__name__)
 
@@ -68,13 +68,7 @@ def changes_since(checkpoint: str, identity: dict[str, Any], *, allowed: bool) -
     if before is None:
         logger.warning(f"{checkpoint} does not say which panel it was trained under, so it cannot be compared.")
         return []
-    changed = differences(before, identity)
-    if changed and not allowed:
-        raise ConfigError(
-            f"{checkpoint} was trained under another panel: {'; '.join(changed)}. Resume with the same panel, or set "
-            "allow_changed_panel=True: the change then stands in the lineage."
-        )
-    return changed
+    return require_same_panel(before, identity, str(checkpoint), allowed=allowed)
 
 
 def _readable(checkpoint: str) -> dict[str, Any] | None:

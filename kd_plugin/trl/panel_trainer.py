@@ -13,15 +13,16 @@ from trl import DistillationTrainer
 from trl.models import prepare_deepspeed
 
 from kd_plugin.cache import TeacherCache
-from kd_plugin.cache.alignment import require_aligned
 from kd_plugin.divergence.finite import require_finite
 from kd_plugin.errors import ConfigError, DataError, ServerError
 from kd_plugin.lineage.start import dataset_sources, student_source
-from kd_plugin.panel import Correction, CorrectionLoss, TeacherPanel, correction_loss, score_rows
+from kd_plugin.panel import Correction, TeacherPanel, correction_loss, score_rows
 from kd_plugin.panel.build import panel_from, require_sampling
 from kd_plugin.panel.checks import check_rows, require_defined_panel, require_one_vocabulary
 from kd_plugin.panel.combining import scored_positions
 from kd_plugin.panel.identity import panel_identity
+from kd_plugin.panel.metrics import DivergenceTally
+from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import AdapterTeacher, LocalTeacher, Teacher
 from kd_plugin.trl.behaviour import padded, recorded
@@ -106,9 +107,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
         require_one_vocabulary(self.panel, self._vocabulary)
         if isinstance(model, str):
             _require_adapters_fit(self.panel, model, args)
-        for cache in warmup_caches:
-            cache.require_compatible(self._vocabulary, temperature=warmup_caches[0].manifest.settings.temperature)
-            require_aligned(cache)
+        require_fitting(warmup_caches, self._vocabulary)
 
         super().__init__(
             model=model,
@@ -123,7 +122,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
         self.start_rollouts(warmup_caches)
         for teacher in self.panel.teachers.values():
             self._prepare_teacher(teacher)
-        self._panel_totals: dict[str, Tensor] = {}
+        self._divergences = {mode: DivergenceTally(self.panel.names) for mode in ("train", "eval")}
         self.add_callback(PanelStateCallback(self._identity))
         self.start_watching()
 
@@ -264,7 +263,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
             )
             self.watch_loss(inputs, scored, head, tokens, loss)
         if values:
-            self._count(loss)
+            self._divergences[self._mode].add(loss.loss_sum, loss.entropy, loss.judgements)
         loss_sum = loss.loss_sum + self.anchor_loss(inputs, scored, head, tokens)
         count = positions.new_full((), positions.numel())
         normaliser = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -276,29 +275,15 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
         """Whether anything reads this step's divergences: always, unless the configuration leaves them to the log."""
         return self.args.panel_values == "always" or self._logs_this_step()
 
-    def _count(self, loss: CorrectionLoss) -> None:
-        """Add this micro-batch to each teacher's divergence and tokens, and to the whole loss, on the device."""
-        mode = "train" if self.model.training else "eval"
-        names = self.panel.names
-        totals = self._panel_totals.setdefault(mode, loss.entropy.new_zeros((len(names) + 1, 2)))
-        for judgement in loss.judgements:
-            row = totals[names.index(judgement.teacher)]
-            row[0] += judgement.divergence.sum()
-            row[1] += judgement.divergence.numel()
-        totals[-1, 0] += loss.loss_sum.detach()
-        totals[-1, 1] += loss.entropy.numel()
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the parent does, with each teacher's mean divergence (nats a token) and tokens over all ranks."""
-        mode = "train" if self.model.training else "eval"
-        if mode in self._panel_totals:
-            *totals, (loss, count) = self.accelerator.reduce(self._panel_totals.pop(mode), reduction="sum").tolist()
-            for name, (divergence, tokens) in zip(self.panel.names, totals, strict=True):
-                if tokens:
-                    self._metrics[mode][f"divergence/{name}"].append(divergence / tokens)
-                self._metrics[mode][f"tokens/{name}"].append(tokens)
-            if self.args.panel_values == "logging" and mode == "train" and "loss" in logs and count:
-                logs["loss"] = loss / count  # of this step: the steps before it had lower bounds
+        mode = self._mode
+        if self._divergences[mode].counted:
+            found, loss = self._divergences[mode].read(self._sum_over_ranks, self.accelerator.device)
+            for key, value in found.items():
+                self._metrics[mode][key].append(value)
+            if self.args.panel_values == "logging" and mode == "train" and "loss" in logs and loss is not None:
+                logs["loss"] = loss  # of this step: the steps before it had lower bounds
             for key, value in self.watched().items():
                 self._metrics[mode][key].append(value)
         super().log(logs, start_time)

@@ -10,16 +10,13 @@ from torch import Tensor, nn
 from trl.models import unwrap_model_for_generation
 
 from kd_plugin.cache import TeacherCache
-from kd_plugin.divergence import Divergence
-from kd_plugin.divergence.objective import OfflineObjective
-from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.errors import ConfigError
 from kd_plugin.panel import Assignment, TeacherPanel
-from kd_plugin.panel.judging import panel_logprobs
-from kd_plugin.panel.rollouts import interleave, left_padded, on_policy_rows, seeded
-from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch
+from kd_plugin.panel.judging import InterleavedSettings, interleaved_responses
+from kd_plugin.panel.responses import completion_ids
+from kd_plugin.panel.rollouts import on_policy_rows
+from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
 from kd_plugin.signals import OutputHead
-
-_INTERLEAVED = 1 << 20  # keeps its generator apart from that of the on-policy rows
 
 
 class RolloutMixin:
@@ -44,9 +41,7 @@ class RolloutMixin:
         self._warmup: CacheWarmup | None = None
         if caches:
             self._warmup = CacheWarmup(caches, seed=args.seed, pad_token_id=self._tokenizer.pad_token_id)  # type: ignore[attr-defined]
-            self._warmup_objective = OfflineObjective(
-                Divergence(args.warmup_divergence), temperature=caches[0].manifest.settings.temperature
-            )
+            self._warmup_objective = warmup_objective(caches, args.warmup_divergence)
         if args.rollouts == "interleaved" and getattr(self, "tools", None):
             raise ConfigError("rollouts='interleaved' cannot call tools; let the student write alone.")
         if self._fraction.values() != (1.0, 1.0) and getattr(self, "tools", None):
@@ -72,27 +67,13 @@ class RolloutMixin:
             self._given = [None if ours else self._completion_ids(row) for ours, row in zip(written, rows, strict=True)]
 
     def _completion_ids(self, row: dict[str, Any]) -> list[int]:
-        """Tokenize a dataset's completion as it follows its prompt, up to the first end of sequence."""
-        completion, tokenizer = row.get("completion"), self._tokenizer  # type: ignore[attr-defined]
-        if not completion:
-            raise DataError(
-                "on_policy_fraction is below 1, but a row has no `completion` to fill in. Add the column, or let the "
-                "student write all rows."
-            )
-        if isinstance(completion, str):
-            ids = tokenizer(completion + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-        else:
-            options = {"tokenize": True, "return_dict": False, "chat_template": self.chat_template}  # type: ignore[attr-defined]
-            options |= self.chat_template_kwargs  # type: ignore[attr-defined]
-            prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **options)
-            whole = tokenizer.apply_chat_template(row["prompt"] + completion, **options)
-            if whole[: len(prompt)] != prompt:
-                raise DataError(
-                    "The chat template renders a prompt otherwise when a completion follows it, so the dataset's "
-                    "completions cannot be mixed in. Let the student write all rows (on_policy_fraction=1)."
-                )
-            ids = whole[len(prompt) :]
-        return self._until_end(ids)[: self.args.max_completion_length]
+        return completion_ids(
+            self._tokenizer,  # type: ignore[attr-defined]
+            row,
+            end_tokens=self.eos_token_ids,  # type: ignore[attr-defined]
+            max_length=self.args.max_completion_length,
+            chat_options={"chat_template": self.chat_template, **self.chat_template_kwargs},  # type: ignore[attr-defined]
+        )
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, **kwargs: Any) -> Any:
         given = self._given if len(self._given) == len(prompt_ids) else [None] * len(prompt_ids)
@@ -110,14 +91,12 @@ class RolloutMixin:
         return [written[row] if ids is None else ids for row, ids in enumerate(given)]
 
     def _interleaved(self, rows: Sequence[int], prompts: list[list[int]]) -> list[list[int]]:
-        """Write ``prompts`` with the panel at the student's elbow; see :func:`kd_plugin.panel.rollouts.interleave`."""
+        """Write ``prompts`` with the panel at the student's elbow."""
         if self.use_vllm or self.accelerator.num_processes > 1:  # type: ignore[attr-defined]
             raise ConfigError(
                 "rollouts='interleaved' needs transformers generation in a single process: ranks would wait for one "
                 "another after different numbers of rounds. Set use_vllm=False, or let the student write alone."
             )
-        device, pad = self.accelerator.device, self._tokenizer.pad_token_id  # type: ignore[attr-defined]
-        judges = [self._rollout_judges[row] for row in rows]
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,  # type: ignore[attr-defined]
@@ -127,48 +106,31 @@ class RolloutMixin:
             ) as student,
             torch.no_grad(),
         ):
-
-            def propose(prefixes: list[list[int]], count: int) -> list[list[int]]:
-                ids, mask = left_padded(prefixes, pad)
-                output = student.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
+            responses, replaced = interleaved_responses(
+                self.panel,
+                [self._rollout_judges[row] for row in rows],
+                prompts,
+                lambda ids, mask, count: student.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
                     generation_config=self.generation_config,  # type: ignore[attr-defined]
                     max_new_tokens=count,
-                )
-                return [self._until_end(row) for row in output[:, ids.shape[1] :].tolist()]
-
-            def judge(numbers: Sequence[int], prefixes: list[list[int]], proposals: list[list[int]]) -> list[Tensor]:
-                return panel_logprobs(
-                    self.panel,
-                    [judges[number] for number in numbers],
-                    prefixes,
-                    proposals,
-                    vocab_size=self._vocabulary.size,  # type: ignore[attr-defined]
-                    pad_token_id=pad,
-                    device=device,
+                ),
+                InterleavedSettings(
+                    max_new_tokens=self.args.max_completion_length,
+                    block=self.args.interleaved_block,
+                    top_k=self.args.interleaved_top_k,
+                    end_tokens=self.eos_token_ids,  # type: ignore[attr-defined]
+                    pad_token_id=self._tokenizer.pad_token_id,  # type: ignore[attr-defined]
                     rows_at_once=self.args.per_device_train_batch_size,
-                    step=self.state.global_step,
-                )
-
-            responses = interleave(
-                prompts,
-                propose,
-                judge,
-                max_new_tokens=self.args.max_completion_length,
-                block=self.args.interleaved_block,
-                top_k=self.args.interleaved_top_k,
-                end_tokens=self.eos_token_ids,  # type: ignore[attr-defined]
-                generator=seeded(self.args.seed, self.state.global_step, _INTERLEAVED),
+                ),
+                vocab_size=self._vocabulary.size,  # type: ignore[attr-defined]
+                device=self.accelerator.device,
+                step=self.state.global_step,
+                seed=self.args.seed,
             )
-        replaced = sum(sum(response.replaced) for response in responses)
-        tokens = sum(len(response.tokens) for response in responses)
-        self._metrics["train"]["rollouts/replaced"].append(replaced / max(tokens, 1))  # type: ignore[attr-defined]
-        return [list(response.tokens) for response in responses]
-
-    def _until_end(self, tokens: list[int]) -> list[int]:
-        ends = [i for i, token in enumerate(tokens) if token in self.eos_token_ids]  # type: ignore[attr-defined]
-        return tokens[: ends[0] + 1] if ends else tokens
+        self._metrics["train"]["rollouts/replaced"].append(replaced)  # type: ignore[attr-defined]
+        return responses
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """Deal cached rows during the warm-up, else let the student write; the warm-up passes over its prompts."""
@@ -194,8 +156,6 @@ class RolloutMixin:
         hidden = self._get_last_hidden_state(student, ids, mask, ids.size(1) - 1)  # type: ignore[attr-defined]
         hidden = nn.functional.pad(hidden, (0, 0, 0, 1))  # the last position is never scored
         head = OutputHead.from_model(student, vocab_size)
-        losses = [self._warmup_objective.loss(hidden, head, target) for target in batch.targets]
-        loss_sum = hidden.sum() * 0.0 + sum(loss.loss_sum for loss in losses)
-        entropy = loss_sum.new_zeros(()) + sum(loss.entropy.sum() for loss in losses)
-        count = torch.tensor(sum(target["positions"].numel() for target in batch.targets)).to(device)
-        return loss_sum / torch.as_tensor(num_items_in_batch).to(device), entropy.detach(), count
+        loss_sum, entropy, scored = warmup_loss(self._warmup_objective, hidden, head, batch.targets)
+        count = torch.tensor(scored).to(device)
+        return loss_sum / torch.as_tensor(num_items_in_batch).to(device), entropy, count

@@ -9,29 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import StoppingCriteriaList, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from kd_plugin.divergence import Divergence
 from kd_plugin.errors import ConfigError
-from kd_plugin.panel import Correction, CorrectionLoss, TeacherPanel, correction_loss, score_rows
+from kd_plugin.panel import Correction, CorrectionLoss, TeacherPanel
+from kd_plugin.panel.anchor import Anchor
 from kd_plugin.panel.combining import group_terms
-from kd_plugin.panel.guards import LengthAlarm, Responses, ends_in_loop, loop_end, repetition, starting_student
+from kd_plugin.panel.guards import LengthAlarm, lower_learning_rate, starting_student
 from kd_plugin.panel.metrics import PanelTally, Stopwatch
-from kd_plugin.panel.roster import Assignment
-from kd_plugin.panel.trace import ROLLOUTS, Written, append_rollouts, rollout_rows
+from kd_plugin.panel.responses import (
+    StopLoops,
+    as_written,
+    cut_loops,
+    judged_positions,
+    response_sums,
+    responses_of,
+)
+from kd_plugin.panel.saving import RolloutSaver
+from kd_plugin.panel.trace import Written
 from kd_plugin.signals import OutputHead
 
 logger = logging.get_logger(__name__)
 ALARM_STATE = "alarm.json"
-_START = Assignment(("start",))
 
 
 class WatchMixin:
@@ -51,9 +51,14 @@ class WatchMixin:
         """Read the configuration, and keep the student's start where it is anchored to it."""
         self._tallies = {mode: PanelTally(self.panel.names, self.args.watch_positions) for mode in ("train", "eval")}
         self.clock = Stopwatch(self.accelerator.device)
-        self._saved = (-1, 0)  # step, rows
-        self._anchor: TeacherPanel | None = None
-        self._anchored: dict[str, Any] = {}
+        self._saver = RolloutSaver(
+            self.args.output_dir,
+            rank=self.accelerator.process_index,
+            rows=self.args.save_rollouts,
+            top_k=self.args.save_rollouts_top_k,
+            tokenizer=self._tokenizer,  # type: ignore[attr-defined]
+        )
+        self._anchor: Anchor | None = None
         if self.args.anchor_weight > 0.0 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # type: ignore[attr-defined]
             raise ConfigError(
                 "anchor_weight keeps a whole copy of the student, and DeepSpeed or FSDP shard it. Name the start as a "
@@ -62,8 +67,8 @@ class WatchMixin:
         if self.args.anchor_weight > 0.0:
             student = self.accelerator.unwrap_model(self.model)
             start = starting_student(student, self._vocabulary)  # type: ignore[attr-defined]
-            self._prepare_teacher("start", start)  # type: ignore[attr-defined]
-            self._anchor = TeacherPanel({"start": start})
+            self._prepare_teacher(start)  # type: ignore[attr-defined]
+            self._anchor = Anchor(start, self.args.anchor_weight, self.temperature)  # type: ignore[attr-defined]
         settings = self.args.alarm_settings()
         self._alarm = LengthAlarm(settings) if settings.is_set else None
         if self._alarm is not None:
@@ -77,7 +82,7 @@ class WatchMixin:
         generate = model.generate
 
         def stopping(*args: Any, **options: Any) -> Any:
-            criteria = StoppingCriteriaList([_StopLoops(options["input_ids"].size(1), repeats)])
+            criteria = StoppingCriteriaList([StopLoops(options["input_ids"].size(1), repeats)])
             return generate(*args, stopping_criteria=criteria, **options)
 
         model.generate = stopping  # TRL passes no criteria to it (1.16)
@@ -85,10 +90,9 @@ class WatchMixin:
             found = super()._generate_single_turn(prompt_ids, images, multimodal_fields, **kwargs)  # type: ignore[misc]
         finally:
             del model.generate
-        ends = [loop_end(ids, repeats) for ids in found]  # exact, and the same for vLLM, which was not stopped
-        looping = sum(end is not None for end in ends)
-        self._metrics[self._mode]["rollouts/looping"].append(looping / len(found))  # type: ignore[attr-defined]
-        return [ids[:end] for ids, end in zip(found, ends, strict=True)]
+        found, looping = cut_loops(found, repeats)  # exact, and the same for vLLM, which was not stopped
+        self._metrics[self._mode]["rollouts/looping"].append(looping)  # type: ignore[attr-defined]
+        return found
 
     def judged_positions(self, output: dict[str, Any], loss_mask: Tensor) -> list[list[int]]:
         """Return for each row which tokens are trained on, look at the responses, and act on an alarm.
@@ -99,30 +103,25 @@ class WatchMixin:
         """
         used, lengths = loss_mask.tolist(), output["completion_mask"].sum(1).tolist()
         ids = [row[:length] for row, length in zip(output["completion_ids"].tolist(), lengths, strict=True)]
-        truncated = [not row or row[-1] not in self.eos_token_ids for row in ids]  # type: ignore[attr-defined]
-        output["written"] = [
-            Written("", tuple(row), cut) for row, cut in zip(ids, truncated, strict=True)
-        ]  # the prompt is decoded only if the row is saved
-        positions = [[c for c, is_used in enumerate(row) if is_used] for row in used]
+        written = output["written"] = as_written(ids, self.eos_token_ids)  # type: ignore[attr-defined]
+        positions = judged_positions(used, written, mask_truncated=self.args.mask_truncated_completions)
         if self.args.mask_truncated_completions:
-            positions = [[] if cut else row for row, cut in zip(positions, truncated, strict=True)]
             count = torch.tensor(float(sum(map(len, positions))), device=self.accelerator.device)
             output["num_items_in_batch"] = self.accelerator.gather(count).sum()
-        self._observe(ids, truncated)
+        self._observe(written)
         return positions
 
-    def _observe(self, ids: Sequence[Sequence[int]], truncated: Sequence[bool]) -> None:
+    def _observe(self, written: Sequence[Written]) -> None:
         """Log what the responses are like, over all ranks, and let the alarm see it."""
-        sums = [len(ids), sum(map(len, ids)), sum(truncated), sum(map(repetition, ids))]
-        local = torch.tensor(sums, dtype=torch.float32, device=self.accelerator.device)
-        rows, tokens, cut, repeated = self.accelerator.reduce(local, reduction="sum").tolist()
+        local = torch.tensor(response_sums(written), dtype=torch.float32, device=self.accelerator.device)
+        responses = responses_of(self.accelerator.reduce(local, reduction="sum").tolist())
         metrics = self._metrics[self._mode]  # type: ignore[attr-defined]
-        metrics["rollouts/repetition"].append(repeated / rows)
+        metrics["rollouts/repetition"].append(responses.repetition)
         if self.args.mask_truncated_completions:
-            metrics["rollouts/masked"].append(cut / rows)
+            metrics["rollouts/masked"].append(responses.truncated)
         if self._alarm is None or self._mode == "eval":
             return
-        wrong = self._alarm.observe(Responses(tokens / rows, cut / rows, repeated / rows))
+        wrong = self._alarm.observe(responses)
         metrics["alarm"].append(float(wrong is not None))
         if wrong is not None:
             self._ring(wrong)
@@ -137,9 +136,7 @@ class WatchMixin:
             factor = self.args.alarm_factor
             done = f"the learning rate is multiplied by {factor}"
             scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # type: ignore[attr-defined]
-            scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]  # kept in checkpoints
-            for group in self.optimizer.param_groups:  # type: ignore[attr-defined]
-                group["lr"] *= factor
+            lower_learning_rate(self.optimizer, scheduler, factor)  # type: ignore[attr-defined]
         else:
             done = "nothing is done (alarm_action='warn')"
         logger.warning(f"Alarm at step {step}: {wrong}; {done}.")
@@ -148,9 +145,7 @@ class WatchMixin:
         """Ask the student's start about a generation batch, where the student is anchored to it."""
         if self._anchor is None:
             return
-        output["start"] = score_rows(
-            self._anchor,
-            [_START] * len(positions),
+        output["start"] = self._anchor.score(
             torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
             torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
             completion_start=output["prompt_ids"].size(1),
@@ -162,21 +157,7 @@ class WatchMixin:
         """Return the weighted KL(student || start) of a micro-batch, a sum in nats; 0 where there is no anchor."""
         if self._anchor is None:
             return 0.0
-        found = correction_loss(
-            self._anchor,
-            inputs["start"],
-            hidden,
-            head,
-            tokens,
-            divergence=Divergence("reverse_kl"),
-            temperature=self.temperature,  # type: ignore[attr-defined]
-        )
-        total = torch.stack(
-            [judgement.divergence.sum() for judgement in found.judgements] or [hidden.sum() * 0.0]
-        ).sum()
-        seen = torch.stack([total.detach(), torch.full_like(total, len(tokens))])
-        self._anchored[self._mode] = self._anchored.get(self._mode, 0.0) + seen
-        return self.args.anchor_weight * found.loss_sum
+        return self._anchor.loss(inputs["start"], hidden, head, tokens, self._mode)
 
     def watch_loss(
         self, inputs: dict[str, Any], hidden: Tensor, head: OutputHead, tokens: Tensor, loss: CorrectionLoss
@@ -189,55 +170,28 @@ class WatchMixin:
         if self.args.watch_positions:
             self._tallies[self._mode].add(group_terms(self.panel, corrections, hidden.device, step), hidden, head)
         if self.args.save_rollouts and self.model.training:
-            self._save_rollouts(inputs, hidden, head, tokens, loss)
-
-    def _save_rollouts(
-        self, inputs: dict[str, Any], hidden: Tensor, head: OutputHead, tokens: Tensor, loss: CorrectionLoss
-    ) -> None:
-        step = self.state.global_step + 1
-        path = Path(self.args.output_dir, ROLLOUTS, f"step-{step:08d}-rank-{self.accelerator.process_index}.jsonl")
-        if self._saved[0] != step:
-            self._saved = (step, 0)
-            path.unlink(missing_ok=True)  # of the same step before a resume
-        left = self.args.save_rollouts - self._saved[1]
-        if left <= 0:
-            return
-        tokenizer = self._tokenizer  # type: ignore[attr-defined]
-        prompts = [
-            tokenizer.decode([token for token, used in zip(ids, mask, strict=True) if used])
-            for ids, mask in zip(
-                inputs["prompt_ids"][:left].tolist(), inputs["prompt_mask"][:left].tolist(), strict=True
+            self._saver.save(
+                step + 1,
+                (inputs["prompt_ids"], inputs["prompt_mask"]),
+                inputs["written"],
+                corrections,
+                hidden,
+                head,
+                tokens,
+                loss.judgements,
             )
-        ]
-        written = [
-            Written(prompt, one.tokens, one.truncated)
-            for prompt, one in zip(prompts, inputs["written"][:left], strict=True)
-        ]
-        rows = rollout_rows(
-            inputs["corrections"],
-            written,
-            hidden,
-            head,
-            tokens,
-            loss.judgements,
-            decode=lambda token: tokenizer.decode([token]),
-            top_k=self.args.save_rollouts_top_k,
-            step=step,
-            rows=left,
-        )
-        append_rollouts(path, rows)
-        self._saved = (step, self._saved[1] + len(rows))
 
     def watched(self) -> dict[str, float]:
         """Return what was watched since the last log; called on every rank."""
         device, found = self.accelerator.device, {}
         if self.args.watch_positions:
-            found = self._tallies[self._mode].read(lambda sums: self.accelerator.reduce(sums, reduction="sum"), device)
+            found = self._tallies[self._mode].read(self._sum_over_ranks, device)
         if self._anchor is not None:
-            sums = self._anchored.pop(self._mode, torch.zeros(2, device=device))
-            divergence, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-            found["divergence/start"] = divergence / max(count, 1.0)
+            found["divergence/start"] = self._anchor.read(self._sum_over_ranks, device, self._mode)
         return found | {f"time/{name}": seconds for name, seconds in self.clock.read().items()}
+
+    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, reduction="sum")
 
     @property
     def _mode(self) -> str:
@@ -271,15 +225,3 @@ class AlarmStateCallback(TrainerCallback):
         path = Path(args.output_dir, f"checkpoint-{state.global_step}", ALARM_STATE)
         if state.global_step > 0 and path.is_file():
             self._alarm.load(json.loads(path.read_text()))
-
-
-class _StopLoops(StoppingCriteria):
-    """Ends rows that repeat themselves; looked at every eighth token, since the exact end is cut afterwards."""
-
-    def __init__(self, start: int, repeats: int) -> None:
-        self.start, self.repeats = start, repeats
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        if (input_ids.size(1) - self.start) % 8:
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        return ends_in_loop(input_ids, self.start, self.repeats)

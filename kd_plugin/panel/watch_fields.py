@@ -1,4 +1,4 @@
-"""Fields of the panel's configuration that watch a run and act when it goes wrong."""
+"""Fields of a host's configuration that watch a run and act when it goes wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kd_plugin.panel.guards import AlarmSettings
 
 @dataclass
 class WatchFields:
-    """Metrics, saved rollouts and guards; a base beside TRL's configuration."""
+    """Metrics, saved rollouts and guards; a base of each host's configuration."""
 
     watch_positions: int = field(
         default=64,

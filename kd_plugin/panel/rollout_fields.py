@@ -1,4 +1,4 @@
-"""Fields of the panel's configuration that say what is corrected: whose text, and from when on."""
+"""Fields of a host's configuration that say what is corrected: whose text, and from when on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROLLOUTS = ("student", "interleaved")
 
 @dataclass
 class RolloutFields:
-    """Who writes the completions that the panel corrects; a base beside TRL's configuration."""
+    """Who writes the completions that the panel corrects; a base of each host's configuration."""
 
     ROLLOUT_DICT_FIELDS: ClassVar[list[str]] = ["on_policy_fraction"]
 

@@ -1,0 +1,117 @@
+"""Batches that are ready for the student's forward pass: what it wrote with the panel's word on it, or cached rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from kd_plugin.lightning.panel_objective import Corrected
+from kd_plugin.lightning.panel_settings import PanelSettings
+from kd_plugin.lightning.step import Prepared
+from kd_plugin.lightning.watching import PanelWatch
+from kd_plugin.lightning.writing import Rollouts
+from kd_plugin.panel import TeacherPanel, score_rows
+from kd_plugin.panel.responses import as_written, judged_positions
+from kd_plugin.panel.warmup import CacheWarmup
+
+_ROW = ("prompt", "completion", "teacher_id", "domain", "teacher_weights")
+
+
+class Corrector:
+    """Has the panel judge what the student wrote.
+
+    Args:
+        panel: the teachers.
+        settings: what is left out of the loss.
+        tokenizer: the student's.
+        watch: is shown what training judges; None in a validation without training.
+    """
+
+    def __init__(self, panel: TeacherPanel, settings: PanelSettings, tokenizer: Any, watch: PanelWatch | None) -> None:
+        self.panel = panel
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.watch = watch
+
+    def judged(
+        self,
+        rollouts: Rollouts,
+        batches: Sequence[Any],
+        rows: Sequence[Mapping[str, Any]],
+        step: int,
+        *,
+        training: bool,
+        noted: Mapping[str, float] | None = None,
+    ) -> list[Prepared]:
+        """Have what was written for some batches judged at once, and return them one by one.
+
+        Args:
+            rollouts: of all their rows.
+            batches: prompts.
+            rows: all their rows, see :func:`rows_of`.
+            step: optimizer step.
+            training: whether it is watched and anchored.
+            noted: further values to log.
+        """
+        written = as_written(rollouts.responses(), [self.tokenizer.eos_token_id])
+        mask = self.settings.mask_truncated_completions
+        positions = judged_positions([[1] * n for n in rollouts.lengths], written, mask_truncated=mask)
+        watch = self.watch if training else None
+        if watch is not None:
+            watch.observe(written, noted or {})
+        given = rollouts.input_ids, rollouts.attention_mask, rollouts.completion_start, positions, count_of(batches[0])
+        clock = None if watch is None else watch.clock
+        corrections = score_rows(self.panel, [self.panel.assign(row) for row in rows], *given, clock=clock)
+        anchor = None if watch is None else watch.anchor
+        started = [] if anchor is None else anchor.score(*given)
+        prepared, first, window_tokens = [], 0, sum(map(len, positions))
+        for batch in batches:
+            own = slice(first, first + count_of(batch))
+            first += count_of(batch)
+            part = rollouts.select(own)
+            labels = part.labels()
+            for row, judged in enumerate(positions[own]):
+                if not judged:
+                    labels[row] = -100
+            seen = {"input_ids": part.input_ids, "attention_mask": part.attention_mask, "labels": labels}
+            target = Corrected(
+                tuple(corrections[own]), part, tuple(written[own]), step, tuple(started[own]), watched=training
+            )
+            tokens = sum(map(len, positions[own]))
+            prepared.append(Prepared(seen, target, labels, tuple(part.input_ids.shape), tokens, window_tokens))
+        return prepared
+
+
+def warmed(warmup: CacheWarmup, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> Prepared:
+    """Return cached rows in the place of a batch, whose prompts are passed over."""
+    accumulate = trainer.accumulate_grad_batches
+    one = warmup.batch(
+        trainer.global_step,
+        batch_idx % accumulate,
+        getattr(trainer.train_dataloader, "batch_size", None) or count_of(batch),
+        micro_steps=accumulate,
+        rank=trainer.global_rank,
+        ranks=trainer.world_size,
+    )
+    seen = {"input_ids": one.input_ids, "attention_mask": one.attention_mask, "labels": one.labels}
+    seen = {name: tensor.to(module.device) for name, tensor in seen.items()}
+    tokens = sum(target["positions"].numel() for target in one.targets)
+    # `scored` is counted over ranks and micro-batches already, and the step sums over ranks
+    window_tokens = one.scored / trainer.world_size
+    return Prepared(seen, one, seen["labels"], tuple(one.input_ids.shape), tokens, window_tokens)
+
+
+def count_of(batch: Any) -> int:
+    """Return the number of prompts in a batch."""
+    return len(batch["prompt"])
+
+
+def rows_of(batches: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return all rows of some batches, one mapping each; None where a batch lacks a column."""
+    return [{name: _of_row(batch, name, i) for name in _ROW} for batch in batches for i in range(count_of(batch))]
+
+
+def _of_row(batch: Any, name: str, row: int) -> Any:
+    return batch[name][row] if name in batch and batch[name] is not None else None

@@ -1,0 +1,90 @@
+"""Keeping a student near where it started: the weighted KL(student || start) beside the panel's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kd_plugin.divergence import Divergence
+from kd_plugin.panel.loss import correction_loss
+from kd_plugin.panel.roster import Assignment, TeacherPanel
+from kd_plugin.panel.scoring import Correction, score_rows
+from kd_plugin.signals import OutputHead
+from kd_plugin.teachers.local import LocalTeacher
+
+_START = Assignment(("start",))
+
+
+class Anchor:
+    """A panel of one teacher, the student's start, and what its divergence was since the last log.
+
+    Args:
+        start: see :func:`~kd_plugin.panel.guards.starting_student`.
+        weight: of the divergence, in nats a token.
+        temperature: divides the logits of both sides.
+    """
+
+    def __init__(self, start: LocalTeacher, weight: float, temperature: float) -> None:
+        self.panel = TeacherPanel({"start": start})
+        self.weight = weight
+        self.temperature = temperature
+        self._seen: dict[str, Tensor] = {}
+
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        completion_start: int,
+        positions: Sequence[Sequence[int]],
+        rows_at_once: int,
+    ) -> list[Correction]:
+        """Ask the start about a generation batch; see :func:`~kd_plugin.panel.scoring.score_rows`."""
+        return score_rows(
+            self.panel,
+            [_START] * len(positions),
+            input_ids,
+            attention_mask,
+            completion_start=completion_start,
+            positions=positions,
+            rows_at_once=rows_at_once,
+        )
+
+    def loss(
+        self, corrections: Sequence[Correction], hidden: Tensor, head: OutputHead, tokens: Tensor, mode: str = "train"
+    ) -> Tensor:
+        """Return the weighted KL(student || start) of a micro-batch, a sum in nats.
+
+        Args:
+            corrections: what :meth:`score` said, one a row.
+            hidden: (N, H) the student's, at the scored positions.
+            head: the student's.
+            tokens: (N,) written there.
+            mode: under which the divergence is counted until :meth:`read`.
+        """
+        found = correction_loss(
+            self.panel,
+            corrections,
+            hidden,
+            head,
+            tokens,
+            divergence=Divergence("reverse_kl"),
+            temperature=self.temperature,
+        )
+        parts = [judgement.divergence.sum() for judgement in found.judgements]
+        total = torch.stack(parts or [hidden.detach().sum() * 0.0]).sum().detach()
+        seen = torch.stack([total, torch.full_like(total, len(tokens))])
+        self._seen[mode] = self._seen.get(mode, torch.zeros_like(seen)) + seen
+        return self.weight * found.loss_sum
+
+    def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device, mode: str = "train") -> float:
+        """Return the mean divergence in nats a token since the last call.
+
+        Args:
+            reduce: sums a tensor over all ranks; called on every rank.
+            device: where a rank that saw nothing has its zeros.
+            mode: as in :meth:`loss`.
+        """
+        divergence, count = reduce(self._seen.pop(mode, torch.zeros(2, device=device))).tolist()
+        return float(divergence / max(count, 1.0))
