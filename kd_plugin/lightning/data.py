@@ -68,7 +68,8 @@ class KDDataModule(LightningDataModule):
         if (cache is None) == (prompts is None):
             given = "neither" if cache is None else "both"
             raise ConfigError(f"data.cache and data.prompts: {given} is given; name the one that is trained on.")
-        self.save_hyperparameters()
+        # Lightning would merge them with the module's for the logger, and refuses names that both have
+        self.save_hyperparameters(logger=False)
         self.hp: Any = self.hparams
         self.rows: Any = None
         self.validation: Any = None
