@@ -62,13 +62,12 @@ def require_placeable(panel: TeacherPanel, trainer: Trainer, *, shard_teachers: 
         ConfigError: names the teacher, and what can be.
     """
     strategy = trainer.strategy
-    deepspeed = isinstance(strategy, DeepSpeedStrategy)
-    if shard_teachers and not deepspeed:
+    if shard_teachers and not isinstance(strategy, DeepSpeedStrategy):
         raise ConfigError(
             f"shard_teachers needs DeepSpeed, and the strategy is {type(strategy).__name__}. Use DeepSpeedStrategy, or "
             "placement='offload' for teachers that do not fit."
         )
-    if deepspeed and strategy.zero_stage_3:
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
         require_placements(panel, "ZeRO-3", refused=("adapter", "offload"))
     elif shard_teachers:
         require_placements(panel, "shard_teachers", refused=("offload",))
