@@ -9,17 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from kd_plugin.cli.config import as_yaml, parse_settings
+from kd_plugin.cli.plan_report import plot_peaks, print_plan
 from kd_plugin.errors import ConfigError
 from kd_plugin.zero.architectures import architecture
 from kd_plugin.zero.cluster import Cluster
 from kd_plugin.zero.communication import traffic
-from kd_plugin.zero.cost import bills, break_even
+from kd_plugin.zero.cost import Bill, BreakEven, bills, break_even
 from kd_plugin.zero.fitting import Option, options, recommended
-from kd_plugin.zero.run import GIB, PlannedRun, parse_teacher
+from kd_plugin.zero.run import PlannedRun, parse_teacher
 from kd_plugin.zero.writers import write_all
 
 _DESCRIPTION = """\
@@ -28,7 +26,6 @@ fastest that does, and with --output writes the files that launch it. Architectu
 known by name; no network, no GPU and no weights are needed. Exit codes: 0 something fits, 3 nothing does.
 """
 EXIT_NOTHING_FITS = 3
-_PARTS = ("weights", "gradients", "optimizer", "teachers", "activations", "loss", "hidden", "gathered", "buckets")
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,7 @@ class PlanSettings:
         epochs: how often each is seen.
         api_input: price of a million prompt tokens of a metered API; 0 leaves the comparison out.
         api_output: price of a million completion tokens.
+        plot: PNG file for the chart of each layout's peak, part by part; needs the extra `plots`.
         output: directory for the DeepSpeed JSON, Accelerate YAML, LightningCLI fragment and launch commands.
     """
 
@@ -93,6 +91,7 @@ class PlanSettings:
     epochs: float = 1.0
     api_input: float = 0.0
     api_output: float = 0.0
+    plot: str | None = None
     output: str | None = None
 
 
@@ -110,7 +109,10 @@ def main(argv: Sequence[str]) -> int:
     if "json" in parsed.flags:
         print(json.dumps(as_json(settings, run, cluster, found, best), indent=2))
     else:
-        _print(settings, run, cluster, found, best)
+        even = _break_even(settings, run, cluster)
+        print_plan(run, cluster, found, best, _bills(settings, run, cluster), even, settings.rows, settings.epochs)
+    if settings.plot is not None:
+        plot_peaks(run, cluster, found, best, Path(settings.plot))
     if best is not None and settings.output is not None:
         written = write_all(best.run, best.layout, cluster, Path(settings.output), settings.nvme_path)
         if "json" not in parsed.flags:
@@ -135,7 +137,7 @@ def planned(settings: PlanSettings) -> tuple[PlannedRun, Cluster]:
         prompt_length=settings.prompt_length,
         completion_length=settings.completion_length,
         precision=settings.precision,  # type: ignore[arg-type]
-        divergences_on_all=settings.combine != "route",
+        combine=settings.combine,  # type: ignore[arg-type]
         divergence=settings.divergence,
         listed=settings.listed,
     )
@@ -157,6 +159,7 @@ def as_json(
     settings: PlanSettings, run: PlannedRun, cluster: Cluster, found: Sequence[Option], best: Option | None
 ) -> dict[str, Any]:
     """Return the plan for programs: bytes, seconds, GPU hours."""
+    even = _break_even(settings, run, cluster)
     return {
         "settings": dataclasses.asdict(settings),
         "student": {"parameters": run.student.total, "trainable": run.student.trainable},
@@ -165,7 +168,7 @@ def as_json(
         "options": [_option(option, cluster) for option in found],
         "recommended": None if best is None else best.layout.name,
         "bills": [dataclasses.asdict(bill) | {"hours": bill.hours} for bill in _bills(settings, run, cluster)],
-        "break_even": _break_even(settings, run, cluster),
+        "break_even": None if even is None else dataclasses.asdict(even),
     }
 
 
@@ -182,74 +185,12 @@ def _option(option: Option, cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def _bills(settings: PlanSettings, run: PlannedRun, cluster: Cluster) -> Sequence[Any]:
+def _bills(settings: PlanSettings, run: PlannedRun, cluster: Cluster) -> list[Bill]:
     """Return the bills; that of a panel only where there are teachers to pay for."""
     return [b for b in bills(run, cluster, settings.rows, settings.epochs) if b.method == "offline" or run.teachers]
 
 
-def _break_even(settings: PlanSettings, run: PlannedRun, cluster: Cluster) -> dict[str, Any] | None:
+def _break_even(settings: PlanSettings, run: PlannedRun, cluster: Cluster) -> BreakEven | None:
     if not (settings.api_input or settings.api_output):
         return None
-    result = break_even(run, cluster, input_price=settings.api_input, output_price=settings.api_output)
-    return None if result is None else dataclasses.asdict(result)
-
-
-def _print(
-    settings: PlanSettings, run: PlannedRun, cluster: Cluster, found: Sequence[Option], best: Option | None
-) -> None:
-    console = Console(highlight=False)
-    student = run.student
-    console.print(
-        f"{student.name}: {student.total / 1e9:.2f} B parameters, {student.trainable / 1e9:.3g} B trained; "
-        f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.memory_gib:.0f} GiB, "
-        f"{cluster.usable / GIB:.1f} can be used. GiB on each GPU:"
-    )
-    table = Table(box=None, pad_edge=False)
-    table.add_column("layout")
-    for part in (*_PARTS, "generation", "peak", "host", "s/step"):
-        table.add_column(part, justify="right", no_wrap=True)
-    for option in found:
-        held = option.memory.to_json()
-        cells = [f"{held[part] / GIB:.1f}" for part in (*_PARTS, "generation", "peak", "host")]
-        style = "bold green" if option is best else "" if option.fits else "dim"
-        table.add_row(option.layout.name, *cells, f"{option.seconds.total:.0f}", style=style)
-    Console(highlight=False, width=max(console.width, 170)).print(table)
-    _print_bars(console, found, best, cluster)
-    for bill in _bills(settings, run, cluster):
-        console.print(
-            f"{bill.method}: {settings.rows} rows, {settings.epochs:g} epochs: teachers {bill.teacher_hours:.0f} and "
-            f"student {bill.student_hours:.0f} GPU hours, {bill.price:,.0f} at {cluster.price:g} an hour."
-        )
-    even = _break_even(settings, run, cluster)
-    if even is not None:
-        when = "never" if even["tokens"] is None else f"from {even['tokens']:.1f} million completion tokens on"
-        console.print(
-            f"A million completion tokens: {even['own_per_million']:.2f} on own GPUs, {even['api_per_million']:.2f} "
-            f"from the API; own GPUs are cheaper {when}."
-        )
-    if best is None:
-        nearest = min(found, key=lambda option: option.memory.peak)
-        console.print(f"Nothing fits. Nearest: {nearest.layout.name}: {nearest.verdict}.", style="bold red")
-        console.print("More GPUs, a shorter completion, LoRA, or teachers on a server or in a cache take less.")
-        return
-    console.print(f"Recommended: {best.layout.name}; most of a step is to {best.seconds.bound}.", style="bold")
-    if best.layout.stage == 3 and not best.run.gather_for_generation:
-        console.print(
-            "Whole weights do not fit beside the rest while the student writes: layers are gathered anew for every "
-            "token (ds3_gather_for_generation=False). That is slow and can look like a hang. Let vLLM write "
-            "(use_vllm), or choose offline KD."
-        )
-
-
-def _print_bars(console: Console, found: Sequence[Option], best: Option | None, cluster: Cluster) -> None:
-    """Draw each layout's peak against what a GPU has."""
-    width = 50
-    most = max(max(option.memory.peak for option in found), cluster.usable)
-    limit = int(width * cluster.usable / most)
-    for option in found:
-        length = max(1, int(width * option.memory.peak / most))
-        bar = "█" * length + " " * (width - length)
-        bar = bar[:limit] + "|" + bar[limit:]
-        mark = "fits, recommended" if option is best else "fits" if option.fits else option.verdict
-        name = f"{option.layout.name[:48]:<48}"
-        console.print(f"{name} {bar} {mark}", style="green" if option.fits else "dim", soft_wrap=True)
+    return break_even(run, cluster, input_price=settings.api_input, output_price=settings.api_output)

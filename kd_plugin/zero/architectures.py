@@ -21,11 +21,13 @@ class Parameter:
         name: its name in the model.
         numel: number of elements.
         trainable: whether it gets a gradient.
+        matrix: whether it has more than one dimension; only these get weight decay, a parameter group of their own.
     """
 
     name: str
     numel: int
     trainable: bool
+    matrix: bool
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Architecture:
         kv_heads: key-value heads.
         head_dim: width of an attention head.
         vocab: rows of the output head.
+        tied: whether the output head is the embedding.
         model_type: transformers' name of the family.
     """
 
@@ -54,6 +57,7 @@ class Architecture:
     kv_heads: int
     head_dim: int
     vocab: int
+    tied: bool
     model_type: str
 
     @property
@@ -110,7 +114,7 @@ def _build(name: str, lora_rank: int, lora_targets: tuple[str, ...]) -> Architec
             model: Any = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise ConfigError(f"{name} describes no causal language model: {' '.join(str(error).split())[:200]}") from error
-    parameters = [Parameter(n, p.numel(), lora_rank == 0) for n, p in model.named_parameters()]
+    parameters = [Parameter(n, p.numel(), lora_rank == 0, p.dim() > 1) for n, p in model.named_parameters()]
     if lora_rank:
         parameters += _lora(model, name, lora_rank, lora_targets)
     text = config.get_text_config()
@@ -125,6 +129,7 @@ def _build(name: str, lora_rank: int, lora_targets: tuple[str, ...]) -> Architec
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab=model.get_output_embeddings().weight.shape[0],
+        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         model_type=config.model_type,
     )
 
@@ -143,8 +148,8 @@ def _lora(model: Any, name: str, rank: int, targets: tuple[str, ...]) -> list[Pa
         )
     found = []
     for n, module in chosen.items():
-        found.append(Parameter(f"{n}.lora_A.default.weight", rank * module.in_features, True))
-        found.append(Parameter(f"{n}.lora_B.default.weight", rank * module.out_features, True))
+        found.append(Parameter(f"{n}.lora_A.default.weight", rank * module.in_features, True, True))
+        found.append(Parameter(f"{n}.lora_B.default.weight", rank * module.out_features, True, True))
     return found
 
 

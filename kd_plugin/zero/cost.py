@@ -63,7 +63,7 @@ def bills(run: PlannedRun, cluster: Cluster, rows: int, epochs: float) -> tuple[
     training = train_flops(run, tokens * epochs)
     scoring = score_flops(run, tokens)
     written = sum(_writing_hours(run, teacher.shape, cluster, rows) for teacher in run.teachers if teacher.shape)
-    if run.teachers and not run.divergences_on_all:
+    if run.teachers and not run.judged_by_all:
         written /= len(run.teachers)
     student_writes = _writing_hours(run, run.student, cluster, rows) * epochs
     hour = speed * 3600

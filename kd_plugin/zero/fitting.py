@@ -89,7 +89,7 @@ def require_possible(run: PlannedRun, layout: Layout) -> None:
 def _judge(run: PlannedRun, layout: Layout, cluster: Cluster) -> Option:
     require_possible(run, layout)
     held = memory(run, layout, cluster.ranks)
-    if layout.stage == 3 and run.method == "panel" and held.resident + held.generation > cluster.usable:
+    if layout.stage == 3 and run.method == "panel" and held.writing > cluster.usable:
         run = replace(run, gather_for_generation=False)
         held = memory(run, layout, cluster.ranks)
     return Option(layout, run, held, step_time(run, layout, held, cluster), _verdict(held, layout, cluster))

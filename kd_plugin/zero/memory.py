@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from kd_plugin.zero.architectures import Architecture
 from kd_plugin.zero.run import PlannedRun
 from kd_plugin.zero.workspace import activations, cached_hidden, kv_cache, loss_workspace
 
@@ -51,7 +52,8 @@ class Memory:
 
     Attributes:
         weights: the student's, and LoRA's.
-        gradients: of the trainable parameters, as held when the optimizer steps.
+        gradients: of the trainable parameters, as held when the optimizer steps, after they were reduced.
+        gradients_peak: the same while backward runs, before all of them are reduced.
         optimizer: float32 master copy and moments.
         teachers: weights of the teachers that are on the GPU at once.
         activations: kept for backward, in one micro-batch.
@@ -59,12 +61,14 @@ class Memory:
         hidden: teachers' hidden states, kept from scoring until the loss.
         gathered: the largest layers made whole at once under ZeRO-3.
         buckets: communication buffers.
-        generation: what generation takes beside the resident parts: weights made whole, KV cache.
+        generation: weights that are made whole while the student writes, under ZeRO-3.
+        kv_cache: keys and values of the completions that are written at once.
         host: bytes of offloaded state in this GPU's share of host memory or NVMe.
     """
 
     weights: int
     gradients: int
+    gradients_peak: int
     optimizer: int
     teachers: int
     activations: int
@@ -73,6 +77,7 @@ class Memory:
     gathered: int
     buckets: int
     generation: int
+    kv_cache: int
     host: int
 
     @property
@@ -82,13 +87,19 @@ class Memory:
 
     @property
     def training(self) -> int:
-        """Peak while a step is computed; activations and the loss's buffers are alive together."""
-        return self.resident + self.activations + self.loss + self.hidden + self.gathered
+        """Peak while a step is computed; activations, the loss's buffers and all gradients are taken to meet."""
+        passing = self.gradients_peak - self.gradients
+        return self.resident + passing + self.activations + self.loss + self.hidden + self.gathered
+
+    @property
+    def writing(self) -> int:
+        """Peak while the student writes completions; nothing waits for backward then."""
+        return self.resident + self.generation + self.kv_cache
 
     @property
     def peak(self) -> int:
-        """The larger of training's and generation's peaks."""
-        return max(self.training, self.resident + self.generation)
+        """The larger of the peaks of training and writing."""
+        return max(self.training, self.writing)
 
     def to_json(self) -> dict[str, int]:
         """Return every part in bytes, and the sums."""
@@ -96,14 +107,25 @@ class Memory:
         return {**parts, "resident": self.resident, "training": self.training, "peak": self.peak}
 
 
+@dataclass(frozen=True)
+class State:
+    """Bytes of the student's training state on the rank that holds most; parts as in :class:`Memory`."""
+
+    weights: int
+    gradients: int
+    gradients_peak: int
+    optimizer: int
+
+
 def memory(run: PlannedRun, layout: Layout, ranks: int) -> Memory:
     """Compute what one of ``ranks`` GPUs holds."""
-    weights, gradients, optimizer = state_bytes(run, layout.stage, ranks)
+    state = state_bytes(run, layout.stage, ranks)
+    weights, optimizer, gradients, peak = state.weights, state.optimizer, state.gradients, state.gradients_peak
     host = 0
     if layout.offload_optimizer != "none":
-        # The CPU optimizer keeps the gradients of its part beside its states
-        host += optimizer + (gradients if layout.stage >= 2 else 0)
-        optimizer, gradients = 0, 0 if layout.stage >= 2 else gradients
+        # Beside its states the CPU optimizer keeps its part's gradients, accumulated and in float32
+        host += optimizer + optimizer // 12 * (4 + run.element)
+        optimizer, gradients, peak = 0, 0, _peak_beside_offload(run, layout.stage)
     if layout.offload_parameters != "none":
         host += weights
         weights = 0
@@ -111,6 +133,7 @@ def memory(run: PlannedRun, layout: Layout, ranks: int) -> Memory:
     return Memory(
         weights=weights,
         gradients=gradients,
+        gradients_peak=peak,
         optimizer=optimizer,
         teachers=teachers,
         activations=activations(run, layout.checkpointing),
@@ -119,29 +142,71 @@ def memory(run: PlannedRun, layout: Layout, ranks: int) -> Memory:
         gathered=gathered_layers(run, layout.stage),
         buckets=bucket_elements(run.student.hidden) * 2 * run.element if layout.stage >= 1 else 0,
         generation=generation_bytes(run, layout.stage),
+        kv_cache=kv_cache(run),
         host=host + teachers_host,
     )
 
 
-def state_bytes(run: PlannedRun, stage: int, ranks: int) -> tuple[int, int, int]:
-    """Return the bytes of the student's weights, gradients and optimizer states on one rank.
+def state_bytes(run: PlannedRun, stage: int, ranks: int) -> State:
+    """Compute the student's weights, gradients and optimizer states on the rank that holds most.
 
-    Under stage 3 a parameter of fewer than ``persistence_threshold`` elements stays whole on each rank beside its
-    part. Stage 1 holds all gradients until the step reduces them. DeepSpeed 0.19.8 keeps a float32 master copy in
-    stages 1 to 3 even where the weights are float32 (counted on two ranks).
+    Stages 1 and 2 lay the parameters of an optimizer group one after the other and cut the row into N equal parts. A
+    parameter across a border has its whole gradient on both sides. Under stage 3 each parameter is cut by itself, and
+    one of up to ``persistence_threshold`` elements also stays whole on each rank. DeepSpeed 0.19.8 keeps a float32
+    master copy in stages 1 to 3 even where the weights are float32.
+
+    The gradients' peak: stage 1 keeps all of them until those of a step's last micro-batch are reduced; stage 2 holds
+    a micro-batch's part and that of the earlier ones, to which it is added. Under all
+    three the one that is being reduced, which can be the largest, is there beside them.
     """
-    student = run.student
+    student, size = run.student, run.element
     total, trainable = student.total, student.trainable
     if stage == 0:
         master = 0 if run.precision == "fp32" else 4 * trainable
-        return run.element * total, run.element * trainable, master + 8 * trainable
+        return State(size * total, size * trainable, size * trainable, master + 8 * trainable)
+    largest = max((p.numel for p in student.parameters if p.trainable), default=0)
     if stage in (1, 2):
-        part = -(-trainable // ranks)
-        return run.element * total, run.element * (trainable if stage == 1 else part), 12 * part
-    parts = sum(-(-p.numel // ranks) for p in student.parameters)
-    trainable_parts = sum(-(-p.numel // ranks) for p in student.parameters if p.trainable)
-    whole = sum(p.numel for p in student.parameters if p.numel < persistence_threshold(student.hidden))
-    return run.element * (parts + whole), run.element * trainable_parts, 12 * trainable_parts
+        own, part = _cut_rows(student, ranks)
+        peak = largest + (trainable if stage == 1 else own * min(run.accumulation, 2))
+        return State(size * total, size * own, size * peak, 12 * part)
+    parts = sum(-(-p.numel // ranks) for p in student.parameters if p.trainable)
+    return State(sharded_bytes(run, student, ranks), size * parts, size * (parts + largest), 12 * parts)
+
+
+def _peak_beside_offload(run: PlannedRun, stage: int) -> int:
+    """Return the bytes of gradients on the GPU where the optimizer is in host memory: what has not gone there yet.
+
+    Stage 1 sends them when the last micro-batch is through. Stages 1 and 2 keep a buffer of the
+    largest for the way back.
+    """
+    trained = [p.numel for p in run.student.parameters if p.trainable]
+    largest = max(trained, default=0)
+    return run.element * ({1: sum(trained) + largest, 2: 2 * largest}.get(stage, largest))
+
+
+def _cut_rows(student: Architecture, ranks: int) -> tuple[int, int]:
+    """Cut the rows of trained parameters, those with and those without weight decay, into one part a rank.
+
+    Returns:
+        The elements of all parameters that a rank's parts touch, on the rank where they are most; a part's length.
+    """
+    touched, length = [0] * ranks, 0
+    for matrix in (True, False):
+        sizes = [p.numel for p in student.parameters if p.trainable and p.matrix == matrix]
+        part, end = -(-sum(sizes) // ranks), 0
+        length += part
+        for size in sizes:
+            start, end = end, end + size
+            for rank in range(start // part, (end - 1) // part + 1):
+                touched[rank] += size
+    return max(touched), length
+
+
+def sharded_bytes(run: PlannedRun, shape: Architecture, ranks: int) -> int:
+    """Return the bytes of weights cut by ZeRO-3: a part of each parameter, and small ones whole beside it."""
+    threshold = persistence_threshold(run.student.hidden)
+    parts = sum(-(-p.numel // ranks) for p in shape.parameters)
+    return run.element * (parts + sum(p.numel for p in shape.parameters if p.numel <= threshold))
 
 
 def persistence_threshold(hidden: int) -> int:
@@ -159,13 +224,14 @@ def teacher_bytes(run: PlannedRun, ranks: int) -> tuple[int, int]:
 
     One offloaded teacher is on the GPU at a time; all of them are in host memory.
     """
-    sizes = {
-        placement: [run.element * t.shape.total for t in run.placed(placement) if t.shape is not None]
+    shapes = {
+        placement: [t.shape for t in run.placed(placement) if t.shape is not None]
         for placement in ("resident", "sharded", "offload")
     }
-    offloaded = sizes["offload"]
-    on_gpu = sum(sizes["resident"]) + sum(-(-size // ranks) for size in sizes["sharded"]) + max(offloaded, default=0)
-    return on_gpu, sum(offloaded)
+    whole = [run.element * shape.total for shape in shapes["resident"]]
+    parts = [sharded_bytes(run, shape, ranks) for shape in shapes["sharded"]]
+    offloaded = [run.element * shape.total for shape in shapes["offload"]]
+    return sum(whole) + sum(parts) + max(offloaded, default=0), sum(offloaded)
 
 
 def gathered_layers(run: PlannedRun, stage: int) -> int:
@@ -177,12 +243,10 @@ def gathered_layers(run: PlannedRun, stage: int) -> int:
 
 
 def generation_bytes(run: PlannedRun, stage: int) -> int:
-    """Return what writing completions takes beside the resident parts; 0 for offline KD.
+    """Return the bytes of weights that are whole beside a ZeRO-3 part while completions are written.
 
-    With gathered weights the whole student is on each GPU, as well as its own part.
+    All of the student, or without ``gather_for_generation`` the layers that are gathered for each token anew.
     """
-    if run.method == "offline":
+    if run.method == "offline" or stage < 3:
         return 0
-    whole = run.element * run.student.total if stage == 3 and run.gather_for_generation else 0
-    layers = gathered_layers(run, stage) if stage == 3 and not run.gather_for_generation else 0
-    return whole + layers + kv_cache(run)
+    return run.element * run.student.total if run.gather_for_generation else gathered_layers(run, stage)

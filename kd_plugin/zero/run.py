@@ -5,12 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from kd_plugin.divergence.spec import NAMES as DIVERGENCES
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.zero.architectures import Architecture, architecture
 
 Method = Literal["offline", "panel"]
 Placement = Literal["sharded", "resident", "offload", "adapter", "server", "cached"]
 Precision = Literal["bf16", "fp32"]
+Combine = Literal["route", "weighted_kl", "mixture", "confidence"]
+_CHOICES = {
+    "method": get_args(Method),
+    "combine": get_args(Combine),
+    "precision": get_args(Precision),
+    "divergence": DIVERGENCES,
+}
 GIB = 1024**3
 
 
@@ -43,7 +51,7 @@ class PlannedRun:
         prompt_length: tokens of the prompt, or 0 where `completion_length` holds all.
         completion_length: tokens that are trained on in a row.
         precision: ``bf16`` with float32 optimizer states, or ``fp32``.
-        divergences_on_all: every teacher judges every row (``weighted_kl``), not one a row (``route``).
+        combine: ``route`` asks one teacher a row; ``weighted_kl``, ``mixture`` and ``confidence`` ask all.
         divergence: decides which buffers the loss needs.
         listed: target tokens a position, for offline KD.
         gather_for_generation: under ZeRO-3 each GPU holds all weights while the student writes.
@@ -57,7 +65,7 @@ class PlannedRun:
     prompt_length: int = 512
     completion_length: int = 2048
     precision: Precision = "bf16"
-    divergences_on_all: bool = False
+    combine: Combine = "route"
     divergence: str = "reverse_kl"
     listed: int = 64
     gather_for_generation: bool = True
@@ -68,17 +76,21 @@ class PlannedRun:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a whole number of at least 1.")
         if self.prompt_length < 0:
             raise ConfigError(f"prompt_length is {self.prompt_length}; expected 0 or more tokens.")
-        if self.method not in get_args(Method):
-            raise ConfigError(
-                f"Unknown method {self.method!r}; expected offline or panel."
-                + nearest(self.method, ["offline", "panel"])
-            )
-        if self.precision not in get_args(Precision):
-            raise ConfigError(f"Unknown precision {self.precision!r}; expected bf16 or fp32.")
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(
+                    f"Unknown {name} {value!r}; expected one of {', '.join(known)}.{nearest(value, known)}"
+                )
         if self.method == "panel" and not self.teachers:
             raise ConfigError(
                 "A panel needs a teacher; name at least one, such as --teachers Qwen/Qwen2.5-72B:sharded."
             )
+
+    @property
+    def judged_by_all(self) -> bool:
+        """Whether every teacher judges every row."""
+        return self.combine != "route"
 
     @property
     def tokens_in_a_pass(self) -> int:

@@ -39,9 +39,8 @@ def layer_activations(run: PlannedRun) -> int:
 def loss_workspace(run: PlannedRun, stage: int, device: str) -> int:
     """Return the bytes of the fused loss: one chunk's buffers, gradients formed in the pass, and whole heads.
 
-    Buffers of (rows, V) in float32: the student's log-probabilities and probabilities, a teacher's logits and
-    probabilities, the sum over teachers where several judge a position, the mixture of jsd and skew_kl; in bf16 one
-    more for narrow products. The gradient of hidden states is (N, H), of a trained head (V, H), both float32.
+    Buffers are (rows, V) in float32, and in bf16 one more of two bytes for narrow products. The gradient of hidden
+    states is (N, H), of a trained head (V, H), both float32.
     """
     s = run.student
     positions = run.micro_batch * run.completion_length
@@ -51,11 +50,19 @@ def loss_workspace(run: PlannedRun, stage: int, device: str) -> int:
 
 
 def loss_buffers(run: PlannedRun) -> int:
-    """Return how many (rows, V) float32 buffers the loss keeps."""
+    """Return how many (rows, V) float32 buffers the loss keeps at a step that is logged.
+
+    Offline: the student's logits, and the probabilities of what is not listed. Panel: the student's
+    log-probabilities and probabilities, a teacher's logits and probabilities; then scratch for the mixture inside
+    jsd and skew_kl and for confidence's entropies; the sum over teachers where several judge a position; a
+    mixture's probabilities, and two copies for the divergence of each of its teachers. A test counts them.
+    """
     if run.method == "offline":
         return 2
-    several = run.divergences_on_all and len(run.teachers) > 1
-    return 4 + several + (run.divergence in ("jsd", "skew_kl"))
+    scratch = run.divergence in ("jsd", "skew_kl") or run.combine == "confidence"
+    if run.combine == "mixture":
+        return 4 + scratch + 3
+    return 4 + scratch + (run.judged_by_all and len(run.teachers) > 1)
 
 
 def loss_gradients(run: PlannedRun) -> int:
@@ -84,11 +91,13 @@ def cached_hidden(run: PlannedRun) -> int:
     widths += [run.student.hidden] * len(run.placed("adapter"))
     if not widths:
         return 0
-    return positions * run.element * (sum(widths) if run.divergences_on_all else max(widths))
+    return positions * run.element * (sum(widths) if run.judged_by_all else max(widths))
 
 
 def kv_cache(run: PlannedRun) -> int:
-    """Return the bytes of keys and values for all rows that are generated at once, at full length."""
+    """Return the bytes of keys and values for all rows that are generated at once, at full length; offline none."""
+    if run.method == "offline":
+        return 0
     s = run.student
     tokens = run.rows_generated * (run.prompt_length + run.completion_length)
     return 2 * s.layers * s.kv_heads * s.head_dim * tokens * run.element

@@ -21,18 +21,22 @@ def deepspeed_config(run: PlannedRun, layout: Layout, nvme_path: str = "/local_n
     zero["reduce_bucket_size"] = bucket_elements(hidden)
     if layout.offload_optimizer != "none":
         zero["offload_optimizer"] = _offload(layout.offload_optimizer, nvme_path)
-    if layout.stage == 3:
-        if layout.offload_parameters != "none":
-            zero["offload_param"] = _offload(layout.offload_parameters, nvme_path)
+    if layout.offload_parameters != "none":
+        zero["offload_param"] = _offload(layout.offload_parameters, nvme_path)
+    if layout.stage in (1, 2):
+        zero["allgather_bucket_size"] = bucket_elements(hidden)
+        # Each gradient goes to the rank that owns it; the default sends it to all ranks, in twice the bytes
+        zero["use_multi_rank_bucket_allreduce"] = False
+    sharded = [t.shape for t in run.placed("sharded") if t.shape is not None]
+    if layout.stage == 3 or sharded:  # sharded teachers take these from the student's file, whatever its stage
+        live = max(max(2 * shape.largest_layer, shape.head_numel) for shape in (run.student, *sharded))
         zero |= {
             "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
             "stage3_param_persistence_threshold": persistence_threshold(hidden),
-            "stage3_max_live_parameters": max(2 * run.student.largest_layer, run.student.head_numel),
-            "stage3_max_reuse_distance": max(2 * run.student.largest_layer, run.student.head_numel),
+            "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": live,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
-    elif layout.stage in (1, 2):
-        zero["allgather_bucket_size"] = bucket_elements(hidden)
     return {
         "bf16": {"enabled": run.precision == "bf16"},
         "zero_optimization": zero,

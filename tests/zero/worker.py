@@ -85,74 +85,14 @@ def build_offline(job: dict, args: dict):
     return OfflineKDTrainer(model=job["student"], args=config, peft_config=LORA if job.get("lora") else None)
 
 
-class Held:
-    """Counts the bytes that this rank holds when an optimizer steps for the second time."""
-
-    def __init__(self, engine) -> None:
-        self.engine, self.steps, self.found = engine, 0, {}
-        step = engine.optimizer.step
-
-        def counted(*args, **kwargs):
-            self.steps += 1
-            if self.steps == 2:
-                self.found = self.count()
-            return step(*args, **kwargs)
-
-        engine.optimizer.step = counted
-
-    def count(self) -> dict[str, int]:
-        seen: set[int] = set()
-
-        def size(tensors) -> int:
-            total = 0
-            for tensor in tensors:
-                if tensor is None or not tensor.numel() or tensor.data_ptr() in seen:
-                    continue
-                seen.add(tensor.data_ptr())
-                total += tensor.numel() * tensor.element_size()
-            return total
-
-        zero, parameters = self.engine.optimizer, list(self.engine.module.parameters())
-        weights = size(t for p in parameters for t in (getattr(p, "ds_tensor", None), p.data))
-        gradients = [p.grad for p in parameters]
-        gradients += [g for group in getattr(zero, "averaged_gradients", {}).values() for g in group or []]
-        gradients += [getattr(zero, "grad_partitions_flat_buffer", None)]
-        master = [*getattr(zero, "single_partition_of_fp32_groups", [])]
-        master += [*getattr(zero, "fp32_partitioned_groups_flat", [])]
-        inner = getattr(zero, "optimizer", zero)
-        states = [v for state in inner.state.values() for v in state.values() if torch.is_tensor(v) and v.dim()]
-        return {"weights": weights, "gradients": size(gradients), "optimizer": size([*master, *states])}
-
-
-class Buffers:
-    """Adds up what the fused loss asks of its workspace, and the hidden states that wait for it."""
-
-    def __init__(self, trainer) -> None:
-        from kd_plugin.divergence.projection import Workspace
-
-        self.loss, self.hidden = 0, 0
-        made, score = Workspace.get, type(trainer)._generate_and_score_completions
-
-        def get(workspace, name, rows, dtype):
-            buffer = made(workspace, name, rows, dtype)
-            held = sum(b.numel() * b.element_size() for b in workspace._buffers.values())
-            self.loss = max(self.loss, held)
-            return buffer
-
-        def scored(inputs):
-            output = score(trainer, inputs)
-            signals = [s for c in output["corrections"] for s in c.signals.values()]
-            self.hidden = max(self.hidden, sum(s.hidden.numel() * s.hidden.element_size() for s in signals))
-            return output
-
-        Workspace.get, trainer._generate_and_score_completions = get, scored
-
-
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     rank = int(os.environ["RANK"])
     from accelerate import PartialState
 
+    from tests.zero.counting import Counting
+
+    counting = Counting() if job.get("count") else None
     PartialState(backend="gloo")
     args = arguments(job, rank)
     if job["stage"] is None:
@@ -169,20 +109,8 @@ def main() -> None:
                     os._exit(9)
 
         trainer.add_callback(Die())
-    counted = {}
-    if job.get("count"):
-        prepare = trainer.accelerator.prepare
-        buffers = Buffers(trainer)
-
-        def prepared(*args, **kwargs):
-            result = prepare(*args, **kwargs)
-            if trainer.is_deepspeed_enabled and not counted:
-                engine = result[0] if isinstance(result, tuple) else result
-                if hasattr(engine, "optimizer"):
-                    counted["held"] = Held(engine)
-            return result
-
-        trainer.accelerator.prepare = prepared
+    if counting is not None:
+        counting.attach(trainer)
     trainer.train(resume_from_checkpoint=job.get("resume"))
     report = {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
@@ -191,8 +119,8 @@ def main() -> None:
     }
     if job["method"] == "panel":
         report["sharded"] = [name for name, teacher in trainer.panel.teachers.items() if teacher.is_sharded]
-    if counted:
-        report |= {**counted["held"].found, "loss": buffers.loss, "hidden": buffers.hidden}
+    if counting is not None:
+        report |= counting.report()
     if job.get("save"):
         trainer.save_model(job["save"])
     Path(sys.argv[1]).with_name(f"rank{rank}.json").write_text(json.dumps(report))
