@@ -173,13 +173,14 @@ def as_json(
 
 
 def _option(option: Option, cluster: Cluster) -> dict[str, Any]:
+    sent = traffic(option.run, option.layout.stage, cluster.ranks)
     return {
         "name": option.layout.name,
         **dataclasses.asdict(option.layout),
         "memory": option.memory.to_json(),
         "gather_for_generation": option.run.gather_for_generation,
         "seconds": {**dataclasses.asdict(option.seconds), "total": option.seconds.total},
-        "sent_bytes": traffic(option.run, option.layout.stage, cluster.ranks).total,
+        "sent_bytes": {**dataclasses.asdict(sent), "total": sent.total},
         "fits": option.fits,
         "verdict": option.verdict,
     }

@@ -42,42 +42,47 @@ def traffic(run: PlannedRun, stage: int, ranks: int) -> Traffic:
     owns it, which ``use_multi_rank_bucket_allreduce=False`` asks for (see ``writers``); DeepSpeed's default sends
     every bucket to all, twice as much.
 
-    Stage 3 gathers, for each micro-batch, every parameter for the forward pass, the head again for the loss where it
-    is the embedding, and the layers again for the backward pass; recomputed activations cost nothing more, because a
-    layer that is needed again at once is kept. Parameters of up to the persistence threshold stay whole and are
-    gathered once a step, after the update.
+    Stage 3 gathers, for each micro-batch, the layers for the forward and again for the backward pass, the embedding
+    once, and the head for the loss; an untied head also at both ends of the model's own pass, because DeepSpeed saw
+    it touched there. Together every parameter twice. Recomputed activations cost nothing more, because a layer that
+    is needed again at once is kept. Parameters of up to the persistence threshold stay whole and are gathered once a
+    step, after the update.
     """
     ring = (ranks - 1) / ranks
     student, size, steps = run.student, run.element, run.accumulation
     trained = ring * size * student.trainable
-    teachers = ring * size * steps * sum(_scored(run, t.shape) for t in run.placed("sharded") if t.shape is not None)
-    if run.method == "offline":
-        teachers = 0.0
+    scored = [_scored(run, t.shape, ranks) for t in run.placed("sharded") if t.shape is not None]
+    teachers = size * steps * sum(scored) if run.method == "panel" else 0.0
     if stage == 0:
         return Traffic(2 * trained, 0.0, 0.0, teachers)
     if stage in (1, 2):
         return Traffic(trained * (1 if stage == 1 else steps), trained, 0.0, teachers)
-    cut = _cut_elements(run, student)
-    passes = 2 * cut if student.tied else 2 * (cut - student.head_numel)
+    cut, kept = _gathered(run, student, ranks)
     tokens = 1 if run.gather_for_generation else run.completion_length
-    writes = cut * tokens if run.method == "panel" else 0
     return Traffic(
-        trained * steps,
-        ring * size * (passes * steps + student.total - cut),
-        ring * size * writes,
+        size * steps * sum((ranks - 1) * -(-p.numel // ranks) for p in student.parameters if p.trainable),
+        size * (2 * cut * steps + kept),
+        size * cut * tokens if run.method == "panel" else 0.0,
         teachers,
     )
 
 
-def _cut_elements(run: PlannedRun, shape: Architecture) -> int:
-    """Return the elements of parameters that ZeRO-3 does not keep whole."""
-    return sum(p.numel for p in shape.parameters if p.numel > persistence_threshold(run.student.hidden))
+def _gathered(run: PlannedRun, shape: Architecture, ranks: int) -> tuple[int, int]:
+    """Return the elements that a rank sends to gather all that ZeRO-3 cuts, and all that stays whole.
+
+    Each rank sends its part of a parameter, which is rounded up, N - 1 times.
+    """
+    threshold, sent = persistence_threshold(run.student.hidden), [0, 0]
+    for parameter in shape.parameters:
+        sent[parameter.numel <= threshold] += (ranks - 1) * -(-parameter.numel // ranks)
+    return sent[0], sent[1]
 
 
-def _scored(run: PlannedRun, shape: Architecture) -> int:
-    """Return the elements gathered of a sharded teacher: its body to score, its head for the loss.
+def _scored(run: PlannedRun, shape: Architecture, ranks: int) -> float:
+    """Return the elements sent to gather a sharded teacher: its body to score, its head for the loss.
 
     Every rank joins every teacher's passes, so a routed panel gathers as often as its busiest rank needs: up to once
     a micro-batch, which is what is counted.
     """
-    return _cut_elements(run, shape) + (shape.head_numel if shape.tied else 0)
+    cut, _ = _gathered(run, shape, ranks)
+    return cut + (shape.head_numel * (ranks - 1) / ranks if shape.tied else 0.0)

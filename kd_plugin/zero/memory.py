@@ -203,10 +203,13 @@ def _cut_rows(student: Architecture, ranks: int) -> tuple[int, int]:
 
 
 def sharded_bytes(run: PlannedRun, shape: Architecture, ranks: int) -> int:
-    """Return the bytes of weights cut by ZeRO-3: a part of each parameter, and small ones whole beside it."""
+    """Return the bytes of weights cut by ZeRO-3: a part of each parameter, and small ones whole beside it.
+
+    Parts are of equal length, so what is whole is a multiple of the ranks long.
+    """
     threshold = persistence_threshold(run.student.hidden)
-    parts = sum(-(-p.numel // ranks) for p in shape.parameters)
-    return run.element * (parts + sum(p.numel for p in shape.parameters if p.numel <= threshold))
+    parts = [(-(-p.numel // ranks), p.numel <= threshold) for p in shape.parameters]
+    return run.element * sum(part * (1 + ranks * whole) for part, whole in parts)
 
 
 def persistence_threshold(hidden: int) -> int:
