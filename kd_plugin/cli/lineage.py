@@ -62,7 +62,8 @@ example:
 
 exit codes:
   0  good: the files are whole and nothing forbids shipping them
-  1  violation: the files are whole, and the terms forbid something, or a duty is not met
+  1  violation: the files are whole, and the terms forbid something, or a duty is not met; or the key or the registry
+     that was given cannot be read
   2  tampered: a weight file, a text or the record was changed, is missing or is extra
   3  incomplete: lineage.json is missing, so the checkpoint was not finished"""
 _DIFF = """List what changed from checkpoint A to checkpoint B: sources, duties, findings, facts, decision.
@@ -73,13 +74,13 @@ _EXPORT = """Print the lineage in a format that other tools read, or write it to
 example:
   kd-plugin lineage export out/checkpoint-100 --format spdx --output sbom.spdx.json
 
-exit codes: 0 done, 2 the record is damaged, 3 it is missing"""
+exit codes: 0 done, 1 the output cannot be written, 2 the record is damaged, 3 it is missing"""
 _GRAPH = """Draw the lineage as one self-contained SVG: no script, nothing fetched.
 
 example:
   kd-plugin lineage graph out/checkpoint-100 --output lineage.svg
 
-exit codes: 0 done, 2 the record is damaged, 3 it is missing"""
+exit codes: 0 done, 1 the output cannot be written, 2 the record is damaged, 3 it is missing"""
 _SIGN = """Sign every file of a checkpoint with a local elliptic-curve key, into lineage.sig.
 
 example:
@@ -233,8 +234,15 @@ def _deliver(text: str, output: Path | None) -> int:
 
     if output is None:
         sys.stdout.write(text)
-    else:
-        write_file(output, text.encode())
+        return 0
+    try:
+        if output.exists() and not output.is_file():  # a terminal or a pipe is written to, not replaced
+            output.write_text(text)
+        else:
+            write_file(output, text.encode())
+    except (LineageError, OSError) as error:
+        reason = getattr(error.__cause__ or error, "strerror", None) or error
+        raise ConfigError(f"--output {str(output)!r} cannot be written: {reason}.") from error
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from kd_plugin.errors import ConfigError, LineageError, MissingDependencyError
+from kd_plugin.lineage.place import lineage_directory
 from kd_plugin.lineage.verify import verify
 
 SIGNATURE = "lineage.sig"
@@ -16,6 +17,8 @@ SIGNATURE = "lineage.sig"
 
 def sign(directory: Path, private_key: Path) -> Path:
     """Sign every file of a checkpoint and return the signature's path, ``lineage.sig``.
+
+    Of a checkpoint that is a single file its lineage is signed, which holds the file's digest.
 
     Args:
         directory: a checkpoint whose files are whole.
@@ -30,6 +33,7 @@ def sign(directory: Path, private_key: Path) -> Path:
     report = verify(directory)
     if report.exit_code in (2, 3):
         raise LineageError(f"{directory} is not whole, and is not signed: {report.problems[0]}")
+    directory = lineage_directory(directory).resolve()  # the library takes paths that are ignored literally
     path = directory / SIGNATURE
     path.unlink(missing_ok=True)
     ignoring = hashing.Config().set_ignored_paths(paths=[path], ignore_git_paths=True)
@@ -49,6 +53,7 @@ def signature_problem(directory: Path, public_key: Path) -> str | None:
         ConfigError: the key cannot be read.
     """
     _, _, verifying = _library()
+    directory = lineage_directory(directory).resolve()
     path = directory / SIGNATURE
     if not path.is_file():
         return f"{SIGNATURE} is missing: the checkpoint was not signed"

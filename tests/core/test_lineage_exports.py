@@ -1,11 +1,14 @@
 import io
 import json
+import os
+import threading
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 import yaml
 
 from kd_plugin.cli.lineage import main
+from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import RunLineage, Source, load_record, outputs_record, verify
 from kd_plugin.lineage.card import card_text
 from tests.core.lineage_help import RUN, checkpoint, model_dir, run_of
@@ -238,3 +241,16 @@ def test_a_licence_text_that_someone_added_is_noted(saved):
     (saved / "LICENSES" / "free.txt").write_text("Do as you please.")
     report = verify(saved)
     assert report.exit_code == 0 and report.notes == ("LICENSES/free.txt is not of this record",)
+
+
+def test_an_output_that_is_no_file_is_written_to_and_not_replaced(saved, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    read: list[str] = []
+    reader.start()
+    assert main(["export", str(saved), "--format", "markdown", "--output", str(pipe)]) == 0
+    reader.join(10)
+    assert pipe.is_fifo() and read[0].startswith("## License lineage")
+    with pytest.raises(ConfigError, match=r"--output '.*' cannot be written: No such file"):
+        main(["export", str(saved), "--format", "markdown", "--output", str(tmp_path / "no" / "x")])

@@ -63,3 +63,23 @@ def test_without_the_package_the_way_out_is_named(saved, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with pytest.raises(MissingDependencyError, match=r"kd-plugin\[sign\]"):
         signing.sign(saved, tmp_path / "key.pem")
+
+
+def test_a_checkpoint_may_be_named_by_a_relative_path(saved, keys, monkeypatch):
+    (private, public), (_, other) = keys
+    monkeypatch.chdir(saved.parent)
+    assert main(["sign", saved.name, "--key", str(private)]) == 0
+    assert main(["verify", saved.name, "--key", str(public)]) == 0
+    assert main(["verify", str(saved), "--key", str(public)]) == 0
+    assert main(["verify", saved.name, "--key", str(other)]) == 2
+
+
+def test_the_lineage_of_a_single_file_is_signed(saved, keys, tmp_path):
+    (private, public), _ = keys
+    single = tmp_path / "step=1.ckpt"
+    single.write_bytes(b"weights")
+    run_of(tmp_path, "mit").write(single, step=1)
+    assert main(["sign", str(single), "--key", str(private)]) == 0
+    assert main(["verify", str(single), "--key", str(public)]) == 0
+    single.write_bytes(b"other weights")
+    assert main(["verify", str(single), "--key", str(public)]) == 2
