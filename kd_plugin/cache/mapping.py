@@ -120,14 +120,16 @@ def _write(cache: Path, manifest: Manifest, directory: Path) -> None:
     rows_path = directory / "rows" / "rows.arrow"
     schema = row_schema(passed)
     waiting: list[pa.Table] = []
+    waiting_bytes = 0
     with pa.OSFile(str(rows_path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
         for unit in manifest.units:
             path = verify_shard(cache, unit)
             for table in read_row_groups(path, manifest.settings.digest, unit.index, unit.rows_lost):
                 waiting.append(_rows(table, schema, targets))
-                if sum(rows.nbytes for rows in waiting) >= _BATCH_BYTES:
+                waiting_bytes += waiting[-1].nbytes
+                if waiting_bytes >= _BATCH_BYTES:
                     stream.write_table(pa.concat_tables(waiting).combine_chunks())
-                    waiting.clear()
+                    waiting, waiting_bytes = [], 0
                 index.append(table["example_id"].to_pylist())
                 counts, _ = list_values(table["target_counts"])
                 offsets.append(entries + np.cumsum(counts, dtype=np.int64))

@@ -248,3 +248,21 @@ def test_a_teacher_of_nan_stores_nothing(teacher, tmp_path):
         capture(prompt_rows(3), teacher, tmp_path / "c", progress=False)
     with pytest.raises(CacheError, match="is not finished"):
         TeacherCache(tmp_path / "c")
+
+
+def test_row_groups_are_joined_into_few_batches(teacher_dir, tmp_path, monkeypatch):
+    from kd_plugin.cache import mapping, schema
+
+    monkeypatch.setattr(schema, "_ROW_GROUP", 2)
+    rows = [{"text": f"row {i}"} for i in range(9)]
+    cache = capture(rows, LocalTeacher(teacher_dir), tmp_path / "c", targets=TopK(2), shard_rows=5, progress=False)
+
+    def batches(limit):
+        monkeypatch.setattr(mapping, "_BATCH_BYTES", limit)
+        again = TeacherCache(cache.path, mapped_dir=tmp_path / str(limit))
+        return again.dataset().data.column("input_ids").num_chunks, again.dataset().to_dict()
+
+    few, rows = batches(8 << 20)
+    many, same = batches(1)
+    assert (few, many) == (1, 5)
+    assert rows == same

@@ -1,13 +1,18 @@
 """Packed equals padded equals padding-free: loss and gradients, to a relative 1e-4.
 
 On a CPU attention stays within a document because transformers derives the mask from `position_ids` for `eager` and
-`sdpa`; a GPU's flash kernels get the boundaries that TRL's collator computes.
+`sdpa`. A GPU's flash kernels get the boundaries that TRL's collator computes; in their place stands an attention that
+knows those boundaries alone.
 """
+
+from itertools import pairwise
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.masking_utils import flash_attention_mask
 
 from kd_plugin.cache import Sampled, TopK, capture
 from kd_plugin.teachers import LocalTeacher
@@ -58,6 +63,34 @@ def step(directory, cache, student, dataset, attention="sdpa", eval_dataset=None
 def require_same(mine, reference):
     assert mine[0] == pytest.approx(reference[0], rel=1e-4)
     assert_same(mine[1], reference[1], 1e-4)
+
+
+def by_boundaries(module, query, key, value, attention_mask, scaling, *, cu_seq_lens_q, max_length_q, **kwargs):
+    """Attend within each document, told by ``cu_seq_lens_q`` alone; (B, heads, L, D) to (B, L, heads, D)."""
+    assert attention_mask is None and query.shape[0] == 1
+    bounds = cu_seq_lens_q.tolist()
+    assert bounds[-1] == query.shape[2] and max_length_q == max(b - a for a, b in pairwise(bounds))
+    parts = [
+        scaled_dot_product_attention(
+            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling, enable_gqa=True
+        )
+        for a, b in pairwise(bounds)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register("by_boundaries", by_boundaries)
+AttentionMaskInterface.register("by_boundaries", flash_attention_mask)
+
+
+@pytest.mark.parametrize("shape", [{"padding_free": True}, {"packing": True, "max_length": 96}], ids=str)
+def test_boundaries_that_flash_kernels_get_are_those_of_the_documents(shape, caches, tmp_path, student_dir):
+    cache = caches["completions", TopK]
+    padded = step(tmp_path / "a", cache, student_dir, COMPLETIONS)
+    shape = {"per_device_train_batch_size": 1 if "packing" in shape else 64, **shape}
+    if "packing" in shape:  # one row a micro-batch, all rows a step
+        shape["gradient_accumulation_steps"] = 64
+    require_same(step(tmp_path / "b", cache, student_dir, COMPLETIONS, "by_boundaries", **shape), padded)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
