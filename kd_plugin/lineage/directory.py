@@ -22,7 +22,8 @@ from kd_plugin.lineage.texts import copyright_lines, recognise
 from kd_plugin.lineage.writers import writers_of
 
 _MAX_TEXT = 1 << 20  # bytes
-_MAX_FILES = 20  # licence files that are read in one directory
+_MAX_FILES = 20  # licence files that are read in one directory, and licences that one card may name
+_MAX_LISTED = 1000
 _LICENSE_FILE = re.compile(r"^(licen[cs]e|copying)([-_. ].*)?$", re.IGNORECASE)
 # What of a hub repository speaks of its terms
 HUB_FILES = re.compile(
@@ -130,14 +131,17 @@ def printable(text: str, limit: int = 200) -> str:
 def _card_readings(card: Mapping[str, Any], registry: Registry) -> list[Evidence]:
     written = card.get("license")
     readings = []
-    for one in written if isinstance(written, list) else [written]:
+    for one in written[:_MAX_LISTED] if isinstance(written, list) else [written]:
         if one is None:
             continue
         # "other" is something only with both a name and a link
         name = card.get("license_name") if str(one).lower() == "other" and card.get("license_link") else None
         value = printable(str(name if isinstance(name, str) else one), 100)
         readings.append(Evidence("README.md", value, registry.resolve(value).ids))
-    return readings
+    found = list(dict.fromkeys(readings))
+    if len(found) > _MAX_FILES:
+        return [Evidence("README.md", f"{len(found)} licences, more than a card can mean", (UNKNOWN,))]
+    return found
 
 
 def _config_readings(directory: Path, registry: Registry) -> list[Evidence]:

@@ -217,7 +217,7 @@ def parse_registry(raw: bytes, where: str, read: Callable[[str], bytes], base: R
     """
     try:
         data = tomllib.loads(raw.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{where} is not valid TOML: {error}.") from error
     for key in data:
         if key not in _TABLES:

@@ -182,3 +182,12 @@ def test_a_card_that_is_padded_or_leads_elsewhere_does_not_go_unread(tmp_path):
     out = model_dir(tmp_path, "out", license_text=text_of("mit"))
     (tmp_path / "out" / "README.md").symlink_to(tmp_path / "padded" / "README.md")
     assert find(out).node.licenses == ("unknown",)
+
+
+def test_a_card_that_lists_licences_without_end_is_not_understood(tmp_path):
+    names = ", ".join(f"made-up-{i}" for i in range(500))
+    node = find(model_dir(tmp_path, "m", f"license: [mit, {names}]")).node
+    assert node.licenses == ("unknown",) and [e.value for e in node.evidence] == [
+        "501 licences, more than a card can mean"
+    ]
+    assert find(model_dir(tmp_path, "n", f"license: [{', '.join(['mit'] * 900)}]")).node.licenses == ("mit",)
