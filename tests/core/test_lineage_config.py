@@ -83,7 +83,7 @@ def test_a_malformed_registry_names_line_and_entry():
         parse_registry(b'version = "1"\n[[license\n', "my.toml", no_texts)
     with pytest.raises(ConfigError, match=r"license 'x': unknown key 'spxd'.*Did you mean 'spdx'"):
         parse_registry(b'[[license]]\nid = "x"\nname = "X"\nspxd = "X"\nno_text = true\n', "my.toml", no_texts)
-    with pytest.raises(ConfigError, match="my.toml is not valid TOML: maximum recursion"):
+    with pytest.raises(ConfigError, match=r"my.toml is not valid TOML: maximum recursion"):
         parse_registry(b"a = " + b"[" * 5000, "my.toml", no_texts)
     with pytest.raises(ConfigError, match="unknown reach 'weight'"):
         parse_registry(
