@@ -190,6 +190,13 @@ def test_the_table_names_the_recommendation_and_warns_of_slow_generation(capsys)
     assert "fits, recommended" in shown
 
 
+def test_the_chart_is_a_png(capsys, tmp_path):
+    path = tmp_path / "charts" / "peaks.png"
+    argv = ["--student", "qwen2.5-1.5b", "--teachers", "[qwen2.5-7b:sharded]", "--plot", str(path)]
+    assert plan(capsys, *argv)[0] == 0
+    assert path.read_bytes().startswith(b"\x89PNG\r\n")
+
+
 def test_traffic_by_stage():
     run = offline(QWEN_32B, accumulation=4)
     size = 2 * run.student.total

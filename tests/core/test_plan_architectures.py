@@ -1,5 +1,8 @@
 """Shapes are counted on the real architectures, and equal what the hub publishes."""
 
+import tomllib
+from importlib.resources import files
+
 import pytest
 
 from kd_plugin.errors import ConfigError
@@ -11,6 +14,14 @@ from tests.tiny import save_tiny, tiny_llama
 @pytest.mark.parametrize(("name", "published"), known_models().items())
 def test_parameter_counts_equal_the_published_ones(name, published):
     assert architecture(name).total == published
+
+
+def test_every_count_names_its_source():
+    table = tomllib.loads(files("kd_plugin.zero").joinpath("known_models.toml").read_text())
+    for name, entry in table["models"].items():
+        assert entry["source"].startswith(f"https://huggingface.co/{name}/blob/main/model.safetensors")
+        assert entry.get("total_size", 2 * entry["parameters"]) == 2 * architecture(name).total
+        assert entry["source"].endswith("index.json") == ("total_size" in entry)
 
 
 def test_the_models_that_people_distil_are_known():
