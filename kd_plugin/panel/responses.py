@@ -113,6 +113,8 @@ class StopLoops(StoppingCriteria):
         repeats: how often a sequence may come in a row, from 2.
     """
 
+    row_by_row = True
+
     def __init__(self, start: int, repeats: int) -> None:
         self.start, self.repeats = start, repeats
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.panel.generation import Draws
 from kd_plugin.panel.schedule import Schedule, as_schedule
 
 ROLLOUTS = ("student", "interleaved")
+DRAWS = get_args(Draws)
 
 
 @dataclass
@@ -23,6 +25,14 @@ class RolloutFields:
         metadata={
             "help": "'student' lets it write alone, as in TRL. 'interleaved' (speculative KD) lets the panel replace "
             "each token that it does not rank among its first `interleaved_top_k`."
+        },
+    )
+    rollout_draws: str = field(
+        default="multinomial",
+        metadata={
+            "help": "'multinomial' draws the tokens that TRL draws with the same seed. 'uniform' draws from the same "
+            "distribution with one random number a row instead of one a token of the vocabulary, which is faster on "
+            "CPUs."
         },
     )
     interleaved_top_k: int = field(
@@ -62,6 +72,11 @@ class RolloutFields:
             raise ConfigError(
                 f"Unknown rollouts {self.rollouts!r}; expected one of {', '.join(ROLLOUTS)}."
                 + nearest(self.rollouts, list(ROLLOUTS))
+            )
+        if self.rollout_draws not in DRAWS:
+            raise ConfigError(
+                f"Unknown rollout_draws {self.rollout_draws!r}; expected one of {', '.join(DRAWS)}."
+                + nearest(self.rollout_draws, list(DRAWS))
             )
         if self.interleaved_top_k < 1 or self.interleaved_block < 1:
             raise ConfigError(

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models import unwrap_model_for_generation
 
 from kd_plugin.cache import TeacherCache
 from kd_plugin.errors import ConfigError
 from kd_plugin.panel import Assignment, TeacherPanel
+from kd_plugin.panel.generation import decode_with, writes_row_by_row
 from kd_plugin.panel.judging import InterleavedSettings, interleaved_responses
 from kd_plugin.panel.responses import completion_ids
 from kd_plugin.panel.rollouts import on_policy_rows
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
 from kd_plugin.signals import OutputHead
+from kd_plugin.trl.generating import generating
 
 
 class RolloutMixin:
@@ -83,12 +87,28 @@ class RolloutMixin:
         written: dict[int, list[int]] = {}
         if rows:
             chosen = [prompt_ids[row] for row in rows]
-            if self.args.rollouts == "interleaved" and self.model.training:
-                texts = self._interleaved(rows, chosen)
-            else:
-                texts = super()._generate_single_turn(chosen, images, multimodal_fields, **kwargs)  # type: ignore[misc]
+            with self._decoding():
+                if self.args.rollouts == "interleaved" and self.model.training:
+                    texts = self._interleaved(rows, chosen)
+                else:
+                    texts = super()._generate_single_turn(chosen, images, multimodal_fields, **kwargs)  # type: ignore[misc]
             written = dict(zip(rows, texts, strict=True))
         return [written[row] if ids is None else ids for row, ids in enumerate(given)]
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Let transformers write with our loop, and cast weights for autocast once instead of for each token."""
+        if self.use_vllm:  # type: ignore[attr-defined]
+            yield
+            return
+        model = self.accelerator.unwrap_model(self.model_wrapped)  # type: ignore[attr-defined]
+        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # type: ignore[attr-defined]
+        together = sharded and self.accelerator.num_processes > 1  # each token waits for the other ranks' shards
+        options: dict[str, Any] = {}
+        if not together and writes_row_by_row(self.generation_config):  # type: ignore[attr-defined]
+            options["custom_generate"] = decode_with(self.args.rollout_draws)
+        with self.accelerator.autocast(), generating(model, **options):
+            yield
 
     def _interleaved(self, rows: Sequence[int], prompts: list[list[int]]) -> list[list[int]]:
         """Write ``prompts`` with the panel at the student's elbow."""

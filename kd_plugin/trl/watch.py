@@ -29,6 +29,7 @@ from kd_plugin.panel.responses import (
 from kd_plugin.panel.saving import RolloutSaver
 from kd_plugin.panel.trace import Written
 from kd_plugin.signals import OutputHead
+from kd_plugin.trl.generating import generating
 
 logger = logging.get_logger(__name__)
 ALARM_STATE = "alarm.json"
@@ -79,17 +80,10 @@ class WatchMixin:
         if not repeats:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, **kwargs)  # type: ignore[misc]
         model = self.accelerator.unwrap_model(self.model_wrapped)  # type: ignore[attr-defined]
-        generate = model.generate
-
-        def stopping(*args: Any, **options: Any) -> Any:
-            criteria = StoppingCriteriaList([StopLoops(options["input_ids"].size(1), repeats)])
-            return generate(*args, stopping_criteria=criteria, **options)
-
-        model.generate = stopping  # TRL passes no criteria to it (1.16)
-        try:
+        longest, multiple = max(map(len, prompt_ids)), self.pad_to_multiple_of or 1  # type: ignore[attr-defined]
+        criteria = StoppingCriteriaList([StopLoops(-(-longest // multiple) * multiple, repeats)])
+        with generating(model, stopping_criteria=criteria):  # TRL passes no criteria to it (1.16)
             found = super()._generate_single_turn(prompt_ids, images, multimodal_fields, **kwargs)  # type: ignore[misc]
-        finally:
-            del model.generate
         found, looping = cut_loops(found, repeats)  # exact, and the same for vLLM, which was not stopped
         self._metrics[self._mode]["rollouts/looping"].append(looping)  # type: ignore[attr-defined]
         return found

@@ -3,7 +3,7 @@
 import inspect
 
 import pytest
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainerCallback
 from trl import DistillationTrainer, SFTTrainer
 from trl.data_utils import pack_dataset
 from trl.models import prepare_deepspeed
@@ -19,6 +19,16 @@ EXPECTED = {
     ],
     SFTTrainer.compute_loss: ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     Trainer.train: ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    GenerationMixin._sample: [
+        "self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer",
+        "model_kwargs",
+    ],
+    GenerationMixin._update_model_kwargs_for_generation: [
+        "self", "outputs", "model_kwargs", "is_encoder_decoder", "num_new_tokens",
+    ],
+    DistillationTrainer._generate_single_turn: [
+        "self", "prompt_ids", "images", "multimodal_fields", "has_tool_images",
+    ],
     prepare_deepspeed: ["model", "accelerator"],
     pack_dataset: ["dataset", "seq_length", "strategy", "map_kwargs"],
 }  # fmt: skip

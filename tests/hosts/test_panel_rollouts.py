@@ -3,14 +3,17 @@
 import pytest
 import torch
 from datasets import Dataset
+from torch.profiler import ProfilerActivity, profile
+from trl import DistillationConfig, DistillationTrainer
 
 from kd_plugin.cache import TopK, capture
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.reference import divergence_from_logits
 from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.panel import generation
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
-from tests.hosts.runs import TOPICS, assert_same, losses, prompts, settings, weights
+from tests.hosts.runs import LORA, TOPICS, assert_same, losses, prompts, settings, weights
 
 COMPLETIONS = [f" answer {i}{'y' * (i % 4)}" for i in range(24)]
 
@@ -160,3 +163,52 @@ def test_a_row_without_a_completion_cannot_be_mixed_in(tmp_path, student_dir, te
     trainer = build(tmp_path, student_dir, teacher_dir, prompts(), on_policy_fraction="0.0")
     with pytest.raises(DataError, match="no `completion`"):
         trainer.train()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_student_writes_what_it_writes_in_trl(lora, tmp_path, student_dir, teacher_dir, monkeypatch):
+    used = []
+    monkeypatch.setattr(generation, "_choose", lambda *a, choose=generation._choose: used.append(a) or choose(*a))
+    peft = {"peft_config": LORA} if lora else {}
+    found = []
+    for cls, config in ((TeacherPanelTrainer, TeacherPanelConfig), (DistillationTrainer, DistillationConfig)):
+        trainer = cls(
+            model=student_dir,
+            teacher_model=teacher_dir,
+            args=config(**settings(tmp_path, max_completion_length=12)),
+            train_dataset=prompts(),
+            **peft,
+        )
+        torch.manual_seed(5)
+        found.append(written(trainer))
+        assert bool(used) == (cls is TeacherPanelTrainer)
+        used.clear()
+    assert found[0] == found[1]
+
+
+def test_uniform_draws_reach_the_loop_and_other_names_are_refused(tmp_path, student_dir, teacher_dir, monkeypatch):
+    used = []
+    monkeypatch.setattr(generation, "draw_uniform", lambda *a, d=generation.draw_uniform: used.append(a) or d(*a))
+    written(build(tmp_path, student_dir, teacher_dir, rollout_draws="uniform"))
+    assert used
+    with pytest.raises(ConfigError, match=r"Unknown rollout_draws 'unform'.*uniform"):
+        TeacherPanelConfig(**settings(tmp_path, rollout_draws="unform"))
+
+
+def test_beams_and_repetition_penalties_are_still_trls(tmp_path, student_dir, teacher_dir, monkeypatch):
+    monkeypatch.setattr(generation, "_choose", None)
+    for options in ({"generation_kwargs": {"num_beams": 2}}, {"repetition_penalty": 1.3}):
+        assert len(written(build(tmp_path, student_dir, teacher_dir, **options))) == 8
+
+
+def test_autocast_casts_weights_once_for_all_tokens(tmp_path, student_dir, teacher_dir):
+    trainer = build(tmp_path, student_dir, teacher_dir, bf16=True)
+    trainer.model.train()
+    ids = [[5, 6, 7], [8, 9]]
+    trainer.begin_rollouts([{}, {}], [])
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        texts = trainer._generate_single_turn(ids, None, {})
+    head = list(trainer.model.lm_head.weight.shape)
+    casts = [e.count for e in seen.key_averages(group_by_input_shape=True)
+             if e.key == "aten::_to_copy" and e.input_shapes[0] == head]  # fmt: skip
+    assert max(map(len, texts)) > 3 and casts == [1]

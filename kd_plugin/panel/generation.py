@@ -1,0 +1,216 @@
+"""A decoding loop for ``transformers``' ``generate`` that does not pay for what the result does not need.
+
+``model.generate(..., custom_generate=decode)`` prepares everything as always, and calls this in the place of its own
+sampling loop. The tokens are the same; what falls away, where it applies:
+
+- Rows that ended. ``transformers`` computes them until the longest row ends, and writes padding; here they leave the
+  batch, and their keys and values the cache.
+- A copy of all keys and values for each token. The cache grows in blocks.
+- With ``draws="uniform"``, a random number for each token of the vocabulary: one a row is enough to draw from a
+  cumulative distribution. The distribution is the same, the tokens of a given seed are others.
+
+Shape suffixes: B rows of the call, R rows that are still written, L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerationMode, logits_process, stopping_criteria
+
+Draws = Literal["multinomial", "uniform"]
+
+_GROWTH = 128  # columns that a cache gains at once
+_LEAST_SHARE = 8  # the batch is made smaller when one row in so many has ended: moving the cache costs about a token
+_ROW_BY_ROW = (
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.SuppressTokensLogitsProcessor,
+    stopping_criteria.MaxLengthCriteria,
+    stopping_criteria.EosTokenCriteria,
+)
+_KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+
+def writes_row_by_row(config: GenerationConfig) -> bool:
+    """Whether ``generate`` would sample or take the likeliest token, so that :func:`decode` may stand in for it."""
+    return config.get_generation_mode() in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
+
+
+def decode_with(draws: Draws = "multinomial") -> Callable[..., Tensor]:
+    """Return :func:`decode` with other draws, for ``generate(custom_generate=...)``."""
+    return partial(decode, draws=draws)
+
+
+@torch.no_grad()
+def decode(
+    model: GenerationMixin,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    draws: Draws = "multinomial",
+    **model_kwargs: Any,
+) -> Tensor:
+    """Write each row until it ends; called by ``generate``, in a process that need not wait for others.
+
+    Where it does not apply (another cache than the plain growing one, encoder and decoder, images, a processor or
+    criterion that looks at other rows) the model's own sampling loop runs. Ask :func:`writes_row_by_row` first: beams
+    and the like are another loop's.
+
+    Args:
+        model: the model.
+        input_ids: (B, L) prompts, padded on the left.
+        logits_processor: as ``generate`` made them.
+        stopping_criteria: as ``generate`` made them; one of the user's own is taken to look at its row alone if it
+            says ``row_by_row = True``.
+        generation_config: as ``generate`` completed it.
+        draws: ``multinomial`` draws the tokens that ``torch.multinomial`` draws from the same generator, whatever
+            rows have ended. ``uniform`` draws from the same distribution, with one random number a row.
+        model_kwargs: the other inputs of the model.
+
+    Returns:
+        (B, L + longest) prompts and what was written, padded on the right.
+    """
+    config = generation_config
+    if not _applies(model, logits_processor, stopping_criteria, config, model_kwargs):
+        return model._sample(input_ids, logits_processor, stopping_criteria, config, **model_kwargs)
+    rows, device = input_ids.shape[0], input_ids.device
+    pad = 0 if config._pad_token_tensor is None else config._pad_token_tensor.to(device)
+    model_kwargs["past_key_values"].layers = [GrowingLayer() for _ in model_kwargs["past_key_values"].layers]
+    ended: list[tuple[Tensor, Tensor]] = []  # which rows, and their tokens
+    here_R = torch.arange(rows, device=device)
+    going_R = torch.ones(rows, dtype=torch.bool, device=device)
+    inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+    with model._optimize_model_for_decode():
+        while True:
+            outputs = model(**inputs, return_dict=True)
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            scores_RV = logits_processor(input_ids, outputs.logits[:, -1].to(torch.float32, copy=True))
+            del outputs
+            tokens_R = _choose(scores_RV, here_R, rows, draws if config.do_sample else None)
+            input_ids = torch.cat([input_ids, torch.where(going_R, tokens_R, pad).unsqueeze(1)], dim=1)
+            going_R = going_R & ~stopping_criteria(input_ids, None)
+            left = int(going_R.sum())  # the host waits once a token, as in transformers
+            if left == 0:
+                break
+            if (len(here_R) - left) * _LEAST_SHARE >= len(here_R):
+                ended.append((here_R[~going_R], input_ids[~going_R]))
+                kept = going_R.nonzero().squeeze(1)
+                here_R, going_R, input_ids = here_R[kept], going_R[kept], input_ids[kept]
+                model_kwargs = _rows_of(model_kwargs, kept)
+            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+    ended.append((here_R, input_ids))
+    whole = input_ids.new_full((rows, input_ids.shape[1]), 0) + pad
+    for where, tokens in ended:
+        whole[where, : tokens.shape[1]] = tokens
+    return whole
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer, in tensors that are longer than what they hold, so that few tokens copy them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add (R, heads, new, width) keys and values; return all that are held."""
+        start = self.get_seq_length()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        stop = start + key_states.shape[-2]
+        if self._room is None or self._room[0].shape[-2] < stop:
+            held = (None, None) if self._room is None else tuple(room[..., :start, :] for room in self._room)
+            self._room = (
+                _longer(key_states, held[0], stop + _GROWTH),
+                _longer(value_states, held[1], stop + _GROWTH),
+            )
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[..., start:stop, :] = new
+        self.keys, self.values = (room[..., :stop, :] for room in self._room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        if self._room is not None:
+            length = self.get_seq_length()
+            self._room = (self._room[0].index_select(0, indices), self._room[1].index_select(0, indices))
+            self.keys, self.values = (room[..., :length, :] for room in self._room)
+
+
+def _longer(new: Tensor, held: Tensor | None, length: int) -> Tensor:
+    room = new.new_empty((*new.shape[:-2], length, new.shape[-1]))
+    if held is not None:
+        room[..., : held.shape[-2], :] = held
+    return room
+
+
+def _choose(scores_RV: Tensor, here_R: Tensor, rows: int, draws: Draws | None) -> Tensor:
+    """Choose a token for each row that is still written; ``rows`` is how many there were at first."""
+    if draws is None:
+        return scores_RV.argmax(-1)
+    probs_RV = scores_RV.softmax(-1)
+    if draws == "uniform":
+        return draw_uniform(probs_RV, torch.rand(rows, dtype=_exact(probs_RV), device=probs_RV.device)[here_R])
+    if len(here_R) == rows:
+        return torch.multinomial(probs_RV, 1).squeeze(1)
+    # What torch.multinomial does with one draw; rows that ended take their part of the generator's numbers
+    noise_BV = probs_RV.new_empty(rows, probs_RV.shape[1]).exponential_()
+    return (probs_RV / noise_BV[here_R]).argmax(-1)
+
+
+def draw_uniform(probs_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """Draw (R,) tokens where the cumulative distribution passes ``uniform_R``, in [0, 1)."""
+    total_RV = probs_RV.cumsum(-1, dtype=_exact(probs_RV))
+    passed_R1 = uniform_R.to(total_RV.dtype).unsqueeze(-1) * total_RV[:, -1:]
+    found_R = torch.searchsorted(total_RV, passed_R1, right=True).squeeze(-1)
+    return found_R.clamp_(max=probs_RV.shape[1] - 1)
+
+
+def _exact(probs_RV: Tensor) -> torch.dtype:
+    return torch.float32 if probs_RV.device.type == "mps" else torch.float64  # MPS knows no float64
+
+
+def _rows_of(model_kwargs: dict[str, Any], kept: Tensor) -> dict[str, Any]:
+    chosen = dict(model_kwargs)
+    for name in ("attention_mask", "position_ids"):
+        if chosen.get(name) is not None:
+            chosen[name] = chosen[name].index_select(0, kept)
+    chosen["past_key_values"].batch_select_indices(kept)
+    return chosen
+
+
+def _applies(
+    model: Any,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> bool:
+    cache, positions = model_kwargs.get("past_key_values"), model_kwargs.get("position_ids")
+    return (
+        not model.config.is_encoder_decoder
+        and not config.return_dict_in_generate
+        and config.prefill_chunk_size is None
+        and bool(model_kwargs.get("use_cache"))
+        and isinstance(cache, DynamicCache)
+        and type(cache) is DynamicCache
+        and not cache.offloading
+        and bool(cache.layers)
+        and all(type(layer) is DynamicLayer for layer in cache.layers)
+        and (positions is None or positions.dim() == 2)
+        and {name for name, value in model_kwargs.items() if value is not None} <= _KNOWN_INPUTS
+        and all(isinstance(p, _ROW_BY_ROW) or getattr(p, "row_by_row", False) for p in [*processors, *criteria])
+    )

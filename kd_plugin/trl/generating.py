@@ -1,0 +1,25 @@
+"""What TRL's trainer does not let one say when it calls its model's ``generate`` (1.16)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def generating(model: Any, **options: Any) -> Iterator[None]:
+    """Have ``model.generate`` called with further arguments inside the block; blocks may stand in one another."""
+    generate, before = model.generate, vars(model).get("generate")
+
+    def called(*args: Any, **own: Any) -> Any:
+        return generate(*args, **{**options, **own})
+
+    model.generate = called
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.generate
+        else:
+            model.generate = before
