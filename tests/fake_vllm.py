@@ -137,6 +137,9 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0):
             if self.path == "/version":
                 self.send(200, {"version": "0.0-fake"})
                 return
+            if self.path == "/health":
+                self.send(200, {})
+                return
             assert self.path == "/v1/models"
             self.send(200, {"data": [{"id": behaviour.name, "max_model_len": behaviour.max_model_len}]})
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from kd_plugin.cli.config import as_yaml, parse_settings
 from kd_plugin.errors import ConfigError
-from kd_plugin.zero.launch_check import LaunchSettings, check_launch
+from kd_plugin.zero.launch_check import LaunchSettings, check_launch, with_plan
 
 _DESCRIPTION = """\
 Run it under the launcher that will train, with as many nodes and ranks:
@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
             "RANK and MASTER_ADDR are not set, so this is no launched rank. Run it under the launcher: torchrun "
             "--nproc_per_node N -m kd_plugin doctor --launch"
         )
+    settings = with_plan(parsed.settings)
     import torch
     import torch.distributed as dist
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=120))
     try:
-        problems = check_launch(parsed.settings)
+        problems = check_launch(settings)
         if dist.get_rank() == 0:
             for problem in problems:
                 print(problem, file=sys.stderr)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import platform
 import shutil
 import socket
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from kd_plugin.errors import ConfigError
 
 PACKAGES = ("kd-plugin", "torch", "transformers", "trl", "lightning", "accelerate", "deepspeed", "peft", "datasets")
 
@@ -31,6 +36,9 @@ class LaunchSettings:
         servers: base URLs of vLLM servers that every rank must reach.
         memory_gib: free memory that each rank needs, as the plan says; 0 asks for none.
         disk_gib: free disk that ``output_dir`` needs.
+        plan: what ``kd-plugin plan --json`` printed; the peak of its recommendation stands for ``memory_gib``, and
+            three checkpoints of the student, with gradients' and optimizer's states, for ``disk_gib``, where those
+            are 0.
     """
 
     output_dir: str = "."
@@ -39,6 +47,28 @@ class LaunchSettings:
     servers: Sequence[str] = field(default_factory=list)
     memory_gib: float = 0.0
     disk_gib: float = 0.0
+    plan: str = ""
+
+
+def with_plan(settings: LaunchSettings) -> LaunchSettings:
+    """Return ``settings`` with what their plan asks for in the place of zeros.
+
+    Raises:
+        ConfigError: the plan cannot be read, or nothing in it fits.
+    """
+    if not settings.plan:
+        return settings
+    try:
+        plan = json.loads(Path(settings.plan).read_text(encoding="utf-8"))
+        best = next(option for option in plan["options"] if option["name"] == plan["recommended"])
+        memory = best["memory"]["peak"] / 1024**3
+        disk = 3 * (2 * plan["student"]["parameters"] + 12 * plan["student"]["trainable"]) / 1024**3
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise ConfigError(
+            f"{settings.plan} is no plan that fits: {type(error).__name__} {error}. Write one with `kd-plugin plan ... "
+            "--json > plan.json`."
+        ) from error
+    return replace(settings, memory_gib=settings.memory_gib or memory, disk_gib=settings.disk_gib or disk)
 
 
 def check_launch(settings: LaunchSettings) -> list[str]:
@@ -85,6 +115,10 @@ def _must_agree(settings: LaunchSettings) -> dict[str, str]:
     facts |= {f"teacher {path}": _digest_of_teacher(Path(path)) for path in settings.teachers}
     facts |= {f"cache {path}": _digest_of_file(Path(path) / "manifest.json") for path in settings.caches}
     facts["world size"] = str(dist.get_world_size())
+    facts["python"] = platform.python_version()
+    facts["CUDA"] = str(torch.version.cuda)
+    if torch.cuda.is_available():
+        facts["GPU"] = torch.cuda.get_device_name()
     return facts
 
 
@@ -117,7 +151,8 @@ def _own_problems(settings: LaunchSettings) -> list[str]:
     if free < settings.memory_gib:
         problems.append(f"{free:.1f} GiB of memory are free, {settings.memory_gib:g} are needed")
     place = Path(settings.output_dir)
-    disk = shutil.disk_usage(place if place.exists() else place.absolute().parent).free / 1024**3
+    existing = next(p for p in (place, *place.absolute().parents) if p.exists())
+    disk = shutil.disk_usage(existing).free / 1024**3
     if disk < settings.disk_gib:
         problems.append(f"{disk:.1f} GiB of disk are free at {place}, {settings.disk_gib:g} are needed")
     return problems
@@ -131,23 +166,46 @@ def _free_memory() -> int:
 
 
 def _shared_directory(directory: Path, hosts: Sequence[str]) -> list[str]:
-    """Rank 0 leaves a file with a random name; each rank says whether it is there."""
-    name = [f".launch-check-{uuid.uuid4().hex}"]
-    dist.broadcast_object_list(name)
-    marker = directory / name[0]
-    if dist.get_rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        marker.touch()
-    dist.barrier()
+    """Each rank leaves a file with a name of its own; all must see rank 0's, and rank 0 must see all.
+
+    Nothing is raised between the collectives, where the other ranks would wait for one that failed.
+    """
+    tag = [f".launch-check-{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(tag)
+    problem, rank = "", dist.get_rank()
+    own = directory / f"{tag[0]}-{rank}"
+    for turn in (0, 1):  # rank 0 makes the directory; a rank that still lacks it then is elsewhere
+        try:
+            if turn == 0 and rank == 0:
+                directory.mkdir(parents=True, exist_ok=True)
+            elif turn == 1 and not problem and _await([directory], [True])[0]:
+                own.touch()
+        except OSError as error:
+            problem = f"output_dir {directory} cannot be written to: {error.strerror}"
+        dist.barrier()
+    problems: list[Any] = [None] * len(hosts)
+    dist.all_gather_object(problems, problem)
+    wanted = [directory / f"{tag[0]}-{other}" for other in range(len(hosts))]
     seen: list[Any] = [None] * len(hosts)
-    dist.all_gather_object(seen, marker.exists())
-    if dist.get_rank() == 0:
-        marker.unlink()
-    return [
-        f"{host}: output_dir {directory} is not the directory that rank 0 sees; it must be shared"
-        for host, found in zip(hosts, seen, strict=True)
-        if not found
-    ]
+    dist.all_gather_object(seen, _await(wanted, [not p for p in problems]))
+    own.unlink(missing_ok=True)
+    found = []
+    for other, host in enumerate(hosts):
+        if problems[other]:
+            found.append(f"{host}: {problems[other]}")
+        elif not problems[0] and not (seen[other][0] and seen[0][other]):
+            found.append(f"{host}: output_dir {directory} is not the directory that rank 0 sees; it must be shared")
+    return found
+
+
+def _await(paths: Sequence[Path], written: Sequence[bool], seconds: float = 5.0) -> list[bool]:
+    """Return which files are there; a network file system may show a new one only after a while."""
+    until = time.monotonic() + seconds
+    while True:
+        there = [path.exists() for path in paths]
+        if all(t or not w for t, w in zip(there, written, strict=True)) or time.monotonic() > until:
+            return there
+        time.sleep(0.2)
 
 
 def _collectives(gathered: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -116,7 +116,7 @@ accelerate launch --config_file {accelerate_file}{where} -m {train} {settings}
 torchrun{nodes} --nproc_per_node {cluster.gpus_per_node} -m {train} {settings} --deepspeed {deepspeed_file}
 
 # deepspeed (from the first node alone)
-deepspeed{hostfile} --module {train} {settings} --deepspeed {deepspeed_file}
+deepspeed{hostfile} --no_local_rank --module {train} {settings} --deepspeed {deepspeed_file}
 
 # Slurm: the whole script is integrations/slurm/{method}.sbatch
 srun --nodes {cluster.nodes} --ntasks-per-node 1 --gpus-per-node {cluster.gpus_per_node} bash -c \\

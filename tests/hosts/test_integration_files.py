@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "integrations"
@@ -53,8 +54,32 @@ def test_slurm_scripts_are_shell_and_name_files_that_exist(path):
     assert method == path.stem.split("_")[0]
 
 
+def test_deepspeed_reads_its_hostfile():
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    assert fetch_hostfile(str(FILES / "deepspeed" / "hostfile")) == {"node1": 8, "node2": 8}
+
+
+def test_kubernetes_takes_its_job():
+    """By the Kubernetes project's schemas; what pods are told of each other must agree, too."""
+    import kubernetes_validate
+
+    service, job = yaml.safe_load_all((FILES / "kubernetes" / "job.yaml").read_text())
+    for document in (service, job):
+        kubernetes_validate.validate(document, "1.34", strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate({**job, "spec": {**job["spec"], "completionMode": 2}}, "1.34", strict=True)
+    pod, name = job["spec"]["template"]["spec"], job["metadata"]["name"]
+    variables = {v["name"]: v["value"] for v in pod["containers"][0]["env"]}
+    assert pod["subdomain"] == service["metadata"]["name"] and service["spec"]["selector"] == {"job-name": name}
+    assert variables["HEAD"] == f"{name}-0.{pod['subdomain']}"
+    assert int(variables["NODES"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert int(variables["GPUS"]) == pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+    assert (ROOT / variables["DEEPSPEED"].removeprefix("/shared/")).is_file()
+
+
 def test_every_file_is_in_the_readme():
     readme = (FILES / "README.md").read_text()
-    for path in FILES.rglob("*.*"):
-        if path.name != "README.md":
+    for path in FILES.rglob("*"):
+        if path.is_file() and path.name != "README.md":
             assert str(path.relative_to(FILES)) in readme

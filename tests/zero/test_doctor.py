@@ -1,10 +1,15 @@
 """``kd-plugin doctor --launch`` on two ranks, and the comparison that names the odd one."""
 
+import json
+import shutil
 import subprocess
 import sys
 
+import pytest
+
 from kd_plugin.cli.main import main
-from kd_plugin.zero.launch_check import disagreements
+from kd_plugin.errors import ConfigError
+from kd_plugin.zero.launch_check import LaunchSettings, disagreements, with_plan
 from tests.zero.ranks import CHECKOUT, environment, free_port
 
 
@@ -41,3 +46,46 @@ def test_outside_a_launcher_it_says_how_to_run_it(capsys, monkeypatch):
     assert main(["doctor", "--launch"]) == 1
     assert "torchrun" in capsys.readouterr().err
     assert main(["doctor"]) == 1
+
+
+def test_a_node_with_a_directory_a_teacher_and_a_cache_of_its_own_is_named(tmp_path, teacher_dir):
+    """Two agents whose relative paths lead to different places, as on nodes without a shared disk."""
+    agents, port = [], str(free_port())
+    for rank in range(2):
+        node = tmp_path / f"node{rank}"
+        shutil.copytree(teacher_dir, node / "teacher")
+        (node / "cache").mkdir()
+        (node / "out" / "run").mkdir(parents=True)
+        (node / "cache" / "manifest.json").write_text(f"{{}}{rank * ' '}")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+        launch += ["--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", port]
+        command = [*launch, "-m", "kd_plugin", "doctor", "--launch", "--output_dir", "out/run"]
+        command += ["--teachers", "[teacher]", "--caches", "[cache]"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        agents.append((command, node, pipes))
+    config = tmp_path / "node1" / "teacher" / "config.json"
+    config.write_text(config.read_text() + " ")
+    running = [subprocess.Popen(c, env=environment(), cwd=node, **pipes) for c, node, pipes in agents]
+    output, errors = running[0].communicate(timeout=200)
+    running[1].communicate(timeout=200)
+    assert [process.returncode for process in running] == [1, 1]
+    said = [line for line in errors.splitlines() if line.startswith("rank ")]
+    assert "3 problems" in output and len(said) == 3 and all(line.startswith("rank 1 on ") for line in said), errors
+    for what in ("teacher teacher is", "cache cache is", "output_dir out/run is not the directory that rank 0 sees"):
+        assert any(what in line for line in said)
+    assert list((tmp_path / "node0" / "out" / "run").iterdir()) == []
+
+
+def test_a_plan_says_what_must_be_free(tmp_path, capsys):
+    asked = ["plan", "--student", "Qwen/Qwen2.5-0.5B", "--method", "offline", "--json"]
+    assert main(asked) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "plan.json").write_text(text)
+    plan = json.loads(text)
+    best = next(option for option in plan["options"] if option["name"] == plan["recommended"])
+    settings = with_plan(LaunchSettings(plan=str(tmp_path / "plan.json"), disk_gib=1.0))
+    assert settings.memory_gib == best["memory"]["peak"] / 1024**3 > 0
+    assert settings.disk_gib == 1.0
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "recommended": None}))
+    with pytest.raises(ConfigError, match="is no plan that fits"):
+        with_plan(LaunchSettings(plan=str(tmp_path / "plan.json")))

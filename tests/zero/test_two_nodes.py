@@ -6,11 +6,9 @@ import sys
 import uuid
 
 import pytest
-import yaml
 
 from kd_plugin.lineage import verify
 from tests.zero.ranks import CHECKOUT, environment, reports
-from tests.zero.worker import deepspeed_config
 
 pytestmark = pytest.mark.zero
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -50,27 +48,11 @@ def torchrun(rank, tmp_path):
 
 
 def accelerate(rank, tmp_path):
-    settings = tmp_path / "deepspeed.json"
-    settings.write_text(json.dumps(deepspeed_config(3)))
-    config = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "DEEPSPEED",
-        "deepspeed_config": {
-            "deepspeed_config_file": str(settings),
-            "deepspeed_multinode_launcher": "standard",
-            "zero3_init_flag": True,
-        },
-        "num_machines": 2,
-        "num_processes": 2,
-        "machine_rank": rank,
-        "main_process_ip": ADDRESSES[0],
-        "main_process_port": 29511,
-        "rdzv_backend": "static",
-        "use_cpu": False,
-    }
-    path = tmp_path / f"accelerate{rank}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "-m"], {}
+    """Take the shipped YAML with its DeepSpeed file, and its own command's options; two ranks in all, not sixteen."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", "integrations/accelerate/several_nodes.yaml", "--machine_rank", str(rank)]
+    launch += ["--main_process_ip", ADDRESSES[0], "--main_process_port", "29511", "--num_processes", "2"]
+    return [*launch, "-m"], {}
 
 
 def slurm(rank, tmp_path):
@@ -89,6 +71,8 @@ def test_two_nodes_train_one_student(launcher, nodes, student_dir, teacher_dir, 
     job = {"method": "panel", "stage": 3, "steps": 2, "completion": 4, "student": student_dir}
     job |= {"teachers": {"a": teacher_dir}, "output_dir": str(tmp_path / "out")}
     job["arguments"] = {"save_strategy": "steps", "save_steps": 2}
+    if launcher is accelerate:
+        job["arguments"]["deepspeed"] = None  # the YAML names the file
     (tmp_path / "job.json").write_text(json.dumps(job))
     running = []
     for rank, (name, end) in enumerate(nodes):
