@@ -130,8 +130,8 @@ def read_rollouts(place: Path) -> list[dict[str, Any]]:
     rows = [row for file in files for row in _lines(file)]
     if not rows:
         raise ConfigError(
-            f"{str(place)!r} holds no saved rollouts. Set save_rollouts to a number of rows when training with a teacher "
-            "panel; they go to output_dir/rollouts, in Lightning to default_root_dir/rollouts."
+            f"{str(place)!r} holds no saved rollouts. Set save_rollouts to a number of rows when training with a "
+            "teacher panel; they go to output_dir/rollouts, in Lightning to default_root_dir/rollouts."
         )
     return sorted(rows, key=lambda row: row["step"])
 
