@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.zero.sharding import gathering, whole_now
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,11 @@ class OutputHead:
         """Yield this head with whole, ordinary tensors cut to ``vocab_size`` rows, without copying them.
 
         DeepSpeed ZeRO-3 parameters are gathered for the duration of the block; FSDP2 DTensors are gathered
-        through ``full_tensor()``, whose backward scatters the gradient again.
+        through ``full_tensor()``, whose backward scatters the gradient again. Inside
+        :func:`~kd_plugin.zero.sharding.whole_heads` a teacher's head is whole already, and nothing is gathered.
         """
-        from contextlib import nullcontext
-
-        weight, bias = self.weight, self.bias
-        context: Any = nullcontext()
-        if hasattr(weight, "ds_status"):
-            context = _deepspeed_gather([weight, bias])
-        elif hasattr(weight, "full_tensor"):
-            weight = weight.full_tensor()
-            bias = bias.full_tensor() if bias is not None and hasattr(bias, "full_tensor") else bias
-        with context:
+        with gathering([self.weight, self.bias]):
+            weight, bias = whole_now(self.weight), whole_now(self.bias)
             rows = self.vocab_size
             if rows is not None and rows > weight.shape[0]:
                 raise ConfigError(
@@ -204,14 +198,3 @@ def _logit_scale(config: Any) -> float:
     if scaling is None:
         return 1.0
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
-
-
-def _deepspeed_gather(parameters: list[Any]) -> Any:
-    """Gather ZeRO-3 parameters that are not already whole (a tied embedding may hold the head open)."""
-    from contextlib import nullcontext
-
-    import deepspeed
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    partitioned = [p for p in parameters if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE]
-    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()

@@ -25,6 +25,7 @@ from kd_plugin.teachers.adapter_check import read_adapter, require_base
 from kd_plugin.teachers.in_process import InProcessTeacher
 from kd_plugin.teachers.local import LocalTeacher, resident
 from kd_plugin.vocab import Vocabulary
+from kd_plugin.zero.sharding import gather_as_it_runs, is_sharded, move
 
 STUDENT = "student"
 
@@ -206,10 +207,29 @@ class AdapterTeacher(InProcessTeacher):
             return
         with resident(self.base, device):
             if self.base.placement == "offload":
-                self.model.to(self.base.device or device)
+                move(self.model, self.base.device or device)
             yield
             if self.base.placement == "offload":
-                self.model.to("cpu")
+                move(self.model, "cpu")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the base lies in parts on several ranks, so that every rank must join each pass."""
+        return self._model is not None and is_sharded(self._model)
+
+    def run_over_shards(self) -> None:
+        """Gather the base layer by layer in each pass, wherever it is cut by ZeRO-3 when the pass comes.
+
+        Raises:
+            ConfigError: the adapter changes the output head, which would have to be merged into shards.
+        """
+        if self._changes_head:
+            raise ConfigError(
+                f"Teacher {self.name!r} is an adapter that changes the output head, and its base is cut over ranks: "
+                "the two cannot be merged. Merge the adapter into a model of its own, or train it without lm_head in "
+                "target_modules and modules_to_save."
+            )
+        gather_as_it_runs(self.model)
 
     @property
     def _backbone(self) -> Any:

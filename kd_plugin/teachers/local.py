@@ -16,7 +16,7 @@ from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.in_process import InProcessTeacher
 from kd_plugin.vocab import Vocabulary
-from kd_plugin.zero.sharding import is_sharded
+from kd_plugin.zero.sharding import is_sharded, move
 
 Placement = Literal["resident", "offload"]
 
@@ -36,6 +36,7 @@ class LocalTeacher(InProcessTeacher):
         device: where it runs; None leaves it to the host.
         placement: ``resident`` keeps the weights on the device. ``offload`` keeps them in host memory, moves them in
             once for all rows of a generation batch, and out again, so that a device holds one such teacher at a time.
+            Where a host cuts teachers over ranks, that is said of each rank's part.
         trust_remote_code: run Python code that the model repository ships. Off unless you read that code.
         model_init_kwargs: further arguments of ``from_pretrained``.
     """
@@ -189,7 +190,7 @@ class LocalTeacher(InProcessTeacher):
                 self._move("cpu")
 
     def _move(self, device: torch.device | str) -> None:
-        self.model.to(device)
+        move(self.model, device)
 
     @property
     def is_sharded(self) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 from trl import DistillationTrainer
-from trl.models import prepare_deepspeed
 
 from kd_plugin.cache import TeacherCache
 from kd_plugin.divergence.finite import require_finite
@@ -24,16 +23,16 @@ from kd_plugin.panel.identity import panel_identity
 from kd_plugin.panel.metrics import DivergenceTally
 from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.signals import OutputHead
-from kd_plugin.teachers import AdapterTeacher, LocalTeacher, Teacher
+from kd_plugin.teachers import AdapterTeacher
 from kd_plugin.trl.behaviour import padded, recorded
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, lineage_callback, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, save_what_was_learnt
+from kd_plugin.trl.placing import place_teachers
 from kd_plugin.trl.rollouts import RolloutMixin
 from kd_plugin.trl.start import load_vocabulary, require_launchable, resumed_checkpoint, start_lineage
 from kd_plugin.trl.watch import WatchMixin
 from kd_plugin.zero.sharding import whole_heads
-from kd_plugin.zero.teachers import shard_for_inference
 
 logger = logging.get_logger(__name__)
 
@@ -120,8 +119,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
             **kwargs,
         )
         self.start_rollouts(warmup_caches)
-        for teacher in self.panel.teachers.values():
-            self._prepare_teacher(teacher)
+        place_teachers(self, self.panel, self._vocabulary)
         self._divergences = {mode: DivergenceTally(self.panel.names) for mode in ("train", "eval")}
         self.add_callback(PanelStateCallback(self._identity))
         self.start_watching()
@@ -150,35 +148,6 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
         except ServerError:
             save_what_was_learnt(self)
             raise
-
-    def _prepare_teacher(self, teacher: Teacher) -> None:
-        """Place a teacher as TRL places its own: sharded by DeepSpeed, else wrapped by accelerate."""
-        if isinstance(teacher, AdapterTeacher):
-            self._prepare_adapter(teacher)
-            return
-        if not isinstance(teacher, LocalTeacher):
-            return
-        model = teacher.model
-        OutputHead.from_model(model)  # raises early where the teacher has no head
-        if teacher.placement == "offload":
-            return
-        if self.is_deepspeed_enabled and self.args.shard_teachers:
-            wrapped = shard_for_inference(model, self.accelerator.state.deepspeed_plugin.deepspeed_config)
-        elif self.is_deepspeed_enabled:
-            wrapped = prepare_deepspeed(model, self.accelerator)
-        else:
-            wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)
-        unwrapped = self.accelerator.unwrap_model(wrapped)
-        teacher.attach(lambda method, *inputs: self._forward_redirection(wrapped, unwrapped, method, *inputs))
-
-    def _prepare_adapter(self, teacher: AdapterTeacher) -> None:
-        """Give an adapter its base; its module tree is over that base's own parameters."""
-        if teacher.uses_student:
-            student = self.accelerator.unwrap_model(self.model)
-            teacher.use_student(student, student.config._name_or_path, self._vocabulary)
-        elif teacher.base is not None and teacher.base.placement == "resident":
-            teacher.base.model.to(self.accelerator.device)
-        OutputHead.from_model(teacher.model)  # loads it now, so that what does not fit is refused here
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -30,6 +30,7 @@ from kd_plugin.panel.saving import RolloutSaver
 from kd_plugin.panel.trace import Written
 from kd_plugin.signals import OutputHead
 from kd_plugin.trl.generating import generating
+from kd_plugin.trl.placing import place_teachers
 
 logger = logging.get_logger(__name__)
 ALARM_STATE = "alarm.json"
@@ -68,7 +69,7 @@ class WatchMixin:
         if self.args.anchor_weight > 0.0:
             student = self.accelerator.unwrap_model(self.model)
             start = starting_student(student, self._vocabulary)  # type: ignore[attr-defined]
-            self._prepare_teacher(start)  # type: ignore[attr-defined]
+            place_teachers(self, TeacherPanel({"start": start}), self._vocabulary)  # type: ignore[attr-defined]
             self._anchor = Anchor(start, self.args.anchor_weight, self.temperature)  # type: ignore[attr-defined]
         settings = self.args.alarm_settings()
         self._alarm = LengthAlarm(settings) if settings.is_set else None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+# Heads that `whole_heads` holds whole: id of a DTensor to the tensor that all ranks gathered. DeepSpeed's parameters
+# are whole themselves while they are gathered; a DTensor never is, so its whole form must be kept somewhere.
+_WHOLE: dict[int, Tensor] = {}
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -16,6 +20,85 @@ def is_sharded(model: nn.Module) -> bool:
     A model that is loaded under ZeRO-3 is sharded from the start; one that a host wraps is afterwards.
     """
     return any(hasattr(p, "ds_status") or hasattr(p, "full_tensor") for p in model.parameters())
+
+
+def gathering(parameters: Iterable[Any]) -> AbstractContextManager[Any]:
+    """Return a block in which the ZeRO-3 parameters among ``parameters`` are whole; a collective call.
+
+    Those that are whole already (a tied embedding may be held open by another block) are left to whoever holds them.
+    """
+    cut = [p for p in parameters if hasattr(p, "ds_status")]
+    if not cut:
+        return nullcontext()
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    apart = [p for p in cut if p.ds_status != ZeroParamStatus.AVAILABLE]
+    return deepspeed.zero.GatheredParameters(apart) if apart else nullcontext()  # type: ignore[no-any-return]
+
+
+def whole_now(tensor: Any) -> Any:
+    """Return an ordinary tensor for a DTensor, gathered now unless :func:`whole_heads` holds it; others unchanged."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    kept = _WHOLE.get(id(tensor))
+    return tensor.full_tensor() if kept is None else kept
+
+
+def gather_as_it_runs(model: nn.Module) -> None:
+    """Let each layer of ``model`` be whole while it runs, where its parameters are cut by ZeRO-3, and no longer.
+
+    For a module tree over parameters that another tree shards: DeepSpeed's own hooks belong to that other tree. Every
+    rank must run the tree at the same time. Layers are those of the outermost ``ModuleList``; nothing is fetched
+    ahead, so a pass takes longer than a DeepSpeed engine's.
+    """
+    layers = outermost_layers(model)
+    within = {id(module) for layer in layers for module in layer.modules()}
+    leaves = [m for m in model.modules() if id(m) not in within and next(m.parameters(recurse=False), None) is not None]
+    for module in [*layers, *leaves]:
+        _gather_around(module, recurse=id(module) in within)
+
+
+def outermost_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the children of each ``ModuleList`` of ``model`` that lies in no other: a transformer's layers."""
+    found: list[nn.Module] = []
+    waiting = [model]
+    while waiting:
+        for child in waiting.pop().children():
+            if isinstance(child, nn.ModuleList):
+                found += list(child)
+            else:
+                waiting.append(child)
+    return found
+
+
+def _gather_around(module: nn.Module, *, recurse: bool) -> None:
+    open_blocks: list[AbstractContextManager[Any]] = []
+
+    def before(_: nn.Module, __: Any) -> None:
+        block = gathering(module.parameters(recurse=recurse))
+        block.__enter__()
+        open_blocks.append(block)
+
+    def after(_: nn.Module, __: Any, ___: Any) -> None:
+        open_blocks.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after, always_call=True)
+
+
+def move(model: nn.Module, device: torch.device | str) -> None:
+    """Move ``model`` to ``device``, or this rank's part of it where it is cut by ZeRO-3.
+
+    Layers of such a model are gathered on the device that the ranks compute on, wherever their parts rest.
+    """
+    if not any(hasattr(p, "ds_status") for p in model.parameters()):
+        model.to(device)
+        return
+    for parameter in model.parameters():
+        part = getattr(parameter, "ds_tensor", None)
+        held = parameter if part is None else part
+        held.data = held.data.to(device)
 
 
 def most_of_any_rank(counts: Sequence[int], device: torch.device) -> list[int]:
@@ -46,7 +129,12 @@ def whole_heads(teachers: Iterable[Any]) -> Iterator[None]:
     with ExitStack() as stack:
         for teacher in teachers:
             if needs_all_ranks(teacher):
-                stack.enter_context(teacher.head.gathered())
+                head = teacher.head
+                stack.enter_context(gathering([head.weight, head.bias]))
+                for tensor in (head.weight, head.bias):
+                    if hasattr(tensor, "full_tensor") and id(tensor) not in _WHOLE:
+                        _WHOLE[id(tensor)] = tensor.full_tensor()
+                        stack.callback(_WHOLE.pop, id(tensor))
         yield
 
 

@@ -1,12 +1,18 @@
-"""Teachers cut over all ranks with DeepSpeed ZeRO-3, whatever stage the student trains under."""
+"""Teachers cut over all ranks, by DeepSpeed ZeRO-3 whatever stage the student trains under, or by FSDP2."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from kd_plugin.zero.sharding import outermost_layers
+
+_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 # What belongs to training, and would make DeepSpeed build an optimizer for a model that has none
 _TRAINING_ONLY = ("optimizer", "scheduler", "gradient_clipping", "zero_allow_untested_optimizer")
@@ -69,3 +75,35 @@ def through_engine(engine: Any) -> Callable[..., Any]:
             restore()
 
     return call
+
+
+@contextmanager
+def read_by_every_rank() -> Iterator[None]:
+    """Let ``from_pretrained`` read a model on every rank inside the block, also under FSDP.
+
+    With FSDP's CPU-efficient loading transformers reads the weights on the first rank of a node alone, and trusts that
+    a wrapper sends them to the others; a teacher of theirs would be noise.
+    """
+    efficient = os.environ.get(_EFFICIENT)
+    os.environ[_EFFICIENT] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(_EFFICIENT)
+        if efficient is not None:
+            os.environ[_EFFICIENT] = efficient
+
+
+def shard_with_fsdp2(model: nn.Module, **options: Any) -> nn.Module:
+    """Cut a frozen, whole ``model`` over all ranks with FSDP2, in place: each layer a unit, the rest another.
+
+    Args:
+        model: the same on each rank.
+        **options: those of ``fully_shard``, such as ``mesh``, ``mp_policy`` and ``offload_policy``.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in outermost_layers(model):
+        fully_shard(layer, reshard_after_forward=True, **options)
+    fully_shard(model, reshard_after_forward=True, **options)
+    return model

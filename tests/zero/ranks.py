@@ -47,23 +47,30 @@ def run(job: dict, directory: Path, ranks: int = 2, timeout: int = 300) -> list[
         AssertionError: the launcher failed; carries the end of its output.
         subprocess.TimeoutExpired: it hangs.
     """
+    return run_all({"": job}, directory, ranks, timeout, job.get("env", {}))[""]
+
+
+def run_all(
+    jobs: dict[str, dict], directory: Path, ranks: int = 2, timeout: int = 300, env: dict[str, str] | None = None
+) -> dict[str, list[dict]]:
+    """Run named jobs one after another in the same processes, which costs one start; return each one's reports."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "job.json"
-    path.write_text(json.dumps(job))
+    path.write_text(json.dumps({"jobs": jobs}))
     done = subprocess.run(
         [*torchrun(ranks), str(path)],
-        env=environment(**job.get("env", {})),
+        env=environment(**(env or {})),
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
         timeout=timeout,
     )
     assert done.returncode == 0, _tracebacks(done.stdout + done.stderr)
-    return reports(directory, ranks)
+    return {name: reports(directory, ranks, name) for name in jobs}
 
 
-def reports(directory: Path, ranks: int) -> list[dict]:
-    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+def reports(directory: Path, ranks: int, name: str = "") -> list[dict]:
+    return [json.loads((directory / f"rank{rank}{name and '-' + name}.json").read_text()) for rank in range(ranks)]
 
 
 def _tracebacks(output: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -50,6 +51,17 @@ def arguments(job: dict, rank: int) -> dict:
     }
 
 
+def teacher(name: str, told: str | dict):
+    """Return a teacher of a job: a path, or what says its placement or its adapter."""
+    from kd_plugin import AdapterTeacher, LocalTeacher
+
+    if isinstance(told, str):
+        return told
+    if "adapter" in told:
+        return AdapterTeacher(told["adapter"], base=told["base"], name=name, accept_base=True, license="own")
+    return LocalTeacher(told["path"], dtype="float32", name=name, placement=told["placement"])
+
+
 def build_panel(job: dict, args: dict):
     from datasets import Dataset
 
@@ -70,7 +82,7 @@ def build_panel(job: dict, args: dict):
     config = TeacherPanelConfig(max_completion_length=job.get("completion", 8), temperature=1.0, **args)
     return TeacherPanelTrainer(
         model=job["student"],
-        teacher_models=job["teachers"],
+        teacher_models={name: teacher(name, told) for name, told in job["teachers"].items()},
         args=config,
         train_dataset=data,
         peft_config=LORA if job.get("lora") else None,
@@ -86,17 +98,29 @@ def build_offline(job: dict, args: dict):
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+    """Run the job of a file, or its ``jobs`` one after another, and write a report for each beside it."""
+    path = Path(sys.argv[1])
+    told = json.loads(path.read_text())
     rank = int(os.environ["RANK"])
     from accelerate import PartialState
+    from accelerate.state import AcceleratorState, GradientState
 
     from tests.zero.counting import Counting
 
     counting = Counting() if job.get("count") else None
     PartialState(backend="gloo")
+    for name, job in told.get("jobs", {"": told}).items():
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = str(job["stage"] is not None).lower()
+        report = train(job, rank)
+        path.with_name(f"rank{rank}{name and '-' + name}.json").write_text(json.dumps(report))
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        gc.collect()
+
+
+def train(job: dict, rank: int) -> dict:
     args = arguments(job, rank)
     if job["stage"] is None:
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         args.pop("deepspeed")
     trainer = (build_panel if job["method"] == "panel" else build_offline)(job, args)
     if job.get("die_at") and rank == job.get("die_rank", 1):
@@ -123,7 +147,7 @@ def main() -> None:
         report |= counting.report()
     if job.get("save"):
         trainer.save_model(job["save"])
-    Path(sys.argv[1]).with_name(f"rank{rank}.json").write_text(json.dumps(report))
+    return report
 
 
 @torch.no_grad()
