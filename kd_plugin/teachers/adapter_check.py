@@ -8,6 +8,7 @@ from typing import Any
 from torch import device as torch_device
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.zero.sharding import whole_on_each_rank
 
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -87,7 +88,7 @@ def _require_shapes(adapter: str, reference: str | None, base_config: Any, name:
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
-    with torch_device("meta"):
+    with whole_on_each_rank(), torch_device("meta"):
         modules = dict(AutoModelForCausalLM.from_config(base_config).named_modules())
     base = repr(reference) if reference else f"a {base_config.model_type} model"
     with safe_open(weights, framework="pt") as file:

@@ -268,7 +268,8 @@ class LineageSavingMixin(Trainer):
         checkpoint = resumed_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         if checkpoint and self.is_deepspeed_enabled:
             settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            require_resumable(checkpoint, self.args.world_size, settings)
+            if require_resumable(checkpoint, self.args.world_size):
+                settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
         if not checkpoint:
             if not getattr(self, "_has_trained", False) and callback is not None:
                 refuse_another_run(self.args.output_dir, callback._run)

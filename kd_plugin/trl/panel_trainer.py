@@ -25,6 +25,7 @@ from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import AdapterTeacher
 from kd_plugin.trl.behaviour import padded, recorded
+from kd_plugin.trl.generation import ShardedGenerationMixin
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, lineage_callback, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, save_what_was_learnt
@@ -37,7 +38,7 @@ from kd_plugin.zero.sharding import whole_heads
 logger = logging.get_logger(__name__)
 
 
-class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, DistillationTrainer):
+class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, ShardedGenerationMixin, DistillationTrainer):
     """``DistillationTrainer`` with several teachers, a fused loss, and lineage in every checkpoint.
 
     The student writes completions; each row is judged by the teachers of the panel that its ``teacher_id``

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from trl.models import prepare_deepspeed
@@ -10,8 +11,8 @@ from kd_plugin.panel import TeacherPanel
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import AdapterTeacher, LocalTeacher
 from kd_plugin.vocab import Vocabulary
-from kd_plugin.zero.sharding import is_sharded, move
-from kd_plugin.zero.teachers import read_by_every_rank, shard_for_inference, shard_with_fsdp2
+from kd_plugin.zero.sharding import is_sharded, move, whole_on_each_rank
+from kd_plugin.zero.teachers import shard_for_inference, shard_with_fsdp2
 
 
 def place_teachers(trainer: Any, panel: TeacherPanel, vocabulary: Vocabulary) -> None:
@@ -51,7 +52,7 @@ def place_teachers(trainer: Any, panel: TeacherPanel, vocabulary: Vocabulary) ->
 def _place(trainer: Any, teacher: LocalTeacher) -> None:
     """Place one teacher, or the base of adapters."""
     accelerator = trainer.accelerator
-    with read_by_every_rank():
+    with nullcontext() if trainer.is_deepspeed_enabled else whole_on_each_rank():
         model = teacher.model
     OutputHead.from_model(model)  # raises early where the teacher has no head
     offloaded = teacher.placement == "offload"

@@ -88,8 +88,9 @@ def require_launchable(
     """
     plugin: Any = args.deepspeed_plugin
     if panel is not None:
-        sharding = "DeepSpeed" if plugin is not None else "FSDP" if _uses_fsdp(args) else None
-        require_placements(panel, sharding, refused=("adapter", "offload"))
+        # Under DeepSpeed adapters gather their base as they run, and an offloaded teacher's shards rest on the host
+        sharding = "FSDP" if plugin is None and _uses_fsdp(args) else None
+        require_placements(panel, sharding, refused=("adapter",))
     if plugin is None:
         return
     config = plugin.hf_ds_config.config
@@ -104,7 +105,7 @@ def require_launchable(
         require_student(config, student)
     checkpoint = resumed_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
     if checkpoint is not None:
-        require_resumable(checkpoint, args.world_size, config)
+        require_resumable(checkpoint, args.world_size)
     require_offload(config)
 
 

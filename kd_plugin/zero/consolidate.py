@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from torch import Tensor
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import RunLineage, Source, load_record
 
+UNIVERSAL_MARKER = "latest_universal"
 _BESIDE_THE_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt")
 _NOT_COPIED = frozenset({"lineage.json", "bom.cdx.json", "trainer_state.json", "model.safetensors.index.json"})
 
@@ -38,7 +37,7 @@ def consolidate(checkpoint: str | Path, output: str | Path, *, dtype: str = "bfl
         LineageError: the checkpoint's lineage is missing or damaged.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    tag = _tag(checkpoint)
+    tag = shard_tag(checkpoint)
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ConfigError(f"Unknown dtype {dtype!r}; expected bfloat16, float16 or float32.")
     if output.exists() and any(output.iterdir()):
@@ -61,7 +60,7 @@ def consolidate(checkpoint: str | Path, output: str | Path, *, dtype: str = "bfl
     return output
 
 
-def _tag(checkpoint: Path) -> str:
+def shard_tag(checkpoint: Path) -> str:
     """Return the directory of shards that ``latest`` names, once all ranks' shards are known to be there."""
     latest = checkpoint / "latest"
     if not latest.is_file():
@@ -112,29 +111,29 @@ def _save(state: dict[str, Tensor], checkpoint: Path, output: Path, dtype: torch
 def saved_ranks(checkpoint: str | Path) -> int:
     """Return how many ranks wrote a DeepSpeed checkpoint."""
     checkpoint = Path(checkpoint)
-    return len(list((checkpoint / _tag(checkpoint)).glob("*_optim_states.pt")))
+    return len(list((checkpoint / shard_tag(checkpoint)).glob("*_optim_states.pt")))
 
 
-def require_resumable(checkpoint: str | Path, ranks: int, config: Mapping[str, Any]) -> None:
-    """Refuse to resume shards that another number of ranks wrote, unless they are in universal format.
+def require_resumable(checkpoint: str | Path, ranks: int) -> bool:
+    """Refuse to resume shards that another number of ranks wrote; return whether they are in universal format.
 
     Args:
         checkpoint: the checkpoint.
         ranks: ranks of this run.
-        config: this run's DeepSpeed configuration.
 
     Raises:
         ConfigError: says how to convert the checkpoint.
     """
     checkpoint = Path(checkpoint)
+    if (checkpoint / UNIVERSAL_MARKER).is_file():
+        return True
     if not (checkpoint / "latest").is_file():
-        return
+        return False
     written = saved_ranks(checkpoint)
-    if written == ranks or config.get("checkpoint", {}).get("load_universal"):
-        return
+    if written == ranks:
+        return False
     raise ConfigError(
-        f"{checkpoint} was written by {written} ranks and this run has {ranks}. Launch {written} ranks; or convert "
-        f"it with `python -m deepspeed.checkpoint.ds_to_universal --input_folder {checkpoint / _tag(checkpoint)} "
-        f"--output_folder {checkpoint / (_tag(checkpoint) + '_universal')}`, write the new directory's name into the "
-        'file latest_universal, and set "checkpoint": {"load_universal": true} in the DeepSpeed configuration.'
+        f"{checkpoint} was written by {written} ranks and this run has {ranks}. Launch {written} ranks; or convert it "
+        f"once with `kd-plugin consolidate {checkpoint} --universal` and resume from {checkpoint}-universal, which any "
+        "number of ranks can."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 # Heads that `whole_heads` holds whole: id of a DTensor to the tensor that all ranks gathered. DeepSpeed's parameters
 # are whole themselves while they are gathered; a DTensor never is, so its whole form must be kept somewhere.
 _WHOLE: dict[int, Tensor] = {}
@@ -43,6 +45,28 @@ def whole_now(tensor: Any) -> Any:
         return tensor
     kept = _WHOLE.get(id(tensor))
     return tensor.full_tensor() if kept is None else kept
+
+
+@contextmanager
+def whole_on_each_rank() -> Iterator[None]:
+    """Let transformers build and read models whole, on every rank, inside the block.
+
+    Under ZeRO-3 it cuts every model that it makes, one on the meta device too, which fails. Under FSDP with
+    CPU-efficient loading it reads the weights on the first rank of a node alone, and trusts that a wrapper sends them
+    to the others: a teacher of theirs would be noise.
+    """
+    from transformers.integrations import deepspeed as integration
+
+    config, efficient = integration._hf_deepspeed_config_weak_ref, os.environ.get(_EFFICIENT)
+    integration.unset_hf_deepspeed_config()
+    os.environ[_EFFICIENT] = "false"
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = config
+        os.environ.pop(_EFFICIENT)
+        if efficient is not None:
+            os.environ[_EFFICIENT] = efficient
 
 
 def gather_as_it_runs(model: nn.Module) -> None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from kd_plugin.zero.sharding import outermost_layers
-
-_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 # What belongs to training, and would make DeepSpeed build an optimizer for a model that has none
 _TRAINING_ONLY = ("optimizer", "scheduler", "gradient_clipping", "zero_allow_untested_optimizer")
@@ -75,23 +71,6 @@ def through_engine(engine: Any) -> Callable[..., Any]:
             restore()
 
     return call
-
-
-@contextmanager
-def read_by_every_rank() -> Iterator[None]:
-    """Let ``from_pretrained`` read a model on every rank inside the block, also under FSDP.
-
-    With FSDP's CPU-efficient loading transformers reads the weights on the first rank of a node alone, and trusts that
-    a wrapper sends them to the others; a teacher of theirs would be noise.
-    """
-    efficient = os.environ.get(_EFFICIENT)
-    os.environ[_EFFICIENT] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(_EFFICIENT)
-        if efficient is not None:
-            os.environ[_EFFICIENT] = efficient
 
 
 def shard_with_fsdp2(model: nn.Module, **options: Any) -> nn.Module:

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from peft import LoraConfig
 
 from kd_plugin.cache import TopK, capture
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError
-from kd_plugin.teachers import LocalTeacher
+from kd_plugin.teachers import AdapterTeacher, LocalTeacher
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from kd_plugin.zero.memory import Layout
 from kd_plugin.zero.preflight import require_batches, require_filled, require_offload, require_student
@@ -95,9 +96,11 @@ class TestTheTrlTrainersRefuse:
             with pytest.raises(ConfigError, match=r"written by 2 ranks and this run has 1"):
                 panel(deepspeed_config(3), resume_from_checkpoint=resume)
 
-    def test_a_placement_that_cannot_be(self, panel, teacher_dir):
-        with pytest.raises(ConfigError, match=r"Teacher 'a' has placement='offload'.*DeepSpeed"):
-            panel(deepspeed_config(3), LocalTeacher(teacher_dir, placement="offload"))
+    def test_a_placement_that_cannot_be(self, panel, student_dir, tmp_path, monkeypatch):
+        LoraConfig(base_model_name_or_path=student_dir).save_pretrained(tmp_path / "adapter")
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(ConfigError, match=r"Teacher 'a' is an adapter.*FSDP"):
+            panel(None, AdapterTeacher(tmp_path / "adapter", license="own"))
 
     def test_nothing_else(self, panel):
         with pytest.raises(AssertionError, match="a model was loaded"):

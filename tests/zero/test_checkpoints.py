@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError
-from kd_plugin.lineage import verify
+from kd_plugin.lineage import load_record, verify
 from kd_plugin.zero.consolidate import require_resumable
-from tests.zero.ranks import run
+from tests.zero.ranks import run, run_all
 
 
 @pytest.mark.zero
@@ -40,6 +40,37 @@ def test_a_killed_run_ends_and_resumes_to_the_same_weights(student_dir, teacher_
     assert (tmp_path / "joined" / "tokenizer.json").is_file()
 
 
+@pytest.mark.zero
+def test_another_number_of_ranks_goes_on_from_the_universal_format(student_dir, cache, tmp_path, capsys):
+    """Two ranks save; one and four go on, with the same rows in each step, to the losses and weights of the two."""
+    kinds = {"full": {"stage": 3}, "lora": {"stage": 3, "lora": True}, "cut": {"stage": 2}}
+    base = {"method": "offline", "steps": 4, "student": student_dir, "cache": cache}
+
+    def jobs(ranks, **more):
+        saving = {"save_strategy": "steps", "save_steps": 2}
+        told = {**base, "rows": 4 // ranks, "arguments": saving}
+        return {
+            k: {**told, **v, "output_dir": str(tmp_path / f"{ranks}-{k}"), **more.get(k, {})} for k, v in kinds.items()
+        }
+
+    whole = run_all(jobs(2), tmp_path / "two", timeout=600)
+    resume = {}
+    for kind in kinds:
+        checkpoint = tmp_path / f"2-{kind}" / "checkpoint-2"
+        assert main(["consolidate", str(checkpoint), "--universal"]) == 0
+        resume[kind] = {"resume": f"{checkpoint}-universal"}
+        assert resume[kind]["resume"] in capsys.readouterr().out
+        assert verify(resume[kind]["resume"]).exit_code == 0
+    for ranks in (1, 4):
+        found = run_all(jobs(ranks, **resume), tmp_path / f"on-{ranks}", ranks, timeout=600)
+        for kind in kinds:
+            assert found[kind][0]["losses"] == pytest.approx(whole[kind][0]["losses"], rel=1e-3), (ranks, kind)
+            assert found[kind][0]["norm"] == pytest.approx(whole[kind][0]["norm"], rel=1e-5), (ranks, kind)
+            last = tmp_path / f"{ranks}-{kind}" / "checkpoint-4"
+            assert verify(last).exit_code == 0
+            assert load_record(last)["run"]["id"] == load_record(tmp_path / f"2-{kind}" / "checkpoint-2")["run"]["id"]
+
+
 @pytest.fixture
 def shards(tmp_path) -> Path:
     """The file names of a checkpoint that two ranks wrote."""
@@ -51,14 +82,15 @@ def shards(tmp_path) -> Path:
 
 
 def test_another_number_of_ranks_needs_the_universal_format(shards):
-    require_resumable(shards, 2, {})
-    require_resumable(shards, 4, {"checkpoint": {"load_universal": True}})
-    with pytest.raises(ConfigError, match=r"written by 2 ranks and this run has 4.*ds_to_universal"):
-        require_resumable(shards, 4, {})
+    assert not require_resumable(shards, 2)
+    with pytest.raises(ConfigError, match=r"written by 2 ranks and this run has 4.*--universal"):
+        require_resumable(shards, 4)
+    (shards / "latest_universal").write_text("global_step2")
+    assert require_resumable(shards, 4)
 
 
 def test_a_checkpoint_without_shards_is_no_matter_of_ranks(tmp_path):
-    require_resumable(tmp_path, 3, {})
+    assert not require_resumable(tmp_path, 3)
 
 
 def test_what_cannot_be_consolidated_is_refused(shards, tmp_path, capsys):

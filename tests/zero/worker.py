@@ -121,7 +121,8 @@ def main() -> None:
 def train(job: dict, rank: int) -> dict:
     args = arguments(job, rank)
     if job["stage"] is None:
-        args.pop("deepspeed")
+        del args["deepspeed"], args["accelerator_config"]
+        args["use_cpu"] = True
     trainer = (build_panel if job["method"] == "panel" else build_offline)(job, args)
     if job.get("die_at") and rank == job.get("die_rank", 1):
         from transformers import TrainerCallback
