@@ -107,7 +107,6 @@ def main() -> None:
 
     from tests.zero.counting import Counting
 
-    counting = Counting() if job.get("count") else None
     PartialState(backend="gloo")
     for name, job in told.get("jobs", {"": told}).items():
         os.environ["ACCELERATE_USE_DEEPSPEED"] = str(job["stage"] is not None).lower()
@@ -119,6 +118,7 @@ def main() -> None:
 
 
 def train(job: dict, rank: int) -> dict:
+    counting = Counting() if job.get("count") else None
     args = arguments(job, rank)
     if job["stage"] is None:
         del args["deepspeed"], args["accelerator_config"]
