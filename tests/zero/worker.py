@@ -105,8 +105,6 @@ def main() -> None:
     from accelerate import PartialState
     from accelerate.state import AcceleratorState, GradientState
 
-    from tests.zero.counting import Counting
-
     PartialState(backend="gloo")
     for name, job in told.get("jobs", {"": told}).items():
         os.environ["ACCELERATE_USE_DEEPSPEED"] = str(job["stage"] is not None).lower()
@@ -118,6 +116,8 @@ def main() -> None:
 
 
 def train(job: dict, rank: int) -> dict:
+    from tests.zero.counting import Counting
+
     counting = Counting() if job.get("count") else None
     args = arguments(job, rank)
     if job["stage"] is None:
