@@ -36,6 +36,7 @@ class TeacherPanelModule(StudentModule):
         divergence: ``forward_kl``, ``reverse_kl``, ``jsd`` or ``skew_kl``; None lets ``beta`` decide, as in
             TRL.
         rollouts: ``student`` writes alone, or ``interleaved`` with the panel at its elbow.
+        rollout_draws: ``multinomial`` or ``uniform``, one random number a row.
         interleaved_top_k: rank up to which the panel lets a token stand.
         interleaved_block: tokens that are proposed before the panel is asked.
         on_policy_fraction: share of rows that the student writes, or a schedule of it; ``completion`` fills the
@@ -97,6 +98,7 @@ class TeacherPanelModule(StudentModule):
         allow_changed_panel: bool = False,
         divergence: str | None = None,
         rollouts: str = "student",
+        rollout_draws: str = "multinomial",
         interleaved_top_k: int = 25,
         interleaved_block: int = 16,
         on_policy_fraction: float | dict[str, Any] | str | None = None,

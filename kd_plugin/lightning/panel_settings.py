@@ -87,4 +87,5 @@ class PanelSettings(WatchFields, RolloutFields, PanelFields):
             self.min_p,
             self.repetition_penalty,
             {**further, **(self.generation_kwargs or {})},
+            self.rollout_draws,
         )

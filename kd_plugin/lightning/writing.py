@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from kd_plugin.lightning.student import shards_the_student
+from kd_plugin.panel.generation import decode_with, writes_row_by_row
 from kd_plugin.panel.responses import StopLoops, until_end
 from kd_plugin.panel.rollouts import left_padded
 
@@ -29,6 +31,7 @@ class Sampling:
         min_p: smallest share of the likeliest token's probability; None for no limit.
         repetition_penalty: 1 for none.
         generation_kwargs: further arguments of ``generate``.
+        draws: how a token is drawn, see :func:`kd_plugin.panel.generation.decode`.
     """
 
     max_completion_length: int = 256
@@ -38,6 +41,7 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    draws: str = "multinomial"
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of ``generate``."""
@@ -153,14 +157,20 @@ def generated(
         sampling: how it writes.
         **further: arguments of ``generate`` that stand above those.
     """
+    together = module.trainer.world_size > 1 and shards_the_student(module.trainer)
+    arguments = {**sampling.arguments(), **further}
+    config = copy.deepcopy(model.generation_config)
+    config.update(**arguments)
+    if not together and writes_row_by_row(config):
+        arguments = {"custom_generate": decode_with(sampling.draws), **arguments}
     return model.generate(
         input_ids=ids.to(module.device),
         attention_mask=mask.to(module.device),
         pad_token_id=pad_token(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
-        synced_gpus=module.trainer.world_size > 1 and shards_the_student(module.trainer),
+        synced_gpus=together,
         use_cache=True,
-        **{**sampling.arguments(), **further},
+        **arguments,
     )
 
 

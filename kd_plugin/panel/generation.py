@@ -48,7 +48,7 @@ def writes_row_by_row(config: GenerationConfig) -> bool:
     return config.get_generation_mode() in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
 
 
-def decode_with(draws: Draws = "multinomial") -> Callable[..., Tensor]:
+def decode_with(draws: str = "multinomial") -> Callable[..., Tensor]:
     """Return :func:`decode` with other draws, for ``generate(custom_generate=...)``."""
     return partial(decode, draws=draws)
 
@@ -60,7 +60,7 @@ def decode(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    draws: Draws = "multinomial",
+    draws: str = "multinomial",
     **model_kwargs: Any,
 ) -> Tensor:
     """Write each row until it ends; called by ``generate``, in a process that need not wait for others.
@@ -157,7 +157,7 @@ def _longer(new: Tensor, held: Tensor | None, length: int) -> Tensor:
     return room
 
 
-def _choose(scores_RV: Tensor, here_R: Tensor, rows: int, draws: Draws | None) -> Tensor:
+def _choose(scores_RV: Tensor, here_R: Tensor, rows: int, draws: str | None) -> Tensor:
     """Choose a token for each row that is still written; ``rows`` is how many there were at first."""
     if draws is None:
         return scores_RV.argmax(-1)

@@ -25,7 +25,6 @@ from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import AdapterTeacher
 from kd_plugin.trl.behaviour import padded, recorded
-from kd_plugin.trl.generation import ShardedGenerationMixin
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, lineage_callback, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, save_what_was_learnt
@@ -33,6 +32,7 @@ from kd_plugin.trl.placing import place_teachers
 from kd_plugin.trl.rollouts import RolloutMixin
 from kd_plugin.trl.start import load_vocabulary, require_launchable, resumed_checkpoint, start_lineage
 from kd_plugin.trl.watch import WatchMixin
+from kd_plugin.trl.zero_generation import ShardedGenerationMixin
 from kd_plugin.zero.sharding import whole_heads
 
 logger = logging.get_logger(__name__)

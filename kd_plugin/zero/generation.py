@@ -60,18 +60,20 @@ class Progress(StoppingCriteria):
     """Says every half minute how far a generation has come; stops nothing.
 
     Args:
-        start: tokens of the padded prompts.
         limit: tokens that may be written.
         says: whether this rank speaks.
     """
 
-    def __init__(self, start: int, limit: int, *, says: bool) -> None:
-        self.start, self.limit, self.says = start, limit, says
+    def __init__(self, limit: int, *, says: bool) -> None:
+        self.limit, self.says = limit, says
+        self.start: int | None = None
         self.began = self.last = time.monotonic()
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """Return that no row is done."""
         now = time.monotonic()
+        if self.start is None:  # called once a token, for the first time behind the first
+            self.start = input_ids.size(1) - 1
         if self.says and now - self.last >= PROGRESS_SECONDS:
             self.last, written = now, input_ids.size(1) - self.start
             pace = written / (now - self.began)

@@ -42,7 +42,10 @@ def test_a_killed_run_ends_and_resumes_to_the_same_weights(student_dir, teacher_
 
 @pytest.mark.zero
 def test_another_number_of_ranks_goes_on_from_the_universal_format(student_dir, cache, tmp_path, capsys):
-    """Two ranks save; one and four go on, with the same rows in each step, to the losses and weights of the two."""
+    """Two ranks save; one and four go on, with the same rows in each step, to the losses and weights of the two.
+
+    Another number of ranks adds gradients in another order, and Adam makes much of small ones.
+    """
     kinds = {"full": {"stage": 3}, "lora": {"stage": 3, "lora": True}, "cut": {"stage": 2}}
     base = {"method": "offline", "steps": 4, "student": student_dir, "cache": cache}
 
@@ -65,7 +68,7 @@ def test_another_number_of_ranks_goes_on_from_the_universal_format(student_dir, 
         found = run_all(jobs(ranks, **resume), tmp_path / f"on-{ranks}", ranks, timeout=600)
         for kind in kinds:
             assert found[kind][0]["losses"] == pytest.approx(whole[kind][0]["losses"], rel=1e-3), (ranks, kind)
-            assert found[kind][0]["norm"] == pytest.approx(whole[kind][0]["norm"], rel=1e-5), (ranks, kind)
+            assert found[kind][0]["norm"] == pytest.approx(whole[kind][0]["norm"], rel=1e-4), (ranks, kind)
             last = tmp_path / f"{ranks}-{kind}" / "checkpoint-4"
             assert verify(last).exit_code == 0
             assert load_record(last)["run"]["id"] == load_record(tmp_path / f"2-{kind}" / "checkpoint-2")["run"]["id"]

@@ -1,42 +1,17 @@
-"""How a TRL trainer lets its student write under ZeRO-3, and hooks into transformers' generation."""
+"""How a TRL trainer lets its student write under ZeRO-3."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 from transformers.utils import logging
 
+from kd_plugin.trl.generating import generating
 from kd_plugin.zero.generation import Progress, free_bytes, missing_bytes, slow_notice
 from kd_plugin.zero.sharding import most_of_any_rank
 
 logger = logging.get_logger(__name__)
-
-
-@contextmanager
-def stopped_by(model: Any, criterion: Callable[[int], StoppingCriteria]) -> Iterator[None]:
-    """Add a criterion to every generation of ``model`` inside the block; TRL passes none to it (1.16).
-
-    Args:
-        model: the student, unwrapped.
-        criterion: called with the width of the padded prompts.
-    """
-    before, generate = model.__dict__.get("generate"), model.generate
-
-    def wrapped(*args: Any, stopping_criteria: Any = None, **options: Any) -> Any:
-        mine = criterion(options["input_ids"].size(1))
-        return generate(*args, stopping_criteria=StoppingCriteriaList([*(stopping_criteria or ()), mine]), **options)
-
-    model.generate = wrapped
-    try:
-        yield
-    finally:
-        if before is None:
-            del model.generate
-        else:
-            model.generate = before
 
 
 class ShardedGenerationMixin:
@@ -56,7 +31,7 @@ class ShardedGenerationMixin:
         if self.args.ds3_gather_for_generation:
             return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
         limit, says = self.args.max_completion_length, self.accelerator.is_main_process
-        with stopped_by(model, lambda start: Progress(start, limit, says=says)):
+        with generating(model, stopping_criteria=StoppingCriteriaList([Progress(limit, says=says)])):
             return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
 
     def _decide(self, model: Any) -> None:
