@@ -13,6 +13,7 @@ were on the device at once, counted as they are moved (on a CPU the device's mem
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -213,6 +214,17 @@ class Counted(LocalTeacher):
         super()._move(device)
 
 
+def tensor_bytes() -> int:
+    """Bytes of all tensors that are alive, each storage once: what a device would hold of them."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
 def memory_of(options, kind: str, count: int, scratch: Path) -> None:
     """Print one row's measurement as JSON; run in a process of its own."""
     if kind == "adapters":
@@ -223,20 +235,23 @@ def memory_of(options, kind: str, count: int, scratch: Path) -> None:
     panel = TeacherPanel(teachers, combine="weighted_kl")
     vocab = Vocabulary.from_tokenizer(next(iter(teachers.values())).tokenizer).size
     ids, mask, positions = fixed_batch(options, vocab)
-    score_rows(panel, [panel.assign({})] * options.rows, ids, mask, 16, positions, options.rows)
+    corrections = score_rows(panel, [panel.assign({})] * options.rows, ids, mask, 16, positions, options.rows)
+    tensors = tensor_bytes() / 2**20
+    del corrections
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     resident = int(status.split("VmRSS:")[1].split()[0]) / 1024
     own = sum(f.stat().st_size for f in scratch.glob("t0/*.safetensors")) / 2**20
-    print(json.dumps({"resident": resident, "on_device": Counted.most / 2**20, "adapter": own}))
+    print(json.dumps({"resident": resident, "tensors": tensors, "on_device": Counted.most / 2**20, "adapter": own}))
 
 
 def memory(options, scratch: Path) -> None:
     for i, name in enumerate(NAMES):
         save_adapter(options.model, scratch / name, i)
     print(
-        "\n### Memory, MiB\n\n| teachers | adapters: resident | an adapter file | offloaded: resident | on the device |"
+        "\n### Memory, MiB\n\n| teachers | adapters: tensors | adapters: resident | an adapter file "
+        "| offloaded: resident | on the device |"
     )
-    print("|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|")
     for count in (1, 2, 4, 8):
         found = {}
         for kind in ("adapters", "offloaded"):
@@ -246,10 +261,8 @@ def memory(options, scratch: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[kind] = json.loads(done.stdout.splitlines()[-1])
         a, o = found["adapters"], found["offloaded"]
-        print(
-            f"| {count} | {a['resident']:.0f} | {a['adapter']:.1f} | {o['resident']:.0f} | {o['on_device']:.1f} |",
-            flush=True,
-        )
+        of_adapters = f"{a['tensors']:.1f} | {a['resident']:.0f} | {a['adapter']:.1f}"
+        print(f"| {count} | {of_adapters} | {o['resident']:.0f} | {o['on_device']:.1f} |", flush=True)
 
 
 def main() -> None:
