@@ -78,6 +78,16 @@ def test_options_do_what_they_do_in_trl(fields, tmp_path, student_dir, teachers,
     assert any(name.startswith("time/") for name in run_by.callback_metrics)
 
 
+def test_the_student_draws_as_the_loop_of_transformers_does_or_uniformly(tmp_path, student_dir, teachers, monkeypatch):
+    sampled = {"max_steps": 2, "generation_kwargs": {}}
+    ours, _, _ = run(tmp_path / "a", student_dir, teachers, **sampled)
+    other, _, _ = run(tmp_path / "b", student_dir, teachers, rollout_draws="uniform", **sampled)
+    monkeypatch.setattr("kd_plugin.lightning.writing.writes_row_by_row", lambda config: False)
+    theirs, _, _ = run(tmp_path / "c", student_dir, teachers, **sampled)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert other[0] != pytest.approx(ours[0], rel=1e-5), "other tokens of the same distribution"
+
+
 def test_saved_rollouts_are_read_by_the_trace(tmp_path, student_dir, teachers):
     run(tmp_path, student_dir, teachers, save_rollouts=2, save_rollouts_top_k=3, max_steps=2)
     rows = read_rollouts(tmp_path)
