@@ -105,20 +105,21 @@ def main() -> None:
     from accelerate import PartialState
     from accelerate.state import AcceleratorState, GradientState
 
+    from tests.zero.counting import Counting
+
+    jobs = told.get("jobs", {"": told})
+    counting = Counting() if any(job.get("count") for job in jobs.values()) else None  # before DeepSpeed starts
     PartialState(backend="gloo")
-    for name, job in told.get("jobs", {"": told}).items():
+    for name, job in jobs.items():
         os.environ["ACCELERATE_USE_DEEPSPEED"] = str(job["stage"] is not None).lower()
-        report = train(job, rank)
+        report = train(job, rank, counting if job.get("count") else None)
         path.with_name(f"rank{rank}{name and '-' + name}.json").write_text(json.dumps(report))
         AcceleratorState._reset_state()
         GradientState._reset_state()
         gc.collect()
 
 
-def train(job: dict, rank: int) -> dict:
-    from tests.zero.counting import Counting
-
-    counting = Counting() if job.get("count") else None
+def train(job: dict, rank: int, counting) -> dict:
     args = arguments(job, rank)
     if job["stage"] is None:
         del args["deepspeed"], args["accelerator_config"]
