@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from kd_plugin.cache.flat import FlatFile, FlatWriter
 
 _BUCKET_ROWS = 4  # entries a bucket, on average
-_KEY_BYTES, _ENTRY_BYTES = (
-    16,
-    24,
-)  # an entry is a key and its row number, both big-endian, so that bytes sort as numbers
+# An entry is a key and its row number, both big-endian, so that bytes sort as numbers
+_KEY_BYTES = 16
+_ENTRY_BYTES = 24
 _CHUNK = 1 << 16  # entries in memory at a time
 
 

@@ -4,8 +4,9 @@ registry (licenses.toml) -> discovery -> graph -> policy -> obligations -> recor
 """
 
 from kd_plugin.lineage.hashing import weight_files
+from kd_plugin.lineage.outputs import outputs_record
 from kd_plugin.lineage.record import load_record
-from kd_plugin.lineage.run import RunLineage, outputs_record
+from kd_plugin.lineage.run import RunLineage
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.verdict import NO_ADVICE, Duty, Finding, Verdict
 from kd_plugin.lineage.verify import Problem, VerifyReport, verify

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.errors import LicenseRefusedError, LineageError
+from kd_plugin.errors import LineageError
 from kd_plugin.lineage import hashing, obligations
 from kd_plugin.lineage import write as files
 from kd_plugin.lineage.background import is_large
@@ -21,7 +21,7 @@ from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.config import LineageConfig, load_config
 from kd_plugin.lineage.declared import Declared, match_datasets, match_teachers, registry_of, shipped_student
 from kd_plugin.lineage.discovery import Found, checkpoint_node, discover, record_overrides, with_weights
-from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph, Node
+from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph
 from kd_plugin.lineage.overrides import Override, in_force
 from kd_plugin.lineage.place import lineage_directory
 from kd_plugin.lineage.policy import evaluate
@@ -30,7 +30,7 @@ from kd_plugin.lineage.registry import Registry
 from kd_plugin.lineage.shares import Place, Shares
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.terms import Terms
-from kd_plugin.lineage.verdict import NO_ADVICE, Finding, Student, Verdict
+from kd_plugin.lineage.verdict import NO_ADVICE, Finding, Student, Verdict, refuse
 
 logger = logging.getLogger(__name__)
 _VERSIONS = ("torch", "transformers", "trl", "lightning", "kd-plugin")
@@ -123,7 +123,7 @@ class RunLineage:
         Raises:
             LicenseRefusedError: names every source, clause and piece of evidence, and the way out.
         """
-        _refuse(self.verdict.refusals, "Training is refused by the terms of its sources", self._remedy)
+        refuse(self.verdict.refusals, "Training is refused by the terms of its sources", self._remedy)
         for finding in self.verdict.findings if not self._warned else ():
             logger.warning("license lineage: %s: %s", finding.severity, finding)
         self._warned = True
@@ -143,7 +143,7 @@ class RunLineage:
         if directory is not None:
             load_record(directory)
         verdict = self._judge(self.graph, {**self.config.use, "distribute": True}, self._overrides_in_force)
-        _refuse(verdict.publication_stops, "Publishing is refused by the terms of the sources", self._remedy)
+        refuse(verdict.publication_stops, "Publishing is refused by the terms of the sources", self._remedy)
 
     def write(self, directory: str | Path, *, step: int, parent: str | Path | None = None) -> None:
         """Write ``LICENSES/``, ``NOTICE``, ``bom.cdx.json``, the card and, last, ``lineage.json`` beside the weights.
@@ -340,58 +340,6 @@ class RunLineage:
             "versions": {name: _version(name) for name in _VERSIONS},
             **({"changes": list(self.changes)} if self.changes else {}),
         }
-
-
-def outputs_record(
-    teacher: Source,
-    datasets: Sequence[Source] = (),
-    config: Mapping[str, Any] | str | Path | None = None,
-) -> dict[str, Any]:
-    """Return the lineage that a teacher cache carries in its manifest: nodes and edges, sorted, JSON-ready.
-
-    Args:
-        teacher: who fills the cache.
-        datasets: what the teacher is shown.
-        config: the user's ``lineage`` field.
-
-    Raises:
-        LicenseRefusedError: the teacher's terms forbid training on its outputs, or nothing is known of them.
-    """
-    declared = load_config(config)
-    registry = registry_of(declared)
-    sources = [*match_teachers([teacher], declared), *match_datasets(datasets, declared)]
-    behind = [with_weights(discover(one.source, registry, repo=one.repo), one.source) for one in sources]
-    node = Node("teacher_outputs", f"outputs of {behind[0].node.label}")
-    edges = []
-    for one, found in zip(sources, behind, strict=True):
-        kind: EdgeKind = "distilled_logits" if one.source.signal == "logits" else "trained_on_outputs"
-        if one.source.kind == "dataset":
-            kind = "trained_on"
-        edges.append(Edge(node.id, found.node.id, kind, one.source.name))
-    graph = Graph.of([node], edges).merged(*(found.graph for found in behind))
-    used = graph.merged(Graph.of([], [Edge(SELF, node.id, edges[0].kind)]))
-    overrides = tuple(sorted({*declared.overrides, *(o for found in behind for o in found.overrides)}))
-    today = datetime.now(UTC).date().isoformat()
-    date = declared.run.get("date") or today
-    student = shipped_student(declared, registry)
-    verdict = evaluate(used, registry.terms, declared.use, student, in_force(overrides, today), date)
-
-    def remedy(finding: Finding) -> str:
-        is_contract = finding.terms in registry.terms and registry.terms[finding.terms].kind == "service"
-        if finding.code == "unknown_license" and finding.node == behind[0].node.id and not is_contract:
-            name = teacher.name
-            return f"declare its licence, `own` if it is yours: `lineage: {{teachers: {{{name}: {{license: mit}}}}}}`"
-        return finding.remedy
-
-    _refuse(verdict.refusals, "Capturing is refused by the terms of its sources", remedy)
-    record: dict[str, Any] = graph.to_json()
-    return {**record, "overrides": [o.to_json() for o in overrides]} if overrides else record
-
-
-def _refuse(findings: Sequence[Finding], headline: str, remedy: Any) -> None:
-    if findings:
-        lines = [f"- {replace(finding, remedy=remedy(finding))}" for finding in findings]
-        raise LicenseRefusedError("\n".join([f"{headline}.", *lines, NO_ADVICE]))
 
 
 def _version(name: str) -> str | None:

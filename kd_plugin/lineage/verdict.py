@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from kd_plugin.errors import LicenseRefusedError
 
 Decision = Literal["allow", "allow_with_duties", "overridden", "conditional", "unknown", "block"]
 DECISIONS: tuple[Decision, ...] = ("allow", "allow_with_duties", "overridden", "conditional", "unknown", "block")
@@ -144,3 +146,19 @@ class Verdict:
             "duties": [duty.to_json() for duty in self.obligations],
             "findings": [finding.to_json() for finding in self.findings],
         }
+
+
+def refuse(findings: Sequence[Finding], headline: str, remedy: Callable[[Finding], str]) -> None:
+    """Raise if there are findings.
+
+    Args:
+        findings: what stands in the way.
+        headline: what is refused, without a full stop.
+        remedy: the way out of a finding, in the user's own terms.
+
+    Raises:
+        LicenseRefusedError: names every finding.
+    """
+    if findings:
+        lines = [f"- {replace(finding, remedy=remedy(finding))}" for finding in findings]
+        raise LicenseRefusedError("\n".join([f"{headline}.", *lines, NO_ADVICE]))
