@@ -87,10 +87,8 @@ def verify_shard(cache: Path, unit: Unit, whole: bool = True) -> Path:
         CacheCorruptionError: it is missing or differs; says which rows are lost and how to redo just those.
     """
     path = cache / unit.file
-    redo = (
-        f"Lost: {unit.rows_lost}. To redo just those, delete {path} and units/{unit.index:05d}.json and run the "
-        "same capture again."
-    )
+    record = cache / "units" / f"{unit.index:05d}.json"
+    redo = f"Lost: {unit.rows_lost}. To redo just those, delete {path} and {record} and run the same capture again."
     if not path.is_file():
         raise CacheCorruptionError(f"{path} is missing. {redo}")
     if path.stat().st_size != unit.bytes:

@@ -15,7 +15,7 @@ verify    read every byte; name each file that differs, the rows that are lost, 
 fidelity  what each setting of a capture would keep of the teacher, before it is begun
 merge     join caches of the same teacher and settings over different data into a new one; or put caches of several
           teachers over the same examples together, for training on all of them at once
-append    capture more data into a finished cache; takes the settings of `kd-plugin capture`
+append    capture more data into a finished cache: its directory, then the settings of `kd-plugin capture`
 Exit codes: 0 good, 1 refused, damaged or unfinished, 2 wrong usage.
 """
 
@@ -29,7 +29,8 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] == "append":
         from kd_plugin.cli.capture import main as capture
 
-        return capture(argv[1:], append=True)
+        named = len(argv) > 1 and not argv[1].startswith("-")  # as the others take it
+        return capture(["--output_dir", *argv[1:]] if named else argv[1:], append=True)
     parser = argparse.ArgumentParser(
         prog="kd-plugin cache", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -86,16 +87,19 @@ def _info(directory: Path, as_json: bool) -> int:
     settings = manifest.settings
     size, entries = sum(u.bytes for u in manifest.units), sum(u.entries for u in manifest.units)
     done = "finished" if manifest.complete else f"{len(manifest.units)} of {manifest.unit_count} units"
-    kept = ", ".join(f"{name} {value}" for name, value in describe(settings.targets).items() if name != "kind")
-    tokens = max(manifest.tokens, 1)
+    tokens = manifest.tokens
+    described = describe(settings.targets)
+    kept = ", ".join(f"{name} {value}" for name, value in described.items() if name != "kind")
+    listed = f", {entries / tokens:.1f} tokens listed a position" if tokens else ""
+    each = f", {size / tokens:.1f} bytes a position with its tokens" if tokens else ""
     placed = f"in {settings.dtype}" if settings.dtype else "on a server"
     lines = {
         "teacher": f"{settings.teacher or 'unnamed'} {placed}, temperature {settings.temperature}",
-        "targets": f"{describe(settings.targets)['kind']} ({kept}), {entries / tokens:.1f} tokens listed a position",
+        "targets": f"{described['kind']} ({kept}){listed}",
         "state": f"{done}, begun {manifest.created}, finished {manifest.finished or 'not yet'}",
         "examples": f"{manifest.rows} ({dropped_text(manifest.dropped)})",
         "positions": f"{manifest.tokens} with a target",
-        "size": f"{size / 1e6:.1f} MB, {size / tokens:.1f} bytes a position with its tokens",
+        "size": f"{size / 1e6:.1f} MB{each}",
         "vocabulary": f"{settings.vocab_size} tokens, fingerprint {settings.tokenizer[:12]}",
         "digest": manifest.content_digest,
     }

@@ -1,6 +1,8 @@
 """``kd-plugin capture`` and ``kd-plugin cache``."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -104,6 +106,29 @@ def test_appended_data_follow_what_was_there(teacher, tmp_path):
         capture(first, teacher, tmp_path, **options)
     with pytest.raises(ConfigError, match="targets:"):
         capture(prompt_rows(30)[16:], teacher, tmp_path, append=True, **{**options, "targets": TopK(3)})
+
+
+def test_append_takes_the_directory_first_as_the_others_do(config, tmp_path, capsys):
+    assert main(["capture", "--config", config, "--k=5"]) == 0
+    more = tmp_path / "more.jsonl"
+    more.write_text("\n".join(json.dumps(row) for row in prompt_rows(16)[9:]))
+    assert main(["cache", "append", str(tmp_path / "c"), "--config", config, "--k=5", f"--dataset={more}"]) == 0
+    capsys.readouterr()
+    assert main(["cache", "verify", str(tmp_path / "c")]) == 0
+    assert "5 units" in capsys.readouterr().out
+
+
+def test_what_verify_says_to_delete_is_there_and_the_same_command_redoes_it(config, tmp_path, capsys):
+    assert main(["capture", "--config", config]) == 0
+    before = shards_of(tmp_path / "c")
+    flip(tmp_path / "c" / "data" / "00001.parquet", 500)
+    assert main(["cache", "verify", str(tmp_path / "c")]) == 1
+    shard, record = re.search(r"delete (\S+) and (\S+) and", capsys.readouterr().err).groups()
+    Path(shard).unlink()
+    Path(record).unlink()
+    assert main(["capture", "--config", config]) == 0
+    assert shards_of(tmp_path / "c") == before
+    assert main(["cache", "verify", str(tmp_path / "c")]) == 0
 
 
 def test_merged_caches_hold_the_rows_of_all(teacher, tmp_path):

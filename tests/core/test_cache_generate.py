@@ -256,13 +256,16 @@ def test_filters_that_cannot_be_are_refused(teacher, tmp_path):
         capture(prompts(2), teacher, tmp_path / "d", **options(filter="tests.core.cache_filters:confused"))
 
 
-def test_a_dataset_of_which_nothing_is_left_is_one_clear_error(teacher, tmp_path, caplog):
+def test_a_dataset_of_which_nothing_is_left_is_one_clear_error(teacher, tmp_path, caplog, capsys):
     def never(completion, row):
         return False
 
     with pytest.raises(DataError, match=r"Nothing is left of 5 rows: every completion was dropped \(15 filtered\)"):
         capture(prompts(5), teacher, tmp_path / "c", **options(filter=never))
     assert "Rows 0 to 3: nothing was kept (12 filtered)" in caplog.text  # long before the end
+    assert main(["cache", "info", str(tmp_path / "c")]) == 0
+    said = capsys.readouterr().out
+    assert "0 (15 dropped: 15 filtered)" in said and "bytes a position" not in said
     with pytest.raises(ConfigError, match=r"filter: .*never' against None"):
         capture(prompts(5), teacher, tmp_path / "c", **options())
 
