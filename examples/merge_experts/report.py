@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -30,31 +30,44 @@ def recovered(results: Accuracies, found: Mapping[str, float]) -> dict[str, floa
 
 
 def write_report(results: Accuracies, directory: Path) -> None:
-    """Write ``results.md`` and ``results.png``: accuracy in each domain, and the least share of a gain recovered."""
+    """Write ``results.md`` and ``results.png``: accuracy in each domain, and the least share of a gain recovered.
+
+    A recipe's numbers are the means of its seeds, with the lowest and the highest seed beside them.
+    """
     lines = [
         "| model | " + " | ".join(DOMAINS) + " | least gain recovered | seeds |",
         "|---|" + "---:|" * (len(DOMAINS) + 2),
     ]
-    rows: dict[str, dict[str, float]] = {}
-    for name, found in grouped(results).items():
-        rows[name] = {domain: mean(run[domain] for run in found) for domain in DOMAINS}
-        least = "" if name.startswith(("base", "expert")) else f"{min(recovered(results, rows[name]).values()):.2f}"
-        cells = " | ".join(f"{rows[name][domain]:.2f}" for domain in DOMAINS)
-        lines.append(f"| {name} | {cells} | {least} | {len(found)} |")
+    groups = grouped(results)
+    for name, runs in groups.items():
+        means = {domain: mean(run[domain] for run in runs) for domain in DOMAINS}
+        least = "" if name.startswith(("base", "expert")) else f"{min(recovered(results, means).values()):.2f}"
+        cells = " | ".join(_cell([run[domain] for run in runs]) for domain in DOMAINS)
+        lines.append(f"| {name} | {cells} | {least} | {len(runs)} |")
     (directory / "results.md").write_text("\n".join(lines) + "\n")
-    _plot(rows, directory / "results.png")
+    _plot(groups, directory / "results.png")
 
 
-def _plot(rows: Mapping[str, Mapping[str, float]], path: Path) -> None:
+def _cell(values: Sequence[float]) -> str:
+    spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{spread}"
+
+
+def _plot(groups: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 4))
-    width = 0.8 / len(rows)
-    for i, (name, found) in enumerate(rows.items()):
-        axes.bar([d + i * width for d in range(len(DOMAINS))], [found[d] for d in DOMAINS], width, label=name)
+    width = 0.8 / len(groups)
+    for i, (name, runs) in enumerate(groups.items()):
+        values = [[run[domain] for run in runs] for domain in DOMAINS]
+        means = [mean(seeds) for seeds in values]
+        below = [m - min(seeds) for m, seeds in zip(means, values, strict=True)]
+        above = [max(seeds) - m for m, seeds in zip(means, values, strict=True)]
+        places = [d + i * width for d in range(len(DOMAINS))]
+        axes.bar(places, means, width, label=name, yerr=[below, above], error_kw={"elinewidth": 0.8})
     axes.set_xticks([d + 0.4 - width / 2 for d in range(len(DOMAINS))], list(DOMAINS))
     axes.set_ylabel("held-out accuracy")
     axes.set_ylim(0, 1)

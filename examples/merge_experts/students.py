@@ -32,7 +32,7 @@ class Recipe:
     name: str
     offline: float
     averaged: bool = False
-    divergence: str = "reverse_kl"
+    divergence: str = "forward_kl"
 
 
 RECIPES = (

@@ -13,14 +13,7 @@ from typing import Any
 # Short questions that a model of 135M parameters cannot answer at first and can learn to.
 DOMAINS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-    "number_filtering": {
-        "min_numbers": 3,
-        "max_numbers": 3,
-        "min_decimals": 0,
-        "max_decimals": 0,
-        "min_value": 0,
-        "max_value": 99,
-    },
+    "word_sequence_reversal": {"min_words": 3, "max_words": 3},
     "family_relationships": {"min_family_size": 4, "max_family_size": 4},
 }
 HELD_OUT_SEED = 7  # training seeds start at 1000
