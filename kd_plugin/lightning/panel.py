@@ -23,7 +23,7 @@ from kd_plugin.lightning.offline import load_tokenizer
 from kd_plugin.lightning.panel_objective import PanelObjective
 from kd_plugin.lightning.panel_settings import PanelSettings
 from kd_plugin.lightning.placing import place_teachers, require_placeable
-from kd_plugin.lightning.rollouts import RolloutWriter, require_one_process
+from kd_plugin.lightning.rollouts import RolloutWriter
 from kd_plugin.lightning.starting import StartKeeper
 from kd_plugin.lightning.step import WINDOW, DistillingStep, Prepared, require_mapping
 from kd_plugin.lightning.student import as_trained, find_student, shards_the_student
@@ -113,16 +113,16 @@ class TeacherPanelCorrection(StudentCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the trainer, the module, the panel and the licenses; keep the student's start if it is anchored."""
+        anchored = stage == "fit" and self.settings.anchor_weight > 0.0
+        if stage == "fit":
+            self.settings.require_one_process(trainer.world_size)
+        if anchored and shards_the_student(trainer):
+            raise ConfigError(
+                "anchor_weight keeps a whole copy of the student, and ZeRO-3 and FSDP2 shard it. Name the start as "
+                "a teacher of the panel instead: combine='weighted_kl', with the student's own path as one teacher."
+            )
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        require_one_process(self.settings, trainer.world_size)
-        if self.settings.anchor_weight > 0.0:
-            if shards_the_student(trainer):
-                raise ConfigError(
-                    "anchor_weight keeps a whole copy of the student, and ZeRO-3 and FSDP2 shard it. Name the start as "
-                    "a teacher of the panel instead: combine='weighted_kl', with the student's own path as one teacher."
-                )
+        if anchored:
             self._keeper = StartKeeper(pl_module, functools.partial(self._keep_start, pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from kd_plugin.errors import ConfigError
 from kd_plugin.lightning.panel_settings import PanelSettings
 from kd_plugin.lightning.writing import Rollouts, assembled, generated, pad_token, render, responses, writing
 from kd_plugin.panel import Assignment, TeacherPanel
@@ -130,17 +129,4 @@ class RolloutWriter:
             device=module.device,
             step=module.trainer.global_step,
             seed=self.seed,
-        )
-
-
-def require_one_process(settings: PanelSettings, world_size: int) -> None:
-    """Refuse interleaved rollouts on several ranks.
-
-    Raises:
-        ConfigError: ranks would wait for one another after different numbers of rounds.
-    """
-    if settings.rollouts == "interleaved" and world_size > 1:
-        raise ConfigError(
-            f"rollouts='interleaved' runs in a single process, and there are {world_size}: ranks would wait for one "
-            "another after different numbers of rounds. Let the student write alone (rollouts='student')."
         )

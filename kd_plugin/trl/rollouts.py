@@ -112,11 +112,6 @@ class RolloutMixin:
 
     def _interleaved(self, rows: Sequence[int], prompts: list[list[int]]) -> list[list[int]]:
         """Write ``prompts`` with the panel at the student's elbow."""
-        if self.use_vllm or self.accelerator.num_processes > 1:  # type: ignore[attr-defined]
-            raise ConfigError(
-                "rollouts='interleaved' needs transformers generation in a single process: ranks would wait for one "
-                "another after different numbers of rounds. Set use_vllm=False, or let the student write alone."
-            )
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,  # type: ignore[attr-defined]

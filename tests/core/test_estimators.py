@@ -86,6 +86,54 @@ class TestSampled:
             fused_sampled_divergence(leaves[0], own, tokens[:-1], logp)
 
 
+class TestOffPolicy:
+    """Tokens that another policy drew: the ratio of now to then makes their mean the reverse KL's gradient again."""
+
+    POSITIONS, DRAWS = 6, 3000
+
+    @pytest.fixture(params=["an older student", "another temperature"])
+    def deviations(self, request):
+        """Return a function that gives the estimate's deviation from the exact gradient, in standard errors squared.
+
+        It is the mean over positions and hidden units, so 1 for an unbiased estimate, whatever its variance.
+        """
+        model, judge, older = tiny_llama(seed=1), tiny_llama(seed=2), tiny_llama(seed=1)
+        draw = torch.Generator().manual_seed(0)
+        if request.param == "an older student":
+            for parameter in older.parameters():
+                parameter.data += 0.03 * torch.randn(parameter.shape, generator=draw)
+        ids = rows()[0][:1, : self.POSITIONS]
+        with torch.no_grad():
+            hidden = model.base_model(ids).last_hidden_state[0]
+            teacher_logits = judge(ids).logits[0]
+            behaviour = older(ids).logits[0]
+        behaviour = (behaviour / (1.0 if request.param == "an older student" else 2.0)).log_softmax(-1)
+        head = OutputHead(model.lm_head.weight.detach(), None, 259)
+        leaf = hidden.clone().requires_grad_()
+        exact = divergence_from_logits(head.logits(leaf), teacher_logits, Divergence("reverse_kl"), 1.0).sum()
+        (exact,) = torch.autograd.grad(exact, leaf)
+        tokens = torch.multinomial(behaviour.exp(), self.DRAWS, replacement=True, generator=draw)
+        logp, logb = (x.gather(1, tokens).flatten() for x in (teacher_logits.log_softmax(-1), behaviour))
+
+        def measured(corrected, bounds=(0.0, math.inf)):
+            drawn = hidden.repeat_interleave(self.DRAWS, 0).requires_grad_()
+            loss = fused_sampled_divergence(
+                drawn, head, tokens.flatten(), logp, behaviour_logprobs=logb if corrected else None, ratio_bounds=bounds
+            )
+            (gradient,) = torch.autograd.grad(loss.loss_sum, drawn)
+            gradient = gradient.view(self.POSITIONS, self.DRAWS, -1)
+            error = gradient.std(1) / self.DRAWS**0.5
+            return float((((gradient.mean(1) - exact) / error) ** 2).mean())
+
+        return measured
+
+    def test_the_ratio_takes_the_bias_away_and_its_bounds_bring_little_back(self, deviations):
+        with_ratio, bounded, without = deviations(True), deviations(True, (0.5, 2.0)), deviations(False)
+        assert with_ratio < 1.5, "unbiased: one standard error, squared"
+        assert without > 5, "biased by far more than chance"
+        assert bounded < without / 2
+
+
 class TestListing:
     def test_written_and_student_tokens_are_listed_once_with_the_rest_exact(self):
         signal = teacher(1)

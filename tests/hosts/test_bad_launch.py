@@ -102,6 +102,17 @@ class TestTheTrlTrainersRefuse:
         with pytest.raises(ConfigError, match=r"Teacher 'a' is an adapter.*FSDP"):
             panel(None, AdapterTeacher(tmp_path / "adapter", license="own"))
 
+    def test_interleaved_rollouts_on_several_ranks(self, panel, monkeypatch):
+        monkeypatch.setattr(TeacherPanelConfig, "world_size", 2)
+        with pytest.raises(ConfigError, match=r"'interleaved' runs in a single process, and there are 2"):
+            panel(None, rollouts="interleaved")
+        with pytest.raises(AssertionError, match="a model was loaded"):
+            panel(None, rollouts="student")
+
+    def test_interleaved_rollouts_from_vllm(self, panel):
+        with pytest.raises(ConfigError, match=r"'interleaved' needs transformers generation.*use_vllm=False"):
+            panel(None, rollouts="interleaved", use_vllm=True)
+
     def test_nothing_else(self, panel):
         with pytest.raises(AssertionError, match="a model was loaded"):
             panel(deepspeed_config(3))
@@ -123,16 +134,16 @@ class TestLightningRefuses:
     @pytest.fixture
     def setup(self, student_dir, teacher_dir):
         """Call the panel callback's setup under a DeepSpeed strategy, as the trainer does before it loads anything."""
-        from lightning.pytorch.strategies import DeepSpeedStrategy
+        from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
         from kd_plugin.lightning import TeacherPanelCorrection, TeacherPanelModule
 
-        def call(config, teacher=teacher_dir):
-            strategy = DeepSpeedStrategy(config=config)
+        def call(config, teacher=teacher_dir, **fields):
+            strategy = ModelParallelStrategy(2, 1) if config == "FSDP2" else DeepSpeedStrategy(config=config)
             data = SimpleNamespace(hparams={"batch_size": 2})
             trainer = SimpleNamespace(strategy=strategy, world_size=2, accumulate_grad_batches=3, datamodule=data)
             module = TeacherPanelModule(student_dir, teacher_models={"a": teacher_dir})
-            TeacherPanelCorrection({"a": teacher}).setup(trainer, module, "fit")
+            TeacherPanelCorrection({"a": teacher}, **fields).setup(trainer, module, "fit")
 
         return call
 
@@ -157,6 +168,15 @@ class TestLightningRefuses:
     def test_a_placement_that_cannot_be(self, setup, teacher_dir):
         with pytest.raises(ConfigError, match=r"Teacher 'a' has placement='offload'.*ZeRO-3"):
             setup({"zero_optimization": {"stage": 3}}, LocalTeacher(teacher_dir, placement="offload"))
+
+    @pytest.mark.parametrize("sharding", [{"zero_optimization": {"stage": 3}}, "FSDP2"], ids=["ZeRO-3", "FSDP2"])
+    def test_an_anchor_beside_a_student_in_shards(self, setup, sharding):
+        with pytest.raises(ConfigError, match=r"anchor_weight keeps a whole copy .* ZeRO-3 and FSDP2 shard it"):
+            setup(sharding, anchor_weight=0.1)
+
+    def test_interleaved_rollouts_on_several_ranks(self, setup):
+        with pytest.raises(ConfigError, match=r"'interleaved' runs in a single process, and there are 2"):
+            setup({"zero_optimization": {"stage": 1}}, rollouts="interleaved")
 
 
 def student(hidden=64, layers=2):
