@@ -35,7 +35,7 @@ def batch_targets(
         were sampled.
     """
     if labels is None:
-        labels = _labels_of_targets(torch.as_tensor(indices))
+        labels = labels_of_targets(torch.as_tensor(indices))
     rows, length = labels.shape
     padded = torch.full((rows, length), -1, dtype=torch.int64)
     if rows == len(indices):
@@ -80,7 +80,7 @@ def not_in_cache(cache: object, what: str, where: str) -> DataError:
     )
 
 
-def _labels_of_targets(indices: Tensor) -> Tensor:
+def labels_of_targets(indices: Tensor) -> Tensor:
     """Return labels (B, L) that score the positions with a target, and name no token: -1 counts, -100 does not."""
     scored = torch.roll(indices >= 0, 1, dims=1)
     scored[:, 0] = False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.cache.alignment import Alignment, require_aligned
-from kd_plugin.cache.joining import batch_targets, not_in_cache
+from kd_plugin.cache.joining import batch_targets, labels_of_targets, not_in_cache
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.cache.together import is_together, open_members
 from kd_plugin.errors import ConfigError, DataError
@@ -107,6 +107,11 @@ class JointCache:
         return [member.column for member in self.members]
 
     @property
+    def digests(self) -> dict[str, float]:
+        """The weight of each cache, by the digest of its content."""
+        return {member.cache.manifest.content_digest: member.weight for member in self.members}
+
+    @property
     def sources(self) -> list[Source]:
         """The caches as ancestors of what is trained on them."""
         return [member.cache.source for member in self.members]
@@ -164,18 +169,20 @@ class JointCache:
         """Return the error for a sequence that no cache holds."""
         return not_in_cache(self, "A row of a streamed dataset", f"it starts {list(input_ids[:8])}")
 
-    def targets(self, labels: Tensor, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def targets(self, labels: Tensor | None, indices: Mapping[str, Sequence[Sequence[int]] | Tensor]) -> dict[str, Any]:
         """Gather the targets of a batch, as :func:`batch_targets` does.
 
         Args:
-            labels: (B, L).
-            examples: the rows of the batch, with the columns of :attr:`columns`.
+            labels: (B, L). None scores the positions that have a target of any member, and takes (B, L) ``indices``.
+            indices: by name in :attr:`columns` that column of the batch, as :func:`batch_targets` takes it.
 
         Returns:
             The targets of the first member, and under ``others`` a list with those of each other one at the positions
             that it holds. ``weights`` are the members' own, scaled to sum to one over those that hold a position.
         """
-        found = [batch_targets(m.cache, labels, [example[m.column] for example in examples]) for m in self.members]
+        if labels is None:
+            labels = labels_of_targets(torch.stack([torch.as_tensor(indices[c]) for c in self.columns]).amax(0))
+        found = [batch_targets(m.cache, labels, indices[m.column]) for m in self.members]
         weights_MN = torch.stack([t["weights"] * m.weight for t, m in zip(found, self.members, strict=True)])
         total_N = weights_MN.sum(0)
         weights_MN = weights_MN / torch.where(total_N > 0, total_N, 1.0)

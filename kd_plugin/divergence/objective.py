@@ -70,13 +70,19 @@ class OfflineObjective:
                 teachers share positions, the same of each further one, without labels.
 
         Returns:
-            The sum over teachers. Metrics are the student's own; ``kd`` is the first teacher's.
+            The sum over teachers; of several, ``kd`` is their weighted sum.
         """
         hidden = hidden.to(head.weight.device)
         loss = self._loss(hidden, head, target)
-        for other in target.get("others", ()):  # type: ignore[var-annotated]
-            loss = replace(loss, loss_sum=loss.loss_sum + self._loss(hidden, head, other).loss_sum)
-        return loss
+        if "others" not in target:
+            return loss
+        kd = loss.kd * target["weights"].to(loss.kd)
+        for other in target["others"]:
+            further = self._loss(hidden, head, other)
+            where = torch.searchsorted(target["positions"], other["positions"]).to(kd.device)
+            kd.index_add_(0, where, further.kd * other["weights"].to(kd))
+            loss = replace(loss, loss_sum=loss.loss_sum + further.loss_sum)
+        return replace(loss, kd=kd)
 
     def _loss(self, hidden: Tensor, head: OutputHead, target: Mapping[str, Tensor]) -> SparseLoss:
         device, labels = hidden.device, target.get("labels")

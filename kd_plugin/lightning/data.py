@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from kd_plugin.cache import TeacherCache
-from kd_plugin.cache.joining import TARGET, batch_targets
+from kd_plugin.cache.joining import TARGET
+from kd_plugin.cache.joint import JointCache
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lightning.loader import ResumableLoader
 from kd_plugin.lightning.step import SAMPLES, WINDOW, WINDOW_TOKENS
@@ -26,7 +26,7 @@ class KDDataModule(LightningDataModule):
     micro-batches of different lengths give the gradient of one large batch.
 
     Args:
-        cache: directory of a teacher cache, for offline KD.
+        cache: directory of a teacher cache, for offline KD; or a mapping from directories to weights, an offline panel.
         prompts: rows with ``prompt`` (text or messages), with ``teacher_id`` or ``domain`` where the panel needs them,
             and ``completion`` where ``on_policy_fraction`` is below 1: a JSON or Parquet file, a directory of
             ``save_to_disk``, or a hub id.
@@ -51,7 +51,7 @@ class KDDataModule(LightningDataModule):
 
     def __init__(
         self,
-        cache: str | None = None,
+        cache: dict[str, float] | str | None = None,
         prompts: str | None = None,
         validation_rows: int = 0,
         samples: str | None = None,
@@ -74,7 +74,7 @@ class KDDataModule(LightningDataModule):
         self.rows: Any = None
         self.validation: Any = None
         self.samples: Any = None
-        self._cache: TeacherCache | None = None
+        self._cache: JointCache | None = None
 
     def setup(self, stage: str) -> None:
         """Open the rows; nothing is copied into memory."""
@@ -118,7 +118,7 @@ class KDDataModule(LightningDataModule):
         )
 
     def _cached_rows(self) -> Any:
-        self._cache = TeacherCache(self.hp.cache, allow_partial=self.hp.allow_partial)
+        self._cache = JointCache.open(self.hp.cache, allow_partial=self.hp.allow_partial)
         rows = self._cache.dataset()
         width = self.hp.max_length
         if width is None:
@@ -134,7 +134,8 @@ class KDDataModule(LightningDataModule):
         trained = _padded([torch.as_tensor(row["completion_mask"][cut]).long() for row in rows], 0)
         labels = torch.where(trained == 1, input_ids, -100)
         assert self._cache is not None
-        target = batch_targets(self._cache, labels, [row["teacher_index"][cut] for row in rows])
+        indices = {column: [row[column][cut] for row in rows] for column in self._cache.columns}
+        target = self._cache.targets(labels, indices)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, TARGET: target}
 
 

@@ -12,9 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from kd_plugin.cache import TeacherCache
-from kd_plugin.cache.alignment import require_aligned
-from kd_plugin.cache.joining import TARGET, batch_targets
+from kd_plugin.cache.joining import TARGET
+from kd_plugin.cache.joint import Caches, JointCache
 from kd_plugin.divergence import Divergence, Tail
 from kd_plugin.divergence.objective import OfflineObjective
 from kd_plugin.errors import ConfigError
@@ -27,10 +26,9 @@ from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
-_INDEX = "teacher_index"
 _WAY_OUT = (
     "Train on TeacherCache(...).dataset(), or add TeacherCache(...).teacher_index(input_ids) to each row, and let the "
-    "collator pad it with -1."
+    "collator pad it with -1; of several caches OfflineKD(...).cache has dataset(), and indices(input_ids) for all."
 )
 
 
@@ -39,11 +37,13 @@ class OfflineKD(StudentCallback):
 
     The module holds a transformers causal language model somewhere, and its ``training_step`` returns a loss. The
     batch carries, beside ``input_ids``, ``teacher_index`` (B, L): for each token the number of its target in the
-    cache, -1 for none. The loss becomes ``ce_weight`` times the module's own plus ``kd_weight`` times the divergence,
+    cache, -1 for none; of several caches the further ones have ``teacher_index_1`` and so on, as ``cache.columns``
+    says. The loss becomes ``ce_weight`` times the module's own plus ``kd_weight`` times the divergence,
     in nats a scored token.
 
     Args:
-        cache: the teacher cache, or its directory.
+        cache: the teacher cache or its directory; or an offline panel: a list of them, or a mapping from them to
+            weights (see :class:`~kd_plugin.cache.joint.JointCache`).
         student: attribute path of the student, where the module holds several models.
         tokenizer: the student's tokenizer; None reads the one that its ``config`` names.
         divergence: ``forward_kl``, ``reverse_kl``, ``jsd`` (with ``jsd_beta``) or ``skew_kl`` (with ``skew_alpha``).
@@ -57,10 +57,10 @@ class OfflineKD(StudentCallback):
         lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
 
     Raises:
-        ConfigError: an unknown name, or numbers out of range. At setup: no student or several, a ``training_step``
-            that leaves no loss to add to, a strategy that is not supported.
+        ConfigError: an unknown name, or numbers or weights of caches out of range. At setup: no student or several, a
+            ``training_step`` that leaves no loss to add to, a strategy that is not supported.
         LicenseRefusedError: at setup, the terms of the teacher forbid training.
-        VocabularyError: at setup, the cache was captured with another tokenizer.
+        VocabularyError: at setup, a cache was captured with another tokenizer.
         DataError: before the first step, batches have no ``teacher_index``.
     """
 
@@ -68,7 +68,7 @@ class OfflineKD(StudentCallback):
 
     def __init__(
         self,
-        cache: TeacherCache | str | Path,
+        cache: Caches,
         *,
         student: str | None = None,
         tokenizer: Any = None,
@@ -87,7 +87,7 @@ class OfflineKD(StudentCallback):
         self.objective = OfflineObjective(
             Divergence(divergence, beta=jsd_beta, alpha=skew_alpha), temperature, tail, kd_weight, ce_weight
         )
-        self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache, allow_partial=allow_partial)
+        self.cache = JointCache.open(cache, allow_partial=allow_partial)
         super().__init__(student)
         self.tokenizer = tokenizer
         self.lineage = lineage
@@ -95,12 +95,12 @@ class OfflineKD(StudentCallback):
     @property
     def settings(self) -> dict[str, Any]:
         """What decides what the callback does, for the hash in the lineage."""
-        return {"objective": self.objective, "cache": self.cache.manifest.content_digest}
+        return {"objective": self.objective, "cache": self.cache.digests}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the cache, the trainer, the module and the licenses."""
         if stage == "fit":
-            require_aligned(self.cache)
+            self.cache.require_aligned()
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -161,7 +161,7 @@ class OfflineKD(StudentCallback):
         run = start_run(
             method="offline_kd",
             student=student_source(model),
-            outputs=[self.cache.source],
+            outputs=self.cache.sources,
             settings={**dict(module.hparams), **self.settings},
             declared=declared,
         )
@@ -172,7 +172,8 @@ class OfflineKD(StudentCallback):
     def _require(self, batch: Any) -> None:
         require_mapping(batch, "input_ids", _WAY_OUT)
         if TARGET not in batch:
-            require_mapping(batch, _INDEX, _WAY_OUT)
+            for column in self.cache.columns:
+                require_mapping(batch, column, _WAY_OUT)
 
     def _prepare(self, batch: Any) -> Prepared:
         self._require(batch)
@@ -180,9 +181,10 @@ class OfflineKD(StudentCallback):
         target = batch.get(TARGET)
         if target is None:
             # A collator that gathers targets in the loader's workers, as KDDataModule's does, saves this copy
-            target = batch_targets(self.cache, None if labels is None else labels.cpu(), batch[_INDEX].cpu())
+            indices = {column: batch[column].cpu() for column in self.cache.columns}
+            target = self.cache.targets(None if labels is None else labels.cpu(), indices)
         return Prepared(
-            without(batch, _INDEX, TARGET, WINDOW_TOKENS),
+            without(batch, *self.cache.columns, TARGET, WINDOW_TOKENS),
             target,
             labels,
             tuple(batch["input_ids"].shape[:2]),

@@ -17,7 +17,8 @@ class OfflineKDModule(StudentModule):
 
     Args:
         model: the student, a path or hub id.
-        cache: directory of the teacher cache; None takes the data module's.
+        cache: directory of the teacher cache, or a mapping from directories to weights: an offline panel. None takes
+            the data module's.
         divergence: ``forward_kl``, ``reverse_kl``, ``jsd`` (with ``jsd_beta``) or ``skew_kl`` (with ``skew_alpha``).
         jsd_beta: weight of the teacher in jsd.
         skew_alpha: share of the teacher in skew_kl's mixture.
@@ -33,7 +34,7 @@ class OfflineKDModule(StudentModule):
     def __init__(
         self,
         model: str,
-        cache: str | None = None,
+        cache: dict[str, float] | str | None = None,
         divergence: str = "forward_kl",
         jsd_beta: float = 0.5,
         skew_alpha: float = 0.1,

@@ -26,5 +26,7 @@ class TeacherTargetCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate ``examples``, and add under ``teacher_target`` what :meth:`JointCache.targets` gathers."""
         batch = self.inner(examples)
-        batch[TARGET] = self.cache.targets(batch["labels"], examples)
+        batch[TARGET] = self.cache.targets(
+            batch["labels"], {column: [example[column] for example in examples] for column in self.cache.columns}
+        )
         return batch
