@@ -16,8 +16,8 @@ from kd_plugin.lightning.student import (
     require_launchable,
     require_returned_loss,
     require_supported,
-    tell_transformers_of_zero3,
 )
+from kd_plugin.lightning.zero3_building import prepare_for_zero3
 
 
 class StudentCallback(Callback):
@@ -41,7 +41,7 @@ class StudentCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the trainer, the module, the vocabularies and the licenses, before teachers are loaded."""
-        self._zero3 = tell_transformers_of_zero3(trainer)
+        self._zero3 = prepare_for_zero3(trainer)
         self._checked = False
         if stage != "fit":
             return

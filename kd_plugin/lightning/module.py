@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.lightning.student import find_student
 from kd_plugin.lightning.writing import Sampling, render, texts, write
 from kd_plugin.verifying import verifier
+from kd_plugin.zero.teachers import shard_with_fsdp2
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class StudentModule(LightningModule):
         self.model = model.train()
         mesh = self.device_mesh
         if mesh is not None:
-            _shard(model, mesh["data_parallel"])
+            shard_with_fsdp2(model, mesh=mesh["data_parallel"])
 
     def _adapted(self, model: Any) -> Any:
         from peft import LoraConfig, get_peft_model
@@ -170,18 +170,6 @@ class StudentModule(LightningModule):
             steps = 0
         scheduler = get_scheduler(hp["lr_scheduler_type"], optimizer, hp["warmup_steps"], int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def _shard(model: nn.Module, mesh: Any) -> None:
-    """Wrap each transformer layer, and the whole, for FSDP2."""
-    from torch.distributed.fsdp import fully_shard
-
-    backbone = find_student(model).base_model
-    for layers in backbone.children():
-        if isinstance(layers, nn.ModuleList):
-            for layer in layers:
-                fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
 
 
 def _as_text(prompt: Any) -> str:

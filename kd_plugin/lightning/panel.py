@@ -26,14 +26,14 @@ from kd_plugin.lightning.placing import place_teachers, require_placeable
 from kd_plugin.lightning.rollouts import RolloutWriter
 from kd_plugin.lightning.starting import StartKeeper
 from kd_plugin.lightning.step import WINDOW, DistillingStep, Prepared, require_mapping
-from kd_plugin.lightning.student import as_trained, find_student, shards_the_student
+from kd_plugin.lightning.student import as_trained, config_of, find_student, shards_the_student
 from kd_plugin.lightning.watching import PanelWatch
 from kd_plugin.lightning.writing import pad_token, texts
 from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.panel.anchor import Anchor
 from kd_plugin.panel.build import panel_from, require_sampling
-from kd_plugin.panel.checks import check_rows, require_defined_panel, require_one_vocabulary
+from kd_plugin.panel.checks import check_rows, require_adapters_fit, require_defined_panel, require_one_vocabulary
 from kd_plugin.panel.guards import LengthAlarm, starting_student
 from kd_plugin.panel.identity import panel_identity, require_same_panel
 from kd_plugin.panel.metrics import DivergenceTally
@@ -276,7 +276,7 @@ class TeacherPanelCorrection(StudentCallback):
 
     def _check(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel | str) -> None:
         """Pass the license gate, and compare vocabularies and placements; none of it needs any weights."""
-        require_placeable(self.panel, trainer, shard_teachers=self.settings.shard_teachers)
+        require_placeable(trainer, shard_teachers=self.settings.shard_teachers)
         declared = self.lineage if self.lineage is not None else declared_lineage(trainer)
         self._run = start_run(
             method="teacher_panel",
@@ -288,6 +288,8 @@ class TeacherPanelCorrection(StudentCallback):
         )
         lineage_of(trainer, self._run, module)
         self._compare_vocabularies(module, model)
+        reference = model if isinstance(model, str) else model.config._name_or_path or None
+        require_adapters_fit(self.panel, reference, lambda: config_of(model))
         require_fitting(self._caches, self._vocabulary)
         self._checked = True
 

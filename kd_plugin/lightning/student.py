@@ -107,8 +107,13 @@ def require_launchable(trainer: Trainer, student: PreTrainedModel | str) -> None
         require_batches(
             config, micro_batch=rows, accumulation=trainer.accumulate_grad_batches, ranks=trainer.world_size
         )
-    require_student(config, AutoConfig.from_pretrained(student) if isinstance(student, str) else student.config)
+    require_student(config, config_of(student))
     require_offload(config)
+
+
+def config_of(student: PreTrainedModel | str) -> Any:
+    """Return the configuration of a student, or of the reference that it will be loaded from."""
+    return AutoConfig.from_pretrained(student) if isinstance(student, str) else student.config
 
 
 def require_returned_loss(module: LightningModule) -> None:
@@ -144,23 +149,6 @@ def loss_of(output: Any, module: LightningModule) -> Any:
             "loss, or a dictionary with the key 'loss': distillation is added to it."
         )
     return loss
-
-
-def tell_transformers_of_zero3(trainer: Trainer) -> Any:
-    """Let transformers load models sharded under ZeRO-3; keep what this returns alive while the trainer lives.
-
-    Without it ``from_pretrained`` in ``configure_model`` fails: transformers initialises weights that DeepSpeed has
-    sharded already, and knows nothing of that.
-
-    Returns:
-        transformers' handle of the configuration, or None where ZeRO-3 is not in use.
-    """
-    strategy = trainer.strategy
-    if not isinstance(strategy, DeepSpeedStrategy) or not strategy.zero_stage_3:
-        return None
-    from transformers.integrations import HfDeepSpeedConfig
-
-    return HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **(strategy.config or {})})
 
 
 def shards_the_student(trainer: Trainer) -> bool:

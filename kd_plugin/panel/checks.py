@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from kd_plugin.divergence.spec import Divergence
@@ -101,30 +102,24 @@ def check_rows(dataset: Any, name: str, panel: TeacherPanel) -> None:
             panel.assign(row)
 
 
-def require_placements(panel: TeacherPanel, sharding: str | None, refused: Collection[str]) -> None:
-    """Refuse teachers whose placement cannot be under the host's sharding, before anything is loaded.
+def require_adapters_fit(panel: TeacherPanel, reference: str | None, config: Callable[[], Any]) -> None:
+    """Refuse adapters on the student's base that were trained on another one, before the student is loaded.
 
     Args:
         panel: the teachers.
-        sharding: what the host cuts models with, such as ``"ZeRO-3"``; None where it leaves them whole.
-        refused: what that sharding has no room for, of ``"adapter"`` and ``"offload"``.
+        reference: path or hub id of the student, or of its base; None for a model in memory that names none. That of
+            an adapter tells nothing of its base, which is compared once it is there.
+        config: returns the transformers configuration of the student; called where there is such an adapter.
 
     Raises:
-        ConfigError: names the teacher, and the placements that can be.
+        ConfigError: the adapter is for another base.
     """
-    if sharding is None:
+    adapters = [t for t in panel.teachers.values() if isinstance(t, AdapterTeacher) and t.uses_student]
+    if not adapters or (reference is not None and Path(reference, "adapter_config.json").is_file()):
         return
-    for name, teacher in panel.teachers.items():
-        if "adapter" in refused and isinstance(teacher, AdapterTeacher):
-            raise ConfigError(
-                f"Teacher {name!r} is an adapter, which shares the tensors of its base; {sharding} replaces them by "
-                "shards. Merge the adapter into a model of its own, or train without sharding."
-            )
-        if "offload" in refused and isinstance(teacher, LocalTeacher) and teacher.placement == "offload":
-            raise ConfigError(
-                f"Teacher {name!r} has placement='offload', which moves whole models; {sharding} shards them. Use "
-                "placement='resident' here, and the sharding's own offloading."
-            )
+    found = config()
+    for teacher in adapters:
+        teacher.require_student(reference, found)
 
 
 def require_defined_panel(panel: TeacherPanel, divergence: Divergence, temperature: float) -> None:

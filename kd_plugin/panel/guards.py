@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.teachers.adapter import tree_over_same_tensors, without_adapters
 from kd_plugin.teachers.local import LocalTeacher
+from kd_plugin.teachers.trees import tree_over_same_tensors, without_adapters
 from kd_plugin.vocab import Vocabulary
 
 LONGEST_LOOP = 32  # tokens of the sequence that repeats

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.adapter_check import read_adapter, require_base
 from kd_plugin.teachers.in_process import InProcessTeacher
 from kd_plugin.teachers.local import LocalTeacher, resident
+from kd_plugin.teachers.trees import is_tuner, tree_over_same_tensors, with_plain_head, without_adapters
 from kd_plugin.vocab import Vocabulary
 from kd_plugin.zero.sharding import gather_as_it_runs, is_sharded, move
 
@@ -66,6 +66,7 @@ class AdapterTeacher(InProcessTeacher):
         self.adapter = str(adapter)
         self._revision, self._license, self._accept_base = revision, license, accept_base
         self._model: nn.Module | None = None
+        self._gathers = False
         self._student: nn.Module | None = None
         self._student_vocabulary: Vocabulary | None = None
         self.base: LocalTeacher | None = None
@@ -181,7 +182,7 @@ class AdapterTeacher(InProcessTeacher):
                 ) from error
             self._model = model.eval()
             for module in own.modules():
-                if _is_tuner(module):
+                if is_tuner(module):
                     module.requires_grad_(False)
         return self._model
 
@@ -191,18 +192,18 @@ class AdapterTeacher(InProcessTeacher):
         if self.base is not None and not self._changes_head:
             return self.base.head
         inner = self.model.get_base_model()  # type: ignore[operator]
-        return OutputHead.from_model(_with_plain_head(inner), self.vocabulary.size)
+        return OutputHead.from_model(with_plain_head(inner), self.vocabulary.size)
 
     @property
     def _changes_head(self) -> bool:
         module = self.model.get_base_model().get_output_embeddings()  # type: ignore[operator]
-        return _is_tuner(module)
+        return is_tuner(module)
 
     @contextmanager
     def resident(self, device: torch.device | str) -> Iterator[None]:
         """Have base and adapter on ``device`` inside the block."""
         if self.base is None:
-            self.model.to(device)  # the student's tensors are there already; the adapter's follow
+            move(self.model, device, parts=False)  # the student's tensors are there already; the adapter's follow
             yield
             return
         with resident(self.base, device):
@@ -218,7 +219,7 @@ class AdapterTeacher(InProcessTeacher):
         return self._model is not None and is_sharded(self._model)
 
     def run_over_shards(self) -> None:
-        """Gather the base layer by layer in each pass, wherever it is cut by ZeRO-3 when the pass comes.
+        """Gather the base layer by layer in each pass, wherever it is cut when the pass comes; once is enough.
 
         Raises:
             ConfigError: the adapter changes the output head, which would have to be merged into shards.
@@ -229,7 +230,9 @@ class AdapterTeacher(InProcessTeacher):
                 "the two cannot be merged. Merge the adapter into a model of its own, or train it without lm_head in "
                 "target_modules and modules_to_save."
             )
-        gather_as_it_runs(self.model)
+        if not self._gathers:
+            gather_as_it_runs(self.model)
+        self._gathers = True
 
     @property
     def _backbone(self) -> Any:
@@ -238,45 +241,3 @@ class AdapterTeacher(InProcessTeacher):
     @cached_property
     def _config(self) -> Any:
         return read_adapter(self.adapter, self._revision, self.name)
-
-
-def tree_over_same_tensors(model: nn.Module) -> nn.Module:
-    """Copy the modules of ``model``, and none of its parameters: both trees hold the same ones."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    return copy.deepcopy(model, memo)
-
-
-def without_adapters(model: nn.Module) -> nn.Module:
-    """Take the layers of adapters out of a tree, leaving the layers that they wrap."""
-    for name, module in list(model.named_modules()):
-        inner = None
-        if _is_tuner(module):
-            inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module.original_module
-        if inner is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, inner)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-    model._hf_peft_config_loaded = False  # type: ignore[assignment]
-    return model
-
-
-def _with_plain_head(model: nn.Module) -> Any:
-    """Return what :meth:`OutputHead.from_model` reads of a model, with an adapter's change of the head merged in."""
-    module = model.get_output_embeddings()  # type: ignore[operator]
-    if not _is_tuner(module):
-        return model
-    if hasattr(module, "get_base_layer"):
-        own = copy.deepcopy(module)
-        own.merge()
-        plain = own.get_base_layer()
-    else:
-        plain = module.modules_to_save[module.active_adapters[0]]
-    return SimpleNamespace(config=model.config, get_output_embeddings=lambda: plain)
-
-
-def _is_tuner(module: nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper
-
-    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)

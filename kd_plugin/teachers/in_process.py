@@ -17,6 +17,7 @@ class InProcessTeacher(ABC):
 
     def __init__(self) -> None:
         self._call: Callable[..., Tensor] = _call_directly
+        self.is_attached = False
 
     @property
     @abstractmethod
@@ -36,6 +37,7 @@ class InProcessTeacher(ABC):
                 gathered while it runs.
         """
         self._call = call
+        self.is_attached = True
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

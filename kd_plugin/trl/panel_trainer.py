@@ -15,15 +15,14 @@ from kd_plugin.cache import TeacherCache
 from kd_plugin.divergence.finite import require_finite
 from kd_plugin.errors import ConfigError, DataError, ServerError
 from kd_plugin.lineage.start import dataset_sources, student_source
-from kd_plugin.panel import Correction, TeacherPanel, correction_loss, score_rows
+from kd_plugin.panel import Correction, correction_loss, score_rows
 from kd_plugin.panel.build import panel_from, require_sampling
-from kd_plugin.panel.checks import check_rows, require_defined_panel, require_one_vocabulary
+from kd_plugin.panel.checks import check_rows, require_adapters_fit, require_defined_panel, require_one_vocabulary
 from kd_plugin.panel.combining import scored_positions
 from kd_plugin.panel.identity import panel_identity
 from kd_plugin.panel.metrics import DivergenceTally
 from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.signals import OutputHead
-from kd_plugin.teachers import AdapterTeacher
 from kd_plugin.trl.behaviour import padded, recorded
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, lineage_callback, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
@@ -106,7 +105,9 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, ShardedG
         self._vocabulary = load_vocabulary(model, processing_class, args)
         require_one_vocabulary(self.panel, self._vocabulary)
         if isinstance(model, str):
-            _require_adapters_fit(self.panel, model, args)
+            options = {"revision": (args.model_init_kwargs or {}).get("revision")}
+            options["trust_remote_code"] = args.trust_remote_code
+            require_adapters_fit(self.panel, model, lambda: AutoConfig.from_pretrained(model, **options))
         require_fitting(warmup_caches, self._vocabulary)
 
         super().__init__(
@@ -257,18 +258,6 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, ShardedG
             for key, value in self.watched().items():
                 self._metrics[mode][key].append(value)
         super().log(logs, start_time)
-
-
-def _require_adapters_fit(panel: TeacherPanel, model: str, args: TeacherPanelConfig) -> None:
-    """Refuse adapters on the student's base that were trained on another one, before the student is loaded."""
-    adapters = [t for t in panel.teachers.values() if isinstance(t, AdapterTeacher) and t.uses_student]
-    if not adapters:
-        return
-    revision = (args.model_init_kwargs or {}).get("revision")
-    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
-    for teacher in adapters:
-        if not Path(model, "adapter_config.json").is_file():
-            teacher.require_student(model, config)
 
 
 def _named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:

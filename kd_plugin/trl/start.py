@@ -14,7 +14,7 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import RunLineage, Source, load_record
 from kd_plugin.lineage.start import start_run
 from kd_plugin.panel import TeacherPanel
-from kd_plugin.panel.checks import require_placements
+from kd_plugin.teachers import AdapterTeacher
 from kd_plugin.vocab import Vocabulary
 from kd_plugin.zero.consolidate import require_resumable
 from kd_plugin.zero.preflight import require_batches, require_offload, require_student
@@ -87,10 +87,8 @@ def require_launchable(
             placement cannot be, or ``resume_from_checkpoint`` holds another number of ranks' shards.
     """
     plugin: Any = args.deepspeed_plugin
-    if panel is not None:
-        # Under DeepSpeed adapters gather their base as they run, and an offloaded teacher's shards rest on the host
-        sharding = "FSDP" if plugin is None and _uses_fsdp(args) else None
-        require_placements(panel, sharding, refused=("adapter",))
+    if panel is not None and plugin is None and _uses_fsdp(args):
+        _require_no_adapters(panel)
     if plugin is None:
         return
     config = plugin.hf_ds_config.config
@@ -114,6 +112,16 @@ def resumed_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     if resume_from_checkpoint is True or str(resume_from_checkpoint).lower() == "true":
         return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
     return str(resume_from_checkpoint) if resume_from_checkpoint else None
+
+
+def _require_no_adapters(panel: TeacherPanel) -> None:
+    """Refuse adapter teachers under FSDP, where accelerate puts others in the place of the base's parameters."""
+    for name, teacher in panel.teachers.items():
+        if isinstance(teacher, AdapterTeacher):
+            raise ConfigError(
+                f"Teacher {name!r} is an adapter, which shares the tensors of its base; accelerate's FSDP replaces "
+                "them by shards. Merge the adapter into a model of its own, or train under DeepSpeed."
+            )
 
 
 def _uses_fsdp(args: TrainingArguments) -> bool:

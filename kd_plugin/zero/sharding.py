@@ -70,11 +70,11 @@ def whole_on_each_rank() -> Iterator[None]:
 
 
 def gather_as_it_runs(model: nn.Module) -> None:
-    """Let each layer of ``model`` be whole while it runs, where its parameters are cut by ZeRO-3, and no longer.
+    """Let each layer of ``model`` be whole while it runs, where its parameters are cut, and no longer.
 
-    For a module tree over parameters that another tree shards: DeepSpeed's own hooks belong to that other tree. Every
+    For a module tree over parameters that another tree shards: a wrapper's own hooks belong to that other tree. Every
     rank must run the tree at the same time. Layers are those of the outermost ``ModuleList``; nothing is fetched
-    ahead, so a pass takes longer than a DeepSpeed engine's.
+    ahead, so a pass takes longer than a wrapper's own.
     """
     layers = outermost_layers(model)
     within = {id(module) for layer in layers for module in layer.modules()}
@@ -100,7 +100,7 @@ def _gather_around(module: nn.Module, *, recurse: bool) -> None:
     open_blocks: list[AbstractContextManager[Any]] = []
 
     def before(_: nn.Module, __: Any) -> None:
-        block = gathering(module.parameters(recurse=recurse))
+        block = _whole(module.modules() if recurse else [module])
         block.__enter__()
         open_blocks.append(block)
 
@@ -111,17 +111,40 @@ def _gather_around(module: nn.Module, *, recurse: bool) -> None:
     module.register_forward_hook(after, always_call=True)
 
 
-def move(model: nn.Module, device: torch.device | str) -> None:
+@contextmanager
+def _whole(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have the parameters that ``modules`` own themselves whole inside the block; a collective call."""
+    owned = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+    with gathering([p for _, _, p in owned]):
+        cut = [(parameters, name, p) for parameters, name, p in owned if hasattr(p, "full_tensor")]
+        for parameters, name, p in cut:
+            parameters[name] = whole_now(p)
+        try:
+            yield
+        finally:
+            for parameters, name, p in cut:
+                parameters[name] = p
+
+
+def move(model: nn.Module, device: torch.device | str, *, parts: bool = True) -> None:
     """Move ``model`` to ``device``, or this rank's part of it where it is cut by ZeRO-3.
 
-    Layers of such a model are gathered on the device that the ranks compute on, wherever their parts rest.
+    Layers of such a model are gathered on the device that the ranks compute on, wherever their parts rest. What FSDP2
+    cut stays where FSDP2 has it.
+
+    Args:
+        model: any model.
+        device: where to.
+        parts: False leaves the parts of what is cut alone, and moves what is whole.
     """
-    if not any(hasattr(p, "ds_status") for p in model.parameters()):
+    if not is_sharded(model):
         model.to(device)
         return
-    for parameter in model.parameters():
-        part = getattr(parameter, "ds_tensor", None)
-        held = parameter if part is None else part
+    for tensor in (*model.parameters(), *model.buffers()):
+        part = getattr(tensor, "ds_tensor", None)
+        if hasattr(tensor, "full_tensor") or (part is not None and not parts):
+            continue
+        held = tensor if part is None else part
         held.data = held.data.to(device)
 
 

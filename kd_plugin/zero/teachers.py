@@ -43,13 +43,16 @@ def shard_for_inference(model: nn.Module, config: Mapping[str, Any]) -> Any:
     return engine
 
 
-def through_engine(engine: Any) -> Callable[..., Any]:
-    """Return what runs a method of the wrapped model as a forward pass of its engine.
+def through(wrapper: nn.Module, model: nn.Module) -> Callable[..., Any]:
+    """Return what runs a method of ``model`` as a forward pass of its wrapper.
 
-    The engine counts what a pass gathered when its own ``forward`` ends, so a method that is called beside it would
-    have it gather from a list that grows for ever. The result goes into ``InProcessTeacher.attach``.
+    A wrapper gathers what its own ``forward`` needs and lets go of it at the end, so a method that is called beside it
+    would find parts. The result goes into ``InProcessTeacher.attach``.
+
+    Args:
+        wrapper: a DeepSpeed engine, for example; ``model`` itself where FSDP2 cut it, or where nothing wraps it.
+        model: inside of it.
     """
-    model = engine.module
 
     def call(method: Callable[..., Any], *inputs: Any) -> Any:
         own = model.__dict__.get("forward")
@@ -66,7 +69,7 @@ def through_engine(engine: Any) -> Callable[..., Any]:
 
         model.forward = redirected
         try:
-            return engine(*inputs)
+            return wrapper(*inputs)
         finally:
             restore()
 
@@ -74,15 +77,16 @@ def through_engine(engine: Any) -> Callable[..., Any]:
 
 
 def shard_with_fsdp2(model: nn.Module, **options: Any) -> nn.Module:
-    """Cut a frozen, whole ``model`` over all ranks with FSDP2, in place: each layer a unit, the rest another.
+    """Cut a whole ``model`` over all ranks with FSDP2, in place: each layer a unit, the rest another.
 
     Args:
         model: the same on each rank.
-        **options: those of ``fully_shard``, such as ``mesh``, ``mp_policy`` and ``offload_policy``.
+        **options: those of ``fully_shard``, such as ``mesh``, ``mp_policy`` and ``reshard_after_forward``, which is
+            to be true of a model that has no backward pass.
     """
     from torch.distributed.fsdp import fully_shard
 
     for layer in outermost_layers(model):
-        fully_shard(layer, reshard_after_forward=True, **options)
-    fully_shard(model, reshard_after_forward=True, **options)
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
     return model

@@ -141,7 +141,9 @@ class TestLightningRefuses:
         def call(config, teacher=teacher_dir, **fields):
             strategy = ModelParallelStrategy(2, 1) if config == "FSDP2" else DeepSpeedStrategy(config=config)
             data = SimpleNamespace(hparams={"batch_size": 2})
-            trainer = SimpleNamespace(strategy=strategy, world_size=2, accumulate_grad_batches=3, datamodule=data)
+            trainer = SimpleNamespace(
+                strategy=strategy, world_size=2, accumulate_grad_batches=3, datamodule=data, callbacks=[]
+            )
             module = TeacherPanelModule(student_dir, teacher_models={"a": teacher_dir})
             TeacherPanelCorrection({"a": teacher}, **fields).setup(trainer, module, "fit")
 
@@ -165,9 +167,10 @@ class TestLightningRefuses:
         with pytest.raises(ConfigError, match=r"offloads to nvme.*op async_io cannot be had here: libaio.h is missing"):
             setup({"zero_optimization": {"stage": 3, "offload_param": nvme}})
 
-    def test_a_placement_that_cannot_be(self, setup, teacher_dir):
-        with pytest.raises(ConfigError, match=r"Teacher 'a' has placement='offload'.*ZeRO-3"):
-            setup({"zero_optimization": {"stage": 3}}, LocalTeacher(teacher_dir, placement="offload"))
+    def test_an_adapter_for_another_student(self, setup, teacher_dir, tmp_path):
+        LoraConfig(base_model_name_or_path=teacher_dir).save_pretrained(tmp_path / "adapter")
+        with pytest.raises(ConfigError, match=r"Teacher 'a': the adapter .* was trained on '.*', and the base is '.*'"):
+            setup({"zero_optimization": {"stage": 3}}, AdapterTeacher(tmp_path / "adapter", name="a", license="own"))
 
     @pytest.mark.parametrize("sharding", [{"zero_optimization": {"stage": 3}}, "FSDP2"], ids=["ZeRO-3", "FSDP2"])
     def test_an_anchor_beside_a_student_in_shards(self, setup, sharding):

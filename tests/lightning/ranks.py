@@ -11,10 +11,14 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from peft import get_peft_model
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
 
-from kd_plugin.lightning import KDDataModule, OfflineKDModule, TeacherPanelModule
+from kd_plugin.lightning import KDDataModule, OfflineKDModule, TeacherPanelCorrection, TeacherPanelModule
+from tests.hosts.runs import LORA
 from tests.lightning.help import Losses
 
 STEPS = 4
@@ -50,16 +54,50 @@ def strategy(name):
     return DeepSpeedOnCPU(config=config, process_group_backend="gloo")
 
 
+class Own(LightningModule):
+    """A module as users write them, with a PEFT student that it loads and shards itself."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.net = None
+
+    def configure_model(self):
+        if self.net is None:
+            base = AutoModelForCausalLM.from_pretrained(self.model, dtype="float32")
+            self.net = get_peft_model(base, LORA)
+            if self.device_mesh is not None:
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        return self.net(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+
+
+def built(settings, callbacks):
+    """Return the module of a job, ready or a user's own, and add what teaches a user's to ``callbacks``."""
+    given = dict(settings["model"])
+    if settings.get("own"):
+        module = Own(given.pop("model"))
+        callbacks.append(TeacherPanelCorrection(**given))
+        return module
+    kind = TeacherPanelModule if {"teacher_models", "panel"} & set(given) else OfflineKDModule
+    return kind(**{"learning_rate": 1e-3, "lr_scheduler_type": "constant", **given})
+
+
 def fit(name, directory, settings, steps, ckpt_path=None):
     """Train to ``steps``, and return the mean over ranks of each step's loss."""
     ranks = 1 if name == "single" else 2
-    kind = TeacherPanelModule if "teacher_models" in settings["model"] else OfflineKDModule
-    module = kind(**{"learning_rate": 1e-3, "lr_scheduler_type": "constant", **settings["model"]})
-    data = KDDataModule(batch_size=4 // ranks, shuffle=False, **settings["data"])
     seen = Losses()
+    callbacks = [seen]
+    torch.manual_seed(0)
+    module = built(settings, callbacks)
+    data = KDDataModule(batch_size=4 // ranks, shuffle=False, **settings["data"])
     trainer = Trainer(
         strategy=strategy(name), accelerator="cpu", devices=ranks, max_steps=steps, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=[seen],
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=callbacks,
         default_root_dir=directory, log_every_n_steps=1,
     )  # fmt: skip
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=False)
@@ -72,10 +110,12 @@ def main(name, directory, given):
     for job, settings in json.loads(Path(given).read_text()).items():
         checkpoint = Path(directory) / f"{job}.ckpt"
         found[job], trainer = fit(name, directory, settings, STEPS)
+        if not settings.get("saved", True):
+            continue
         trainer.save_checkpoint(checkpoint)
         found[f"{job} resumed"], trainer = fit(name, directory, settings, STEPS + 1, checkpoint)
-        if trainer.is_global_zero:
-            (Path(directory) / "losses.json").write_text(json.dumps(found))
+    if trainer.is_global_zero:
+        (Path(directory) / "losses.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

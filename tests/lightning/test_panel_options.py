@@ -142,5 +142,5 @@ def test_bad_values(teachers, tmp_path, student_dir):
         TeacherPanelCorrection(teachers, on_policy_fraction=2)
     with pytest.raises(ConfigError, match="Did you mean 'stop'"):
         TeacherPanelCorrection(teachers, alarm_action="stp")
-    with pytest.raises(ConfigError, match=r"shard_teachers needs DeepSpeed, and the strategy is SingleDeviceStrategy"):
+    with pytest.raises(ConfigError, match=r"needs DeepSpeed or FSDP2, and the strategy is SingleDeviceStrategy"):
         run(tmp_path, student_dir, teachers, shard_teachers=True)
