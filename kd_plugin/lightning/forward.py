@@ -30,9 +30,12 @@ class StudentOutput(ModelOutput):
 
     Attributes:
         loss: mean cross-entropy of the labels, in nats; without a graph.
+        loss_sum: what is trained on, with its graph: FSDP2 readies a module's backward pass by what its forward pass
+            returned, and a model whose only FSDP2 unit is its root would not train without.
     """
 
     loss: Tensor | None = None
+    loss_sum: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,7 +158,7 @@ class DistillingForward:
         call.found = self.objective.loss(hidden, head, call.target)
         if labels is not None:
             call.own = call.found.own_mean()
-        output = StudentOutput(loss=call.own)
+        output = StudentOutput(loss=call.own, loss_sum=call.found.loss_sum)
         output.__dict__["logits_from"] = (head, hidden)
         return output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
@@ -17,6 +19,7 @@ from kd_plugin.lightning.student import shards_the_student
 from kd_plugin.panel.generation import decode_with, writes_row_by_row
 from kd_plugin.panel.responses import StopLoops, until_end
 from kd_plugin.panel.rollouts import left_padded
+from kd_plugin.zero.teachers import through
 
 
 @dataclass(frozen=True)
@@ -163,14 +166,15 @@ def generated(
     config.update(**arguments)
     if not together and writes_row_by_row(config):
         arguments = {"custom_generate": decode_with(sampling.draws), **arguments}
-    return model.generate(
+    write = functools.partial(model.generate, synced_gpus=together, use_cache=True, **arguments)
+    if isinstance(module.trainer.strategy, ModelParallelStrategy) and hasattr(model, "get_base_model"):
+        # PEFT's `generate` runs the model inside, past what FSDP2 gathers when the PEFT model itself is called
+        write = functools.partial(through(model, model), write)
+    return write(
         input_ids=ids.to(module.device),
         attention_mask=mask.to(module.device),
         pad_token_id=pad_token(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
-        synced_gpus=together,
-        use_cache=True,
-        **arguments,
     )
 
 

@@ -15,15 +15,16 @@ from torch import nn
 def tree_over_same_tensors(model: nn.Module) -> nn.Module:
     """Copy the modules of ``model``, and none of its parameters: both trees hold the same ones.
 
-    What a wrapper put on the modules of ``model`` stays theirs: their hooks, and the classes that FSDP2 gives them. The
-    copy of a model that is cut over ranks must gather for itself, see
+    What a wrapper put on the modules of ``model`` stays theirs: hooks, FSDP2's state and the classes that it gives them.
+    The copy of a model that is cut over ranks must gather for itself, see
     :func:`~kd_plugin.zero.sharding.gather_as_it_runs`.
     """
     with _without_fsdp2(model):
         memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
         for module in model.modules():
-            hooks = [value for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)]
-            memo |= {id(registered): type(registered)() for registered in hooks}
+            # torch 2.13: what FSDP2 knows of a module is in its attributes too
+            theirs = [v for k, v in vars(module).items() if "_hooks" in k or k.startswith("__composable_api_state")]
+            memo |= {id(kept): type(kept)() for kept in theirs if isinstance(kept, dict)}
         return copy.deepcopy(model, memo)
 
 

@@ -54,12 +54,12 @@ def through(wrapper: nn.Module, model: nn.Module) -> Callable[..., Any]:
         model: inside of it.
     """
 
-    def call(method: Callable[..., Any], *inputs: Any) -> Any:
+    def call(method: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
         own = model.__dict__.get("forward")
 
-        def redirected(*args: Any) -> Any:
+        def redirected(*args: Any, **kwargs: Any) -> Any:
             restore()  # the method may want the real forward
-            return method(*args)
+            return method(*args, **kwargs)
 
         def restore() -> None:
             if own is None:
@@ -69,7 +69,7 @@ def through(wrapper: nn.Module, model: nn.Module) -> Callable[..., Any]:
 
         model.forward = redirected
         try:
-            return wrapper(*inputs)
+            return wrapper(*inputs, **named)
         finally:
             restore()
 
