@@ -170,6 +170,7 @@ class AdapterTeacher(InProcessTeacher):
                     f"Teacher {self.name!r} is an adapter on the student's base; no student is there yet."
                 )
             own = without_adapters(tree_over_same_tensors(inner))
+            self._require_makeable(own)
             try:
                 # PEFT draws initial weights before it loads: a run whose teachers load late would draw other tokens
                 with torch.random.fork_rng():
@@ -185,6 +186,15 @@ class AdapterTeacher(InProcessTeacher):
                 if is_tuner(module):
                     module.requires_grad_(False)
         return self._model
+
+    def _require_makeable(self, base: nn.Module) -> None:
+        """Refuse DoRA over what FSDP2 cut; under ZeRO-3 PEFT gathers the weights that it reads."""
+        if getattr(self._config, "use_dora", False) and any(hasattr(p, "full_tensor") for p in base.parameters()):
+            raise ConfigError(
+                f"Teacher {self.name!r} is a DoRA adapter, which is made from the weights of its base, and FSDP2 cut "
+                "them over ranks. Give it a base of its own with placement='offload', which stays whole, or merge the "
+                "adapter into a model of its own."
+            )
 
     @cached_property
     def head(self) -> OutputHead:

@@ -15,8 +15,8 @@ from torch import nn
 def tree_over_same_tensors(model: nn.Module) -> nn.Module:
     """Copy the modules of ``model``, and none of its parameters: both trees hold the same ones.
 
-    What a wrapper put on the modules of ``model`` stays theirs: hooks, FSDP2's state and the classes that it gives them.
-    The copy of a model that is cut over ranks must gather for itself, see
+    What a wrapper put on the modules of ``model`` stays theirs: hooks, FSDP2's state, and the classes that it gives
+    them. The copy of a model that is cut over ranks must gather for itself, see
     :func:`~kd_plugin.zero.sharding.gather_as_it_runs`.
     """
     with _without_fsdp2(model):

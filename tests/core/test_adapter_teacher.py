@@ -94,6 +94,14 @@ def test_a_panel_unites_bases_of_the_same_path(base_dir, adapters):
     assert first.head.weight is second.head.weight
 
 
+def test_dora_over_what_fsdp2_cut_is_refused(base_dir, adapters):
+    base = LocalTeacher(base_dir, dtype="float32")
+    base.model.model.norm.weight.full_tensor = None  # what tells a DTensor
+    with pytest.raises(ConfigError, match=r"'expert' is a DoRA adapter.*FSDP2 cut.*placement='offload'"):
+        logits(AdapterTeacher(adapters["dora"], base=base, name="expert"), rows())
+    assert AdapterTeacher(adapters["lora"], base=base).model is not None
+
+
 class TestOnTheStudentsBase:
     @pytest.fixture
     def student(self, base_dir):
