@@ -23,7 +23,13 @@ from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.adapter_check import read_adapter, require_base
 from kd_plugin.teachers.in_process import InProcessTeacher
 from kd_plugin.teachers.local import LocalTeacher, resident
-from kd_plugin.teachers.trees import is_tuner, tree_over_same_tensors, with_plain_head, without_adapters
+from kd_plugin.teachers.trees import (
+    is_tuner,
+    plain_stand_ins,
+    tree_over_same_tensors,
+    with_plain_head,
+    without_adapters,
+)
 from kd_plugin.vocab import Vocabulary
 from kd_plugin.zero.sharding import gather_as_it_runs, is_sharded, move
 
@@ -173,7 +179,7 @@ class AdapterTeacher(InProcessTeacher):
             self._require_makeable(own)
             try:
                 # PEFT draws initial weights before it loads: a run whose teachers load late would draw other tokens
-                with torch.random.fork_rng():
+                with torch.random.fork_rng(), plain_stand_ins(own):
                     model = PeftModel.from_pretrained(
                         own, self.adapter, config=copy.deepcopy(self._config), is_trainable=False
                     )
@@ -188,12 +194,13 @@ class AdapterTeacher(InProcessTeacher):
         return self._model
 
     def _require_makeable(self, base: nn.Module) -> None:
-        """Refuse DoRA over what FSDP2 cut; under ZeRO-3 PEFT gathers the weights that it reads."""
-        if getattr(self._config, "use_dora", False) and any(hasattr(p, "full_tensor") for p in base.parameters()):
+        """Refuse an adapter that copies whole layers of what FSDP2 cut; under ZeRO-3 PEFT gathers what it copies."""
+        copied = getattr(self._config, "modules_to_save", None)
+        if copied and any(hasattr(p, "full_tensor") for p in base.parameters()):
             raise ConfigError(
-                f"Teacher {self.name!r} is a DoRA adapter, which is made from the weights of its base, and FSDP2 cut "
-                "them over ranks. Give it a base of its own with placement='offload', which stays whole, or merge the "
-                "adapter into a model of its own."
+                f"Teacher {self.name!r} is an adapter with layers of its own (modules_to_save: {', '.join(copied)}), "
+                "and FSDP2 cut those of its base over ranks. Give it a base of its own with placement='offload', which "
+                "stays whole, or merge the adapter into a model of its own."
             )
 
     @cached_property

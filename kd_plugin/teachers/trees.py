@@ -49,6 +49,24 @@ def _without_fsdp2(model: nn.Module) -> Iterator[None]:
             module.__class__ = kind
 
 
+@contextmanager
+def plain_stand_ins(tree: nn.Module) -> Iterator[None]:
+    """Have empty tensors of their shapes in the place of parameters that FSDP2 cut, inside the block.
+
+    PEFT (0.21) takes a DTensor for one of tensor parallelism, and would make its layers for the local part.
+    """
+    held = [(m._parameters, k, p) for m in tree.modules() for k, p in m._parameters.items() if p is not None]
+    cut = [(parameters, name, p) for parameters, name, p in held if hasattr(p, "full_tensor")]
+    for parameters, name, p in cut:
+        stand_in = torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)
+        parameters[name] = nn.Parameter(stand_in, requires_grad=False)
+    try:
+        yield
+    finally:
+        for parameters, name, p in cut:
+            parameters[name] = p
+
+
 def without_adapters(model: nn.Module) -> nn.Module:
     """Take the layers of adapters out of a tree, leaving the layers that they wrap."""
     for name, module in list(model.named_modules()):

@@ -94,12 +94,14 @@ def test_a_panel_unites_bases_of_the_same_path(base_dir, adapters):
     assert first.head.weight is second.head.weight
 
 
-def test_dora_over_what_fsdp2_cut_is_refused(base_dir, adapters):
+def test_layers_of_its_own_over_what_fsdp2_cut_are_refused(base_dir, adapters):
     base = LocalTeacher(base_dir, dtype="float32")
-    base.model.model.norm.weight.full_tensor = None  # what tells a DTensor
-    with pytest.raises(ConfigError, match=r"'expert' is a DoRA adapter.*FSDP2 cut.*placement='offload'"):
-        logits(AdapterTeacher(adapters["dora"], base=base, name="expert"), rows())
-    assert AdapterTeacher(adapters["lora"], base=base).model is not None
+    weight = base.model.model.layers[0].self_attn.q_proj.weight
+    weight.full_tensor = None  # what tells a DTensor
+    with pytest.raises(ConfigError, match=r"'expert' .*modules_to_save: lm_head.*FSDP2 cut.*placement='offload'"):
+        logits(AdapterTeacher(adapters["whole head"], base=base, name="expert"), rows())
+    made = AdapterTeacher(adapters["dora"], base=base).model
+    assert any(parameter is weight for parameter in made.parameters())
 
 
 class TestOnTheStudentsBase:
