@@ -14,6 +14,7 @@ from kd_plugin.lightning.student import (
     builds_later,
     find_student,
     require_launchable,
+    require_resumable_ranks,
     require_returned_loss,
     require_supported,
 )
@@ -46,6 +47,7 @@ class StudentCallback(Callback):
         if stage != "fit":
             return
         require_supported(trainer)
+        require_resumable_ranks(trainer)
         require_returned_loss(pl_module)
         if not builds_later(pl_module):
             student: PreTrainedModel | str = find_student(pl_module, self.student)

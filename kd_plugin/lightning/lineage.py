@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from kd_plugin.errors import KDError
-from kd_plugin.lightning.student import builds_later, find_student
+from kd_plugin.lightning.student import builds_later, find_student, resumed_from
 from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.place import lineage_directory
 from kd_plugin.lineage.record import RECORD
@@ -72,8 +72,9 @@ class LicenseLineage(Callback):
         """Pass the gate, at the latest now: the model is there, and no batch was seen."""
         if self.run is None:
             self._start(pl_module)
-        if trainer.ckpt_path and (lineage_directory(trainer.ckpt_path) / RECORD).is_file():
-            self._run.resume(trainer.ckpt_path)
+        checkpoint = resumed_from(trainer)
+        if checkpoint and (lineage_directory(checkpoint) / RECORD).is_file():
+            self._run.resume(checkpoint)
 
     def _start(self, module: LightningModule) -> None:
         model = find_student(module, self.student)

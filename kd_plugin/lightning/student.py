@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.zero.consolidate import require_resumable
 from kd_plugin.zero.preflight import require_batches, require_filled, require_offload, require_student
 
 SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)  # DeepSpeedStrategy is a DDPStrategy
@@ -114,6 +116,36 @@ def require_launchable(trainer: Trainer, student: PreTrainedModel | str) -> None
 def config_of(student: PreTrainedModel | str) -> Any:
     """Return the configuration of a student, or of the reference that it will be loaded from."""
     return AutoConfig.from_pretrained(student) if isinstance(student, str) else student.config
+
+
+def require_resumable_ranks(trainer: Trainer) -> None:
+    """Refuse to resume a DeepSpeed checkpoint of another number of ranks; take one in universal format as what it is.
+
+    Raises:
+        ConfigError: says how many ranks wrote it, and how to convert it.
+    """
+    strategy, checkpoint = trainer.strategy, resumed_from(trainer)
+    if not isinstance(strategy, DeepSpeedStrategy) or checkpoint is None:
+        return
+    config: dict[str, Any] = strategy.config or {}
+    if require_resumable(checkpoint, trainer.world_size, config):
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
+
+
+def resumed_from(trainer: Trainer) -> str | Path | None:
+    """Return the checkpoint that ``fit(ckpt_path=...)`` resumes, from setup on.
+
+    Lightning 2.6 tells it in ``trainer.ckpt_path`` once it loads it, which sharding strategies do after students and
+    teachers are there. Until then only the trainer's own running method knows what ``"last"`` and its like resolved to.
+    """
+    if trainer.ckpt_path:
+        return trainer.ckpt_path
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is Trainer._run.__code__ and frame.f_locals.get("self") is trainer:
+            return frame.f_locals.get("ckpt_path")
+        frame = frame.f_back
+    return None
 
 
 def require_returned_loss(module: LightningModule) -> None:

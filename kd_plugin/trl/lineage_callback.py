@@ -268,7 +268,7 @@ class LineageSavingMixin(Trainer):
         checkpoint = resumed_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         if checkpoint and self.is_deepspeed_enabled:
             settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            if require_resumable(checkpoint, self.args.world_size):
+            if require_resumable(checkpoint, self.args.world_size, settings):
                 settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
         if not checkpoint:
             if not getattr(self, "_has_trained", False) and callback is not None:

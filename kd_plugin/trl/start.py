@@ -103,7 +103,7 @@ def require_launchable(
         require_student(config, student)
     checkpoint = resumed_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
     if checkpoint is not None:
-        require_resumable(checkpoint, args.world_size)
+        require_resumable(checkpoint, args.world_size, config)
     require_offload(config)
 
 

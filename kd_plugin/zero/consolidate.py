@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,12 +116,13 @@ def saved_ranks(checkpoint: str | Path) -> int:
     return len(list((checkpoint / shard_tag(checkpoint)).glob("*_optim_states.pt")))
 
 
-def require_resumable(checkpoint: str | Path, ranks: int) -> bool:
+def require_resumable(checkpoint: str | Path, ranks: int, config: Mapping[str, Any]) -> bool:
     """Refuse to resume shards that another number of ranks wrote; return whether they are in universal format.
 
     Args:
         checkpoint: the checkpoint.
         ranks: ranks of this run.
+        config: the DeepSpeed configuration of this run; at stage 0 nothing is cut, so there need be no shards.
 
     Raises:
         ConfigError: says how to convert the checkpoint.
@@ -128,6 +131,9 @@ def require_resumable(checkpoint: str | Path, ranks: int) -> bool:
     if (checkpoint / UNIVERSAL_MARKER).is_file():
         return True
     if not (checkpoint / "latest").is_file():
+        return False
+    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    if stage == 0 and not any(checkpoint.glob("*/*_optim_states.pt")):
         return False
     written = saved_ranks(checkpoint)
     if written == ranks:

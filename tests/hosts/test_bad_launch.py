@@ -1,5 +1,6 @@
 """Each setting that DeepSpeed could not run is one clear error of either host, before any weights are loaded."""
 
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig
+from trl import DistillationTrainer
 
 from kd_plugin.cache import TopK, capture
 from kd_plugin.cli.main import main
@@ -45,6 +47,15 @@ def panel(tmp_path, student_dir, teacher_dir):
         TeacherPanelTrainer(model=student_dir, teacher_models={"a": teacher}, args=config, train_dataset=prompts())
 
     return build
+
+
+def shards(checkpoint, tag, ranks):
+    """Make a directory that looks as if DeepSpeed had saved in it."""
+    (checkpoint / tag).mkdir(parents=True)
+    (checkpoint / "latest").write_text(tag)
+    for rank in range(ranks):
+        (checkpoint / tag / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    return checkpoint
 
 
 def planned(name="Qwen/Qwen2.5-0.5B", stage=3):
@@ -87,11 +98,7 @@ class TestTheTrlTrainersRefuse:
             panel(deepspeed_config(3, offload_optimizer={"device": "cpu"}))
 
     def test_a_checkpoint_of_another_number_of_ranks(self, panel, tmp_path):
-        checkpoint = tmp_path / "out" / "checkpoint-2"
-        (checkpoint / "global_step2").mkdir(parents=True)
-        (checkpoint / "latest").write_text("global_step2")
-        for rank in range(2):
-            (checkpoint / "global_step2" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+        checkpoint = shards(tmp_path / "out" / "checkpoint-2", "global_step2", ranks=2)
         for resume in (str(checkpoint), "true"):
             with pytest.raises(ConfigError, match=r"written by 2 ranks and this run has 1"):
                 panel(deepspeed_config(3), resume_from_checkpoint=resume)
@@ -118,6 +125,49 @@ class TestTheTrlTrainersRefuse:
             panel(deepspeed_config(3))
 
 
+class TestTrainRefuses:
+    """``train(resume_from_checkpoint=...)`` looks at the checkpoint before DeepSpeed loads anything of it."""
+
+    @pytest.fixture
+    def resume(self, tmp_path, student_dir, teacher_dir, monkeypatch):
+        monkeypatch.undo()
+        args = TeacherPanelConfig(**settings(tmp_path / "out"))
+        trainer = TeacherPanelTrainer(student_dir, teacher_dir, args, prompts())
+        config = deepspeed_config(2)
+        monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", SimpleNamespace(deepspeed_config=config))
+        trainer.is_deepspeed_enabled = True
+
+        def begin(*args, **kwargs):
+            raise AssertionError("the parent's training began")
+
+        monkeypatch.setattr(DistillationTrainer, "train", begin)
+
+        def call(checkpoint, stage=2):
+            config["zero_optimization"]["stage"] = stage
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+
+        call.config = config
+        return call
+
+    def test_shards_of_another_number_of_ranks(self, resume, tmp_path):
+        with pytest.raises(ConfigError, match=r"written by 4 ranks and this run has 1.*consolidate .* --universal"):
+            resume(shards(tmp_path / "a", "global_step2", ranks=4))
+        with pytest.raises(AssertionError, match="training began"):
+            resume(shards(tmp_path / "b", "global_step2", ranks=1))
+
+    def test_universal_shards_and_those_of_stage_0_go_on(self, resume, tmp_path):
+        checkpoint = shards(tmp_path / "a", "global_step2", ranks=0)
+        with pytest.raises(AssertionError, match="training began"):
+            resume(checkpoint, stage=0)
+        with pytest.raises(ConfigError, match=r"holds no \*_optim_states.pt"):
+            resume(checkpoint)
+        assert "checkpoint" not in resume.config
+        (checkpoint / "latest_universal").touch()
+        with pytest.raises(AssertionError, match="training began"):
+            resume(checkpoint)
+        assert resume.config["checkpoint"] == {"load_universal": True}
+
+
 def test_the_command_refuses_with_one_line(tmp_path, student_dir, teacher_dir, capsys, monkeypatch):
     monkeypatch.undo()
     rows = Dataset.from_list([{"prompt": "a?", "completion": f" b{i}"} for i in range(4)])
@@ -142,7 +192,12 @@ class TestLightningRefuses:
             strategy = ModelParallelStrategy(2, 1) if config == "FSDP2" else DeepSpeedStrategy(config=config)
             data = SimpleNamespace(hparams={"batch_size": 2})
             trainer = SimpleNamespace(
-                strategy=strategy, world_size=2, accumulate_grad_batches=3, datamodule=data, callbacks=[]
+                strategy=strategy,
+                world_size=2,
+                accumulate_grad_batches=3,
+                datamodule=data,
+                callbacks=[],
+                ckpt_path=None,
             )
             module = TeacherPanelModule(student_dir, teacher_models={"a": teacher_dir})
             TeacherPanelCorrection({"a": teacher}, **fields).setup(trainer, module, "fit")
@@ -171,6 +226,32 @@ class TestLightningRefuses:
         LoraConfig(base_model_name_or_path=teacher_dir).save_pretrained(tmp_path / "adapter")
         with pytest.raises(ConfigError, match=r"Teacher 'a': the adapter .* was trained on '.*', and the base is '.*'"):
             setup({"zero_optimization": {"stage": 3}}, AdapterTeacher(tmp_path / "adapter", name="a", license="own"))
+
+    @pytest.mark.parametrize("universal", [False, True])
+    def test_a_checkpoint_of_another_number_of_ranks(self, universal, tmp_path, student_dir, teacher_dir, monkeypatch):
+        """Through ``fit``: Lightning tells callbacks of ``ckpt_path`` only when everything is loaded."""
+        from lightning.pytorch import Trainer
+
+        from kd_plugin.lightning import KDDataModule, TeacherPanelModule
+        from tests.lightning.ranks import DeepSpeedOnCPU
+
+        monkeypatch.setattr(DeepSpeedOnCPU, "setup_environment", lambda self: None)  # no ranks are needed for it
+        monkeypatch.setattr(DeepSpeedOnCPU, "model_sharded_context", contextlib.nullcontext)
+        checkpoint = shards(tmp_path / "step=2.ckpt", "checkpoint", ranks=4)
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "a?"}\n' * 4)
+        host = Trainer(
+            strategy=DeepSpeedOnCPU(stage=2), accelerator="cpu", devices=1, max_steps=3, logger=False,
+            default_root_dir=tmp_path, enable_progress_bar=False, enable_checkpointing=False,
+        )  # fmt: skip
+        module = TeacherPanelModule(student_dir, teacher_models={"a": teacher_dir})
+        data = KDDataModule(prompts=str(tmp_path / "prompts.jsonl"), batch_size=2)
+        said = pytest.raises(ConfigError, match=r"step=2.ckpt was written by 4 ranks and this run has 1")
+        if universal:
+            (checkpoint / "latest_universal").touch()
+            said = pytest.raises(AssertionError, match="a model was loaded")
+        with said:
+            host.fit(module, datamodule=data, ckpt_path=checkpoint)
+        assert host.strategy.config.get("checkpoint") == ({"load_universal": True} if universal else None)
 
     @pytest.mark.parametrize("sharding", [{"zero_optimization": {"stage": 3}}, "FSDP2"], ids=["ZeRO-3", "FSDP2"])
     def test_an_anchor_beside_a_student_in_shards(self, setup, sharding):

@@ -63,11 +63,13 @@ def test_saved_in_a_thread_of_its_own(tmp_path, student_dir, cache):
     assert [verify(path).exit_code for path in checkpoints(tmp_path / "c")] == [0, 0]
 
 
-def test_a_resumed_run_stays_one_run(tmp_path, student_dir, cache):
+@pytest.mark.parametrize("late", [False, True], ids=["restored first", "restored last, as shards are"])
+def test_a_resumed_run_stays_one_run(late, tmp_path, student_dir, cache, monkeypatch):
     saving = ModelCheckpoint(tmp_path / "c", every_n_train_steps=2, save_top_k=-1, filename="{step}")
     fit(tmp_path, student_dir, cache, [saving], enable_checkpointing=True, max_steps=2)
     first = load_record(tmp_path / "c" / "step=2.ckpt")
     host = trainer(tmp_path, [OfflineKD(cache), saving], enable_checkpointing=True, max_steps=4)
+    monkeypatch.setattr(type(host.strategy), "restore_checkpoint_after_setup", late)
     host.fit(Plain(student_dir), loader(cache), ckpt_path=tmp_path / "c" / "step=2.ckpt", weights_only=False)
     second = load_record(tmp_path / "c" / "step=4.ckpt")
     assert second["run"]["id"] == first["run"]["id"]
