@@ -75,6 +75,9 @@ def train_student(
     whose teachers are adapters on the student's own frozen base.
     """
     offline_steps = round(recipe.offline * steps)
+    start: dict[str, Any] = {"repo": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
+    if recipe.averaged:  # no file says it: PEFT keeps nothing of what add_weighted_adapter was made from
+        start["merged_from"] = [str(expert) for expert in experts.values()]
     trainer = TeacherPanelTrainer(
         model=averaged(base, experts) if recipe.averaged else get_peft_model(load_base(base), lora()),
         teacher_models={name: AdapterTeacher(path, name=name) for name, path in experts.items()},
@@ -97,7 +100,7 @@ def train_student(
             report_to="none",
             use_cpu=not torch.cuda.is_available(),
             seed=seed,
-            lineage={"student": {"repo": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}},
+            lineage={"student": start},
         ),
         train_dataset=Dataset.from_list([{"prompt": p.prompt, "teacher_id": p.domain} for p in problems]),
         processing_class=load_tokenizer(base),

@@ -17,7 +17,8 @@ from kd_plugin.lineage.verdict import FACTS
 
 _KEYS = ("student", "teachers", "datasets", "use", "overrides", "run", "registry")
 _SOURCE_KEYS = ("repo", "revision", "license", "endpoint", "endpoint_terms", "model", "signal", "generated_by", "name")
-_STUDENT_KEYS = ("repo", "revision", "license", "name", "declared_license")
+_STUDENT_KEYS = ("repo", "revision", "license", "name", "declared_license", "merged_from")
+_PARENT_KEYS = ("repo", "revision", "license")
 _RUN_KEYS = ("id", "date", "repo", "commit")
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 64  # deeper flow collections cost a YAML parser quadratic time
@@ -39,6 +40,7 @@ class Declaration:
     generators: tuple[Source, ...] | None = None
     name: str | None = None
     declared_license: str | None = None
+    merged_from: tuple[Source, ...] = ()
 
     def applied_to(self, source: Source) -> Source:
         """Return ``source`` with what is declared here in the place of what it leaves out or says otherwise."""
@@ -195,6 +197,7 @@ def _depth(text: str) -> int:
 def _declaration(value: Any, where: str, keys: tuple[str, ...]) -> Declaration:
     data = dict(_mapping(value, where, keys))
     generated = data.pop("generated_by", None)
+    parents = _parents(data.pop("merged_from", None) or [], f"{where}.merged_from")
     for key, item in data.items():
         if item is not None and not isinstance(item, str):
             raise ConfigError(f"{where}.{key} must be a string, got {item!r}.")
@@ -206,12 +209,26 @@ def _declaration(value: Any, where: str, keys: tuple[str, ...]) -> Declaration:
             "others belong into a registry of your own, as a [[service]] with `hosts`."
         )
     if generated is None:
-        return Declaration(**data)
+        return Declaration(**data, merged_from=parents)
     items = [generated] if isinstance(generated, str | Mapping) else generated
     if not isinstance(items, list | tuple) or not all(isinstance(g, str | Mapping) for g in items):
         raise ConfigError(f"{where}.generated_by must be a list of model names or mappings, got {generated!r}.")
     writers = [_writer(g, f"{where}.generated_by[{i}]") for i, g in enumerate(items) if isinstance(g, Mapping)]
     return Declaration(**data, generated_by=tuple(g for g in items if isinstance(g, str)), generators=tuple(writers))
+
+
+def _parents(value: Any, where: str) -> tuple[Source, ...]:
+    """Read the models or adapters that the student's weights were merged from: references, or mappings with terms."""
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{where} must be a list of paths or hub ids, got {value!r}.")
+    parents = []
+    for i, item in enumerate(value):
+        data = _mapping({"repo": item} if isinstance(item, str | Path) else item, f"{where}[{i}]", _PARENT_KEYS)
+        if not data.get("repo") or not all(isinstance(v, str | Path | None) for v in data.values()):
+            raise ConfigError(f"{where}[{i}] must be a path, a hub id or {{repo: ..., license: ...}}; got {item!r}.")
+        ref = str(data["repo"])
+        parents.append(Source(Path(ref).name, "model", ref, data.get("revision"), data.get("license")))
+    return tuple(parents)
 
 
 def _writer(item: Mapping[str, Any], where: str) -> Source:

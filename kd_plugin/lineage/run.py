@@ -282,6 +282,7 @@ class RunLineage:
         """Find every source; edges start at ``self``."""
         text_edge: EdgeKind = "corrected_by" if self.method == "teacher_panel" else "trained_on_outputs"
         wanted: list[tuple[Declared, EdgeKind]] = [(self.student, "initialized_from")]
+        wanted += [(Declared(parent), "merged_from") for parent in self.config.student.merged_from]
         wanted += [(t, "distilled_logits" if t.source.signal == "logits" else text_edge) for t in self.teachers]
         wanted += [
             (Declared(o), "distilled_logits" if o.signal == "logits" else "trained_on_outputs") for o in self.outputs
@@ -306,6 +307,8 @@ class RunLineage:
             return finding.remedy
         if edge.kind == "initialized_from":
             line = "student: {license: apache-2.0}"
+        elif edge.kind == "merged_from":
+            line = f"student: {{merged_from: [{{repo: .../{edge.role}, license: apache-2.0}}]}}"
         elif edge.target in self.graph.nodes and self.graph.nodes[edge.target].kind == "teacher_outputs":
             return "capture these outputs again, with a kd-plugin that records who taught"
         elif edge.kind == "trained_on" and edge.target != finding.node:

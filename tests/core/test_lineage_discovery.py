@@ -1,11 +1,12 @@
+import hashlib
 from importlib import resources
 
 import pytest
 
-from kd_plugin.errors import LineageError
-from kd_plugin.lineage import RunLineage, Source
+from kd_plugin.errors import LicenseRefusedError, LineageError
+from kd_plugin.lineage import RunLineage, Source, load_record, verify
 from kd_plugin.lineage.discovery import discover
-from kd_plugin.lineage.graph import Evidence, Node
+from kd_plugin.lineage.graph import SELF, Evidence, Graph, Node
 from kd_plugin.lineage.registry import default_registry
 from kd_plugin.lineage.texts import recognise
 from tests.core.lineage_help import checkpoint, model_dir, run_of
@@ -191,3 +192,37 @@ def test_a_card_that_lists_licences_without_end_is_not_understood(tmp_path):
         "501 licences, more than a card can mean"
     ]
     assert find(model_dir(tmp_path, "n", f"license: [{', '.join(['mit'] * 900)}]")).node.licenses == ("mit",)
+
+
+def test_a_student_of_merged_weights_names_each_of_its_parents_by_hash(tmp_path):
+    trained = checkpoint(tmp_path / "out")
+    run_of(tmp_path, "gemma").write(trained, step=1)
+    plain = model_dir(tmp_path, "adapter", "llama3.1")
+    base, saved = model_dir(tmp_path, "base", "mit"), checkpoint(tmp_path, "merged")
+    declared = {"student": {"merged_from": [str(trained), plain]}}
+    run = RunLineage(method="sft", student=Source("student", ref=base), config=declared)
+    run.write(saved, step=1)
+    record = load_record(saved)
+    graph = Graph.from_json(record)
+    mine = [edge for edge in graph.edges if edge.source == SELF]
+    assert sorted(edge.kind for edge in mine) == ["initialized_from", "merged_from", "merged_from"]
+    parents = [graph.nodes[edge.target] for edge in mine if edge.kind == "merged_from"]
+    assert {node.digest for node in parents} == {load_record(trained)["digest"], None}
+    weights = hashlib.sha256((tmp_path / "adapter" / "model.safetensors").read_bytes()).hexdigest()
+    assert {"model.safetensors": weights} in [node.weights for node in parents]
+    assert not any(node.repo for node in parents), "a path is no repository"
+    assert {"gemma", "llama3.1"} <= {i for node in graph.nodes.values() for i in node.licenses}
+    assert {d.terms for d in run.verdict.obligations} >= {"llama3.1"}
+    assert verify(saved).exit_code == 0
+
+
+def test_a_merged_parent_without_terms_is_refused_until_they_are_declared(tmp_path):
+    base, parent = model_dir(tmp_path, "base", "mit"), model_dir(tmp_path, "adapter")
+
+    def gate(item):
+        config = {"student": {"merged_from": [item]}}
+        RunLineage(method="sft", student=Source("student", ref=base), config=config).require_trainable()
+
+    with pytest.raises(LicenseRefusedError, match=r"merged_from: \[\{repo: \.\.\./adapter, license: apache-2.0\}\]"):
+        gate(parent)
+    gate({"repo": parent, "license": "own"})

@@ -7,6 +7,7 @@ import pytest
 from examples.merge_experts.report import recovered
 from examples.merge_experts.run import Options, main
 from examples.merge_experts.tasks import DOMAINS, held_out, training
+from kd_plugin.lineage import load_record
 
 
 def test_it_runs_from_experts_to_report_and_goes_on_where_it_was(tmp_path, teacher_dir, capsys):
@@ -23,6 +24,12 @@ def test_it_runs_from_experts_to_report_and_goes_on_where_it_was(tmp_path, teach
     assert "| offline KD |" in (tmp_path / "out" / "results.md").read_text()
     assert (tmp_path / "out" / "results.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "out" / "students" / "panel-0" / "lineage.json").exists()
+
+    record = load_record(tmp_path / "out" / "students" / "average, then panel-0")
+    merged = {edge["to"] for edge in record["edges"] if edge["kind"] == "merged_from"}
+    assert merged == {edge["to"] for edge in record["edges"] if edge["kind"] == "distilled_logits"}
+    experts = {load_record(tmp_path / "out" / "experts" / domain)["digest"] for domain in DOMAINS}
+    assert {node["digest"] for node in record["nodes"] if node["id"] in merged} == experts
 
     written = (tmp_path / "out" / "students" / "panel-0" / "lineage.json").stat().st_mtime_ns
     main(options)
