@@ -1,4 +1,4 @@
-"""``kd-plugin doctor --launch``: check on all ranks what a long run relies on, and name the rank that differs."""
+"""``kd-plugin doctor``: check what a long run relies on, here or on all ranks, and name the rank that differs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from datetime import timedelta
 
 from kd_plugin.cli.config import as_yaml, parse_settings
 from kd_plugin.errors import ConfigError
-from kd_plugin.zero.launch_check import LaunchSettings, check_launch, with_plan
+from kd_plugin.zero.launch_check import LaunchSettings, check_launch, own_problems, with_plan
 
 _DESCRIPTION = """\
-Run it under the launcher that will train, with as many nodes and ranks:
+Alone it checks this machine: servers, memory, disk, and locks that a killed build of a DeepSpeed op left behind.
+With --launch run it under the launcher that will train, with as many nodes and ranks:
   torchrun --nnodes 2 --nproc_per_node 8 ... -m kd_plugin doctor --launch --output_dir /shared/out
-Compares versions, teachers and caches of all ranks, reaches servers, runs each kind of collective, and sees whether
-memory and disk suffice and the output directory is shared. Exit codes: 0 good, 1 a rank differs; it is named.
+That also compares versions, teachers and caches of all ranks, runs each kind of collective, and sees whether the
+output directory is shared. Exit codes: 0 good, 1 a problem; the rank that differs is named.
 """
 
 
@@ -27,7 +28,9 @@ def main(argv: Sequence[str]) -> int:
         print(as_yaml(parsed.settings))
         return 0
     if "launch" not in parsed.flags:
-        raise ConfigError("say what to check: --launch, under torchrun or accelerate launch.")
+        if parsed.settings.teachers or parsed.settings.caches:
+            raise ConfigError("teachers and caches are compared between ranks: add --launch, under torchrun.")
+        return _report("this machine", own_problems(with_plan(parsed.settings)))
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         raise ConfigError(
             "RANK and MASTER_ADDR are not set, so this is no launched rank. Run it under the launcher: torchrun "
@@ -43,9 +46,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         problems = check_launch(settings)
         if dist.get_rank() == 0:
-            for problem in problems:
-                print(problem, file=sys.stderr)
-            print(f"{dist.get_world_size()} ranks: " + ("good" if not problems else f"{len(problems)} problems"))
+            _report(f"{dist.get_world_size()} ranks", problems)
     finally:
         dist.destroy_process_group()
+    return 1 if problems else 0
+
+
+def _report(what: str, problems: Sequence[str]) -> int:
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{what}: " + ("good" if not problems else f"{len(problems)} problem{'s' * (len(problems) > 1)}"))
     return 1 if problems else 0

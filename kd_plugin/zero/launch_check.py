@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.zero.op_locks import abandoned_locks
 
 PACKAGES = ("kd-plugin", "torch", "transformers", "trl", "lightning", "accelerate", "deepspeed", "peft", "datasets")
 
@@ -79,7 +80,7 @@ def check_launch(settings: LaunchSettings) -> list[str]:
     """
     facts: dict[str, Any] = {"host": f"rank {dist.get_rank()} on {socket.gethostname()}"}
     facts["must_agree"] = _must_agree(settings)
-    facts["problems"] = _own_problems(settings)
+    facts["problems"] = own_problems(settings)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, facts)
     problems = disagreements({g["host"]: g["must_agree"] for g in gathered})
@@ -138,10 +139,16 @@ def _digest_of_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "absent"
 
 
-def _own_problems(settings: LaunchSettings) -> list[str]:
+def own_problems(settings: LaunchSettings) -> list[str]:
+    """Check what one rank can see for itself: servers, memory, disk, and locks that killed builds left behind.
+
+    Returns:
+        The problems; locks are those of the machine, and told by the first rank on it.
+    """
     import requests
 
-    problems = []
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    problems = [str(lock) for lock in abandoned_locks()] if first else []
     for server in settings.servers:
         try:
             requests.get(server.rstrip("/") + "/v1/models", timeout=10).raise_for_status()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.zero.op_locks import require_unlocked
 
 # A key of ours in a DeepSpeed configuration, which DeepSpeed leaves alone: what `kd-plugin plan` made the file for
 MADE_FOR = "kd_plugin"
@@ -96,7 +97,8 @@ def require_student(config: Mapping[str, Any], student: Any) -> None:
 def require_offload(config: Mapping[str, Any]) -> None:
     """Refuse offloading that the stage has not, that has no place to go, or whose DeepSpeed op cannot be had.
 
-    An op that DeepSpeed compiles on first use is compiled here, which may take a minute.
+    An op that DeepSpeed compiles on first use is compiled here, which may take a minute; one whose build was killed
+    would be waited for without end, and is refused. Locks of other ops are only spoken of.
 
     Raises:
         ConfigError: says which, and what to install or to set.
@@ -122,9 +124,13 @@ def require_offload(config: Mapping[str, Any]) -> None:
         if device == "nvme":
             _require_place(key, asked.get("nvme_path"))
         devices[key] = device
-    if "nvme" in devices.values():
+    on_disk = "nvme" in devices.values()
+    steps_on_host = "offload_optimizer" in devices and config.get("zero_force_ds_cpu_optimizer", True)
+    # async_io loads pin_memory before itself
+    require_unlocked((["pin_memory", "async_io"] if on_disk else []) + (["cpu_adam"] if steps_on_host else []))
+    if on_disk:
         _require_op("AsyncIOBuilder", "async_io", "nvme", 'the package libaio-dev, or set "device": "cpu"')
-    if "offload_optimizer" in devices and config.get("zero_force_ds_cpu_optimizer", True):
+    if steps_on_host:
         _require_op("CPUAdamBuilder", "cpu_adam", "cpu", "g++ and ninja, or leave offload_optimizer out")
 
 

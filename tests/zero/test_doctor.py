@@ -45,7 +45,20 @@ def test_outside_a_launcher_it_says_how_to_run_it(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert main(["doctor", "--launch"]) == 1
     assert "torchrun" in capsys.readouterr().err
-    assert main(["doctor"]) == 1
+    assert main(["doctor", "--teachers", "[math]"]) == 1
+    assert "add --launch" in capsys.readouterr().err
+
+
+def test_alone_it_checks_this_machine(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out == "this machine: good\n"
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam" / "lock").touch()
+    assert main(["doctor", "--disk_gib", "1e9"]) == 1
+    said = capsys.readouterr()
+    assert said.out == "this machine: 2 problems\n"
+    assert f"delete {tmp_path / 'cpu_adam' / 'lock'}" in said.err and "1e+09 are needed" in said.err
 
 
 def test_a_node_with_a_directory_a_teacher_and_a_cache_of_its_own_is_named(tmp_path, teacher_dir):
