@@ -6,6 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
+LIBAIO := .libaio
 PIP_VERSION := 26.3
 
 # On few cores two OpenMP processes that spin while they wait slow each other down by 20 to 100 times.
@@ -17,7 +18,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 ARGS ?=
 
-.PHONY: help install demo test test-all test-zero test-vllm lint format types bench wheel-test clean
+.PHONY: help install demo test test-all test-zero libaio test-vllm lint format types bench wheel-test clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,8 +43,19 @@ test: $(STAMP) ## Run the tests. Some of them: make test ARGS="tests/core -k cac
 test-all: $(STAMP) ## Run the tests, and those that need the real SmolLM2 weights.
 	@OMP_NUM_THREADS=2 $(PY) -m pytest -m "not wheel and not vllm" $(ARGS)
 
+# DeepSpeed compiles what offloads to NVMe against libaio: the machine's, or else one that is unpacked here.
 test-zero: $(STAMP) ## Run the tests of several ranks under DeepSpeed, on CPU; takes some ten minutes.
-	@$(TEST_ENV) $(PY) -m pytest -m zero $(ARGS)
+	@echo 'int main(){}' | cc -x c - -laio -o /dev/null 2>/dev/null || $(MAKE) --no-print-directory libaio || \
+		echo "libaio is not installed and cannot be unpacked here: the test of NVMe offloading skips itself."
+	@CPATH="$(abspath $(LIBAIO))/include$${CPATH:+:$$CPATH}" \
+		LIBRARY_PATH="$(abspath $(LIBAIO))/lib$${LIBRARY_PATH:+:$$LIBRARY_PATH}" \
+		LD_LIBRARY_PATH="$(abspath $(LIBAIO))/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" \
+		$(TEST_ENV) $(PY) -m pytest -m zero $(ARGS)
+
+libaio: $(LIBAIO)/lib/libaio.so ## Unpack libaio into .libaio, for offloading to NVMe; needs apt, and no root.
+
+$(LIBAIO)/lib/libaio.so:
+	@bash integrations/deepspeed/unpack_libaio.sh $(LIBAIO)
 
 lint: $(STAMP) ## Check style and types, as CI does.
 	@$(PY) -m ruff check .
@@ -73,4 +85,4 @@ wheel-test: $(STAMP) ## Build the wheel, install it alone with [trl], and run th
 	@$(PY) -m pytest tests/hosts/test_demo_wheel.py -m wheel -v $(ARGS)
 
 clean: ## Remove what these targets made, .venv included.
-	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(LIBAIO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

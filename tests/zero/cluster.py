@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.zero.ranks import CHECKOUT, environment
 
 NODES = ("127.0.0.1", "localhost", "127.0.0.2")
+ADDRESSES = ("10.77.0.1", "10.77.0.2")  # of the two network namespaces
 
 _SRUN = """\
 #!{python}

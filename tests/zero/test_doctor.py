@@ -10,6 +10,7 @@ import pytest
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError
 from kd_plugin.zero.launch_check import LaunchSettings, disagreements, with_plan
+from tests.zero.cluster import ADDRESSES
 from tests.zero.ranks import CHECKOUT, environment, free_port
 
 
@@ -87,6 +88,50 @@ def test_a_node_with_a_directory_a_teacher_and_a_cache_of_its_own_is_named(tmp_p
     for what in ("teacher teacher is", "cache cache is", "output_dir out/run is not the directory that rank 0 sees"):
         assert any(what in line for line in said)
     assert list((tmp_path / "node0" / "out" / "run").iterdir()) == []
+
+
+@pytest.mark.zero
+@pytest.mark.parametrize(
+    ("mount", "problem"),
+    [
+        (None, None),
+        ("mount -t tmpfs none {}", "is not the directory that rank 0 sees; it must be shared"),
+        ("mount --bind {0} {0} && mount -o remount,ro,bind {0}", "cannot be written to: Read-only file system"),
+    ],
+    ids=["good", "another disk", "read-only"],
+)
+def test_on_two_nodes_the_one_whose_directory_differs_is_named(mount, problem, nodes, tmp_path):
+    """Each node is a network namespace; what the second mounts at the shared path, it alone sees."""
+    out = tmp_path / "out"
+    out.mkdir()
+    running = []
+    for rank, (name, end) in enumerate(nodes):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+        launch += ["--node_rank", str(rank), "--master_addr", ADDRESSES[0], "--master_port", "29511"]
+        command = [*launch, "-m", "kd_plugin", "doctor", "--launch", "--output_dir", str(out)]
+        inside = ["ip", "netns", "exec", name]
+        if mount and rank == 1:
+            inside += ["sh", "-c", f'{mount.format(out)} && exec "$@"', "node"]
+            tried = subprocess.run([*inside, "true"], capture_output=True, text=True)
+            if tried.returncode:
+                pytest.skip(f"mounting is not permitted here: {tried.stderr.strip()}")
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        where = environment(GLOO_SOCKET_IFNAME=end)
+        running.append(subprocess.Popen([*inside, *command], env=where, cwd=CHECKOUT, **pipes))
+    try:
+        output, errors = running[0].communicate(timeout=200)
+        other = running[1].communicate(timeout=200)[1]
+    finally:
+        for process in running:
+            process.kill()
+    said = [line for line in errors.splitlines() if line.startswith("rank ")]
+    assert [process.returncode != 0 for process in running] == [problem is not None] * 2, errors + other
+    if problem is None:
+        assert "2 ranks: good" in output and not said
+    else:
+        assert "2 ranks: 1 problem\n" in output and len(said) == 1, errors
+        assert said[0].startswith("rank 1 on ") and said[0].endswith(problem)
+    assert list(out.iterdir()) == []
 
 
 def test_a_plan_says_what_must_be_free(tmp_path, capsys):

@@ -3,43 +3,14 @@
 import json
 import subprocess
 import sys
-import uuid
 
 import pytest
 
 from kd_plugin.lineage import verify
+from tests.zero.cluster import ADDRESSES
 from tests.zero.ranks import CHECKOUT, environment, reports
 
 pytestmark = pytest.mark.zero
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
-
-
-@pytest.fixture
-def nodes():
-    """Two namespaces with a cable between them; the test is skipped, with the reason, where they are not permitted."""
-    tag = uuid.uuid4().hex[:6]
-    names, ends = [f"kd{tag}{i}" for i in range(2)], [f"v{tag}{i}" for i in range(2)]
-
-    def ip(*arguments):
-        try:
-            done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
-        except FileNotFoundError:
-            pytest.skip("no `ip` (iproute2) on this machine")
-        if done.returncode:
-            pytest.skip(f"network namespaces are not permitted here: ip {' '.join(arguments)}: {done.stderr.strip()}")
-
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", ends[0], "netns", names[0], "type", "veth", "peer", "name", ends[1], "netns", names[1])
-        for name, end, address in zip(names, ends, ADDRESSES, strict=True):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
-            ip("-n", name, "link", "set", end, "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield list(zip(names, ends, strict=True))
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def torchrun(rank, tmp_path):

@@ -31,6 +31,16 @@ def deepspeed_config(stage: int, **zero: object) -> dict:
     }
 
 
+def host(job: dict) -> dict:
+    """Return what a trainer's arguments say of the processes: DeepSpeed, FSDP2, or one alone."""
+    state = {"accelerator_config": {"use_configured_state": True}}
+    if job.get("fsdp"):
+        return {**state, "fsdp": True, "fsdp_config": {"version": 2, **job["fsdp"]}}
+    if job["stage"] is None:
+        return {"use_cpu": True}
+    return {**state, "deepspeed": deepspeed_config(job["stage"], **job.get("zero", {}))}
+
+
 def arguments(job: dict, rank: int) -> dict:
     return {
         "output_dir": job["output_dir"],
@@ -45,8 +55,7 @@ def arguments(job: dict, rank: int) -> dict:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "seed": 11,
-        "accelerator_config": {"use_configured_state": True},
-        "deepspeed": deepspeed_config(job["stage"], **job.get("zero", {})),
+        **host(job),
         **job.get("arguments", {}),
     }
 
@@ -109,9 +118,12 @@ def main() -> None:
 
     jobs = told.get("jobs", {"": told})
     counting = Counting() if any(job.get("count") for job in jobs.values()) else None  # before DeepSpeed starts
-    PartialState(backend="gloo")
+    if not any(job.get("fsdp") for job in jobs.values()):
+        PartialState(backend="gloo")
     for name, job in jobs.items():
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = str(job["stage"] is not None).lower()
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = str(job.get("stage") is not None).lower()
+        if job.get("fsdp"):
+            start_fsdp()
         report = train(job, rank, counting if job.get("count") else None)
         path.with_name(f"rank{rank}{name and '-' + name}.json").write_text(json.dumps(report))
         AcceleratorState._reset_state()
@@ -119,11 +131,19 @@ def main() -> None:
         gc.collect()
 
 
+def start_fsdp() -> None:
+    """Start gloo on CPU ranks, and tell accelerate that they are GPUs: it looks at FSDP on no other kind of rank.
+
+    The kind is all that is pretended. The plugin, the cutting, the gathering and the collectives are the real ones.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+
+
 def train(job: dict, rank: int, counting) -> dict:
     args = arguments(job, rank)
-    if job["stage"] is None:
-        del args["deepspeed"], args["accelerator_config"]
-        args["use_cpu"] = True
     trainer = (build_panel if job["method"] == "panel" else build_offline)(job, args)
     if job.get("die_at") and rank == job.get("die_rank", 1):
         from transformers import TrainerCallback
