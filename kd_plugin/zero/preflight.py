@@ -129,7 +129,8 @@ def require_offload(config: Mapping[str, Any]) -> None:
     # async_io loads pin_memory before itself
     require_unlocked((["pin_memory", "async_io"] if on_disk else []) + (["cpu_adam"] if steps_on_host else []))
     if on_disk:
-        _require_op("AsyncIOBuilder", "async_io", "nvme", 'libaio (docs/checkpoints.md has a way without root), or set "device": "cpu"')
+        way_out = 'libaio (integrations/deepspeed/unpack_libaio.sh needs no root), or set "device": "cpu"'
+        _require_op("AsyncIOBuilder", "async_io", "nvme", way_out)
     if steps_on_host:
         _require_op("CPUAdamBuilder", "cpu_adam", "cpu", "g++ and ninja, or leave offload_optimizer out")
 

@@ -175,6 +175,8 @@ def train(job: dict, rank: int, counting) -> dict:
 @torch.no_grad()
 def weight_norm(trainer) -> float:
     """Return the sum of the trained weights' squares, gathered where they are sharded."""
+    from kd_plugin.zero.sharding import whole_now
+
     total = 0.0
     for parameter in trainer.model.parameters():
         if not parameter.requires_grad:
@@ -185,7 +187,7 @@ def weight_norm(trainer) -> float:
             with deepspeed.zero.GatheredParameters([parameter]):
                 total += float((parameter.double() ** 2).sum())
         else:
-            total += float((parameter.double() ** 2).sum())
+            total += float((whole_now(parameter).double() ** 2).sum())
     return total
 
 
