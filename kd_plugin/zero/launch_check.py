@@ -195,7 +195,8 @@ def _shared_directory(directory: Path, hosts: Sequence[str]) -> list[str]:
     wanted = [directory / f"{tag[0]}-{other}" for other in range(len(hosts))]
     seen: list[Any] = [None] * len(hosts)
     dist.all_gather_object(seen, _await(wanted, [not p for p in problems]))
-    own.unlink(missing_ok=True)
+    if not problem:  # on a read-only disk even a file that is not there cannot be removed
+        own.unlink(missing_ok=True)
     found = []
     for other, host in enumerate(hosts):
         if problems[other]:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,8 +149,15 @@ def test_slurm_panel_with_a_server(run, teacher_dir):
 
 
 def _require(settings: Path) -> None:
+    """Have the ops compiled before the launchers' time runs, or skip.
+
+    The ranks' PATH finds the environment's ninja. Two of different versions do not read each other's logs, and each
+    would compile all again.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        require_offload(json.loads(settings.read_text()))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+            require_offload(json.loads(settings.read_text()))
     except ConfigError as error:
         pytest.skip(str(error))
