@@ -2,17 +2,15 @@
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
-from trl.models.utils import _ForwardRedirection
 
 from kd_plugin import LocalTeacher
 from kd_plugin.zero.sharding import whole_heads, whole_now
-from kd_plugin.zero.teachers import shard_with_fsdp2
+from kd_plugin.zero.teachers import shard_with_fsdp2, through
 
 # Pinning asks for a GPU
 POLICIES = {"on the device": OffloadPolicy(), "in host memory": CPUOffloadPolicy(pin_memory=False)}
@@ -30,8 +28,8 @@ def main() -> None:
     for directory in directories:
         for name, policy in POLICIES.items():
             whole, cut = (LocalTeacher(directory, dtype="float32", name="a") for _ in range(2))
-            shard_with_fsdp2(cut.model, offload_policy=policy)
-            cut.attach(partial(_ForwardRedirection(), cut.model, cut.model))  # as in kd_plugin/trl/placing.py
+            shard_with_fsdp2(cut.model, reshard_after_forward=True, offload_policy=policy)
+            cut.attach(through(cut.model, cut.model))
             with whole_heads([cut]), torch.no_grad():
                 expected, found = (t.score(ids, torch.ones_like(ids), positions) for t in (whole, cut))
                 logits = [s.hidden @ whole_now(s.head.weight).T for s in (expected, found)]
