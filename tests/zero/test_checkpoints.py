@@ -12,6 +12,7 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import load_record, verify
 from kd_plugin.zero.consolidate import require_resumable
 from tests.zero.ranks import run, run_all
+from tests.zero.worker import deepspeed_config
 
 
 @pytest.mark.zero
@@ -85,15 +86,15 @@ def shards(tmp_path) -> Path:
 
 
 def test_another_number_of_ranks_needs_the_universal_format(shards):
-    assert not require_resumable(shards, 2)
+    assert not require_resumable(shards, 2, deepspeed_config(2))
     with pytest.raises(ConfigError, match=r"written by 2 ranks and this run has 4.*--universal"):
-        require_resumable(shards, 4)
+        require_resumable(shards, 4, deepspeed_config(2))
     (shards / "latest_universal").write_text("global_step2")
-    assert require_resumable(shards, 4)
+    assert require_resumable(shards, 4, deepspeed_config(2))
 
 
 def test_a_checkpoint_without_shards_is_no_matter_of_ranks(tmp_path):
-    assert not require_resumable(tmp_path, 3)
+    assert not require_resumable(tmp_path, 3, deepspeed_config(2))
 
 
 def test_what_cannot_be_consolidated_is_refused(shards, tmp_path, capsys):
