@@ -44,7 +44,7 @@ test-all: $(STAMP) ## Run the tests, and those that need the real SmolLM2 weight
 	@OMP_NUM_THREADS=2 $(PY) -m pytest -m "not wheel and not vllm" $(ARGS)
 
 # DeepSpeed compiles what offloads to NVMe against libaio: the machine's, or else one that is unpacked here.
-test-zero: $(STAMP) ## Run the tests of several ranks under DeepSpeed, on CPU; takes some ten minutes.
+test-zero: $(STAMP) ## Run the tests of several ranks under DeepSpeed, on CPU; takes half an hour.
 	@echo 'int main(){}' | cc -x c - -laio -o /dev/null 2>/dev/null || $(MAKE) --no-print-directory libaio || \
 		echo "libaio is not installed and cannot be unpacked here: the test of NVMe offloading skips itself."
 	@CPATH="$(abspath $(LIBAIO))/include$${CPATH:+:$$CPATH}" \
