@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -25,7 +27,7 @@ from tests.zero.worker import deepspeed_config
 
 @pytest.fixture(autouse=True)
 def no_model_is_loaded(monkeypatch):
-    """Refuse weights; and take back what transformers sets for the whole process once a run is under DeepSpeed."""
+    """Refuse weights; and take back what transformers and Lightning set for the whole process once ranks are meant."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded")
@@ -34,7 +36,8 @@ def no_model_is_loaded(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     AcceleratorState._reset_state(reset_partial_state=True)
-    yield
+    with mock.patch.dict(os.environ):
+        yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
