@@ -17,9 +17,10 @@ def blocks(page, language):
 
 
 def test_the_declarations_and_the_registry_of_the_page_are_read():
-    declarations, exception = blocks("lineage.md", "yaml")
+    declarations, merged, exception = blocks("lineage.md", "yaml")
     config = load_config(yaml.safe_load(declarations.replace("<sha>", "abc")))
     assert config.teachers["r1"].signal == "text"
+    assert len(load_config(yaml.safe_load(merged)).student.merged_from) == 3
     (one,) = yaml.safe_load(exception)["overrides"]
     cites = {(i, c.cite) for i, entry in default_registry().terms.items() for c in entry.clauses}
     found = Override.from_mapping(one, "overrides")
