@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     output = arguments.output or directory.with_name(f"{directory.name}-{kind}")
     if arguments.universal:
         to_universal(directory, output, workers=arguments.workers)
-        print(f"Any number of ranks can go on from {output}, as resume_from_checkpoint in TRL or ckpt_path in Lightning.")
+        print(f"Any number of ranks can go on from {output}: resume_from_checkpoint in TRL or ckpt_path in Lightning.")
         return 0
     print(f"The student and its lineage are in {consolidate(directory, output, dtype=arguments.dtype)}.")
     return 0
