@@ -43,11 +43,12 @@ test: $(STAMP) ## Run the tests. Some of them: make test ARGS="tests/core -k cac
 test-all: $(STAMP) ## Run the tests, and those that need the real SmolLM2 weights.
 	@OMP_NUM_THREADS=2 $(PY) -m pytest -m "not wheel and not vllm" $(ARGS)
 
-# DeepSpeed compiles what offloads to NVMe against libaio: the machine's, or else one that is unpacked here.
+# DeepSpeed compiles what offloads to NVMe against libaio: the machine's, or else one that is unpacked here. All
+# processes must find one ninja: two of different versions would each compile all again.
 test-zero: $(STAMP) ## Run the tests of several ranks under DeepSpeed, on CPU; takes half an hour.
 	@echo 'int main(){}' | cc -x c - -laio -o /dev/null 2>/dev/null || $(MAKE) --no-print-directory libaio || \
 		echo "libaio is not installed and cannot be unpacked here: the test of NVMe offloading skips itself."
-	@CPATH="$(abspath $(LIBAIO))/include$${CPATH:+:$$CPATH}" \
+	@PATH="$(abspath $(VENV))/bin:$$PATH" CPATH="$(abspath $(LIBAIO))/include$${CPATH:+:$$CPATH}" \
 		LIBRARY_PATH="$(abspath $(LIBAIO))/lib$${LIBRARY_PATH:+:$$LIBRARY_PATH}" \
 		LD_LIBRARY_PATH="$(abspath $(LIBAIO))/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" \
 		$(TEST_ENV) $(PY) -m pytest -m zero $(ARGS)

@@ -16,6 +16,7 @@ import yaml
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import verify
 from kd_plugin.zero.preflight import require_offload
+from tests.tiny import save_tiny
 from tests.zero.cluster import NODES, install, rank_environment
 from tests.zero.ranks import CHECKOUT, free_port
 
@@ -72,7 +73,6 @@ def cache(tmp_path_factory):
 
     from kd_plugin import LocalTeacher, capture
     from kd_plugin.cache import TopK
-    from tests.tiny import save_tiny
 
     directory = tmp_path_factory.mktemp("offline")
     teacher = save_tiny(directory / "teacher", seed=0, tied=False, scale=1.0)
@@ -129,13 +129,17 @@ def test_slurm_offline(run, cache, tmp_path):
 
 
 def test_slurm_panel(run, tmp_path):
-    """Offloading to NVMe, into a directory of the test, needs DeepSpeed's async_io."""
+    """Offloading to NVMe, into a directory of the test, needs DeepSpeed's async_io.
+
+    The student's matrices are larger than the rest of the tests', since DeepSpeed leaves parts below 1 MiB in memory.
+    """
     settings = tmp_path / "nvme.json"
     text = (FILES / "deepspeed" / "zero3_nvme_offload.json").read_text()
     settings.write_text(text.replace("/local_nvme", str(tmp_path / "nvme")))
     _require(settings)
     script = str(FILES / "slurm" / "panel.sbatch")
-    run(["bash", script, "train.yaml"], {**slurm(2), "DEEPSPEED": str(settings)})
+    student = save_tiny(tmp_path / "student", hidden=1024, layers=1)
+    run(["bash", script, "train.yaml"], {**slurm(2), "DEEPSPEED": str(settings)}, model_name_or_path=student)
     assert any((tmp_path / "nvme").rglob("*.swp"))
 
 
