@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.adapter import AdapterTeacher
 from kd_plugin.teachers.local import LocalTeacher
 from kd_plugin.vocab import Vocabulary
-from kd_plugin.zero.sharding import is_sharded, move, whole_on_each_rank
+from kd_plugin.zero.sharding import is_sharded, move, swapped_apart, whole_on_each_rank
 from kd_plugin.zero.teachers import through
 
 
@@ -68,7 +67,7 @@ def _place_model(teacher: LocalTeacher, wrap: Callable[[nn.Module], nn.Module], 
 
     if teacher.is_attached and teacher.is_sharded:
         return
-    with nullcontext() if is_deepspeed_zero3_enabled() else whole_on_each_rank():
+    with swapped_apart() if is_deepspeed_zero3_enabled() else whole_on_each_rank():
         model = teacher.model
     OutputHead.from_model(model)  # raises early where the teacher has no head
     offloaded = teacher.placement == "offload"

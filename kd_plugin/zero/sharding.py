@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ _EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 # Heads that `whole_heads` holds whole: id of a DTensor to the tensor that all ranks gathered. DeepSpeed's parameters
 # are whole themselves while they are gathered; a DTensor never is, so its whole form must be kept somewhere.
 _WHOLE: dict[int, Tensor] = {}
+_NUMBERS = itertools.count()  # of directories on NVMe
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -67,6 +70,27 @@ def whole_on_each_rank() -> Iterator[None]:
         os.environ.pop(_EFFICIENT)
         if efficient is not None:
             os.environ[_EFFICIENT] = efficient
+
+
+@contextmanager
+def swapped_apart() -> Iterator[None]:
+    """Let a model that is loaded inside the block under ZeRO-3 have a directory of its own on NVMe, if it goes there.
+
+    DeepSpeed 0.19 empties the directory of parts whenever a further model begins to use it: a teacher in the student's
+    would delete the student.
+    """
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    offload = ((deepspeed_config() or {}).get("zero_optimization") or {}).get("offload_param") or {}
+    if offload.get("device") != "nvme":
+        yield
+        return
+    shared = offload["nvme_path"]
+    offload["nvme_path"] = str(Path(shared) / f"model{next(_NUMBERS)}")
+    try:
+        yield
+    finally:
+        offload["nvme_path"] = shared
 
 
 def gather_as_it_runs(model: nn.Module) -> None:
