@@ -131,16 +131,18 @@ def test_slurm_offline(run, cache, tmp_path):
 def test_slurm_panel(run, tmp_path):
     """Offloading to NVMe, into a directory of the test, needs DeepSpeed's async_io.
 
-    The student's matrices are larger than the rest of the tests', since DeepSpeed leaves parts below 1 MiB in memory.
+    Student and teacher are larger than the other tests', since DeepSpeed leaves parts below 1 MiB in memory.
     """
     settings = tmp_path / "nvme.json"
     text = (FILES / "deepspeed" / "zero3_nvme_offload.json").read_text()
     settings.write_text(text.replace("/local_nvme", str(tmp_path / "nvme")))
     _require(settings)
     script = str(FILES / "slurm" / "panel.sbatch")
-    student = save_tiny(tmp_path / "student", hidden=1024, layers=1)
-    run(["bash", script, "train.yaml"], {**slurm(2), "DEEPSPEED": str(settings)}, model_name_or_path=student)
-    assert any((tmp_path / "nvme").rglob("*.swp"))
+    student, teacher = (save_tiny(tmp_path / name, hidden=1024, layers=1) for name in ("student", "teacher"))
+    models = {"model_name_or_path": student, "teacher_models": {"a": teacher}}
+    run(["bash", script, "train.yaml"], {**slurm(2), "DEEPSPEED": str(settings)}, **models)
+    for mine in ("zero_stage_3/float32params", "zero_stage_3/optimizer", "model0/zero_stage_3/float32params"):
+        assert any((tmp_path / "nvme" / mine).rglob("*.swp"))
 
 
 def test_slurm_panel_with_a_server(run, teacher_dir):
