@@ -16,7 +16,7 @@ _EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 # Heads that `whole_heads` holds whole: id of a DTensor to the tensor that all ranks gathered. DeepSpeed's parameters
 # are whole themselves while they are gathered; a DTensor never is, so its whole form must be kept somewhere.
 _WHOLE: dict[int, Tensor] = {}
-_NUMBERS = itertools.count()  # of directories on NVMe
+_SWAP_DIRECTORIES = itertools.count()  # one a model that DeepSpeed may keep on NVMe
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -86,7 +86,7 @@ def swapped_apart() -> Iterator[None]:
         yield
         return
     shared = offload["nvme_path"]
-    offload["nvme_path"] = str(Path(shared) / f"model{next(_NUMBERS)}")
+    offload["nvme_path"] = str(Path(shared) / f"model{next(_SWAP_DIRECTORIES)}")
     try:
         yield
     finally:
