@@ -6,15 +6,34 @@ are seeded: a seed names a set of problems for good.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Short questions that a model of 135M parameters cannot answer at first and can learn to.
-DOMAINS: dict[str, dict[str, Any]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-    "word_sequence_reversal": {"min_words": 3, "max_words": 3},
-    "family_relationships": {"min_family_size": 4, "max_family_size": 4},
+
+@dataclass(frozen=True)
+class Domain:
+    """A reasoning-gym task.
+
+    Attributes:
+        settings: of its generator.
+        asked: pattern of the question itself. What a question says of the answer's form is left out: the answers teach
+            it, and it would be up to two thirds of all tokens.
+        share: of the prompts that students are trained on.
+    """
+
+    settings: dict[str, Any]
+    asked: str
+    share: float
+
+
+# Short questions that a model of 135M parameters cannot answer at first and can learn to. A family's answer is a word or
+# two, a reversal's five tokens: the shares give each domain about as many tokens to learn from.
+DOMAINS = {
+    "chain_sum": Domain({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, r".*", 0.35),
+    "word_sequence_reversal": Domain({"min_words": 3, "max_words": 3}, r"Reverse this list of words: .*", 0.2),
+    "family_relationships": Domain({"min_family_size": 4, "max_family_size": 4}, r"(?s).*\?", 0.45),
 }
 HELD_OUT_SEED = 7  # training seeds start at 1000
 
@@ -58,9 +77,12 @@ def _distinct(domain: str, seed: int, count: int, excluded: Sequence[str]) -> li
 
     seen = set(excluded)
     problems: list[Problem] = []
-    dataset = reasoning_gym.create_dataset(domain, size=20 * count, seed=seed, **DOMAINS[domain])
+    dataset = reasoning_gym.create_dataset(domain, size=20 * count, seed=seed, **DOMAINS[domain].settings)
     for entry in dataset:
-        prompt = entry["question"].strip() + "\nAnswer:"
+        asked = re.search(DOMAINS[domain].asked, entry["question"].strip())
+        if asked is None:
+            raise ValueError(f"{domain} asks in another form than {DOMAINS[domain].asked!r}: {entry['question']!r}.")
+        prompt = f"{asked.group()}\nAnswer:"
         if prompt not in seen:
             seen.add(prompt)
             problems.append(Problem(domain, prompt, entry["answer"].strip(), entry))
