@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from kd_plugin.lightning.watching import PanelWatch
 from kd_plugin.lightning.writing import Rollouts
 from kd_plugin.panel import TeacherPanel, score_rows
 from kd_plugin.panel.responses import as_written, judged_positions
+from kd_plugin.panel.spans import by_length
 from kd_plugin.panel.warmup import CacheWarmup
 
 _ROW = ("prompt", "completion", "teacher_id", "domain", "teacher_weights")
@@ -47,6 +49,8 @@ class Corrector:
     ) -> list[Prepared]:
         """Have what was written for some batches judged at once, and return them one by one.
 
+        In training, rows of like length come together, the longest first; a window's batches are one sum.
+
         Args:
             rollouts: of all their rows.
             batches: prompts.
@@ -66,20 +70,26 @@ class Corrector:
         corrections = score_rows(self.panel, [self.panel.assign(row) for row in rows], *given, clock=clock)
         anchor = None if watch is None else watch.anchor
         started = [] if anchor is None else anchor.score(*given)
-        prepared, first, window_tokens = [], 0, sum(map(len, positions))
+        lengths = [sum(of_row) for of_row in zip(rollouts.prompt_lengths, rollouts.lengths, strict=True)]
+        order = iter(by_length(lengths) if training else range(len(rows)))
+        prepared, window_tokens = [], sum(map(len, positions))
         for batch in batches:
-            own = slice(first, first + count_of(batch))
-            first += count_of(batch)
+            own = list(itertools.islice(order, count_of(batch)))
             part = rollouts.select(own)
             labels = part.labels()
-            for row, judged in enumerate(positions[own]):
-                if not judged:
+            for row, b in enumerate(own):
+                if not positions[b]:
                     labels[row] = -100
             seen = {"input_ids": part.input_ids, "attention_mask": part.attention_mask, "labels": labels}
             target = Corrected(
-                tuple(corrections[own]), part, tuple(written[own]), step, tuple(started[own]), watched=training
+                tuple(corrections[b] for b in own),
+                part,
+                tuple(written[b] for b in own),
+                step,
+                tuple(started[b] for b in own) if started else (),
+                watched=training,
             )
-            tokens = sum(map(len, positions[own]))
+            tokens = sum(len(positions[b]) for b in own)
             prepared.append(Prepared(seen, target, labels, tuple(part.input_ids.shape), tokens, window_tokens))
         return prepared
 

@@ -67,12 +67,14 @@ class Rollouts:
         input_ids: (B, P + C).
         attention_mask: (B, P + C).
         completion_start: P.
+        prompt_lengths: tokens of each prompt.
         lengths: tokens of each completion, its end-of-sequence token included.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     completion_start: int
+    prompt_lengths: tuple[int, ...]
     lengths: tuple[int, ...]
 
     def labels(self) -> Tensor:
@@ -86,11 +88,14 @@ class Rollouts:
         rows = self.input_ids[:, self.completion_start :].tolist()
         return [row[:length] for row, length in zip(rows, self.lengths, strict=True)]
 
-    def select(self, rows: slice) -> Rollouts:
-        """Return some of the rows, cut to their own longest completion."""
-        lengths = self.lengths[rows]
-        width = self.completion_start + max(lengths, default=0)
-        return Rollouts(self.input_ids[rows, :width], self.attention_mask[rows, :width], self.completion_start, lengths)
+    def select(self, rows: Sequence[int]) -> Rollouts:
+        """Return some of the rows, cut to their own longest prompt and completion."""
+        prompts, lengths = (tuple(given[row] for row in rows) for given in (self.prompt_lengths, self.lengths))
+        start = max(prompts, default=0)
+        columns = slice(self.completion_start - start, self.completion_start + max(lengths, default=0))
+        index = torch.tensor(rows, dtype=torch.int64).to(self.input_ids.device, non_blocking=True)
+        ids, mask = (t[:, columns].index_select(0, index) for t in (self.input_ids, self.attention_mask))
+        return Rollouts(ids, mask, start, prompts, lengths)
 
 
 def assembled(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int, device: Any) -> Rollouts:
@@ -102,7 +107,7 @@ def assembled(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int
     for row, response in enumerate(responses):
         ids[row, start : start + len(response)] = torch.tensor(response, dtype=ids.dtype)
         mask[row, start : start + len(response)] = 1
-    return Rollouts(ids.to(device), mask.to(device), start, lengths)
+    return Rollouts(ids.to(device), mask.to(device), start, tuple(map(len, prompts)), lengths)
 
 
 def pad_token(tokenizer: Any) -> int:

@@ -21,18 +21,26 @@ COMBINING: Mapping[Combine, Combining] = {
 }
 
 
-def scored_positions(corrections: Sequence[Correction], width: int, device: torch.device) -> Tensor:
-    """Return the scored positions of a micro-batch as indices into its flattened (rows * width) completions.
+def scored_positions(
+    corrections: Sequence[Correction], width: int, device: torch.device, starts: Sequence[int] | None = None
+) -> Tensor:
+    """Return the scored positions of a micro-batch as indices into its flattened (rows * width) columns.
 
     Args:
         corrections: one a row, in the order of the rows.
-        width: padded length of the completions.
+        width: columns of a row.
         device: where the student's hidden states are.
+        starts: for each row the column that stands for the first token of its completion; left out, 0.
 
     Returns:
         (N,) int64, row by row; :func:`group_terms` counts positions in this order.
     """
-    flat = [b * width + c for b, correction in enumerate(corrections) for c in correction.positions]
+    starts = [0] * len(corrections) if starts is None else starts
+    flat = [
+        b * width + start + c
+        for b, (start, correction) in enumerate(zip(starts, corrections, strict=True))
+        for c in correction.positions
+    ]
     return torch.tensor(flat, dtype=torch.int64).to(device, non_blocking=True)
 
 

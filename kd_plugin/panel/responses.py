@@ -66,7 +66,9 @@ def completion_ids(
 
 def as_written(responses: Sequence[Sequence[int]], end_tokens: Sequence[int]) -> list[Written]:
     """Say of each response whether the limit cut it; the prompt is left empty, decoded only if the row is saved."""
-    return [Written("", tuple(row), not row or row[-1] not in end_tokens) for row in responses]
+    return [
+        Written("", tuple(row), not row or row[-1] not in end_tokens, number) for number, row in enumerate(responses)
+    ]
 
 
 def judged_positions(

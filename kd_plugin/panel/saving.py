@@ -16,12 +16,12 @@ from kd_plugin.signals import OutputHead
 
 
 class RolloutSaver:
-    """Writes the first rows of a step into ``output_dir/rollouts``, one file a step and rank.
+    """Writes rows of a step into ``output_dir/rollouts``, one file a step and rank.
 
     Args:
         output_dir: of the run.
         rank: of this process.
-        rows: at most so many of a step.
+        rows: at most so many of a step, the first of a generation batch: micro-batches have them by length.
         top_k: tokens that each teacher would have written, kept with a row.
         tokenizer: the student's.
     """
@@ -61,17 +61,19 @@ class RolloutSaver:
         if self._saved[0] != step:
             self._saved = (step, 0)
             path.unlink(missing_ok=True)  # of the same step before a resume
-        left = self._rows - self._saved[1]
-        if left <= 0:
+        chosen = [row for row, one in enumerate(written) if one.number < self._rows]
+        chosen = chosen[: self._rows - self._saved[1]]
+        if not chosen:
             return
         decode = self._tokenizer.decode
-        texts = [
-            decode([token for token, used in zip(ids, mask, strict=True) if used])
-            for ids, mask in zip(prompts[0][:left].tolist(), prompts[1][:left].tolist(), strict=True)
-        ]
+        named = list(written)
+        for row in chosen:
+            ids, used = prompts[0][row].tolist(), prompts[1][row].tolist()
+            text = decode([token for token, is_used in zip(ids, used, strict=True) if is_used])
+            named[row] = dataclasses.replace(named[row], prompt=text)
         rows = rollout_rows(
             corrections,
-            [dataclasses.replace(one, prompt=text) for one, text in zip(written[:left], texts, strict=True)],
+            named,
             hidden,
             head,
             tokens,
@@ -79,7 +81,7 @@ class RolloutSaver:
             decode=lambda token: decode([token]),
             top_k=self._top_k,
             step=step,
-            rows=left,
+            chosen=chosen,
         )
         append_rollouts(path, rows)
         self._saved = (step, self._saved[1] + len(rows))

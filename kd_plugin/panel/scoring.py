@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.panel.roster import Assignment, TeacherPanel
+from kd_plugin.panel.spans import Span, by_length, left_aligned, row_spans
 from kd_plugin.signals import HiddenSignal, SparseSignal
 from kd_plugin.teachers.base import Teacher
 from kd_plugin.teachers.cached import CachedTeacher
@@ -49,8 +50,8 @@ def score_rows(
 ) -> list[Correction]:
     """Collect the panel's judgement of a generation batch.
 
-    Rows are grouped by teacher, and each group is cut to its own longest row, so a teacher never computes
-    on columns that are padding for all of its rows. An offloaded teacher is moved in once, and out again.
+    Rows are grouped by teacher, and within a teacher by length, so that a forward pass is as wide as the longest of
+    rows that are alike. An offloaded teacher is moved in once, and out again.
 
     Args:
         panel: the teachers.
@@ -67,10 +68,10 @@ def score_rows(
         One :class:`Correction` a row, in order.
     """
     collected: list[dict[str, HiddenSignal | SparseSignal]] = [{} for _ in assignments]
-    used = _used_columns(attention_mask)
+    spans = row_spans(attention_mask)
+    longest_first = by_length([span.length for span in spans])
     rows_of = {
-        name: [b for b, assignment in enumerate(assignments) if name in assignment.judges and positions[b]]
-        for name in panel.teachers
+        name: [b for b in longest_first if name in assignments[b].judges and positions[b]] for name in panel.teachers
     }
     passes = _passes(panel, rows_of, rows_at_once, input_ids.device)
     for name, teacher in panel.teachers.items():
@@ -81,7 +82,7 @@ def score_rows(
         with clock(name) if clock is not None else nullcontext(), resident(teacher, input_ids.device):
             for start in range(0, len(rows), at_once):
                 chunk = rows[start : start + at_once]
-                signal = _score(teacher, chunk, input_ids, attention_mask, completion_start, positions, used)
+                signal = _score(teacher, chunk, input_ids, attention_mask, completion_start, positions, spans)
                 counts = [len(positions[b]) for b in chunk]
                 if isinstance(signal, SparseSignal):
                     pieces: Sequence[HiddenSignal | SparseSignal] = signal.split(counts)
@@ -106,19 +107,15 @@ def _score(
     attention_mask: Tensor,
     completion_start: int,
     positions: Sequence[Sequence[int]],
-    used: tuple[list[int], list[int]],
+    spans: Sequence[Span],
 ) -> HiddenSignal | SparseSignal:
-    """Ask one teacher about some rows, cut to the columns that they use."""
-    left = min(used[0][b] for b in chunk)
-    right = max(used[1][b] for b in chunk) + 1
+    """Ask one teacher about some rows, without the columns that none of them uses."""
     index = torch.tensor(chunk).to(input_ids.device, non_blocking=True)
-    width = right - left
-    flat = [r * width + completion_start + c - 1 - left for r, b in enumerate(chunk) for c in positions[b]]
-    return teacher.score(
-        input_ids[:, left:right].index_select(0, index),
-        attention_mask[:, left:right].index_select(0, index),
-        torch.tensor(flat).to(input_ids.device, non_blocking=True),
-    )
+    own = [spans[b] for b in chunk]
+    ids, mask = left_aligned(input_ids.index_select(0, index), attention_mask.index_select(0, index), own)
+    width = ids.shape[1]
+    flat = [r * width + completion_start - spans[b].first + c - 1 for r, b in enumerate(chunk) for c in positions[b]]
+    return teacher.score(ids, mask, torch.tensor(flat).to(input_ids.device, non_blocking=True))
 
 
 def teacher_in_process(teacher: Teacher) -> bool:
@@ -133,13 +130,3 @@ def _passes(
     own = {name: -(-len(rows) // rows_at_once) for name, rows in rows_of.items()}
     together = [name for name, teacher in panel.teachers.items() if needs_all_ranks(teacher)]
     return own | dict(zip(together, most_of_any_rank([own[name] for name in together], device), strict=True))
-
-
-def _used_columns(attention_mask: Tensor) -> tuple[list[int], list[int]]:
-    """Return for each row its first and its last column that is not padding; waits for the device once."""
-    length = attention_mask.shape[1]
-    used = attention_mask != 0
-    first = used.int().argmax(dim=1)
-    last = length - 1 - used.flip(1).int().argmax(dim=1)
-    both = torch.stack([first, last]).tolist()
-    return both[0], both[1]

@@ -5,6 +5,7 @@ Shape suffixes: N scored positions of a micro-batch, n of a row, K tokens.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,11 +36,13 @@ class Written:
         prompt: text before it.
         tokens: its token ids, scored or not.
         truncated: whether the limit cut it.
+        number: its place in the generation batch, as it was drawn from the dataset.
     """
 
     prompt: str
     tokens: tuple[int, ...]
     truncated: bool
+    number: int = 0
 
 
 @torch.no_grad()
@@ -54,9 +57,9 @@ def rollout_rows(
     decode: Callable[[int], str],
     top_k: int,
     step: int,
-    rows: int,
+    chosen: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """Return the first rows of a micro-batch with all that was said of them. Waits for the device.
+    """Return some rows of a micro-batch with all that was said of them. Waits for the device.
 
     Args:
         corrections: one a row.
@@ -68,20 +71,20 @@ def rollout_rows(
         decode: a token's text.
         top_k: K, tokens that each teacher would have written.
         step: optimizer step.
-        rows: at most so many.
+        chosen: numbers of the rows in the micro-batch.
 
     Returns:
         One mapping a row, JSON-ready; numbers are nats, but for the probabilities in ``top``.
     """
-    chosen = corrections[:rows]
-    count = sum(len(correction.positions) for correction in chosen)
-    student = logprobs_of(HiddenSignal(student_hidden[:count], student_head), tokens[:count], 1.0).tolist()
-    names = dict.fromkeys(name for correction in chosen for name in correction.signals)
+    ends = list(itertools.accumulate(len(correction.positions) for correction in corrections))
+    spans = {row: slice(ends[row] - len(corrections[row].positions), ends[row]) for row in chosen}
+    names = dict.fromkeys(name for row in chosen for name in corrections[row].signals)
     said = {name: _values(judgements, name, tokens) for name in names}
-    found, begin = [], 0
-    for number, (correction, text) in enumerate(zip(chosen, written[:rows], strict=True)):
-        span = slice(begin, begin + len(correction.positions))
-        begin = span.stop
+    found = []
+    for row in chosen:
+        correction, text = corrections[row], written[row]
+        span = spans[row]
+        student = logprobs_of(HiddenSignal(student_hidden[span], student_head), tokens[span], 1.0).tolist()
         teachers: dict[str, dict[str, Any]] = {}
         for name, signal in correction.signals.items():
             divergence, weight = (_numbers(column[span]) for column in said[name])
@@ -94,13 +97,13 @@ def rollout_rows(
         found.append(
             {
                 "step": step,
-                "row": number,
+                "row": text.number,
                 "prompt": text.prompt,
                 "domain": correction.assignment.domain,
                 "truncated": text.truncated,
                 "tokens": [decode(token) for token in text.tokens],
                 "scored": list(correction.positions),
-                "student": [round(value, 4) for value in student[span]],
+                "student": [round(value, 4) for value in student],
                 "correction": total,
                 "teachers": teachers,
             }

@@ -19,6 +19,7 @@ from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.objective import OfflineObjective
 from kd_plugin.errors import ConfigError
+from kd_plugin.panel.spans import by_length
 from kd_plugin.signals import OutputHead
 from kd_plugin.vocab import Vocabulary
 
@@ -107,7 +108,7 @@ class CacheWarmup:
         self._max_length = max_length
         self._rows = [cache.dataset().with_format("numpy") for cache in self.caches]
         self._masks = [rows.select_columns(["completion_mask"]) for rows in self._rows]
-        self._scored_of: tuple[int, int] = (-1, 0)  # the last step, and how many positions it scores
+        self._dealt: tuple[tuple[int, ...], list[int], int] = ((), [], 0)  # which step of whom, and what it is
         self._ends = torch.tensor([len(rows) for rows in self._rows]).cumsum(0)
         self._orders: dict[int, Tensor] = {}
 
@@ -115,7 +116,7 @@ class CacheWarmup:
         return int(self._ends[-1])
 
     def batch(self, step: int, micro_step: int, rows: int, *, micro_steps: int, rank: int, ranks: int) -> WarmupBatch:
-        """Return one rank's micro-batch.
+        """Return one rank's micro-batch; in a step's first are the longest of the rank's rows.
 
         Args:
             step: optimizer step, from 0.
@@ -125,12 +126,19 @@ class CacheWarmup:
             rank: of this process.
             ranks: number of processes.
         """
-        whole_step = rows * micro_steps * ranks
-        numbers = [self._nth(step * whole_step + i) for i in range(whole_step)]
-        mine = numbers[(rank * micro_steps + micro_step) * rows :][:rows]
-        if self._scored_of[0] != step:
-            self._scored_of = step, sum(self._scored(number) for number in numbers)
-        return self._collated(mine, self._scored_of[1])
+        dealt = (step, rows * micro_steps, rank, ranks)
+        if self._dealt[0] != dealt:
+            self._dealt = dealt, *self._deal(*dealt)
+        _, mine, scored = self._dealt
+        return self._collated(mine[micro_step * rows :][:rows], scored)
+
+    def _deal(self, step: int, rows: int, rank: int, ranks: int) -> tuple[list[int], int]:
+        """Return a rank's rows of a step, the longest first, and how many positions all ranks' rows score."""
+        numbers = [self._nth(step * rows * ranks + i) for i in range(rows * ranks)]
+        masks = [self._mask(number) for number in numbers]
+        own = slice(rank * rows, (rank + 1) * rows)
+        order = by_length([len(mask) for mask in masks[own]])
+        return [numbers[own][i] for i in order], sum(int(mask[1:].sum()) for mask in masks)
 
     def _nth(self, position: int) -> int:
         """Return the row at a position of the endless sequence of shuffled passes."""
@@ -155,9 +163,9 @@ class CacheWarmup:
             name: torch.as_tensor(row[name])[cut] for name in ("input_ids", "completion_mask", "teacher_index")
         }
 
-    def _scored(self, number: int) -> int:
+    def _mask(self, number: int) -> Any:
         cache, within = self._place(number)
-        return int(self._masks[cache][within]["completion_mask"][1 : self._max_length].sum())
+        return self._masks[cache][within]["completion_mask"][: self._max_length]
 
     def _collated(self, numbers: Sequence[int], scored: int) -> WarmupBatch:
         found = [self._row(number) for number in numbers]

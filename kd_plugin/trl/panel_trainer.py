@@ -21,6 +21,7 @@ from kd_plugin.panel.checks import check_rows, require_adapters_fit, require_def
 from kd_plugin.panel.combining import scored_positions
 from kd_plugin.panel.identity import panel_identity
 from kd_plugin.panel.metrics import DivergenceTally
+from kd_plugin.panel.spans import Span, left_aligned, row_spans
 from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.signals import OutputHead
 from kd_plugin.trl.behaviour import padded, recorded
@@ -178,11 +179,13 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, ShardedG
         positions = self.judged_positions(output, loss_mask)
         training = self.model.training
         at_once = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        ids, mask = _joined(output)
+        output["spans"] = row_spans(mask)
         output["corrections"] = score_rows(
             self.panel,
             assignments,
-            torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
-            torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+            ids,
+            mask,
             completion_start=output["prompt_ids"].size(1),
             positions=positions,
             rows_at_once=at_once,
@@ -205,17 +208,18 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, ShardedG
         if "warmup" in inputs:
             return self._warmup_loss(unwrapped_student, inputs["warmup"], self._vocabulary.size, num_items_in_batch)
         corrections: list[Correction] = inputs["corrections"]
-        width = inputs["completion_ids"].size(1)
-        hidden = self._get_last_hidden_state(
-            unwrapped_student,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            width,
-        )
+        spans: list[Span] = inputs["spans"]
+        ids, mask = left_aligned(*_joined(inputs), spans)
+        last = ids.size(1) - 1
+        hidden = self._get_last_hidden_state(unwrapped_student, ids, mask, last)
         head = OutputHead.from_model(unwrapped_student, self._vocabulary.size)
         hidden = hidden.to(head.weight.device)
-        positions = scored_positions(corrections, width, hidden.device)
-        scored = hidden.reshape(-1, hidden.size(-1)).index_select(0, positions)
+        # The first token of a completion is predicted in the column before it
+        prompts = inputs["prompt_ids"].size(1)
+        starts = [prompts - span.first - 1 for span in spans]
+        hidden_at = scored_positions(corrections, last, hidden.device, starts)
+        scored = hidden.reshape(-1, hidden.size(-1)).index_select(0, hidden_at)
+        positions = scored_positions(corrections, inputs["completion_ids"].size(1), hidden.device)
         tokens = inputs["completion_ids"].to(hidden.device).reshape(-1).index_select(0, positions)
         values = self._values_are_read()
         behaviour = inputs.get("behaviour_logprobs")
@@ -258,6 +262,12 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, ShardedG
             for key, value in self.watched().items():
                 self._metrics[mode][key].append(value)
         super().log(logs, start_time)
+
+
+def _joined(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return ids and mask of prompts, padded on the left, and completions, padded on the right."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
 
 
 def _named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import split_tensor_dict
 
 from kd_plugin.cache import TeacherCache
 from kd_plugin.errors import ConfigError
@@ -18,6 +19,7 @@ from kd_plugin.panel.generation import decode_with, writes_row_by_row
 from kd_plugin.panel.judging import InterleavedSettings, interleaved_responses
 from kd_plugin.panel.responses import completion_ids
 from kd_plugin.panel.rollouts import on_policy_rows
+from kd_plugin.panel.spans import by_length
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
 from kd_plugin.signals import OutputHead
 from kd_plugin.trl.generating import generating
@@ -35,6 +37,7 @@ class RolloutMixin:
     accelerator: Any
     state: Any
     model: Any
+    _buffered_inputs: list[dict[str, Any]] | None
 
     def start_rollouts(self, caches: Sequence[TeacherCache]) -> None:
         """Read the configuration; ``caches`` are those of the warm-up."""
@@ -149,9 +152,15 @@ class RolloutMixin:
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """Deal cached rows during the warm-up, else let the student write; the warm-up passes over its prompts."""
-        if not self.is_warming_up or self._warmup is None:
-            return super()._prepare_inputs(generation_batch)  # type: ignore[misc]
         args = self.args
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)  # type: ignore[misc]
+        if not self.is_warming_up or self._warmup is None:
+            micro_step = self._step % args.gradient_accumulation_steps  # type: ignore[attr-defined]
+            if micro_step == 0 or self._buffered_inputs is None:
+                whole = self._generate_and_score_completions(generation_batch)  # type: ignore[attr-defined]
+                self._buffered_inputs = micro_batches(whole, args.gradient_accumulation_steps)
+            return self._buffered_inputs[micro_step]
         batch = self._warmup.batch(
             self.state.global_step,
             self._step % args.gradient_accumulation_steps,  # type: ignore[attr-defined]
@@ -174,3 +183,26 @@ class RolloutMixin:
         loss_sum, entropy, scored = warmup_loss(self._warmup_objective, hidden, head, batch.targets)
         count = torch.tensor(scored).to(device)
         return loss_sum / torch.as_tensor(num_items_in_batch).to(device), entropy, count
+
+
+def micro_batches(generation_batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """Split a generation batch into ``count`` micro-batches, rows of like length together and the longest first.
+
+    The sum over the micro-batches is the same whatever rows they have, and each computes on its own longest row only.
+    Between rows of one length the order is random, drawn as ``DistillationTrainer`` draws its shuffle.
+
+    Args:
+        generation_batch: tensors and lists with a row in each place, and values that belong to all rows; ``spans``
+            says where the rows have their tokens.
+        count: divides the number of rows.
+    """
+    lengths = [span.length for span in generation_batch["spans"]]
+    order = by_length(lengths, torch.randperm(len(lengths)).tolist())
+    index = torch.tensor(order)
+
+    def ordered(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value if value.ndim == 0 else value[index]
+        return value if value is None else [value[row] for row in order]
+
+    return split_tensor_dict({name: ordered(value) for name, value in generation_batch.items()}, count)

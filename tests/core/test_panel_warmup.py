@@ -43,9 +43,17 @@ def test_micro_steps_and_ranks_share_a_step_without_overlap(caches):
     warmup, again = (CacheWarmup(caches, seed=0, pad_token_id=0) for _ in range(2))
     whole = warmup.batch(1, 0, 8, micro_steps=1, rank=0, ranks=1)
     parts = [again.batch(1, micro, 2, micro_steps=2, rank=rank, ranks=2) for rank in range(2) for micro in range(2)]
-    assert [row for part in parts for row in rows_of(part)] == rows_of(whole)
+    assert sorted(row for part in parts for row in rows_of(part)) == sorted(rows_of(whole))
     assert {part.scored for part in parts} == {whole.scored}
     assert sum(len(t["positions"]) for part in parts for t in part.targets) == whole.scored
+
+
+def test_a_rank_has_its_longest_rows_first(caches):
+    warmup = CacheWarmup(caches, seed=0, pad_token_id=0)
+    parts = [warmup.batch(0, micro, 3, micro_steps=3, rank=0, ranks=1) for micro in range(3)]
+    lengths = [len(row) for part in parts for row in rows_of(part)]
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 2
+    assert [part.input_ids.shape[1] for part in parts] == lengths[::3]
 
 
 def test_targets_stand_at_their_tokens(caches):

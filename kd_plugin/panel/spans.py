@@ -1,0 +1,65 @@
+"""Batches without needless padding: where rows have their tokens, rows moved to the left, rows of like length together.
+
+A generation batch is as wide as its longest prompt and its longest completion together. A forward pass over some of its
+rows needs the width of the longest of them: a causal model gives a row's tokens the same hidden states wherever its
+padding is.
+
+Shape suffixes: B rows, L columns, R chosen rows, W columns of the longest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """The columns of a row that hold its tokens: ``first`` up to and without ``stop``."""
+
+    first: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return self.stop - self.first
+
+
+def row_spans(attention_mask: Tensor) -> list[Span]:
+    """Return where each row of (B, L) has its tokens, which follow one another; waits for the device once."""
+    used = attention_mask != 0
+    first = used.int().argmax(dim=1)
+    stop = attention_mask.shape[1] - used.flip(1).int().argmax(dim=1)
+    return [Span(*span) for span in torch.stack([first, stop], dim=1).tolist()]
+
+
+def left_aligned(input_ids: Tensor, attention_mask: Tensor, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+    """Return (B, W) ids and their mask with every row's first token in column 0.
+
+    Args:
+        input_ids: (B, L).
+        attention_mask: (B, L).
+        spans: of the B rows.
+    """
+    width = max(span.length for span in spans)
+    device = input_ids.device
+    columns = torch.tensor([span.first for span in spans]).to(device, non_blocking=True).unsqueeze(1)
+    columns = columns + torch.arange(width, device=device)
+    # Beyond a row's end there is padding, or nothing
+    inside = columns < attention_mask.shape[1]
+    columns = columns.clamp(max=attention_mask.shape[1] - 1)
+    return input_ids.gather(1, columns), attention_mask.gather(1, columns) * inside
+
+
+def by_length(lengths: Sequence[int], order: Sequence[int] | None = None) -> list[int]:
+    """Return row numbers, the longest row first: what does not fit into memory shows at once.
+
+    Args:
+        lengths: of the rows.
+        order: decides between rows of one length; left out, it is the order of the rows.
+    """
+    rows = range(len(lengths)) if order is None else order
+    return sorted(rows, key=lambda row: -lengths[row])
