@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import auto_cli
 from peft import PeftModel
 
 from examples.merge_experts.experts import accuracy, fit_expert, load_base, load_tokenizer
 from examples.merge_experts.report import write_report
-from examples.merge_experts.students import RECIPES, averaged, cache_answers, train_student
+from examples.merge_experts.students import RECIPES, Recipe, averaged, cache_answers, train_student
 from examples.merge_experts.tasks import DOMAINS, Problem, held_out, training
 from kd_plugin.demo.model import prepare_teacher
+
+Accuracy = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -33,82 +40,119 @@ class Options:
         expert_rows: rows of an expert's update.
         expert_problems: distinct problems that an expert sees.
         student_steps: updates of each student, whatever its recipe.
-        student_rows: rows of a student's update.
+        student_rows: rows of a student's update, a multiple of the number of domains.
         learning_rate: of the students.
-        cached: answers of each expert in the cache.
         items: held-out problems a domain.
         seeds: number of seeds for the students.
+        workers: models that are trained side by side, each with its share of the cores.
         base: model directory; left out, SmolLM2-135M-Instruct is fetched.
     """
 
     output_dir: Path
-    expert_steps: int = 250
+    expert_steps: int = 60
     expert_rows: int = 16
     expert_problems: int = 4000
-    student_steps: int = 150
+    student_steps: int = 60
     student_rows: int = 24
     learning_rate: float = 1e-3
-    cached: int = 600
     items: int = 100
     seeds: int = 3
+    workers: int = 2
     base: Path | None = None
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """Where the experts are."""
+        return {domain: self.output_dir / "experts" / domain for domain in DOMAINS}
+
+    @property
+    def caches(self) -> dict[str, Path]:
+        """Where their answers are."""
+        return {domain: self.output_dir / "caches" / domain for domain in DOMAINS}
+
+    @property
+    def examined(self) -> dict[str, list[Problem]]:
+        """The held-out problems."""
+        return {domain: held_out(domain, self.items) for domain in DOMAINS}
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """How many problems of each domain a student's training takes."""
+        rows = (self.student_steps + 1) * self.student_rows
+        return {domain: 1 + round(rows * one.share) for domain, one in DOMAINS.items()}
 
 
 def main(options: Options) -> None:
     """Do what is not done yet, and write the report after every student."""
     root = options.output_dir
     root.mkdir(parents=True, exist_ok=True)
-    base = options.base or Path(prepare_teacher(root / "models").ref)
-    tokenizer = load_tokenizer(base)
-    examined = {domain: held_out(domain, options.items) for domain in DOMAINS}
+    options = replace(options, base=options.base or Path(prepare_teacher(root / "models").ref))
     results = Results(root / "results.json")
-    results.once("base", lambda: accuracy(load_base(base), tokenizer, examined))
-
-    adapters = {domain: root / "experts" / domain for domain in DOMAINS}
-    for domain, directory in adapters.items():
-        if not (directory / "adapter_model.safetensors").exists():
-            problems = training(domain, options.expert_problems, 0, examined[domain])
-            fit_expert(base, problems, directory, steps=options.expert_steps, rows=options.expert_rows, seed=0)
-    for domain, directory in adapters.items():
-
-        def examine(directory=directory) -> dict[str, float]:
-            return accuracy(PeftModel.from_pretrained(load_base(base), directory), tokenizer, examined)
-
-        results.once(f"expert: {domain}", examine)
-    results.once("averaged adapters", lambda: accuracy(averaged(base, adapters), tokenizer, examined))
-
-    caches = {domain: root / "caches" / domain for domain in DOMAINS}
-    for domain, directory in caches.items():
-        cache_answers(base, adapters[domain], training(domain, options.cached, 1, examined[domain]), directory)
-
-    for seed in range(options.seeds):
-        prompts = mixed(2 * options.student_steps * options.student_rows // len(DOMAINS), seed, examined)
-        for recipe in RECIPES:
-
-            def train(recipe=recipe, prompts=prompts, seed=seed) -> dict[str, float]:
-                student = train_student(
-                    recipe,
-                    base,
-                    adapters,
-                    list(caches.values()),
-                    prompts,
-                    root / "students" / f"{recipe.name}-{seed}",
-                    steps=options.student_steps,
-                    rows=options.student_rows,
-                    learning_rate=options.learning_rate,
-                    seed=seed,
-                )
-                return accuracy(student, tokenizer, examined)
-
-            results.once(f"{recipe.name} / seed {seed}", train)
-            write_report(results.found, root)
+    spawning = get_context("spawn")
+    with ProcessPoolExecutor(options.workers, spawning, initializer=_take_cores, initargs=(options.workers,)) as pool:
+        experts = {f"expert: {domain}": partial(expert, options, domain) for domain in DOMAINS}
+        results.fill(pool, {"base": partial(untrained, options), **experts})
+        results.fill(pool, {"averaged adapters": partial(average, options)})
+        list(pool.map(partial(cache, options), DOMAINS))
+        students = {
+            f"{recipe.name} / seed {seed}": partial(student, options, recipe, seed)
+            for seed in range(options.seeds)
+            for recipe in RECIPES
+        }
+        results.fill(pool, students, after=lambda found: write_report(found, root))
 
 
-def mixed(count: int, seed: int, examined: dict[str, list[Problem]]) -> list[Problem]:
-    """Return ``count`` problems of each domain in random order."""
-    problems = [p for domain in DOMAINS for p in training(domain, count, 100 + seed, examined[domain])]
+def _take_cores(workers: int) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def untrained(options: Options) -> Accuracy:
+    """Examine the base."""
+    return _examine(options, load_base(options.base))
+
+
+def expert(options: Options, domain: str) -> Accuracy:
+    """Fit the expert of a domain, unless it is there, and examine it."""
+    directory = options.adapters[domain]
+    if not (directory / "adapter_model.safetensors").exists():
+        problems = training(domain, options.expert_problems, 0, options.examined[domain])
+        fit_expert(options.base, problems, directory, steps=options.expert_steps, rows=options.expert_rows, seed=0)
+    return _examine(options, PeftModel.from_pretrained(load_base(options.base), directory))
+
+
+def average(options: Options) -> Accuracy:
+    """Examine the plain average of the experts."""
+    return _examine(options, averaged(options.base, options.adapters))
+
+
+def cache(options: Options, domain: str) -> None:
+    """Let an expert answer as many problems as a student's training takes of its domain."""
+    problems = training(domain, options.shares[domain], 1, options.examined[domain])
+    cache_answers(options.base, options.adapters[domain], problems, options.caches[domain])
+
+
+def student(options: Options, recipe: Recipe, seed: int) -> Accuracy:
+    """Train a student and examine it."""
+    examined = options.examined
+    problems = [p for domain in DOMAINS for p in training(domain, options.shares[domain], 100 + seed, examined[domain])]
     random.Random(seed).shuffle(problems)
-    return problems
+    trained = train_student(
+        recipe,
+        options.base,
+        options.adapters,
+        list(options.caches.values()),
+        problems,
+        options.output_dir / "students" / f"{recipe.name}-{seed}",
+        steps=options.student_steps,
+        rows=options.student_rows,
+        learning_rate=options.learning_rate,
+        seed=seed,
+    )
+    return _examine(options, trained)
+
+
+def _examine(options: Options, model: Any) -> Accuracy:
+    return accuracy(model, load_tokenizer(options.base), options.examined)
 
 
 class Results:
@@ -116,14 +160,22 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        self.found: dict[str, Accuracy] = json.loads(path.read_text()) if path.exists() else {}
 
-    def once(self, name: str, measure: Any) -> None:
-        """Measure ``name`` unless it has been."""
-        if name not in self.found:
-            self.found[name] = measure()
+    def fill(
+        self,
+        pool: Executor,
+        jobs: Mapping[str, Callable[[], Accuracy]],
+        after: Callable[[Mapping[str, Accuracy]], Any] = lambda found: None,
+    ) -> None:
+        """Do the jobs that have no result yet, and say and write each result as it comes."""
+        running = {pool.submit(job): name for name, job in jobs.items() if name not in self.found}
+        for future in as_completed(running):
+            name = running[future]
+            self.found[name] = future.result()
             self.path.write_text(json.dumps(self.found, indent=1))
-        print(f"{name}: {self.found[name]}", flush=True)
+            print(f"{name}: {self.found[name]}", flush=True)
+            after(self.found)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 
 from examples.merge_experts.experts import MAX_NEW_TOKENS, load_base, load_tokenizer, lora
-from examples.merge_experts.tasks import Problem
+from examples.merge_experts.tasks import DOMAINS, Problem
 from kd_plugin import AdapterTeacher, LocalTeacher, capture
 from kd_plugin.cache import Generation, TopK
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
@@ -36,11 +36,11 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("panel", offline=0.0),
-    Recipe("warm-up, then panel", offline=0.5),
-    Recipe("offline KD", offline=1.0),
     Recipe("average, then panel", offline=0.0, averaged=True),
     Recipe("average, then offline KD", offline=1.0, averaged=True),
+    Recipe("offline KD", offline=1.0),
+    Recipe("warm-up, then panel", offline=0.5),
+    Recipe("panel", offline=0.0),
 )
 
 
@@ -84,7 +84,8 @@ def train_student(
         args=TeacherPanelConfig(
             output_dir=str(directory),
             max_steps=steps,
-            per_device_train_batch_size=rows,
+            per_device_train_batch_size=rows // len(DOMAINS),
+            gradient_accumulation_steps=len(DOMAINS),  # a micro-batch has rows of like length: mostly of one domain
             learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=max(1, steps // 20),

@@ -28,8 +28,8 @@ class Domain:
     share: float
 
 
-# Short questions that a model of 135M parameters cannot answer at first and can learn to. A family's answer is a word or
-# two, a reversal's five tokens: the shares give each domain about as many tokens to learn from.
+# Short questions that a model of 135M parameters cannot answer at first and can learn to. A family's answer is one
+# word, a reversal's three and two commas: the shares give each domain about as many tokens to learn from.
 DOMAINS = {
     "chain_sum": Domain({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, r".*", 0.35),
     "word_sequence_reversal": Domain({"min_words": 3, "max_words": 3}, r"Reverse this list of words: .*", 0.2),
