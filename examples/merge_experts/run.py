@@ -60,26 +60,26 @@ class Options:
     workers: int = 2
     base: Path | None = None
 
-    @property
-    def adapters(self) -> dict[str, Path]:
-        """Where the experts are."""
-        return {domain: self.output_dir / "experts" / domain for domain in DOMAINS}
 
-    @property
-    def caches(self) -> dict[str, Path]:
-        """Where their answers are."""
-        return {domain: self.output_dir / "caches" / domain for domain in DOMAINS}
+def adapters_of(options: Options) -> dict[str, Path]:
+    """Return where the experts are."""
+    return {domain: options.output_dir / "experts" / domain for domain in DOMAINS}
 
-    @property
-    def examined(self) -> dict[str, list[Problem]]:
-        """The held-out problems."""
-        return {domain: held_out(domain, self.items) for domain in DOMAINS}
 
-    @property
-    def shares(self) -> dict[str, int]:
-        """How many problems of each domain a student's training takes."""
-        rows = (self.student_steps + 1) * self.student_rows
-        return {domain: 1 + round(rows * one.share) for domain, one in DOMAINS.items()}
+def caches_of(options: Options) -> dict[str, Path]:
+    """Return where the experts' answers are."""
+    return {domain: options.output_dir / "caches" / domain for domain in DOMAINS}
+
+
+def examination(options: Options) -> dict[str, list[Problem]]:
+    """Return the held-out problems."""
+    return {domain: held_out(domain, options.items) for domain in DOMAINS}
+
+
+def shares(options: Options) -> dict[str, int]:
+    """Return how many problems of each domain a student's training takes."""
+    rows = (options.student_steps + 1) * options.student_rows
+    return {domain: 1 + round(rows * one.share) for domain, one in DOMAINS.items()}
 
 
 def main(options: Options) -> None:
@@ -113,34 +113,36 @@ def untrained(options: Options) -> Accuracy:
 
 def expert(options: Options, domain: str) -> Accuracy:
     """Fit the expert of a domain, unless it is there, and examine it."""
-    directory = options.adapters[domain]
+    directory = adapters_of(options)[domain]
     if not (directory / "adapter_model.safetensors").exists():
-        problems = training(domain, options.expert_problems, 0, options.examined[domain])
+        problems = training(domain, options.expert_problems, 0, examination(options)[domain])
         fit_expert(options.base, problems, directory, steps=options.expert_steps, rows=options.expert_rows, seed=0)
     return _examine(options, PeftModel.from_pretrained(load_base(options.base), directory))
 
 
 def average(options: Options) -> Accuracy:
     """Examine the plain average of the experts."""
-    return _examine(options, averaged(options.base, options.adapters))
+    return _examine(options, averaged(options.base, adapters_of(options)))
 
 
 def cache(options: Options, domain: str) -> None:
     """Let an expert answer as many problems as a student's training takes of its domain."""
-    problems = training(domain, options.shares[domain], 1, options.examined[domain])
-    cache_answers(options.base, options.adapters[domain], problems, options.caches[domain])
+    problems = training(domain, shares(options)[domain], 1, examination(options)[domain])
+    cache_answers(options.base, adapters_of(options)[domain], problems, caches_of(options)[domain])
 
 
 def student(options: Options, recipe: Recipe, seed: int) -> Accuracy:
     """Train a student and examine it."""
-    examined = options.examined
-    problems = [p for domain in DOMAINS for p in training(domain, options.shares[domain], 100 + seed, examined[domain])]
+    examined = examination(options)
+    problems = [
+        p for domain in DOMAINS for p in training(domain, shares(options)[domain], 100 + seed, examined[domain])
+    ]
     random.Random(seed).shuffle(problems)
     trained = train_student(
         recipe,
         options.base,
-        options.adapters,
-        list(options.caches.values()),
+        adapters_of(options),
+        list(caches_of(options).values()),
         problems,
         options.output_dir / "students" / f"{recipe.name}-{seed}",
         steps=options.student_steps,
@@ -152,7 +154,7 @@ def student(options: Options, recipe: Recipe, seed: int) -> Accuracy:
 
 
 def _examine(options: Options, model: Any) -> Accuracy:
-    return accuracy(model, load_tokenizer(options.base), options.examined)
+    return accuracy(model, load_tokenizer(options.base), examination(options))
 
 
 class Results:
