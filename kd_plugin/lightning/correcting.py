@@ -29,10 +29,20 @@ class Corrector:
         settings: what is left out of the loss.
         tokenizer: the student's.
         watch: is shown what training judges; None in a validation without training.
+        groups_by_length: whether rows may change places between the batches of a window.
     """
 
-    def __init__(self, panel: TeacherPanel, settings: PanelSettings, tokenizer: Any, watch: PanelWatch | None) -> None:
+    def __init__(
+        self,
+        panel: TeacherPanel,
+        settings: PanelSettings,
+        tokenizer: Any,
+        watch: PanelWatch | None,
+        *,
+        groups_by_length: bool,
+    ) -> None:
         self.panel = panel
+        self.groups_by_length = groups_by_length
         self.settings = settings
         self.tokenizer = tokenizer
         self.watch = watch
@@ -49,7 +59,7 @@ class Corrector:
     ) -> list[Prepared]:
         """Have what was written for some batches judged at once, and return them one by one.
 
-        In training, rows of like length come together, the longest first; a window's batches are one sum.
+        In training, rows of like length may come together, the longest first: a window's batches are one sum.
 
         Args:
             rollouts: of all their rows.
@@ -71,7 +81,7 @@ class Corrector:
         anchor = None if watch is None else watch.anchor
         started = [] if anchor is None else anchor.score(*given)
         lengths = [sum(of_row) for of_row in zip(rollouts.prompt_lengths, rollouts.lengths, strict=True)]
-        order = iter(by_length(lengths) if training else range(len(rows)))
+        order = iter(by_length(lengths) if training and self.groups_by_length else range(len(rows)))
         prepared, window_tokens = [], sum(map(len, positions))
         for batch in batches:
             own = list(itertools.islice(order, count_of(batch)))

@@ -312,7 +312,11 @@ class TeacherPanelCorrection(StudentCallback):
         sharded = self.settings.shard_teachers
         place_teachers(self.panel, trainer, module, model, self._vocabulary, shard_teachers=sharded)
         self._writer = RolloutWriter(self.settings, self.panel, self._tokenizer, self._vocabulary.size, self.seed)
-        self._corrector = Corrector(self.panel, self.settings, self._tokenizer, objective.watch)
+        # The module's own loss is a mean of each micro-batch, in which short rows must not count for more
+        grouping = objective.ce_weight == 0.0
+        self._corrector = Corrector(
+            self.panel, self.settings, self._tokenizer, objective.watch, groups_by_length=grouping
+        )
         self._forward = DistillingForward(model, self._vocabulary.size, objective)
 
     def _trained(self, module: LightningModule) -> Any:

@@ -136,7 +136,7 @@ def read_rollouts(place: Path) -> list[dict[str, Any]]:
             f"{str(place)!r} holds no saved rollouts. Set save_rollouts to a number of rows when training with a "
             "teacher panel; they go to output_dir/rollouts, in Lightning to default_root_dir/rollouts."
         )
-    return sorted(rows, key=lambda row: row["step"])
+    return sorted(rows, key=lambda row: (row["step"], row["row"]))
 
 
 def page(rows: Sequence[Mapping[str, Any]], title: str) -> str:

@@ -30,7 +30,9 @@ def test_hidden_states_are_those_of_the_padded_rows():
     spans = row_spans(MASK)
     with torch.no_grad():
         padded = model.base_model(input_ids=IDS, attention_mask=MASK).last_hidden_state
-        moved = model.base_model(**dict(zip(("input_ids", "attention_mask"), left_aligned(IDS, MASK, spans), strict=True)))
+        moved = model.base_model(
+            **dict(zip(("input_ids", "attention_mask"), left_aligned(IDS, MASK, spans), strict=True))
+        )
     for b, span in enumerate(spans):
         torch.testing.assert_close(
             moved.last_hidden_state[b, : span.length], padded[b, span.first : span.stop], atol=1e-5, rtol=1e-5

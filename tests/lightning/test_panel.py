@@ -93,6 +93,29 @@ def test_micro_batches_take_the_steps_of_one_batch(tmp_path, student_dir, teache
     assert_same({n: p.detach() for n, p in part_weights.items()}, {n: p.detach() for n, p in weights.items()}, 1e-5)
 
 
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5])
+def test_a_windows_micro_batches_have_rows_of_like_length(ce_weight, tmp_path, student_dir, teachers, prompts):
+    masks = []
+
+    def watch(model):
+        model.base_model.register_forward_pre_hook(
+            lambda _module, _args, given: masks.append(given["attention_mask"]), with_kwargs=True
+        )
+
+    ready = TeacherPanelModule(
+        student_dir, teacher_models=teachers, max_completion_length=6, generation_kwargs=GREEDY, ce_weight=ce_weight
+    )
+    ready.configure_model()
+    watch(ready.model)
+    data = KDDataModule(prompts=prompts, batch_size=1, shuffle=False)
+    trainer(tmp_path, accumulate_grad_batches=4, max_steps=1).fit(ready, datamodule=data)
+    seen = [mask for mask in masks if mask is not None][-4:]
+    widths = [mask.shape[1] for mask in seen]
+    assert all(bool(mask.all()) for mask in seen), "one row has no padding"
+    assert len(set(widths)) > 1
+    assert (widths == sorted(widths, reverse=True)) is (ce_weight == 0.0)
+
+
 def test_the_modules_own_loss_is_added(tmp_path, student_dir, teachers, prompts):
     plain = Plain(student_dir)
     own = []
