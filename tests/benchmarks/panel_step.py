@@ -4,7 +4,9 @@
     python -m tests.benchmarks.panel_step --quick         # tiny models in memory, seconds; checks that it runs
 
 DIR is SmolLM2-135M-Instruct; student and teachers have its size. Both sides of a comparison alternate within one
-process, with one seed a round, so they write the same tokens, all rollouts of one length; medians are compared.
+process, with one seed a round, so they write the same tokens; medians are compared. All rollouts have one length, but
+in the comparison "natural": its prompts are the demo's, its rollouts end where the student ends them, its step has four
+micro-batches, and the lengths are printed.
 Adapters are random LoRAs of rank 16 on all linear layers, over one base. Memory is measured in a process of its own a
 row: the resident set after one generation batch was scored, and for offloaded teachers the most bytes of weights that
 were on the device at once, counted as they are moved (on a CPU the device's memory is the host's).
@@ -29,6 +31,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import DistillationConfig, DistillationTrainer
 
+from kd_plugin.demo.prompts import GENERAL, MATH, questions
 from kd_plugin.divergence import Divergence
 from kd_plugin.panel import TeacherPanel, correction_loss, score_rows
 from kd_plugin.signals import OutputHead
@@ -39,6 +42,7 @@ from tests.tiny import save_tiny
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAMES = [f"t{i}" for i in range(8)]
+OURS = ("kd_plugin.trl.panel_trainer", "correction_loss")
 
 
 class Clock:
@@ -65,12 +69,14 @@ class Side:
         self.trainer, self.clock, self.rounds = trainer, Clock(), []
         trainer.create_optimizer_and_scheduler(1000)
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-        trainer._generate = self.clock.around("generation", trainer._generate)
+        self.lengths: list[int] = []
+        trainer._generate = self.clock.around("generation", self._keeping_lengths(trainer._generate))
         trainer.accelerator.backward = self.clock.around("loss and backward", trainer.accelerator.backward)
         self.module, self.loss_name = sys.modules[loss_module], loss_name
 
     def step(self, rows: list[dict], seed: int) -> None:
         """One optimizer step; the module's loss function is timed while it is this side's turn."""
+        self.lengths = []
         torch.manual_seed(seed)
         self.clock.seconds = {}
         original = getattr(self.module, self.loss_name)
@@ -86,15 +92,25 @@ class Side:
             setattr(self.module, self.loss_name, original)
         self.rounds.append({"whole step": time.perf_counter() - started, **self.clock.seconds})
 
+    def _keeping_lengths(self, generate: Callable) -> Callable:
+        def kept(*args, **kwargs):
+            found = generate(*args, **kwargs)
+            self.lengths += map(len, found[1])
+            return found
+
+        return kept
+
     def medians(self) -> dict[str, float]:
         return {key: statistics.median(r[key] for r in self.rounds) for key in self.rounds[0]}
 
 
-def config(cls, options, directory: str, **extra):
+def config(cls, options, directory: str, micro_batches: int = 1, **extra):
+    natural = micro_batches > 1
     return cls(
-        output_dir=directory, per_device_train_batch_size=options.rows, max_completion_length=options.tokens,
-        generation_kwargs={"min_new_tokens": options.tokens}, learning_rate=1e-6, bf16=False, use_cpu=True,
-        report_to="none", gradient_checkpointing=False, dataloader_pin_memory=False, disable_tqdm=True, beta=1.0,
+        output_dir=directory, per_device_train_batch_size=options.rows // micro_batches,
+        gradient_accumulation_steps=micro_batches, max_completion_length=options.tokens,
+        generation_kwargs={} if natural else {"min_new_tokens": options.tokens}, learning_rate=1e-6, bf16=False,
+        use_cpu=True, report_to="none", gradient_checkpointing=False, dataloader_pin_memory=False, disable_tqdm=True, beta=1.0,
         **extra,
     )  # fmt: skip
 
@@ -105,10 +121,18 @@ def prompts(teachers: int = 1) -> Dataset:
     return Dataset.from_dict({"prompt": texts, **routes})
 
 
+def natural_prompts() -> Dataset:
+    pairs = zip(questions("train", MATH, 64), questions("train", GENERAL, 64), strict=True)
+    return Dataset.from_dict({"prompt": [question.prompt for pair in pairs for question in pair]})
+
+
 def compare(options, sides: dict[str, Side], title: str) -> None:
     for round_number in range(options.rounds + 1):
-        for side in sides.values():
-            side.step(list(side.trainer.train_dataset)[: options.rows], round_number)
+        for name, side in sides.items():
+            rows = list(side.trainer.train_dataset)
+            begin = round_number * options.rows % len(rows)
+            side.step((rows + rows)[begin : begin + options.rows], round_number)
+            print(f"round {round_number}, {name}: {sum(side.lengths)} tokens, {sorted(side.lengths)}", file=sys.stderr)
     for side in sides.values():
         del side.rounds[0]  # the first touches memory for the first time
     (first, a), (second, b) = ((name, side.medians()) for name, side in sides.items())
@@ -122,17 +146,34 @@ def ours(options, directory: str, teachers: dict, **extra) -> Side:
         model=options.model, teacher_models=teachers, args=config(TeacherPanelConfig, options, directory, **extra),
         train_dataset=prompts(1 if extra else len(teachers)),
     )  # fmt: skip
-    return Side(trainer, "kd_plugin.trl.panel_trainer", "correction_loss")
+    return Side(trainer, *OURS)
 
 
 def against_trl(options, scratch: Path) -> None:
+    _against_trl(options, scratch, prompts(), 1, "One teacher, against TRL's DistillationTrainer")
+
+
+def natural(options, scratch: Path) -> None:
+    title = "One teacher, against TRL's DistillationTrainer: natural lengths, four micro-batches"
+    _against_trl(options, scratch, natural_prompts(), 4, title)
+
+
+def _against_trl(options, scratch: Path, dataset: Dataset, micro_batches: int, title: str) -> None:
+    common = {"options": options, "micro_batches": micro_batches}
     theirs = DistillationTrainer(
-        model=options.model, teacher_model=options.model, train_dataset=prompts(),
-        args=config(DistillationConfig, options, str(scratch / "trl"), teacher_model_init_kwargs={"dtype": "float32"}),
+        model=options.model, teacher_model=options.model, train_dataset=dataset,
+        args=config(DistillationConfig, directory=str(scratch / "trl"), teacher_model_init_kwargs={"dtype": "float32"},
+                    **common),
     )  # fmt: skip
-    mine = ours(options, str(scratch / "ours"), {"t0": options.model}, combine="weighted_kl")
-    sides = {"ours": mine, "TRL": Side(theirs, "trl.trainer.distillation_trainer", "_chunked_divergence_loss")}
-    compare(options, sides, "One teacher, against TRL's DistillationTrainer")
+    mine = TeacherPanelTrainer(
+        model=options.model, teacher_models={"t0": options.model}, train_dataset=dataset,
+        args=config(TeacherPanelConfig, directory=str(scratch / "ours"), combine="weighted_kl", **common),
+    )  # fmt: skip
+    sides = {
+        "ours": Side(mine, *OURS),
+        "TRL": Side(theirs, "trl.trainer.distillation_trainer", "_chunked_divergence_loss"),
+    }
+    compare(options, sides, title)
 
 
 def routed(options, scratch: Path) -> None:
@@ -272,7 +313,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", choices=["trl", "routed", "adapters", "memory"])
+    parser.add_argument("--only", choices=["trl", "natural", "routed", "adapters", "memory"])
     parser.add_argument("--memory", nargs=3, metavar=("KIND", "COUNT", "SCRATCH"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -282,10 +323,10 @@ def main() -> None:
             return
         if options.quick:
             options.model = save_tiny(scratch / "tiny", scale=1.0)
-            options.rows, options.tokens, options.rounds = 3, 6, 2
+            options.rows, options.tokens, options.rounds = 4, 6, 2
         if not options.model:
             parser.error("--model DIR, or --quick")
-        parts = {"trl": against_trl, "routed": routed, "adapters": adapters, "memory": memory}
+        parts = {"trl": against_trl, "natural": natural, "routed": routed, "adapters": adapters, "memory": memory}
         for name, part in parts.items():
             if options.only in (None, name):
                 part(options, scratch)
