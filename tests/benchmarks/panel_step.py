@@ -110,8 +110,8 @@ def config(cls, options, directory: str, micro_batches: int = 1, **extra):
         output_dir=directory, per_device_train_batch_size=options.rows // micro_batches,
         gradient_accumulation_steps=micro_batches, max_completion_length=options.tokens,
         generation_kwargs={} if natural else {"min_new_tokens": options.tokens}, learning_rate=1e-6, bf16=False,
-        use_cpu=True, report_to="none", gradient_checkpointing=False, dataloader_pin_memory=False, disable_tqdm=True, beta=1.0,
-        **extra,
+        use_cpu=True, report_to="none", gradient_checkpointing=False, dataloader_pin_memory=False, disable_tqdm=True,
+        beta=1.0, **extra,
     )  # fmt: skip
 
 
