@@ -96,8 +96,8 @@ def main(options: Options) -> None:
         list(pool.map(partial(cache, options), DOMAINS))
         students = {
             f"{recipe.name} / seed {seed}": partial(student, options, recipe, seed)
-            for seed in range(options.seeds)
             for recipe in RECIPES
+            for seed in range(options.seeds)
         }
         results.fill(pool, students, after=lambda found: write_report(found, root))
 

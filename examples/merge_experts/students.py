@@ -37,10 +37,10 @@ class Recipe:
 
 RECIPES = (
     Recipe("average, then panel", offline=0.0, averaged=True),
-    Recipe("average, then offline KD", offline=1.0, averaged=True),
-    Recipe("offline KD", offline=1.0),
-    Recipe("warm-up, then panel", offline=0.5),
     Recipe("panel", offline=0.0),
+    Recipe("warm-up, then panel", offline=0.5),
+    Recipe("offline KD", offline=1.0),
+    Recipe("average, then offline KD", offline=1.0, averaged=True),
 )
 
 
