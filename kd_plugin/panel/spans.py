@@ -4,7 +4,7 @@ A generation batch is as wide as its longest prompt and its longest completion t
 rows needs the width of the longest of them: a causal model gives a row's tokens the same hidden states wherever its
 padding is.
 
-Shape suffixes: B rows, L columns, R chosen rows, W columns of the longest of them.
+Shape suffixes: B rows, L columns, W columns of the longest row.
 """
 
 from __future__ import annotations
