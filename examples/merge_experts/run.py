@@ -8,13 +8,15 @@ so an interrupted run goes on with the same command.
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -89,7 +91,7 @@ def main(options: Options) -> None:
     options = replace(options, base=options.base or Path(prepare_teacher(root / "models").ref))
     results = Results(root / "results.json")
     spawning = get_context("spawn")
-    with ProcessPoolExecutor(options.workers, spawning, initializer=_take_cores, initargs=(options.workers,)) as pool:
+    with ProcessPoolExecutor(options.workers, spawning, initializer=_begin_worker, initargs=(options.workers,)) as pool:
         experts = {f"expert: {domain}": partial(expert, options, domain) for domain in DOMAINS}
         results.fill(pool, {"base": partial(untrained, options), **experts})
         results.fill(pool, {"averaged adapters": partial(average, options)})
@@ -102,8 +104,17 @@ def main(options: Options) -> None:
         results.fill(pool, students, after=lambda found: write_report(found, root))
 
 
-def _take_cores(workers: int) -> None:
+def _begin_worker(workers: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would train on, and write where the next run does."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def untrained(options: Options) -> Accuracy:
