@@ -101,7 +101,8 @@ def main(options: Options) -> None:
             for recipe in RECIPES
             for seed in range(options.seeds)
         }
-        results.fill(pool, students, after=lambda found: write_report(found, root))
+        order = ["base", *experts, "averaged adapters", *students]
+        results.fill(pool, students, after=lambda found: write_report({n: found[n] for n in order if n in found}, root))
 
 
 def _begin_worker(workers: int) -> None:
