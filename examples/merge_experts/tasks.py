@@ -1,7 +1,8 @@
 """Three kinds of generated problems, each the speciality of one expert.
 
 The problems come from reasoning-gym (https://github.com/open-thought/reasoning-gym, Apache-2.0), whose generators
-are seeded: a seed names a set of problems for good. Item i of seed s is drawn from s + i, so sets of near seeds overlap.
+are seeded: a seed names a set of problems for good. Item i of seed s is drawn from s + i, so that sets of near seeds
+overlap.
 """
 
 from __future__ import annotations
