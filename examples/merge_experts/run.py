@@ -86,6 +86,8 @@ def shares(options: Options) -> dict[str, int]:
 
 def main(options: Options) -> None:
     """Do what is not done yet, and write the report after every student."""
+    if options.student_rows % len(DOMAINS):
+        raise SystemExit(f"--student_rows is {options.student_rows}; it must be a multiple of {len(DOMAINS)}.")
     root = options.output_dir
     root.mkdir(parents=True, exist_ok=True)
     options = replace(options, base=options.base or Path(prepare_teacher(root / "models").ref))
@@ -187,7 +189,9 @@ class Results:
         for future in as_completed(running):
             name = running[future]
             self.found[name] = future.result()
-            self.path.write_text(json.dumps(self.found, indent=1))
+            whole = self.path.with_suffix(".part")
+            whole.write_text(json.dumps(self.found, indent=1))
+            whole.replace(self.path)  # an interrupted run loses nothing
             print(f"{name}: {self.found[name]}", flush=True)
             after(self.found)
 

@@ -30,11 +30,13 @@ class Correction:
         positions: the row's scored positions, as offsets into its completion.
         signals: teacher's name to its signal at those n_b positions.
         assignment: who judges the row, and what decides their weights.
+        span: the columns of the generation batch that hold the row's tokens.
     """
 
     positions: tuple[int, ...]
     signals: Mapping[str, HiddenSignal | SparseSignal]
     assignment: Assignment
+    span: Span
 
 
 @torch.no_grad()
@@ -95,8 +97,8 @@ def score_rows(
                 nothing = torch.empty(0, dtype=torch.int64, device=input_ids.device)
                 teacher.score(input_ids[:1, -1:], torch.ones_like(attention_mask[:1, -1:]), nothing)
     return [
-        Correction(tuple(p), {name: signals[name] for name in a.judges if name in signals}, a)
-        for p, signals, a in zip(positions, collected, assignments, strict=True)
+        Correction(tuple(p), {name: signals[name] for name in a.judges if name in signals}, a, span)
+        for p, signals, a, span in zip(positions, collected, assignments, spans, strict=True)
     ]
 
 

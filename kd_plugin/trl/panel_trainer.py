@@ -21,7 +21,7 @@ from kd_plugin.panel.checks import check_rows, require_adapters_fit, require_def
 from kd_plugin.panel.combining import scored_positions
 from kd_plugin.panel.identity import panel_identity
 from kd_plugin.panel.metrics import DivergenceTally
-from kd_plugin.panel.spans import Span, left_aligned, row_spans
+from kd_plugin.panel.spans import left_aligned
 from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.signals import OutputHead
 from kd_plugin.trl.behaviour import padded, recorded
@@ -179,13 +179,10 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, ShardedG
         positions = self.judged_positions(output, loss_mask)
         training = self.model.training
         at_once = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
-        ids, mask = _joined(output)
-        output["spans"] = row_spans(mask)
         output["corrections"] = score_rows(
             self.panel,
             assignments,
-            ids,
-            mask,
+            *_joined(output),
             completion_start=output["prompt_ids"].size(1),
             positions=positions,
             rows_at_once=at_once,
@@ -208,7 +205,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, ShardedG
         if "warmup" in inputs:
             return self._warmup_loss(unwrapped_student, inputs["warmup"], self._vocabulary.size, num_items_in_batch)
         corrections: list[Correction] = inputs["corrections"]
-        spans: list[Span] = inputs["spans"]
+        spans = [correction.span for correction in corrections]
         ids, mask = left_aligned(*_joined(inputs), spans)
         last = ids.size(1) - 1
         hidden = self._get_last_hidden_state(unwrapped_student, ids, mask, last)

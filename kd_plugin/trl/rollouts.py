@@ -152,18 +152,22 @@ class RolloutMixin:
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """Deal cached rows during the warm-up, else let the student write; the warm-up passes over its prompts."""
-        args = self.args
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)  # type: ignore[misc]
-        if not self.is_warming_up or self._warmup is None:
-            micro_step = self._step % args.gradient_accumulation_steps  # type: ignore[attr-defined]
-            if micro_step == 0 or self._buffered_inputs is None:
-                whole = self._generate_and_score_completions(generation_batch)  # type: ignore[attr-defined]
-                self._buffered_inputs = micro_batches(whole, args.gradient_accumulation_steps)
-            return self._buffered_inputs[micro_step]
-        batch = self._warmup.batch(
+        args = self.args
+        micro_step = self._step % args.gradient_accumulation_steps  # type: ignore[attr-defined]
+        if self.is_warming_up and self._warmup is not None:
+            return self._warmup_inputs(self._warmup, micro_step)
+        if micro_step == 0 or self._buffered_inputs is None:  # resumed runs have no buffer
+            whole = self._generate_and_score_completions(generation_batch)  # type: ignore[attr-defined]
+            self._buffered_inputs = micro_batches(whole, args.gradient_accumulation_steps)
+        return self._buffered_inputs[micro_step]
+
+    def _warmup_inputs(self, warmup: CacheWarmup, micro_step: int) -> dict[str, Any]:
+        args = self.args
+        batch = warmup.batch(
             self.state.global_step,
-            self._step % args.gradient_accumulation_steps,  # type: ignore[attr-defined]
+            micro_step,
             args.per_device_train_batch_size,
             micro_steps=args.gradient_accumulation_steps,
             rank=self.accelerator.process_index,
@@ -192,11 +196,11 @@ def micro_batches(generation_batch: dict[str, Any], count: int) -> list[dict[str
     Between rows of one length the order is random, drawn as ``DistillationTrainer`` draws its shuffle.
 
     Args:
-        generation_batch: tensors and lists with a row in each place, and values that belong to all rows; ``spans``
-            says where the rows have their tokens.
+        generation_batch: tensors and lists with a row in each place, and values that belong to all rows; its
+            ``corrections`` know where the rows have their tokens.
         count: divides the number of rows.
     """
-    lengths = [span.length for span in generation_batch["spans"]]
+    lengths = [correction.span.length for correction in generation_batch["corrections"]]
     order = by_length(lengths, torch.randperm(len(lengths)).tolist())
     index = torch.tensor(order)
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from kd_plugin.panel import Correction
+from kd_plugin.panel.roster import Assignment
 from kd_plugin.panel.spans import Span
 from kd_plugin.panel.trace import read_rollouts
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
@@ -69,15 +71,15 @@ def test_rows_keep_together_what_belongs_to_them():
     batch = {
         "prompt_ids": torch.arange(6).unsqueeze(1),
         "written": list("abcdef"),
-        "spans": [Span(2, 2 + length) for length in lengths],
+        "corrections": [Correction((), {}, Assignment(("t",)), Span(2, 2 + length)) for length in lengths],
         "num_items_in_batch": torch.tensor(33.0),
         "tool_mask": None,
     }
     parts = micro_batches(batch, 3)
-    assert [[span.length for span in part["spans"]] for part in parts] == [[9, 9], [6, 4], [4, 1]]
+    assert [[one.span.length for one in part["corrections"]] for part in parts] == [[9, 9], [6, 4], [4, 1]]
     for part in parts:
         assert ["abcdef"[int(i)] for i in part["prompt_ids"]] == part["written"]
-        assert [lengths[int(i)] for i in part["prompt_ids"]] == [span.length for span in part["spans"]]
+        assert [lengths[int(i)] for i in part["prompt_ids"]] == [one.span.length for one in part["corrections"]]
         assert part["num_items_in_batch"] == 33.0 and part["tool_mask"] is None
     firsts = {tuple(micro_batches(batch, 3)[0]["written"]) for _ in range(20)}
     assert firsts == {("b", "e"), ("e", "b")}, "rows of one length are in random order"
