@@ -43,7 +43,8 @@ def write_report(results: Accuracies, directory: Path) -> None:
         means = {domain: mean(run[domain] for run in runs) for domain in DOMAINS}
         least = "" if name.startswith(("base", "expert")) else f"{min(recovered(results, means).values()):.2f}"
         cells = " | ".join(_cell([run[domain] for run in runs]) for domain in DOMAINS)
-        lines.append(f"| {name} | {cells} | {least} | {len(runs)} |")
+        seeds = "" if name in results else len(runs)
+        lines.append(f"| {name} | {cells} | {least} | {seeds} |")
     (directory / "results.md").write_text("\n".join(lines) + "\n")
     _plot(groups, directory / "results.png")
 

@@ -1,8 +1,8 @@
 """Three kinds of generated problems, each the speciality of one expert.
 
 The problems come from reasoning-gym (https://github.com/open-thought/reasoning-gym, Apache-2.0), whose generators
-are seeded: a seed names a set of problems for good. Item i of seed s is drawn from s + i, so that sets of near seeds
-overlap.
+are seeded: a seed names a set of problems for good. Item i of seed s is drawn from s + i, so that the seeds here stand
+far apart.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Domain:
     share: float
 
 
-# Short questions that a model of 135M parameters cannot answer at first and can learn to. A family's answer is one
-# word, a reversal's three and two commas: the shares give each domain about as many tokens to learn from.
+# Short questions that a model of 135M parameters cannot answer at first and can learn to. The shares follow how hard a
+# domain is to learn: a reversal is soon learnt, and its answer of three words has the most tokens.
 DOMAINS = {
-    "chain_sum": Domain({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, r".*", 0.35),
-    "word_sequence_reversal": Domain({"min_words": 3, "max_words": 3}, r"Reverse this list of words: .*", 0.2),
-    "family_relationships": Domain({"min_family_size": 4, "max_family_size": 4}, r"(?s).*\?", 0.45),
+    "chain_sum": Domain({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, r".*", 0.47),
+    "word_sequence_reversal": Domain({"min_words": 3, "max_words": 3}, r"Reverse this list of words: .*", 0.13),
+    "family_relationships": Domain({"min_family_size": 4, "max_family_size": 4}, r"(?s).*\?", 0.4),
 }
-HELD_OUT_SEED = 7  # training seeds start at 1000
+SEEDS_APART = 10_000_000  # more than any set draws
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Problem:
 
 def held_out(domain: str, count: int) -> list[Problem]:
     """Return ``count`` problems that no training set contains."""
-    return _distinct(domain, HELD_OUT_SEED, count, excluded=())
+    return _distinct(domain, 0, count, excluded=())
 
 
 def training(domain: str, count: int, seed: int, excluded: Sequence[Problem]) -> list[Problem]:
-    """Return ``count`` distinct problems of a domain, none of them among ``excluded``."""
-    return _distinct(domain, 1000 + seed, count, excluded=[problem.prompt for problem in excluded])
+    """Return ``count`` distinct problems of a domain, none of them among ``excluded``; a seed is 0 or more."""
+    return _distinct(domain, 1 + seed, count, excluded=[problem.prompt for problem in excluded])
 
 
 def _distinct(domain: str, seed: int, count: int, excluded: Sequence[str]) -> list[Problem]:
@@ -78,7 +78,7 @@ def _distinct(domain: str, seed: int, count: int, excluded: Sequence[str]) -> li
 
     seen = set(excluded)
     problems: list[Problem] = []
-    dataset = reasoning_gym.create_dataset(domain, size=20 * count, seed=seed, **DOMAINS[domain].settings)
+    dataset = reasoning_gym.create_dataset(domain, size=20 * count, seed=seed * SEEDS_APART, **DOMAINS[domain].settings)
     for entry in dataset:
         asked = re.search(DOMAINS[domain].asked, entry["question"].strip())
         if asked is None:
