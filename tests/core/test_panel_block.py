@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from kd_plugin.cache import TopK, capture
 from kd_plugin.errors import ConfigError
 from kd_plugin.panel.block import panel_from_block
 from kd_plugin.panel.checks import require_defined_panel
+from kd_plugin.panel.estimators import EstimatorName
 from kd_plugin.teachers import AdapterTeacher, CachedTeacher, LocalTeacher, ServerTeacher
 
 BLOCK = """
@@ -63,13 +65,24 @@ def test_all_four_kinds(block):
     assert panel.weights_of(panel.assign({"domain": "law"})) == (0, 0, 0, 0, 0, 1.0, 0)
 
 
-def test_the_block_of_the_docs(block, teacher_dir):
-    page = (Path(__file__).parents[2] / "docs" / "panel.md").read_text(encoding="utf-8")
-    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+def block_of(page, block, teacher_dir):
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     text = text.replace("MODEL", teacher_dir).replace("EXPERT", block["teachers"]["mine"]["adapter"])
-    panel = panel_from_block(yaml.safe_load(text)["panel"])
+    return panel_from_block(yaml.safe_load(text)["panel"])
+
+
+def test_the_block_of_the_docs(block, teacher_dir):
+    panel = block_of("panel.md", block, teacher_dir)
     require_defined_panel(panel, panel.divergence, 1.0)
     assert panel.weights_of(panel.assign({"domain": "poetry"})) == (0.75, 0.25)
+
+
+@pytest.mark.parametrize("name", get_args(EstimatorName))
+def test_the_page_of_each_estimator_shows_a_panel_that_is_defined(name, block, teacher_dir):
+    panel = block_of(f"estimators/{name}.md", block, teacher_dir)
+    require_defined_panel(panel, panel.divergence, 1.0)
+    assert panel.estimator.name == name
 
 
 def test_from_a_file(block, tmp_path):

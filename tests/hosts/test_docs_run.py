@@ -10,7 +10,7 @@ from tests.tiny import save_tiny
 
 CHECKOUT = Path(__file__).parents[2]
 QUICKSTART = CHECKOUT / "docs" / "quickstart.md"
-PAGES = sorted([*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/*.md"), *CHECKOUT.glob("integrations/**/*.md")])
+PAGES = sorted([*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/**/*.md"), *CHECKOUT.glob("integrations/**/*.md")])
 
 
 def blocks(language):
@@ -64,5 +64,6 @@ def test_every_link_within_the_project_leads_somewhere(page):
 
 def test_every_page_is_in_the_index():
     index = (CHECKOUT / "docs" / "index.md").read_text(encoding="utf-8")
-    missing = [p.name for p in CHECKOUT.glob("docs/*.md") if p.name != "index.md" and f"({p.name})" not in index]
-    assert missing == []
+    docs = CHECKOUT / "docs"
+    pages = {str(page.relative_to(docs)) for page in docs.glob("**/*.md")} - {"index.md"}
+    assert [page for page in sorted(pages) if f"({page})" not in index] == []
