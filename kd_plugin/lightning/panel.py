@@ -114,8 +114,6 @@ class TeacherPanelCorrection(StudentCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the trainer, the module, the panel and the licenses; keep the student's start if it is anchored."""
         anchored = stage == "fit" and self.settings.anchor_weight > 0.0
-        if stage == "fit":
-            self.settings.require_one_process(trainer.world_size)
         if anchored and shards_the_student(trainer):
             raise ConfigError(
                 "anchor_weight keeps a whole copy of the student, and ZeRO-3 and FSDP2 shard it. Name the start as "

@@ -129,4 +129,5 @@ class RolloutWriter:
             device=module.device,
             step=module.trainer.global_step,
             seed=self.seed,
+            rank=module.trainer.global_rank,
         )

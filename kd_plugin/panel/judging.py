@@ -13,8 +13,9 @@ from kd_plugin.panel.rollouts import interleave, left_padded, seeded
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import score_rows
 from kd_plugin.signals import HiddenSignal, SparseSignal
+from kd_plugin.zero.sharding import most_of_any_rank, whole_heads
 
-_INTERLEAVED = 1 << 20  # in the place of a rank: keeps its generator apart from that of the on-policy rows
+_INTERLEAVED = 1 << 20  # added to a rank: keeps its generator apart from that of the on-policy rows
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def interleaved_responses(
     device: torch.device,
     step: int,
     seed: int,
+    rank: int = 0,
 ) -> tuple[list[list[int]], float]:
     """Let the student write ``prompts``; see :func:`kd_plugin.panel.rollouts.interleave`.
 
@@ -62,6 +64,7 @@ def interleaved_responses(
         device: of the student and the teachers' inputs.
         step: optimizer step, for weights with a schedule.
         seed: of the run.
+        rank: of this process. All ranks call this together, for shards of the student or of teachers.
 
     Returns:
         The responses, and the share of their tokens that the panel put in.
@@ -93,7 +96,8 @@ def interleaved_responses(
         block=settings.block,
         top_k=settings.top_k,
         end_tokens=settings.end_tokens,
-        generator=seeded(seed, step, _INTERLEAVED),
+        generator=seeded(seed, step, _INTERLEAVED + rank),
+        most=lambda count: most_of_any_rank([count], device)[0],
     )
     replaced = sum(sum(response.replaced) for response in responses)
     tokens = sum(len(response.tokens) for response in responses)
@@ -146,14 +150,15 @@ def panel_logprobs(
         rows_at_once=rows_at_once,
     )
     found = []
-    for assignment, correction in zip(assignments, corrections, strict=True):
-        weights = panel.weights_of(assignment, step)
-        terms = [
-            _logprobs(correction.signals[name], vocab_size) + torch.tensor(weight).log()
-            for name, weight in zip(assignment.judges, weights, strict=True)
-            if weight > 0
-        ]
-        found.append(torch.stack(terms).logsumexp(dim=0))
+    with whole_heads(panel.teachers.values()):
+        for assignment, correction in zip(assignments, corrections, strict=True):
+            weights = panel.weights_of(assignment, step)
+            terms = [
+                _logprobs(correction.signals[name], vocab_size) + torch.tensor(weight).log()
+                for name, weight in zip(assignment.judges, weights, strict=True)
+                if weight > 0
+            ]
+            found.append(torch.stack(terms).logsumexp(dim=0))
     return found
 
 

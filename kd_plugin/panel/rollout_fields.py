@@ -93,21 +93,6 @@ class RolloutFields:
         if self.warmup_cache and not self.warmup_cache_steps:
             raise ConfigError("warmup_cache is set, but warmup_cache_steps is 0; say how many steps to fit it.")
 
-    def require_one_process(self, ranks: int) -> None:
-        """Refuse interleaved rollouts on several ranks; hosts ask before anything is loaded.
-
-        Args:
-            ranks: processes of the run.
-
-        Raises:
-            ConfigError: ranks would wait for one another after different numbers of rounds.
-        """
-        if self.rollouts == "interleaved" and ranks > 1:
-            raise ConfigError(
-                f"rollouts='interleaved' runs in a single process, and there are {ranks}: ranks would wait for one "
-                "another after different numbers of rounds. Let the student write alone (rollouts='student')."
-            )
-
     def on_policy_schedule(self) -> Schedule:
         """Return ``on_policy_fraction`` as a schedule."""
         value: Any = 1.0 if self.on_policy_fraction is None else self.on_policy_fraction

@@ -83,6 +83,7 @@ def interleave(
     top_k: int,
     end_tokens: Sequence[int],
     generator: torch.Generator,
+    most: Callable[[int], int] = lambda count: count,
 ) -> list[Interleaved]:
     """Let the student write, and replace each token that the panel ranks below ``top_k`` by one of the panel's.
 
@@ -101,6 +102,8 @@ def interleave(
         top_k: rank up to which a student's token stands, from 1.
         end_tokens: ids that end a response.
         generator: CPU generator of the panel's tokens.
+        most: the largest of a number over all ranks. Where weights are cut over ranks, each takes part in every round
+            of the others: a rank that is done has its first row proposed and judged, and puts it aside.
 
     Returns:
         One response a prompt.
@@ -109,14 +112,16 @@ def interleave(
     tokens: list[Tokens] = [[] for _ in prompts]
     replaced: list[list[bool]] = [[] for _ in prompts]
     writing = [row for row in range(len(prompts)) if max_new_tokens > 0]
-    while writing:
-        prefixes = [list(prompts[row]) + tokens[row] for row in writing]
-        room = min(block, max(max_new_tokens - len(tokens[row]) for row in writing))
-        proposals = [
-            proposal[: max_new_tokens - len(tokens[row])]
-            for row, proposal in zip(writing, propose(prefixes, room), strict=True)
-        ]
-        judged = judge(writing, prefixes, proposals)
+    while most(len(writing)):
+        present = writing or [0]
+        prefixes = [list(prompts[row]) + tokens[row] for row in present]
+        room = max(1, min(block, max(max_new_tokens - len(tokens[row]) for row in present)))
+        proposals = propose(prefixes, room)
+        if writing:
+            proposals = [p[: max_new_tokens - len(tokens[row])] for row, p in zip(writing, proposals, strict=True)]
+        judged = judge(present, prefixes, proposals)
+        if not writing:
+            continue
         for row, proposal, logprobs in zip(writing, proposals, judged, strict=True):
             accepted, substitute = _first_rejection(proposal, logprobs, top_k, generator)
             tokens[row] += proposal[:accepted] + substitute

@@ -46,7 +46,6 @@ class TeacherPanelConfig(WatchFields, RolloutFields, PanelFields, DistillationFi
                 "YAML that names one."
             )
         self.check_rollouts()
-        self.require_one_process(self.world_size)
         if self.rollouts == "interleaved" and self.use_vllm:
             raise ConfigError(
                 "rollouts='interleaved' needs transformers generation: the panel replaces tokens as they are written. "

@@ -32,13 +32,12 @@ from kd_plugin.trl.placing import place_teachers
 from kd_plugin.trl.rollouts import RolloutMixin
 from kd_plugin.trl.start import load_vocabulary, require_launchable, resumed_checkpoint, start_lineage
 from kd_plugin.trl.watch import WatchMixin
-from kd_plugin.trl.zero_generation import ShardedGenerationMixin
 from kd_plugin.zero.sharding import whole_heads
 
 logger = logging.get_logger(__name__)
 
 
-class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, ShardedGenerationMixin, DistillationTrainer):
+class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, DistillationTrainer):
     """``DistillationTrainer`` with several teachers, a fused loss, and lineage in every checkpoint.
 
     The student writes completions; each row is judged by the teachers of the panel that its ``teacher_id``

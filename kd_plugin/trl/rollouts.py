@@ -23,9 +23,10 @@ from kd_plugin.panel.spans import by_length
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
 from kd_plugin.signals import OutputHead
 from kd_plugin.trl.generating import generating
+from kd_plugin.trl.zero_generation import ShardedGenerationMixin
 
 
-class RolloutMixin:
+class RolloutMixin(ShardedGenerationMixin):
     """Adds to ``DistillationTrainer`` mixed and interleaved rollouts, and a warm-up from teacher caches.
 
     The trainer sets ``panel``, and calls :meth:`start_rollouts` after its parent's ``__init__`` and
@@ -92,7 +93,7 @@ class RolloutMixin:
             chosen = [prompt_ids[row] for row in rows]
             with self._decoding():
                 if self.args.rollouts == "interleaved" and self.model.training:
-                    texts = self._interleaved(rows, chosen)
+                    texts = self.without_loops(self._interleaved(rows, chosen))  # type: ignore[attr-defined]
                 else:
                     texts = super()._generate_single_turn(chosen, images, multimodal_fields, **kwargs)  # type: ignore[misc]
             written = dict(zip(rows, texts, strict=True))
@@ -110,7 +111,7 @@ class RolloutMixin:
         options: dict[str, Any] = {}
         if not together and writes_row_by_row(self.generation_config):  # type: ignore[attr-defined]
             options["custom_generate"] = decode_with(self.args.rollout_draws)
-        with self.accelerator.autocast(), generating(model, **options):
+        with self.accelerator.autocast(), self.gathered_where_they_fit(model), generating(model, **options):
             yield
 
     def _interleaved(self, rows: Sequence[int], prompts: list[list[int]]) -> list[list[int]]:
@@ -119,10 +120,12 @@ class RolloutMixin:
             unwrap_model_for_generation(
                 self.model_wrapped,  # type: ignore[attr-defined]
                 self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 generation_kwargs=self.generation_kwargs,  # type: ignore[attr-defined]
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as student,
             torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),  # type: ignore[attr-defined]
         ):
             responses, replaced = interleaved_responses(
                 self.panel,
@@ -146,6 +149,7 @@ class RolloutMixin:
                 device=self.accelerator.device,
                 step=self.state.global_step,
                 seed=self.args.seed,
+                rank=self.accelerator.process_index,
             )
         self._metrics["train"]["rollouts/replaced"].append(replaced)  # type: ignore[attr-defined]
         return responses

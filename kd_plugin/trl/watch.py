@@ -85,7 +85,13 @@ class WatchMixin:
         criteria = StoppingCriteriaList([StopLoops(-(-longest // multiple) * multiple, repeats)])
         with generating(model, stopping_criteria=criteria):  # TRL passes no criteria to it (1.16)
             found = super()._generate_single_turn(prompt_ids, images, multimodal_fields, **kwargs)  # type: ignore[misc]
-        found, looping = cut_loops(found, repeats)  # exact, and the same for vLLM, which was not stopped
+        return self.without_loops(found)  # exact, and the same for vLLM, which was not stopped
+
+    def without_loops(self, texts: list[list[int]]) -> list[list[int]]:
+        """Cut what was written where the repetition stop says, if it is on."""
+        if not self.args.repetition_stop:
+            return texts
+        found, looping = cut_loops(texts, self.args.repetition_stop)
         self._metrics[self._mode]["rollouts/looping"].append(looping)  # type: ignore[attr-defined]
         return found
 

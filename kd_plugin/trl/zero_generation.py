@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import StoppingCriteriaList
@@ -21,18 +23,21 @@ class ShardedGenerationMixin:
     accelerator: Any
     _fits: bool | None = None
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def gathered_where_they_fit(self, model: Any) -> Iterator[None]:
+        """Let ``model``, the unwrapped student, write inside the block; a collective call the first time."""
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None  # type: ignore[attr-defined]
-        if plugin is None or plugin.zero_stage != 3 or self.use_vllm:  # type: ignore[attr-defined]
-            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
-        model = self.accelerator.unwrap_model(self.model_wrapped)  # type: ignore[attr-defined]
+        if plugin is None or plugin.zero_stage != 3:
+            yield
+            return
         if self._fits is None:
             self._decide(model)
         if self.args.ds3_gather_for_generation:
-            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
+            yield
+            return
         limit, says = self.args.max_completion_length, self.accelerator.is_main_process
         with generating(model, stopping_criteria=StoppingCriteriaList([Progress(limit, says=says)])):
-            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
+            yield
 
     def _decide(self, model: Any) -> None:
         """Look once whether gathered weights fit on every rank; all ranks must do the same."""

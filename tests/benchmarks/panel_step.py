@@ -6,7 +6,8 @@
 DIR is SmolLM2-135M-Instruct; student and teachers have its size. Both sides of a comparison alternate within one
 process, with one seed a round, so they write the same tokens; medians are compared. All rollouts have one length, but
 in the comparison "natural": its prompts are the demo's, its rollouts end where the student ends them, its step has four
-micro-batches, and the lengths are printed.
+micro-batches, and the lengths are printed. ``--precision autocast`` is TRL's default, ``bf16=True`` over float32 weights;
+``bfloat16`` has weights in bfloat16. It changes the comparisons of whole steps, not those of adapters and of memory.
 Adapters are random LoRAs of rank 16 on all linear layers, over one base. Memory is measured in a process of its own a
 row: the resident set after one generation batch was scored, and for offloaded teachers the most bytes of weights that
 were on the device at once, counted as they are moved (on a CPU the device's memory is the host's).
@@ -109,7 +110,8 @@ def config(cls, options, directory: str, micro_batches: int = 1, **extra):
     return cls(
         output_dir=directory, per_device_train_batch_size=options.rows // micro_batches,
         gradient_accumulation_steps=micro_batches, max_completion_length=options.tokens,
-        generation_kwargs={} if natural else {"min_new_tokens": options.tokens}, learning_rate=1e-6, bf16=False,
+        generation_kwargs={} if natural else {"min_new_tokens": options.tokens}, learning_rate=1e-6,
+        bf16=options.precision == "autocast", model_init_kwargs={"dtype": options.dtype},
         use_cpu=True, report_to="none", gradient_checkpointing=False, dataloader_pin_memory=False, disable_tqdm=True,
         beta=1.0, **extra,
     )  # fmt: skip
@@ -162,11 +164,11 @@ def _against_trl(options, scratch: Path, dataset: Dataset, micro_batches: int, t
     common = {"options": options, "micro_batches": micro_batches}
     theirs = DistillationTrainer(
         model=options.model, teacher_model=options.model, train_dataset=dataset,
-        args=config(DistillationConfig, directory=str(scratch / "trl"), teacher_model_init_kwargs={"dtype": "float32"},
+        args=config(DistillationConfig, directory=str(scratch / "trl"), teacher_model_init_kwargs={"dtype": options.dtype},
                     **common),
     )  # fmt: skip
     mine = TeacherPanelTrainer(
-        model=options.model, teacher_models={"t0": options.model}, train_dataset=dataset,
+        model=options.model, teacher_models=local(options, 1), train_dataset=dataset,
         args=config(TeacherPanelConfig, directory=str(scratch / "ours"), combine="weighted_kl", **common),
     )  # fmt: skip
     sides = {
@@ -176,10 +178,14 @@ def _against_trl(options, scratch: Path, dataset: Dataset, micro_batches: int, t
     compare(options, sides, title)
 
 
+def local(options, count: int) -> dict[str, LocalTeacher]:
+    return {name: LocalTeacher(options.model, dtype=options.dtype, name=name) for name in NAMES[:count]}
+
+
 def routed(options, scratch: Path) -> None:
     sides = {
-        "three routed": ours(options, str(scratch / "three"), {name: options.model for name in NAMES[:3]}),
-        "one": ours(options, str(scratch / "one"), {"t0": options.model}, combine="weighted_kl"),
+        "three routed": ours(options, str(scratch / "three"), local(options, 3)),
+        "one": ours(options, str(scratch / "one"), local(options, 1), combine="weighted_kl"),
     }
     compare(options, sides, "Three routed local teachers, against one")
 
@@ -312,10 +318,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--precision", choices=["float32", "autocast", "bfloat16"], default="float32")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=["trl", "natural", "routed", "adapters", "memory"])
     parser.add_argument("--memory", nargs=3, metavar=("KIND", "COUNT", "SCRATCH"))
     options = parser.parse_args()
+    options.dtype = "bfloat16" if options.precision == "bfloat16" else "float32"
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         if options.memory:

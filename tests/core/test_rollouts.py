@@ -36,11 +36,11 @@ def student(seed: int):
     return propose
 
 
-def run(top_k: int, block: int = 4, length: int = 12, seed: int = 0):
+def run(top_k: int, block: int = 4, length: int = 12, seed: int = 0, judge=judge, **ranks):
     prompts = [[1, 2], [3], [4, 5, 6]]
     written = interleave(
         prompts, student(seed), judge, max_new_tokens=length, block=block, top_k=top_k, end_tokens=[END],
-        generator=torch.Generator().manual_seed(5),
+        generator=torch.Generator().manual_seed(5), **ranks,
     )  # fmt: skip
     return prompts, written
 
@@ -70,6 +70,21 @@ def test_with_the_whole_vocabulary_the_student_writes_alone():
     alone = student(0)([[], [], []], 12)
     assert [list(w.tokens) for w in written] == alone
     assert not any(any(w.replaced) for w in written)
+
+
+def test_a_rank_that_is_done_takes_part_in_the_rounds_of_the_others():
+    rounds = []
+
+    def counted(*asked):
+        rounds.append(len(asked[1]))
+        return judge(*asked)
+
+    _, alone = run(2, judge=counted)
+    own = len(rounds)
+    others = iter([0] * own + [2, 1, 0])  # rows that another rank still writes
+    _, together = run(2, judge=counted, most=lambda count: max(count, next(others)))
+    assert together == alone
+    assert len(rounds) == 2 * own + 2 and rounds[-2:] == [1, 1]
 
 
 def test_some_tokens_are_replaced_and_some_stand():

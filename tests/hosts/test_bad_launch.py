@@ -112,13 +112,6 @@ class TestTheTrlTrainersRefuse:
         with pytest.raises(ConfigError, match=r"Teacher 'a' is an adapter.*FSDP"):
             panel(None, AdapterTeacher(tmp_path / "adapter", license="own"))
 
-    def test_interleaved_rollouts_on_several_ranks(self, panel, monkeypatch):
-        monkeypatch.setattr(TeacherPanelConfig, "world_size", 2)
-        with pytest.raises(ConfigError, match=r"'interleaved' runs in a single process, and there are 2"):
-            panel(None, rollouts="interleaved")
-        with pytest.raises(AssertionError, match="a model was loaded"):
-            panel(None, rollouts="student")
-
     def test_interleaved_rollouts_from_vllm(self, panel):
         with pytest.raises(ConfigError, match=r"'interleaved' needs transformers generation.*use_vllm=False"):
             panel(None, rollouts="interleaved", use_vllm=True)
@@ -260,10 +253,6 @@ class TestLightningRefuses:
     def test_an_anchor_beside_a_student_in_shards(self, setup, sharding):
         with pytest.raises(ConfigError, match=r"anchor_weight keeps a whole copy .* ZeRO-3 and FSDP2 shard it"):
             setup(sharding, anchor_weight=0.1)
-
-    def test_interleaved_rollouts_on_several_ranks(self, setup):
-        with pytest.raises(ConfigError, match=r"'interleaved' runs in a single process, and there are 2"):
-            setup({"zero_optimization": {"stage": 1}}, rollouts="interleaved")
 
 
 def student(hidden=64, layers=2):

@@ -11,6 +11,7 @@ from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.reference import divergence_from_logits
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel import generation
+from kd_plugin.panel.responses import cut_loops
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.hosts.runs import LORA, TOPICS, assert_same, losses, prompts, settings, weights
@@ -95,6 +96,16 @@ def test_interleaved_with_top_1_writes_the_teachers_greedy_text(tmp_path, studen
     trainer.train()
     shares = [entry["rollouts/replaced"] for entry in trainer.state.log_history if "rollouts/replaced" in entry]
     assert len(shares) == 5 and all(0 < share <= 1 for share in shares)
+
+
+def test_interleaved_rollouts_are_cut_where_they_repeat_themselves(tmp_path, student_dir, teacher_dir):
+    options = {"rollouts": "interleaved", "interleaved_top_k": 1, "max_completion_length": 60}
+    whole = written(build(tmp_path / "whole", student_dir, teacher_dir, **options))
+    trainer = build(tmp_path / "cut", student_dir, teacher_dir, repetition_stop=3, **options)
+    found, looping = cut_loops(whole, 3)
+    assert looping > 0  # a greedy random model soon repeats itself
+    assert written(trainer) == found
+    assert trainer._metrics["train"]["rollouts/looping"] == [looping]
 
 
 def test_the_warm_up_fits_the_cache_and_then_the_student_writes(tmp_path, cache, student_dir, teacher_dir):

@@ -48,3 +48,18 @@ def test_adapters_and_offloaded_teachers_at_every_stage(
     found = run_all(jobs, tmp_path / "two", timeout=600)
     for name in jobs:
         assert found[name][0]["losses"] == pytest.approx(expected[name.rstrip("123cut")][0]["losses"], rel=1e-3), name
+
+
+def test_interleaved_rollouts_at_every_stage(adapters, student_dir, teacher_dir, other_teacher_dir, tmp_path):
+    """The panel replaces what is not its first token: ranks need different numbers of rounds for the same text."""
+    teachers = {"own": adapters["own"], "a": teacher_dir, "b": {"path": other_teacher_dir, "placement": "offload"}}
+    writing = {"rollouts": "interleaved", "interleaved_top_k": 1, "interleaved_block": 3}
+
+    def job(stage, **further):
+        return panel(student_dir, tmp_path / "out", teachers, stage, **writing, **further)
+
+    expected = run_all({"": {**job(None), "rows": 4}}, tmp_path / "alone", ranks=1)[""][0]["losses"]
+    jobs = {str(stage): job(stage) for stage in (1, 2, 3)}
+    jobs |= {"2 cut": job(2, shard_teachers=True), "3 in parts": job(3, ds3_gather_for_generation=False)}
+    for name, reports in run_all(jobs, tmp_path / "two", timeout=600).items():
+        assert reports[0]["losses"] == pytest.approx(expected, rel=1e-3), name
