@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
+from kd_plugin.cli.training_help import Introduction, asked_for, help_text
 from kd_plugin.errors import ConfigError, DataError, nearest
 
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -29,7 +30,7 @@ def parse(command: str, config_class: type, argv: Sequence[str]) -> tuple[Script
         _check_file(arguments[arguments.index("--config") + 1 :][:1], known)
     for argument in arguments:
         name = argument.removeprefix("--").split("=")[0].replace("-", "_")
-        if argument.startswith("--") and name not in (*known, "config", "help") and not name.startswith("no_"):
+        if argument.startswith("--") and name not in (*known, "config") and not name.startswith("no_"):
             raise ConfigError(f"unknown option {argument.split('=')[0]!r}.{nearest(name, known)}")
     parser = TrlParser(classes, prog=f"kd-plugin {command}")  # type: ignore[arg-type]
     script, training, model = parser.parse_args_and_config(arguments)
@@ -68,8 +69,14 @@ def load_rows(script: ScriptArguments, split: str) -> Any:
     return load_dataset(name, name=script.dataset_config, split=split, streaming=script.dataset_streaming)
 
 
-def train(command: str, trainer_class: type, config_class: type, argv: Sequence[str]) -> int:
+def train(
+    command: str, trainer_class: type, config_class: type, argv: Sequence[str], introduction: Introduction
+) -> int:
     """Build the trainer from ``argv``, train, resuming where that says so, and save the student with its lineage."""
+    everything = asked_for(argv)
+    if everything is not None:
+        print(help_text(command, config_class, introduction, everything=everything), end="")
+        return 0
     script, training, model = parse(command, config_class, argv)
     trainer = trainer_class(
         model=model.model_name_or_path,

@@ -6,8 +6,8 @@
 DIR is SmolLM2-135M-Instruct; student and teachers have its size. Both sides of a comparison alternate within one
 process, with one seed a round, so they write the same tokens; medians are compared. All rollouts have one length, but
 in the comparison "natural": its prompts are the demo's, its rollouts end where the student ends them, its step has four
-micro-batches, and the lengths are printed. ``--precision autocast`` is TRL's default, ``bf16=True`` over float32 weights;
-``bfloat16`` has weights in bfloat16. It changes the comparisons of whole steps, not those of adapters and of memory.
+micro-batches, and the lengths are printed. ``--precision autocast`` is TRL's default, ``bf16=True`` over float32
+weights; ``bfloat16`` has weights in bfloat16. It changes the comparisons of whole steps, not the others.
 Adapters are random LoRAs of rank 16 on all linear layers, over one base. Memory is measured in a process of its own a
 row: the resident set after one generation batch was scored, and for offloaded teachers the most bytes of weights that
 were on the device at once, counted as they are moved (on a CPU the device's memory is the host's).
@@ -164,8 +164,8 @@ def _against_trl(options, scratch: Path, dataset: Dataset, micro_batches: int, t
     common = {"options": options, "micro_batches": micro_batches}
     theirs = DistillationTrainer(
         model=options.model, teacher_model=options.model, train_dataset=dataset,
-        args=config(DistillationConfig, directory=str(scratch / "trl"), teacher_model_init_kwargs={"dtype": options.dtype},
-                    **common),
+        args=config(DistillationConfig, directory=str(scratch / "trl"),
+                    teacher_model_init_kwargs={"dtype": options.dtype}, **common),
     )  # fmt: skip
     mine = TeacherPanelTrainer(
         model=options.model, teacher_models=local(options, 1), train_dataset=dataset,

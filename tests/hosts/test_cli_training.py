@@ -1,15 +1,24 @@
 """`kd-plugin offline` and `kd-plugin panel` train from YAML alone."""
 
 import json
+import textwrap
+from dataclasses import fields
 
 import pytest
 import yaml
 from datasets import Dataset
+from trl import ModelConfig, ScriptArguments
 
 from kd_plugin.cache import TopK, capture
+from kd_plugin.cli import panel
 from kd_plugin.cli.main import main
+from kd_plugin.cli.training import parse
 from kd_plugin.lineage import verify
+from kd_plugin.panel.block import panel_from_block
+from kd_plugin.panel.checks import require_defined_panel
+from kd_plugin.panel.panel_fields import PanelFields
 from kd_plugin.teachers import LocalTeacher
+from kd_plugin.trl import OfflineKDConfig, TeacherPanelConfig
 from tests.hosts.runs import settings
 
 
@@ -41,6 +50,34 @@ def test_panel(tmp_path, student_dir, teacher_dir, other_teacher_dir):
     assert main(["panel", "--config", config]) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert verify(tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "config_class", "ours"),
+    [("panel", TeacherPanelConfig, PanelFields), ("offline", OfflineKDConfig, OfflineKDConfig)],
+)
+def test_help_shows_our_fields_first_and_all_fields_on_request(command, config_class, ours, capsys):
+    assert main([command, "--help"]) == 0
+    short = capsys.readouterr().out
+    assert main([command, "--help-all"]) == 0
+    long = capsys.readouterr().out
+    assert f"kd-plugin {command} --config {command}.yaml" in short
+    names = {field.name for cls in (config_class, ModelConfig, ScriptArguments) for field in fields(cls)}
+    assert all(f"--{name} " in long for name in names)
+    own = list(ours.__annotations__)
+    own.remove(next(name for name in own if name.isupper() or name.startswith("_")))  # a class's own, no field
+    assert all(f"--{name} " in short for name in [*own, "lineage", "output_dir", "model_name_or_path"])
+    assert short.index(f"--{own[0]} ") < short.index("the student (TRL") and "--adam_beta1 " not in short
+
+
+def test_the_example_in_the_help_is_a_configuration_that_is_taken(tmp_path, teacher_dir, other_teacher_dir):
+    _, _, text = panel._INTRODUCTION.example.partition("panel.yaml:\n")
+    content = textwrap.dedent(text[: text.index("\n\n")])
+    (tmp_path / "run.yaml").write_text(content.replace("TEACHER", teacher_dir).replace("OTHER", other_teacher_dir))
+    _, config, model = parse("panel", TeacherPanelConfig, ["--config", str(tmp_path / "run.yaml"), "--use_cpu"])
+    built = panel_from_block(config.panel)
+    require_defined_panel(built, built.divergence, 1.0)
+    assert model.model_name_or_path == "STUDENT" and built.judges(None, "algebra") == ("math",)
 
 
 def test_panel_from_one_block(tmp_path, student_dir, teacher_dir, other_teacher_dir, capsys):
