@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 
 from kd_plugin.cli.main import main
+from kd_plugin.cli.training import parse
+from kd_plugin.panel.build import panel_from, require_sampling
+from kd_plugin.panel.checks import require_defined_panel
+from kd_plugin.trl import OfflineKDConfig, TeacherPanelConfig
 from tests.tiny import save_tiny
 
 CHECKOUT = Path(__file__).parents[2]
@@ -43,6 +47,20 @@ def test_the_quickstarts_declarations_are_accepted(tmp_path):
     math = Source("math", ref=save_tiny(tmp_path / "math", license=None))
     run = RunLineage(method="x", student=student, teachers=[math], config=tmp_path / "lineage.yaml")
     run.require_trainable()
+
+
+def test_the_settings_of_each_paper_are_taken(tmp_path, teacher_dir, other_teacher_dir):
+    page = (CHECKOUT / "docs" / "papers.md").read_text(encoding="utf-8")
+    found = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(found) == 7
+    for text in found:
+        (tmp_path / "run.yaml").write_text(text.replace("TEACHER", teacher_dir).replace("OTHER", other_teacher_dir))
+        command = ("offline", OfflineKDConfig) if "teacher_cache:" in text else ("panel", TeacherPanelConfig)
+        _, config, _ = parse(*command, f"--config {tmp_path / 'run.yaml'} --use_cpu --model_name_or_path x".split())
+        if command[0] == "panel":
+            panel = panel_from(None, None, config)
+            require_defined_panel(panel, panel.divergence or config.resolved_divergence(), config.temperature)
+            require_sampling(panel, config)
 
 
 def anchors(page):
