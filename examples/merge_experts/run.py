@@ -57,7 +57,7 @@ class Options:
     student_steps: int = 60
     student_rows: int = 24
     learning_rate: float = 1e-3
-    items: int = 100
+    items: int = 200
     seeds: int = 3
     workers: int = 2
     base: Path | None = None
