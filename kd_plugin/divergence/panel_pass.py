@@ -132,10 +132,8 @@ class _GroupPass:
         weigh = _Confidence(self._group.sharpness) if self._group.combining == "confidence" else None
         entropy_R = None
         for at_RV, multiplier, indices in self._student_at(logits_RV, by_temperature):
-            if entropy_R is None:
-                entropy_R = self._tiles.start(at_RV, multiplier, len(indices))
-            else:
-                self._tiles.restart(at_RV, multiplier, len(indices))
+            here_R = self._tiles.start(at_RV, multiplier, len(indices))
+            entropy_R = here_R if entropy_R is None else entropy_R
             for i in indices:
                 weight_R = self.weights[i][part]
                 self._take(i, part)
@@ -166,13 +164,15 @@ class _GroupPass:
         self, logits_RV: Tensor, by_temperature: dict[float, list[int]]
     ) -> Iterator[tuple[Tensor, float, list[int]]]:
         """Yield the student's logits at each temperature: projected once, and scaled."""
-        raw_RV = logits_RV
         if len(by_temperature) > 1:
             raw_RV = self._project.workspace.get("raw", logits_RV.shape[0], logits_RV.dtype).copy_(logits_RV)
-        for temperature, indices in by_temperature.items():
+        for i, (temperature, indices) in enumerate(by_temperature.items()):
+            if i > 0:
+                self._tiles.settle()
+                logits_RV.copy_(raw_RV)
             factor = self._plan.temperature / temperature
-            at_RV = logits_RV if raw_RV is logits_RV else logits_RV.copy_(raw_RV)
-            yield at_RV if factor == 1.0 else at_RV.mul_(factor), self._project.multiplier * factor, indices
+            at_RV = logits_RV if factor == 1.0 else logits_RV.mul_(factor)
+            yield at_RV, self._project.multiplier * factor, indices
 
     def _mix(self, logits_RV: Tensor, part: slice) -> Tensor:
         """Compare the student with the weighted mean of the teachers' probabilities, formed in log space."""
@@ -201,9 +201,7 @@ class _GroupPass:
         """Project a teacher and hand it to the tiles; its log-probabilities (R, V) come back."""
         teacher, used_R1 = self._teachers[i], (self.weights[i][part] != 0).unsqueeze(-1)
         hidden_RH = self._group.terms[i].signal.hidden[part].to(teacher.workspace.device, teacher.weight_VH.dtype)
-        logits_RV = teacher(without_unused(hidden_RH, used_R1))
-        self._tiles.take(logits_RV)
-        return logits_RV
+        return self._tiles.take(teacher(without_unused(hidden_RH, used_R1)))
 
 
 class _Confidence:

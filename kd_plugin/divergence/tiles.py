@@ -29,7 +29,7 @@ class Tiles:
     """Buffers and state of one chunk: the student's distribution, and a summed over the teachers so far.
 
     Call :meth:`start`; for each teacher :meth:`take` and :meth:`add`; then :meth:`gradient`. Teachers that are
-    compared at another temperature follow after :meth:`restart`.
+    compared at another temperature follow after :meth:`settle` and a further :meth:`start`.
 
     Args:
         workspace: where the buffers live.
@@ -39,51 +39,52 @@ class Tiles:
 
     def __init__(self, workspace: Workspace, dtype: torch.dtype, need_grad: bool) -> None:
         self._workspace, self._dtype, self._need_grad = workspace, dtype, need_grad
+        self._finished_RV: Tensor | None = None  # gradient of the teachers at earlier temperatures
 
     def start(self, logits_RV: Tensor, multiplier: float, teachers: int) -> Tensor:
-        """Begin a chunk; ``logits_RV`` becomes the student's log-probabilities in place.
+        """Begin a chunk, or go on with it at another temperature.
 
         Args:
-            logits_RV: the student's logits over the temperature.
+            logits_RV: the student's logits over the temperature; its memory is taken over.
             multiplier: factor of the gradient (logit scale over temperature).
-            teachers: how many will be added until the next start or restart.
+            teachers: how many will be added until the next start.
 
         Returns:
             (R,) entropy in nats.
         """
-        self._finished_RV: Tensor | None = None
-        return self._begin(logits_RV, multiplier, teachers)
+        self._rows, self._teachers, self._multiplier = logits_RV.shape[0], teachers, multiplier
+        self._logq_RV = torch.log_softmax(logits_RV, -1, out=self._buffer("logq"))
+        self._q_RV = torch.exp(self._logq_RV, out=logits_RV)
+        self._a_RV: Tensor | None = None  # Σ w·a
+        self._p_sum_RV: Tensor | None = None  # Σ w·p of the forward KL
+        self._factor_R1: Tensor | float = 0.0  # Σ w of the forward KL, less ⟨q, Σ w·a⟩ of the others
+        return torch.mul(self._q_RV, self._logq_RV, out=self._buffer("logp")).sum(-1).neg_()
 
-    def restart(self, logits_RV: Tensor, multiplier: float, teachers: int) -> None:
-        """Go on with the student's logits at another temperature; what was added so far is kept."""
+    def settle(self) -> None:
+        """Put the gradient so far aside, before the memory of the student's logits is written again."""
         if self._need_grad:
             gradient_RV = self._fold()
             if self._finished_RV is None:
                 self._finished_RV = self._buffer("finished").copy_(gradient_RV)
-        self._begin(logits_RV, multiplier, teachers)
 
-    def _begin(self, logits_RV: Tensor, multiplier: float, teachers: int) -> Tensor:
-        self._rows, self._teachers, self._multiplier = logits_RV.shape[0], teachers, multiplier
-        self._logq_RV, self._q_RV = logits_RV, self._buffer("q")
-        normalise_(logits_RV, self._q_RV)
-        self._a_RV: Tensor | None = None  # Σ w·a
-        self._p_sum_RV: Tensor | None = None  # Σ w·p of the forward KL
-        self._factor_R1: Tensor | float = 0.0  # Σ w of the forward KL, less ⟨q, Σ w·a⟩ of the others
-        return torch.mul(self._q_RV, self._logq_RV, out=self._buffer("p")).sum(-1).neg_()
+    def take(self, logits_RV: Tensor) -> Tensor:
+        """Take in a teacher's logits (R, V), whose memory is taken over.
 
-    def take(self, logits_RV: Tensor) -> None:
-        """Take in a teacher's logits, which become its log-probabilities in place."""
-        self._logp_RV, self._p_RV = logits_RV, self._buffer("p")
-        normalise_(logits_RV, self._p_RV)
+        Returns:
+            (R, V) its log-probabilities; the next call overwrites them.
+        """
+        self._logp_RV = torch.log_softmax(logits_RV, -1, out=self._buffer("logp"))
+        self._spare_RV, self._spare_is_p = logits_RV, False
+        return self._logp_RV
 
     def teacher_entropy(self) -> Tensor:
         """(R,) entropy in nats of the teacher that was taken in last."""
-        return torch.mul(self._p_RV, self._logp_RV, out=self._buffer("scratch")).sum(-1).neg_()
+        return torch.mul(self._probs(), self._logp_RV, out=self._buffer("scratch")).sum(-1).neg_()
 
     def value(self, divergence: Divergence) -> Tensor:
         """(R,) divergence in nats of the teacher that was taken in last, which stays as it is."""
         gap_RV = torch.sub(self._logp_RV, self._logq_RV, out=self._buffer("gap"))
-        return self._compare(gap_RV, self._buffer("copy").copy_(self._p_RV), divergence, None)
+        return self._compare(gap_RV, divergence, None)
 
     def add(self, weight_R: Tensor, divergence: Divergence) -> Tensor:
         """Compare with the teacher that was taken in last, and use it up.
@@ -95,32 +96,37 @@ class Tiles:
         Returns:
             (R,) divergence in nats, before weighting.
         """
+        weight_R = weight_R * self._multiplier
+        if divergence.name != "reverse_kl":
+            self._probs()  # before its logarithm is used up
         gap_RV = self._logp_RV.sub_(self._logq_RV)  # log p − log q
-        return self._compare(gap_RV, self._p_RV, divergence, weight_R * self._multiplier if self._need_grad else None)
+        return self._compare(gap_RV, divergence, weight_R if self._need_grad else None)
 
-    def _compare(self, gap_RV: Tensor, p_RV: Tensor, divergence: Divergence, weight_R: Tensor | None) -> Tensor:
-        """Value of one divergence; its gradient is added where there is a weight. Overwrites both buffers."""
+    def _compare(self, gap_RV: Tensor, divergence: Divergence, weight_R: Tensor | None) -> Tensor:
+        """Value of one divergence; its gradient is added where there is a weight. Overwrites the gap."""
         name = "forward_kl" if divergence.name == "skew_kl" and divergence.alpha == 0.0 else divergence.name
         share = divergence.beta if name == "jsd" else divergence.alpha
         match name:
             case "forward_kl":
+                p_RV = self._probs()
                 value_R = gap_RV.mul_(p_RV).sum(-1)
                 self._add_teacher_mass(p_RV, weight_R)
             case "reverse_kl":
-                value_R = torch.mul(self._q_RV, gap_RV, out=p_RV).sum(-1).neg_()
+                value_R = torch.mul(self._q_RV, gap_RV, out=self._spare()).sum(-1).neg_()
                 self._add_slope(gap_RV, weight_R, -1.0, value_R)
             case "jsd":
                 rise_RV = self._log_mixture_over_q(gap_RV, share)
-                value_R = gap_RV.sub_(rise_RV).mul_(p_RV).sum(-1) * share
-                student_R = torch.mul(self._q_RV, rise_RV, out=p_RV).sum(-1) * (share - 1.0)
+                value_R = gap_RV.sub_(rise_RV).mul_(self._probs()).sum(-1) * share
+                student_R = torch.mul(self._q_RV, rise_RV, out=self._spare()).sum(-1) * (share - 1.0)
                 value_R = value_R + student_R
                 self._add_slope(rise_RV, weight_R, share - 1.0, student_R)
             case _:
                 ratio_RV = gap_RV.sub_(self._log_mixture_over_q(gap_RV, share))
-                value_R = torch.mul(p_RV, ratio_RV, out=p_RV).sum(-1)
+                p_RV = self._probs()
+                value_R = torch.mul(p_RV, ratio_RV, out=self._spare()).sum(-1)
                 if weight_R is not None:
-                    torch.mul(self._q_RV, ratio_RV.exp_(), out=p_RV)
-                    self._add_slope(ratio_RV, weight_R, share - 1.0, p_RV.sum(-1) * (share - 1.0))
+                    slope_R = torch.mul(self._q_RV, ratio_RV.exp_(), out=self._spare()).sum(-1) * (share - 1.0)
+                    self._add_slope(ratio_RV, weight_R, share - 1.0, slope_R)
         return value_R
 
     def rescale(self, factor_R: Tensor) -> None:
@@ -134,8 +140,9 @@ class Tiles:
         self._factor_R1 = self._factor_R1 * factor_R1
 
     def gradient(self) -> Tensor:
-        """(R, V) gradient of Σ w·D in the student's projection; overwrites the chunk's buffers."""
-        return self._fold()
+        """(R, V) gradient of Σ w·D in the student's projection; ends the chunk and overwrites its buffers."""
+        gradient_RV, self._finished_RV = self._fold(), None
+        return gradient_RV
 
     def _fold(self) -> Tensor:
         if self._a_RV is None:
@@ -146,6 +153,18 @@ class Tiles:
             if self._p_sum_RV is not None:
                 total_RV.sub_(self._p_sum_RV)
         return total_RV if self._finished_RV is None else self._finished_RV.add_(total_RV)
+
+    def _probs(self) -> Tensor:
+        """(R, V) probabilities of the teacher that was taken in last; while its log-probabilities are whole."""
+        if not self._spare_is_p:
+            torch.exp(self._logp_RV, out=self._spare_RV)
+            self._spare_is_p = True
+        return self._spare_RV
+
+    def _spare(self) -> Tensor:
+        """(R, V) memory to write to, where the teacher's probabilities may have been."""
+        self._spare_is_p = False
+        return self._spare_RV
 
     def _add_teacher_mass(self, p_RV: Tensor, weight_R: Tensor | None) -> None:
         if weight_R is None:
@@ -176,12 +195,3 @@ class Tiles:
 
     def _buffer(self, name: str) -> Tensor:
         return self._workspace.get(name, self._rows, self._dtype)
-
-
-def normalise_(logits_RV: Tensor, probs_RV: Tensor) -> None:
-    """Turn logits into log-probabilities in place and write the probabilities beside, with one exponential."""
-    logits_RV.sub_(logits_RV.amax(-1, keepdim=True))
-    torch.exp(logits_RV, out=probs_RV)
-    mass_R1 = probs_RV.sum(-1, keepdim=True)
-    probs_RV.div_(mass_R1)
-    logits_RV.sub_(mass_R1.log_())
