@@ -55,13 +55,13 @@ def loss_buffers(run: PlannedRun) -> int:
     Offline: the student's logits, and the probabilities of what is not listed. Panel: the student's
     log-probabilities and probabilities, a teacher's logits and probabilities; then scratch for the mixture inside
     jsd and skew_kl and for confidence's entropies; the sum over teachers where several judge a position; a
-    mixture's probabilities, and two copies for the divergence of each of its teachers. A test counts them.
+    mixture's log-probabilities, and a copy for the divergence of each of its teachers. A test counts them.
     """
     if run.method == "offline":
         return 2
     scratch = run.divergence in ("jsd", "skew_kl") or run.combine == "confidence"
     if run.combine == "mixture":
-        return 4 + scratch + 3
+        return 4 + scratch + 2
     return 4 + scratch + (run.judged_by_all and len(run.teachers) > 1)
 
 
