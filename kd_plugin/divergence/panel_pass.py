@@ -182,26 +182,21 @@ class _GroupPass:
         mixed_RV = self._project.workspace.get("mixed", logits_RV.shape[0], logits_RV.dtype)
         for i in range(len(self._teachers)):
             weight_R = self.weights[i][part]
-            logp_RV = self._take(i, part)
+            self._take(i, part)
             if self._plan.values:
                 value_R = self._tiles.value(self._plan.divergence)
                 self.values[i][part] = value_R.where(weight_R != 0, 0.0)
-            logp_RV.add_((weight_R / divided_R).log().unsqueeze(-1))
-            if i == 0:
-                mixed_RV.copy_(logp_RV)
-            else:
-                torch.logaddexp(mixed_RV, logp_RV, out=mixed_RV)
-        used_R1 = (total_R != 0).unsqueeze(-1)
-        self._tiles.take(torch.where(used_R1, mixed_RV, 0.0))  # all -inf where no teacher has a weight
+            self._tiles.mix_into(mixed_RV, weight_R / divided_R, first=i == 0)
+        self._tiles.take(mixed_RV.masked_fill_((total_R == 0).unsqueeze(-1), 0.0))  # else -inf, without a weight
         value_R = self._tiles.add(total_R, self._plan.divergence)
         self._mixture_value[part] = value_R.where(total_R != 0, 0.0)
         return entropy_R
 
-    def _take(self, i: int, part: slice) -> Tensor:
-        """Project a teacher and hand it to the tiles; its log-probabilities (R, V) come back."""
+    def _take(self, i: int, part: slice) -> None:
+        """Project a teacher and hand it to the tiles."""
         teacher, used_R1 = self._teachers[i], (self.weights[i][part] != 0).unsqueeze(-1)
         hidden_RH = self._group.terms[i].signal.hidden[part].to(teacher.workspace.device, teacher.weight_VH.dtype)
-        return self._tiles.take(teacher(without_unused(hidden_RH, used_R1)))
+        self._tiles.take(teacher(without_unused(hidden_RH, used_R1)))
 
 
 class _Confidence:

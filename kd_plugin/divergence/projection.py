@@ -79,14 +79,18 @@ class Workspace:
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
-        self.rows, self._vocab_size, self.device = rows, vocab_size, device
+        self.rows, self.vocab_size, self.device = rows, vocab_size, device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def get(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """Return the first ``rows`` rows of the buffer ``name``, (rows, V), with whatever it holds."""
+    def get(self, name: str, rows: int, dtype: torch.dtype, longest: int | None = None) -> Tensor:
+        """Return the first ``rows`` rows of the buffer ``name``, (rows, V), with whatever it holds.
+
+        The first call makes it, with ``longest`` rows, or as many as a chunk may have.
+        """
         key = (name, dtype)
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(self.rows, self._vocab_size, dtype=dtype, device=self.device)
+            size = (min(longest or self.rows, self.rows), self.vocab_size)
+            self._buffers[key] = torch.empty(size, dtype=dtype, device=self.device)
         return self._buffers[key][:rows]
 
 

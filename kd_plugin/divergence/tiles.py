@@ -11,18 +11,23 @@ teachers before it is applied, so that a further teacher costs one projection an
 Values are sums of p or q times differences of log-probabilities, never differences of two entropies, so that equal
 distributions give 0 and nearly equal ones keep their digits.
 
-Shape suffixes: R positions of a chunk, V tokens.
+On CPU what is not kept for the whole chunk is worked through in blocks of rows that stay in a core's cache.
+
+Shape suffixes: R positions of a chunk, B of a block, V tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence.projection import Workspace
+from kd_plugin.divergence.projection import Workspace, chunks
 from kd_plugin.divergence.spec import Divergence
+
+_BLOCK_ELEMENTS_CPU = 768 * 1024  # 3 MiB in float32: a few such pieces fit the caches
 
 
 class Tiles:
@@ -39,6 +44,8 @@ class Tiles:
 
     def __init__(self, workspace: Workspace, dtype: torch.dtype, need_grad: bool) -> None:
         self._workspace, self._dtype, self._need_grad = workspace, dtype, need_grad
+        whole = workspace.device.type != "cpu"
+        self._block = workspace.rows if whole else max(1, _BLOCK_ELEMENTS_CPU // workspace.vocab_size)
         self._finished_RV: Tensor | None = None  # gradient of the teachers at earlier temperatures
 
     def start(self, logits_RV: Tensor, multiplier: float, teachers: int) -> Tensor:
@@ -58,7 +65,11 @@ class Tiles:
         self._a_RV: Tensor | None = None  # Σ w·a
         self._p_sum_RV: Tensor | None = None  # Σ w·p of the forward KL
         self._factor_R1: Tensor | float = 0.0  # Σ w of the forward KL, less ⟨q, Σ w·a⟩ of the others
-        return torch.mul(self._q_RV, self._logq_RV, out=self._buffer("logp")).sum(-1).neg_()
+
+        def entropy(block: slice) -> Tensor:
+            return torch.mul(self._q_RV[block], self._logq_RV[block], out=self._small("logp", block)).sum(-1).neg_()
+
+        return self._by_block(entropy)
 
     def settle(self) -> None:
         """Put the gradient so far aside, before the memory of the student's logits is written again."""
@@ -67,24 +78,38 @@ class Tiles:
             if self._finished_RV is None:
                 self._finished_RV = self._buffer("finished").copy_(gradient_RV)
 
-    def take(self, logits_RV: Tensor) -> Tensor:
-        """Take in a teacher's logits (R, V), whose memory is taken over.
-
-        Returns:
-            (R, V) its log-probabilities; the next call overwrites them.
-        """
-        self._logp_RV = torch.log_softmax(logits_RV, -1, out=self._buffer("logp"))
-        self._spare_RV, self._spare_is_p = logits_RV, False
-        return self._logp_RV
+    def take(self, logits_RV: Tensor) -> None:
+        """Take in a teacher's logits (R, V), whose memory is taken over."""
+        self._logits_RV = logits_RV
 
     def teacher_entropy(self) -> Tensor:
-        """(R,) entropy in nats of the teacher that was taken in last."""
-        return torch.mul(self._probs(), self._logp_RV, out=self._buffer("scratch")).sum(-1).neg_()
+        """(R,) entropy in nats of the teacher that was taken in last, which stays as it is."""
+
+        def entropy(block: slice) -> Tensor:
+            logp_BV = self._logp(block)
+            return torch.exp(logp_BV, out=self._small("scratch", block)).mul_(logp_BV).sum(-1).neg_()
+
+        return self._by_block(entropy)
 
     def value(self, divergence: Divergence) -> Tensor:
         """(R,) divergence in nats of the teacher that was taken in last, which stays as it is."""
-        gap_RV = torch.sub(self._logp_RV, self._logq_RV, out=self._buffer("gap"))
-        return self._compare(gap_RV, divergence, None)
+        return self._by_block(lambda block: self._compare(block, self._small("spare", block), divergence)[0])
+
+    def mix_into(self, mixed_RV: Tensor, share_R: Tensor, first: bool) -> None:
+        """Add the teacher that was taken in last to a mixture of log-probabilities.
+
+        Args:
+            mixed_RV: (R, V) the mixture, written to.
+            share_R: this teacher's share in it at each position.
+            first: it is the first one: what ``mixed_RV`` holds is not read.
+        """
+        log_share_R1 = share_R.log().unsqueeze(-1)
+        for block in self._blocks():
+            logp_BV = self._logp(block).add_(log_share_R1[block])
+            if first:
+                mixed_RV[block].copy_(logp_BV)
+            else:
+                torch.logaddexp(mixed_RV[block], logp_BV, out=mixed_RV[block])
 
     def add(self, weight_R: Tensor, divergence: Divergence) -> Tensor:
         """Compare with the teacher that was taken in last, and use it up.
@@ -96,38 +121,69 @@ class Tiles:
         Returns:
             (R,) divergence in nats, before weighting.
         """
+        if not self._need_grad:
+            return self._by_block(lambda block: self._compare(block, self._logits_RV[block], divergence)[0])
         weight_R = weight_R * self._multiplier
-        if divergence.name != "reverse_kl":
-            self._probs()  # before its logarithm is used up
-        gap_RV = self._logp_RV.sub_(self._logq_RV)  # log p − log q
-        return self._compare(gap_RV, divergence, weight_R if self._need_grad else None)
+        total_RV, first = self._total(divergence)
+        values, means = [], []
+        for block in self._blocks():
+            value_B, part_BV, sign, mean_B = self._compare(block, self._logits_RV[block], divergence)
+            weight_B1 = (weight_R[block] * sign).unsqueeze(-1)
+            if first:
+                torch.mul(part_BV, weight_B1, out=total_RV[block])
+            else:
+                total_RV[block].addcmul_(part_BV, weight_B1)
+            values.append(value_B)
+            means.append(mean_B)
+        self._factor_R1 = self._factor_R1 - (weight_R * torch.cat(means)).unsqueeze(-1)
+        return torch.cat(values)
 
-    def _compare(self, gap_RV: Tensor, divergence: Divergence, weight_R: Tensor | None) -> Tensor:
-        """Value of one divergence; its gradient is added where there is a weight. Overwrites the gap."""
-        name = "forward_kl" if divergence.name == "skew_kl" and divergence.alpha == 0.0 else divergence.name
-        share = divergence.beta if name == "jsd" else divergence.alpha
-        match name:
-            case "forward_kl":
-                p_RV = self._probs()
-                value_R = gap_RV.mul_(p_RV).sum(-1)
-                self._add_teacher_mass(p_RV, weight_R)
-            case "reverse_kl":
-                value_R = torch.mul(self._q_RV, gap_RV, out=self._spare()).sum(-1).neg_()
-                self._add_slope(gap_RV, weight_R, -1.0, value_R)
-            case "jsd":
-                rise_RV = self._log_mixture_over_q(gap_RV, share)
-                value_R = gap_RV.sub_(rise_RV).mul_(self._probs()).sum(-1) * share
-                student_R = torch.mul(self._q_RV, rise_RV, out=self._spare()).sum(-1) * (share - 1.0)
-                value_R = value_R + student_R
-                self._add_slope(rise_RV, weight_R, share - 1.0, student_R)
-            case _:
-                ratio_RV = gap_RV.sub_(self._log_mixture_over_q(gap_RV, share))
-                p_RV = self._probs()
-                value_R = torch.mul(p_RV, ratio_RV, out=self._spare()).sum(-1)
-                if weight_R is not None:
-                    slope_R = torch.mul(self._q_RV, ratio_RV.exp_(), out=self._spare()).sum(-1) * (share - 1.0)
-                    self._add_slope(ratio_RV, weight_R, share - 1.0, slope_R)
-        return value_R
+    def _total(self, divergence: Divergence) -> tuple[Tensor, bool]:
+        """Where the gradient of one more teacher goes, (R, V), and whether it is the first there."""
+        mass = _is_forward(divergence)
+        total_RV = self._p_sum_RV if mass else self._a_RV
+        if total_RV is not None:
+            return total_RV, False
+        alone = self._teachers == 1  # then it may lie where the logits were
+        total_RV = self._logits_RV if alone else self._buffer("p_sum" if mass else "a_sum")
+        if mass:
+            self._p_sum_RV = total_RV
+        else:
+            self._a_RV = total_RV
+        return total_RV, True
+
+    def _compare(self, block: slice, spare_BV: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor, float, Tensor]:
+        """Compare one block of the teacher that was taken in last.
+
+        Args:
+            block: which rows.
+            spare_BV: memory to write to.
+            divergence: which divergence.
+
+        Returns:
+            (B,) value; (B, V) the teacher's part of the total, up to a sign, in memory that the next block
+            overwrites; that sign; (B,) ⟨q, a⟩, and -1 for the forward KL.
+        """
+        q_BV, logq_BV, logp_BV = self._q_RV[block], self._logq_RV[block], self._logp(block)
+        if divergence.name == "reverse_kl":
+            gap_BV = logp_BV.sub_(logq_BV)  # log p − log q
+            value_B = torch.mul(q_BV, gap_BV, out=spare_BV).sum(-1).neg_()
+            return value_B, gap_BV, -1.0, value_B
+        p_BV = torch.exp(logp_BV, out=spare_BV)
+        gap_BV = logp_BV.sub_(logq_BV)
+        if _is_forward(divergence):
+            value_B = gap_BV.mul_(p_BV).sum(-1)
+            return value_B, p_BV, 1.0, torch.full_like(value_B, -1.0)
+        share = divergence.beta if divergence.name == "jsd" else divergence.alpha
+        rise_BV = self._log_mixture_over_q(gap_BV, share, block)
+        if divergence.name == "jsd":
+            teacher_B = gap_BV.sub_(rise_BV).mul_(p_BV).sum(-1) * share
+            student_B = torch.mul(q_BV, rise_BV, out=spare_BV).sum(-1) * (share - 1.0)
+            return teacher_B + student_B, rise_BV, share - 1.0, student_B
+        ratio_BV = gap_BV.sub_(rise_BV)  # log p − log m
+        value_B = p_BV.mul_(ratio_BV).sum(-1)
+        slope_B = torch.mul(q_BV, ratio_BV.exp_(), out=spare_BV).sum(-1) * (share - 1.0)
+        return value_B, ratio_BV, share - 1.0, slope_B
 
     def rescale(self, factor_R: Tensor) -> None:
         """Multiply the weights of all teachers so far."""
@@ -145,53 +201,40 @@ class Tiles:
         return gradient_RV
 
     def _fold(self) -> Tensor:
-        if self._a_RV is None:
-            assert self._p_sum_RV is not None
-            total_RV = self._q_RV.mul_(self._factor_R1).sub_(self._p_sum_RV)
-        else:
-            total_RV = self._a_RV.add_(self._factor_R1).mul_(self._q_RV)
+        assert isinstance(self._factor_R1, Tensor)
+        for block in self._blocks():
+            q_BV, factor_B1 = self._q_RV[block], self._factor_R1[block]
+            if self._a_RV is None:
+                q_BV.mul_(factor_B1)
+            else:
+                torch.mul(self._a_RV[block].add_(factor_B1), q_BV, out=q_BV)
             if self._p_sum_RV is not None:
-                total_RV.sub_(self._p_sum_RV)
-        return total_RV if self._finished_RV is None else self._finished_RV.add_(total_RV)
+                q_BV.sub_(self._p_sum_RV[block])
+        return self._q_RV if self._finished_RV is None else self._finished_RV.add_(self._q_RV)
 
-    def _probs(self) -> Tensor:
-        """(R, V) probabilities of the teacher that was taken in last; while its log-probabilities are whole."""
-        if not self._spare_is_p:
-            torch.exp(self._logp_RV, out=self._spare_RV)
-            self._spare_is_p = True
-        return self._spare_RV
+    def _logp(self, block: slice) -> Tensor:
+        """(B, V) log-probabilities of the teacher that was taken in last; the next call overwrites them."""
+        return torch.log_softmax(self._logits_RV[block], -1, out=self._small("logp", block))
 
-    def _spare(self) -> Tensor:
-        """(R, V) memory to write to, where the teacher's probabilities may have been."""
-        self._spare_is_p = False
-        return self._spare_RV
-
-    def _add_teacher_mass(self, p_RV: Tensor, weight_R: Tensor | None) -> None:
-        if weight_R is None:
-            return
-        self._factor_R1 = self._factor_R1 + weight_R.unsqueeze(-1)
-        self._p_sum_RV = self._accumulated(self._p_sum_RV, p_RV, weight_R, "p_sum")
-
-    def _add_slope(self, a_RV: Tensor, weight_R: Tensor | None, sign: float, mean_R: Tensor) -> None:
-        """Add ``sign · w · a`` to the total, and take ``w · ⟨q, a⟩`` from the factor."""
-        if weight_R is None:
-            return
-        self._factor_R1 = self._factor_R1 - (weight_R * mean_R).unsqueeze(-1)
-        self._a_RV = self._accumulated(self._a_RV, a_RV, weight_R * sign, "a_sum")
-
-    def _accumulated(self, total_RV: Tensor | None, part_RV: Tensor, weight_R: Tensor, name: str) -> Tensor:
-        weight_R1 = weight_R.unsqueeze(-1)
-        if total_RV is not None:
-            return total_RV.addcmul_(part_RV, weight_R1)
-        if self._teachers == 1:
-            return part_RV.mul_(weight_R1)
-        return torch.mul(part_RV, weight_R1, out=self._buffer(name))
-
-    def _log_mixture_over_q(self, gap_RV: Tensor, share: float) -> Tensor:
+    def _log_mixture_over_q(self, gap_BV: Tensor, share: float, block: slice) -> Tensor:
         """log(share·p + (1−share)·q) − log q, from log p − log q."""
-        rest = torch.tensor(math.log1p(-share), dtype=self._dtype, device=gap_RV.device)
-        shifted_RV = torch.add(gap_RV, math.log(share), out=self._buffer("scratch"))
-        return torch.logaddexp(shifted_RV, rest, out=shifted_RV)
+        rest = torch.tensor(math.log1p(-share), dtype=self._dtype, device=gap_BV.device)
+        shifted_BV = torch.add(gap_BV, math.log(share), out=self._small("scratch", block))
+        return torch.logaddexp(shifted_BV, rest, out=shifted_BV)
+
+    def _blocks(self) -> Iterator[slice]:
+        return chunks(self._rows, self._block)
+
+    def _by_block(self, rows: Callable[[slice], Tensor]) -> Tensor:
+        return torch.cat([rows(block) for block in self._blocks()])
 
     def _buffer(self, name: str) -> Tensor:
         return self._workspace.get(name, self._rows, self._dtype)
+
+    def _small(self, name: str, block: slice) -> Tensor:
+        return self._workspace.get(name, block.stop - block.start, self._dtype, longest=self._block)
+
+
+def _is_forward(divergence: Divergence) -> bool:
+    """Whether a divergence is the forward KL, by name or as the limit of the skewed one."""
+    return divergence.name == "forward_kl" or (divergence.name == "skew_kl" and divergence.alpha == 0.0)
