@@ -179,14 +179,14 @@ class _GroupPass:
         entropy_R = self._tiles.start(logits_RV, self._project.multiplier, 1)
         total_R = torch.stack([weight[part] for weight in self.weights]).sum(0)
         divided_R = torch.where(total_R == 0, 1.0, total_R)
-        mixed_RV = self._project.workspace.get("mixed", logits_RV.shape[0], logits_RV.dtype)
+        mixed_RV = self._project.workspace.get("mixed", logits_RV.shape[0], logits_RV.dtype).fill_(-torch.inf)
         for i in range(len(self._teachers)):
             weight_R = self.weights[i][part]
             self._take(i, part)
             if self._plan.values:
                 value_R = self._tiles.value(self._plan.divergence)
                 self.values[i][part] = value_R.where(weight_R != 0, 0.0)
-            self._tiles.mix_into(mixed_RV, weight_R / divided_R, first=i == 0)
+            self._tiles.mix_into(mixed_RV, weight_R / divided_R)
         self._tiles.take(mixed_RV.masked_fill_((total_R == 0).unsqueeze(-1), 0.0))  # else -inf, without a weight
         value_R = self._tiles.add(total_R, self._plan.divergence)
         self._mixture_value[part] = value_R.where(total_R != 0, 0.0)

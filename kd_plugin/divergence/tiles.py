@@ -64,7 +64,7 @@ class Tiles:
         self._q_RV = torch.exp(self._logq_RV, out=logits_RV)
         self._a_RV: Tensor | None = None  # Σ w·a
         self._p_sum_RV: Tensor | None = None  # Σ w·p of the forward KL
-        self._factor_R1: Tensor | float = 0.0  # Σ w of the forward KL, less ⟨q, Σ w·a⟩ of the others
+        self._factor_R1 = logits_RV.new_zeros(self._rows, 1)  # Σ w of the forward KL, less ⟨q, Σ w·a⟩ of the others
 
         def entropy(block: slice) -> Tensor:
             return torch.mul(self._q_RV[block], self._logq_RV[block], out=self._small("logp", block)).sum(-1).neg_()
@@ -95,21 +95,17 @@ class Tiles:
         """(R,) divergence in nats of the teacher that was taken in last, which stays as it is."""
         return self._by_block(lambda block: self._compare(block, self._small("spare", block), divergence)[0])
 
-    def mix_into(self, mixed_RV: Tensor, share_R: Tensor, first: bool) -> None:
+    def mix_into(self, mixed_RV: Tensor, share_R: Tensor) -> None:
         """Add the teacher that was taken in last to a mixture of log-probabilities.
 
         Args:
-            mixed_RV: (R, V) the mixture, written to.
+            mixed_RV: (R, V) the mixture, added to; -inf before the first teacher.
             share_R: this teacher's share in it at each position.
-            first: it is the first one: what ``mixed_RV`` holds is not read.
         """
         log_share_R1 = share_R.log().unsqueeze(-1)
         for block in self._blocks():
             logp_BV = self._logp(block).add_(log_share_R1[block])
-            if first:
-                mixed_RV[block].copy_(logp_BV)
-            else:
-                torch.logaddexp(mixed_RV[block], logp_BV, out=mixed_RV[block])
+            torch.logaddexp(mixed_RV[block], logp_BV, out=mixed_RV[block])
 
     def add(self, weight_R: Tensor, divergence: Divergence) -> Tensor:
         """Compare with the teacher that was taken in last, and use it up.
@@ -201,7 +197,6 @@ class Tiles:
         return gradient_RV
 
     def _fold(self) -> Tensor:
-        assert isinstance(self._factor_R1, Tensor)
         for block in self._blocks():
             q_BV, factor_B1 = self._q_RV[block], self._factor_R1[block]
             if self._a_RV is None:
@@ -225,8 +220,8 @@ class Tiles:
     def _blocks(self) -> Iterator[slice]:
         return chunks(self._rows, self._block)
 
-    def _by_block(self, rows: Callable[[slice], Tensor]) -> Tensor:
-        return torch.cat([rows(block) for block in self._blocks()])
+    def _by_block(self, of: Callable[[slice], Tensor]) -> Tensor:
+        return torch.cat([of(block) for block in self._blocks()])
 
     def _buffer(self, name: str) -> Tensor:
         return self._workspace.get(name, self._rows, self._dtype)

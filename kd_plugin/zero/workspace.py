@@ -53,9 +53,10 @@ def loss_buffers(run: PlannedRun) -> int:
     """Return how many (rows, V) float32 buffers the loss keeps at a step that is logged.
 
     Offline: the student's logits, and the probabilities of what is not listed. Panel: the student's
-    log-probabilities and probabilities, a teacher's logits and probabilities; then scratch for the mixture inside
+    log-probabilities and probabilities, a teacher's logits and log-probabilities; then scratch for the mixture inside
     jsd and skew_kl and for confidence's entropies; the sum over teachers where several judge a position; a
     mixture's log-probabilities, and a copy for the divergence of each of its teachers. A test counts them.
+    On CPU some are shorter, so that less is kept than is counted.
     """
     if run.method == "offline":
         return 2
