@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd_plugin.errors import NonFiniteError
+
 Tokens = list[int]
 Propose = Callable[[list[Tokens], int], list[Tokens]]
 Judge = Callable[[Sequence[int], list[Tokens], list[Tokens]], list[Tensor]]
@@ -131,13 +133,25 @@ def interleave(
 
 
 def _first_rejection(proposal: Tokens, logprobs: Tensor, top_k: int, generator: torch.Generator) -> tuple[int, Tokens]:
-    """Return how many proposed tokens stand, and the panel's token for the next one (none when all stand)."""
-    values, ids = logprobs.topk(min(top_k, logprobs.size(-1)), dim=-1)
-    proposed = torch.tensor(proposal, device=ids.device).unsqueeze(-1)
-    stands = (ids == proposed).any(dim=-1).tolist()  # one transfer a row; whole blocks are decided at once
-    if all(stands):
+    """Return how many proposed tokens stand, and the panel's token for the next one (none when all stand).
+
+    A token stands if the panel gives it a probability and ranks fewer than ``top_k`` tokens above it, so that ties at
+    the last rank all stand. What a panel does not list has ``-inf`` and is not among its first ``top_k``, however few
+    tokens it lists.
+    """
+    proposed = torch.tensor(proposal, device=logprobs.device).unsqueeze(-1)
+    own, best = logprobs.gather(1, proposed), logprobs.amax(-1, keepdim=True)
+    stands = (own > -torch.inf) & ((logprobs > own).sum(-1, keepdim=True) < top_k)
+    # One transfer a row; whole blocks are decided at once
+    stand, judged = torch.cat([stands, best > -torch.inf], dim=-1).T.tolist()
+    if not all(judged):  # a NaN compares as False too
+        raise NonFiniteError(
+            "The panel gives no token a probability at a position of an interleaved rollout: its teachers list nothing "
+            "there, or their log-probabilities are NaN. Check the weights that they run on."
+        )
+    if all(stand):
         return len(proposal), []
-    first = stands.index(False)
-    probabilities = values[first].float().softmax(dim=-1).cpu()
-    choice = int(torch.multinomial(probabilities, 1, generator=generator))
-    return first, [int(ids[first, choice])]
+    first = stand.index(False)
+    values, ids = logprobs[first].topk(min(top_k, logprobs.size(-1)))  # beyond what is listed: -inf, probability 0
+    choice = int(torch.multinomial(values.float().softmax(dim=-1).cpu(), 1, generator=generator))
+    return first, [int(ids[choice])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kd_plugin.errors import NonFiniteError
 from kd_plugin.panel.rollouts import interleave, on_policy_rows
 
 V, END = 11, 10
@@ -108,3 +109,38 @@ def test_the_share_is_right_on_average(fraction):
     counts = [sum(on_policy_rows(5, fraction, seed=0, step=step)) for step in range(600)]
     assert set(counts) <= {int(5 * fraction), int(5 * fraction) + 1} or fraction in (0.0, 1.0)
     assert sum(counts) / (5 * 600) == pytest.approx(fraction, abs=0.02)
+
+
+def listing(*listed: int, logprobs=None):
+    """A panel that lists these tokens at every position, and gives the others no probability."""
+    row = torch.full((V,), -torch.inf)
+    row[list(listed)] = torch.tensor(logprobs or [-1.0 - 0.1 * i for i in range(len(listed))])
+    return lambda rows, prefixes, proposals: [row.expand(len(proposal), V) for proposal in proposals]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, V, 100])
+@pytest.mark.parametrize("listed", [(4, 7), (7,), (END, 0, 3)], ids=["two", "all_but_one_unlisted", "three"])
+def test_unlisted_tokens_never_stand_however_short_the_list(listed, top_k):
+    _, written = run(top_k, judge=listing(*listed))
+    for response in written:
+        assert set(response.tokens) <= set(listed[:top_k])
+
+
+def test_a_replacement_has_the_panels_probabilities_among_what_it_lists():
+    _, written = run(25, length=600, judge=listing(4, 7, logprobs=[-0.2231, -1.6094]))  # 0.8 and 0.2
+    put_in = [t for r in written for t, replaced in zip(r.tokens, r.replaced, strict=True) if replaced]
+    assert len(put_in) > 1000
+    assert put_in.count(4) / len(put_in) == pytest.approx(0.8, abs=0.05)
+
+
+def test_ties_at_the_last_rank_all_stand():
+    """Which of equals a sort puts first is arbitrary, and differs between devices."""
+    _, written = run(2, judge=listing(*range(V), logprobs=[-0.5] + [-3.0] * (V - 1)))
+    assert not any(any(response.replaced) for response in written)
+
+
+def test_a_panel_that_lists_nothing_is_an_error():
+    with pytest.raises(NonFiniteError, match="gives no token a probability"):
+        run(3, judge=listing())
+    with pytest.raises(NonFiniteError, match="NaN"):
+        run(3, judge=lambda rows, prefixes, proposals: [torch.full((len(p), V), torch.nan) for p in proposals])

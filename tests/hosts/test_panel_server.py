@@ -46,6 +46,23 @@ def test_it_trains_as_the_local_teacher(estimator, local, tokenizer, tmp_path, s
     assert_same(weights(mine), weights(theirs), 1e-3)
 
 
+def test_interleaved_rollouts_keep_to_what_a_server_lists(local, tokenizer, tmp_path, student_dir, teacher_dir):
+    with fake_vllm(local.model, tokenizer) as (url, _):
+        short = ServerTeacher(url, tokenizer=tokenizer, top_k=2, repo=teacher_dir, license="apache-2.0")
+        run = trainer(
+            tmp_path, student_dir, short, estimator="topk_tail", rollouts="interleaved", max_completion_length=12
+        )
+        run.model.train()
+        batch = run._generate_and_score_completions([dict(row) for row in run.train_dataset.select(range(4))])
+    start = batch["prompt_ids"].shape[1]
+    ids, mask = (torch.cat([batch[f"prompt_{k}"], batch[f"completion_{k}"]], dim=1) for k in ("ids", "mask"))
+    with torch.no_grad():
+        best = local.model(input_ids=ids, attention_mask=mask).logits.topk(2).indices[:, start - 1 : -1]
+    listed = (best == batch["completion_ids"].unsqueeze(-1)).any(-1)
+    assert listed[batch["completion_mask"].bool()].all()
+    assert run._metrics["train"]["rollouts/replaced"][-1] > 0
+
+
 class FakeGeneration:
     """Answers as TRL's ``VLLMGeneration`` does; its tokens are drawn by a student that has moved on since."""
 
