@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import socket
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +12,6 @@ from pathlib import Path
 from kd_plugin.errors import CacheError
 
 _BLOCK = 1 << 20
-
-
-def temporary_name(directory: Path, stem: str) -> Path:
-    """Return a name in ``directory`` that no other process on any host uses."""
-    return directory / f"{stem}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
 
 
 def publish(temporary: Path, final: Path) -> None:

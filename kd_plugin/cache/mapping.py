@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,15 +17,17 @@ import numpy as np
 import pyarrow as pa
 
 from kd_plugin.cache.examples import scored_positions
-from kd_plugin.cache.files import explained, sha256_file, sync, temporary_name
+from kd_plugin.cache.files import explained, sha256_file, sync
 from kd_plugin.cache.flat import FlatWriter
 from kd_plugin.cache.index import IndexWriter
 from kd_plugin.cache.manifest import Manifest, Unit, seal
+from kd_plugin.cache.owners import remove, remove_leftovers, temporary_name
 from kd_plugin.cache.schema import list_values, read_row_groups
 from kd_plugin.cache.targets import Sampled, TopK
 from kd_plugin.errors import CacheCorruptionError
 
 MAPPED_VERSION = 1
+_CONTENT = re.compile(r"[0-9a-f]{16}")  # names of mapped_directory
 # Every batch of rows.arrow costs each process that opens it some 3 kB of descriptions
 _BATCH_BYTES = 8 << 20
 
@@ -52,20 +54,25 @@ def build(cache: Path, manifest: Manifest, final: Path) -> None:
         with _lock(final.parent / ".lock"):
             if final.exists():
                 return
-            # Under the lock nothing else is being built here: what is left is of killed builds and older contents.
-            for stale in final.parent.iterdir():
-                if stale.is_dir():
-                    shutil.rmtree(stale)
+            # Older contents, and what killed builds left. A lock may hold for one host alone, or for none: another
+            # process may be building here.
+            for older in final.parent.iterdir():
+                if _CONTENT.fullmatch(older.name):
+                    remove(older)
+            remove_leftovers(final.parent)
             temporary = temporary_name(final.parent, final.name)
             temporary.mkdir()
             try:
                 _write(cache, manifest, temporary)
                 sync(temporary)
-                os.rename(temporary, final)
+                try:
+                    os.rename(temporary, final)
+                except OSError:
+                    if not final.exists():  # else another process was quicker: its files have the same content
+                        raise
                 sync(final.parent)
             finally:
-                if temporary.exists():
-                    shutil.rmtree(temporary)
+                remove(temporary)
 
 
 def row_schema(passed: tuple[str, ...]) -> pa.Schema:
@@ -177,7 +184,7 @@ def _lock(path: Path) -> Iterator[None]:
         except OSError as error:
             import errno
 
-            # A file system without locks: two processes may then build at once, and the last rename fails.
+            # A file system without locks: two processes may then build at once, and the first to finish stands.
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
                 raise
         yield

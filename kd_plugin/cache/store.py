@@ -9,9 +9,8 @@ Claims only save work: a unit that two workers compute anyway is stored once.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
-import socket
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -22,8 +21,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from kd_plugin.cache.files import explained, publish, publish_new, sha256_file, temporary_name
+from kd_plugin.cache.files import explained, publish, publish_new, sha256_file
 from kd_plugin.cache.manifest import Manifest, Part, Settings, Unit, read_manifest, seal, unseal
+from kd_plugin.cache.owners import claim_text, read_claim, remove_leftovers, temporary_name, this_process
 from kd_plugin.cache.schema import write_shard
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError
 
@@ -86,12 +86,12 @@ class Store:
             store = cls(directory, read_manifest(directory))
             for name in ("claims", "tmp"):
                 (directory / name).mkdir(exist_ok=True)
-            store._remove_leftovers()
+            remove_leftovers(directory / "tmp")
         return store
 
     def missing(self) -> list[int]:
         """Return the units that have no record, in order."""
-        done = {int(path.stem) for path in (self.directory / "units").glob("*.json")}
+        done = {int(path.stem) for path in _records(self.directory)}
         return [index for index in range(self.manifest.unit_count) if index not in done]
 
     def claim(self, index: int) -> Claim | None:
@@ -108,7 +108,7 @@ class Store:
                 return self.claim(index)
             try:
                 with os.fdopen(descriptor, "w") as file:
-                    file.write(f"{socket.gethostname()} {os.getpid()}\n")
+                    file.write(claim_text(this_process()))
             except OSError:
                 path.unlink(missing_ok=True)
                 raise
@@ -174,18 +174,19 @@ class Store:
                 temporary = temporary_name(self.directory / "tmp", name)
                 temporary.write_bytes(content)
                 publish(temporary, path)
-            self._remove_leftovers()
+            remove_leftovers(self.directory / "tmp")
             for path in (self.directory / "claims").iterdir():
-                path.unlink(missing_ok=True)
+                if path.name.isdecimal():
+                    path.unlink(missing_ok=True)
         return manifest
 
     def _abandoned(self, claim: Path) -> bool:
         try:
             mtime = claim.stat().st_mtime
-            owner = claim.read_text().split()
+            owner = read_claim(claim.read_text(errors="replace"))
         except FileNotFoundError:
             return True
-        if len(owner) == 2 and owner[0] == socket.gethostname() and not _alive(int(owner[1])):
+        if owner is not None and owner.gone:
             return True
         # By our own clock, since the clocks of hosts differ: stale when no heartbeat was seen for long enough.
         seen_mtime, since = self._seen.get(int(claim.name), (None, 0.0))
@@ -193,14 +194,6 @@ class Store:
             self._seen[int(claim.name)] = (mtime, time.monotonic())
             return False
         return time.monotonic() - since > _STALE_SECONDS
-
-    def _remove_leftovers(self) -> None:
-        """Remove temporary files of processes of this host that are gone, and of any host after a day."""
-        for path in (self.directory / "tmp").iterdir():
-            host, pid = path.name.rsplit(".", 3)[-3:-1]
-            dead = host == socket.gethostname() and pid.isdigit() and not _alive(int(pid))
-            if dead or time.time() - path.stat().st_mtime > 86_400:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 class Claim:
@@ -222,7 +215,8 @@ class Claim:
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT_SECONDS):
-            if self._path.exists():
+            # Gone where another worker finished the capture; and a beat that fails costs at most the work done twice
+            with contextlib.suppress(OSError):
                 os.utime(self._path)
 
 
@@ -273,7 +267,11 @@ def _extend(directory: Path, part: Part) -> None:
 
 def gather(directory: Path, manifest: Manifest) -> Manifest:
     """Return ``manifest`` with the units whose records are in ``directory``."""
-    records = [read_record(path, manifest.settings) for path in sorted((directory / "units").glob("*.json"))]
+    records = []
+    for path in _records(directory):
+        # One that vanishes is of a unit that another worker found to be not done after all
+        with contextlib.suppress(FileNotFoundError):
+            records.append(read_record(path, manifest.settings))
     units = tuple(record.unit for record in records)
     gathered = replace(manifest, units=units)
     return replace(gathered, finished=max(r.finished for r in records) if records and gathered.complete else None)
@@ -308,6 +306,12 @@ def _seal_record(record: UnitRecord, settings: Settings) -> bytes:
     return seal({**record.unit.to_json(), "settings": settings.digest, "finished": record.finished})
 
 
+def _records(directory: Path) -> list[Path]:
+    """Return the files of the records, in order; systems and people leave other files beside them."""
+    found = [path for path in (directory / "units").glob("*.json") if path.stem.isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem))
+
+
 def _record_path(directory: Path, index: int) -> Path:
     return directory / "units" / f"{index:05d}.json"
 
@@ -321,16 +325,6 @@ def _require_ours(directory: Path) -> None:
             f"{directory} is no teacher cache and is not empty (it holds {', '.join(foreign[:3])}). Nothing was "
             "changed. Choose a new or empty output directory."
         )
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _now() -> str:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_plugin.cache.files import explained, publish_new, sync, temporary_name
+from kd_plugin.cache.files import explained, publish_new, sync
 from kd_plugin.cache.manifest import seal, unseal
+from kd_plugin.cache.owners import temporary_name
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError
 

@@ -83,7 +83,10 @@ def _leave(checkpoint: Path, place: Place, entries: Mapping[str, Any]) -> None:
     left = checkpoint / f"{_PREFIX}{place.node}"
     temporary = checkpoint / f"{_PREFIX}{place.node}.tmp"
     temporary.write_text(json.dumps(entries))
-    temporary.replace(left)
+    try:
+        temporary.replace(left)
+    except FileNotFoundError:  # the writer was done, and took it away in this instant
+        return
     if not (checkpoint / _WANTED).is_file():
         left.unlink(missing_ok=True)
 
