@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.cache.alignment import Alignment, require_aligned
+from kd_plugin.cache.examples import example_id
 from kd_plugin.cache.joining import batch_targets, labels_of_targets, not_in_cache
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.cache.together import is_together, open_members
@@ -129,23 +132,29 @@ class JointCache:
         """Return the examples of all caches, each once, with the columns of :attr:`columns`."""
         import datasets
 
-        first, *others = (member.cache for member in self.members)
-        rows = first.dataset()
-        if not others:
-            return rows
-        parts, seen = [rows], set(rows["example_id"])
-        for cache in others:
+        if len(self.members) == 1:
+            return self.members[0].cache.dataset()
+        # A row that one cache keeps whole and another cut is one example: the longer form comes first
+        taught = [member.cache for member in self.members if member.weight > 0]
+        parts: list[Dataset] = []
+        for cache in sorted(taught, key=lambda c: -(c.manifest.settings.max_length or sys.maxsize)):
             rows = cache.dataset()
-            new = [i for i, name in enumerate(rows["example_id"]) if name not in seen]
-            seen.update(rows[i]["example_id"] for i in new)
-            parts.append(rows.select(new))
+            seen = {name for part in parts for name in _names(part, cache.manifest.settings.max_length)}
+            parts.append(rows.select([i for i, name in enumerate(rows["example_id"]) if name not in seen]))
         shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+        twins = [twin for part in parts for twin in _occurrences(part["example_id"])]
         whole = datasets.concatenate_datasets([part.select_columns(shared) for part in parts])
-        return whole.map(lambda row: self.indices(row["input_ids"]))
+        whole = whole.add_column("twin", twins)
+        return whole.map(lambda row: self.indices(row["input_ids"], row["twin"]), remove_columns="twin")
 
-    def indices(self, input_ids: Sequence[int]) -> dict[str, list[int]]:
-        """Return the columns of a sequence as it was captured, before truncation: -1 where there is no target."""
-        found = {member.column: member.cache.teacher_index(input_ids) for member in self.members}
+    def indices(self, input_ids: Sequence[int], twin: int = 0) -> dict[str, list[int]]:
+        """Return the columns of a whole row, before truncation: -1 where there is no target.
+
+        Args:
+            input_ids: see :meth:`TeacherCache.teacher_index`.
+            twin: likewise.
+        """
+        found = {member.column: member.cache.teacher_index(input_ids, twin) for member in self.members}
         return {column: [-1] * len(input_ids) if index is None else index for column, index in found.items()}
 
     def require_own(self, rows: Iterable[Mapping[str, Any]], name: str) -> None:
@@ -156,9 +165,12 @@ class JointCache:
         """
         for number, row in zip(range(_CHECKED_ROWS), rows, strict=False):
             for member in self.members:
-                own = member.cache.teacher_index_of(row["example_id"])
+                kept = member.cache.manifest.settings.max_length
+                ids = row["input_ids"]
+                cut = kept is not None and len(ids) > kept
+                twins = member.cache.teacher_indices_of(example_id(ids[:kept]) if cut else row["example_id"])
                 given = {i for i in row[member.column] if i >= 0}
-                if given and not given <= set(own or ()):
+                if not given <= {i for twin in twins for i in twin}:
                     raise DataError(
                         f"Row {number} of the {name} dataset has a column {member.column} that was not made from "
                         f"{member.cache.path}: the targets would belong to other tokens. Take the rows from this "
@@ -196,6 +208,21 @@ def _held(target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keep the positions that the member holds; labels count for the first member only."""
     held = target["weights"] > 0
     return {name: values[held] for name, values in target.items() if name != "labels"}
+
+
+def _names(rows: Dataset, max_length: int | None) -> Iterator[str]:
+    """Yield the id of each row as a capture with ``max_length`` would cut it."""
+    for batch in rows.select_columns(["example_id", "input_ids"]).iter(1000):
+        for name, ids in zip(batch["example_id"], batch["input_ids"], strict=True):
+            yield name if max_length is None or len(ids) <= max_length else example_id(ids[:max_length])
+
+
+def _occurrences(names: Iterable[str]) -> Iterator[int]:
+    """Yield for each name how often it came before."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        yield counts[name]
+        counts[name] += 1
 
 
 def _key(cache: TeacherCache | str | Path) -> Any:

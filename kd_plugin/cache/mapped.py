@@ -169,10 +169,9 @@ class Mapped:
         mean = targets.mean_logprob.tensor.index_select(0, index)
         return SparseSignal(ids, _logprobs_of_draws(draws, mean), tail, draws)
 
-    def teacher_index(self, key: bytes) -> list[int] | None:
-        """Return the per-token column of the example whose 16-byte id is ``key``, or None."""
-        row = self._find(key)
-        return None if row is None else self._rows["teacher_index"][row].as_py()
+    def teacher_indices(self, key: bytes) -> list[list[int]]:
+        """Return the per-token column of each example whose 16-byte id is ``key``, in the order of the rows."""
+        return [self._rows["teacher_index"][row].as_py() for row in self._find(key)]
 
     def rows_path(self) -> Path:
         """Return the path of ``rows.arrow``, verified.
@@ -207,15 +206,13 @@ class Mapped:
             arrays.append(np.memmap(self.directory / name, file.dtype, "r") if file.items else np.zeros(0, file.dtype))
         return arrays[0].reshape(-1, 2), arrays[1], arrays[2]
 
-    def _find(self, key: bytes) -> int | None:
+    def _find(self, key: bytes) -> list[int]:
         keys, rows, buckets = self._index
         high, low = (int.from_bytes(part, "big") for part in (key[:8], key[8:]))
         bits = bucket_bits(len(keys))
         bucket = high >> (64 - bits) if bits else 0
-        for entry in range(int(buckets[bucket]), int(buckets[bucket + 1])):
-            if int(keys[entry, 0]) == high and int(keys[entry, 1]) == low:
-                return int(rows[entry])
-        return None
+        entries = range(int(buckets[bucket]), int(buckets[bucket + 1]))
+        return [int(rows[e]) for e in entries if int(keys[e, 0]) == high and int(keys[e, 1]) == low]
 
     def _checked_numbers(self, index: Tensor) -> NDArray[np.int64]:
         if index.dtype != torch.int64 or index.dim() != 1 or index.device.type != "cpu":

@@ -107,20 +107,35 @@ class TeacherCache:
 
         return datasets.Dataset.from_file(str(self._mapped.rows_path()))
 
-    def teacher_index(self, input_ids: Sequence[int]) -> list[int] | None:
+    def teacher_index(self, input_ids: Sequence[int], twin: int = 0) -> list[int] | None:
         """Return the ``teacher_index`` column of a sequence that was tokenized elsewhere.
 
         Args:
-            input_ids: L token ids, whole: as captured, before any further truncation.
+            input_ids: L token ids of the whole row. What the capture cut off by its ``max_length`` is found by what it
+                kept; a cut that training makes comes after this call.
+            twin: where rows of the cache have the same tokens, number of the one whose targets are taken. Positions at
+                which it has none, since another completion mask left them out, take those of the others.
 
         Returns:
             L numbers, -1 where there is no target; None when the cache has no such sequence. Takes constant time.
         """
-        return self.teacher_index_of(example_id(input_ids))
+        kept = self.manifest.settings.max_length
+        rows = self.teacher_indices_of(example_id(input_ids[:kept]))
+        if not rows:
+            return None
+        first = twin % len(rows)
+        index, *others = rows[first:] + rows[:first]
+        for other in others:
+            index = [own if own >= 0 else found for own, found in zip(index, other, strict=True)]
+        return index + [-1] * (len(input_ids) - len(index))
 
     def teacher_index_of(self, example_id: str) -> list[int] | None:
-        """Return the ``teacher_index`` column of the example of this id, or None."""
-        return self._mapped.teacher_index(bytes.fromhex(example_id))
+        """Return the ``teacher_index`` column of the first example of this id, or None."""
+        return next(iter(self.teacher_indices_of(example_id)), None)
+
+    def teacher_indices_of(self, example_id: str) -> list[list[int]]:
+        """Return the ``teacher_index`` column of each example of this id: several where rows have the same tokens."""
+        return self._mapped.teacher_indices(bytes.fromhex(example_id))
 
     def signal(self, teacher_index: Tensor) -> SparseSignal:
         """Gather targets.
