@@ -35,6 +35,7 @@ from kd_plugin.divergence.sparse import fused_sparse_divergence
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 from kd_plugin.teachers import LocalTeacher
+from kd_plugin.teachers.base import missing_members
 
 SETTINGS: tuple[Targets, ...] = (
     *(TopK(k) for k in (8, 16, 32, 64, 128)),
@@ -158,7 +159,7 @@ def fidelity(
         ConfigError: the teacher gives no full distribution, or a number is out of range.
         DataError: no row has anything to score.
     """
-    if not isinstance(teacher, LocalTeacher):
+    if missing_members(teacher) or "hidden" not in teacher.capabilities.gives:
         raise ConfigError(
             f"{type(teacher).__name__} does not give its full distribution, which fidelity compares with. Probe with "
             "a teacher in this process (LocalTeacher), such as a smaller one of the same family."

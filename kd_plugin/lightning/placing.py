@@ -11,7 +11,7 @@ from torch import nn
 from kd_plugin.errors import ConfigError
 from kd_plugin.lightning.student import as_trained
 from kd_plugin.panel import TeacherPanel
-from kd_plugin.panel.placing import place
+from kd_plugin.teachers.placing import Placement, place
 from kd_plugin.vocab import Vocabulary
 from kd_plugin.zero.teachers import shard_for_inference, shard_with_fsdp2
 
@@ -25,7 +25,7 @@ def place_teachers(
     *,
     shard_teachers: bool = False,
 ) -> None:
-    """Load the teachers that run in this process, and place them; see :func:`~kd_plugin.panel.placing.place`.
+    """Load the teachers that run in this process, and place them; see :func:`~kd_plugin.teachers.placing.place`.
 
     Under ZeRO-3 and FSDP2, and with ``shard_teachers`` under ZeRO-1 and 2, a teacher is cut over the ranks; elsewhere
     each rank holds it whole.
@@ -51,7 +51,8 @@ def place_teachers(
             return shard_with_fsdp2(model, mesh=strategy.device_mesh["data_parallel"], reshard_after_forward=True)
         return model.to(module.device)
 
-    place(panel, as_trained(module, student), vocabulary, device=module.device, wrap=wrap, parts_move=cuts)
+    placement = Placement(as_trained(module, student), vocabulary, module.device, wrap, shards_move=cuts)
+    place(panel.teachers.values(), placement)
 
 
 def require_placeable(trainer: Trainer, *, shard_teachers: bool) -> None:

@@ -110,8 +110,6 @@ def _base(given: Any, made: Mapping[str, Teacher], bases: dict[str, LocalTeacher
     if given == "student":
         return given
     if isinstance(given, str) and given in made:
-        if not isinstance(made[given], LocalTeacher):
-            raise ConfigError(f"{label}: its base is teacher {given!r}, which is no local model.")
         return made[given]
     spec = {"model": given} if isinstance(given, str) else given
     if not isinstance(spec, Mapping):

@@ -11,10 +11,7 @@ from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.panel.estimators import require_defined
 from kd_plugin.panel.roster import TeacherPanel
-from kd_plugin.teachers.adapter import AdapterTeacher
-from kd_plugin.teachers.base import Teacher
-from kd_plugin.teachers.cached import CachedTeacher
-from kd_plugin.teachers.local import LocalTeacher
+from kd_plugin.teachers.base import Teacher, adopt_vocabulary, end_tokens
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -33,14 +30,7 @@ def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> None:
         VocabularyError: names the teacher and the first ids that differ, or the end tokens.
     """
     for name, teacher in panel.teachers.items():
-        if isinstance(teacher, CachedTeacher) or (isinstance(teacher, AdapterTeacher) and teacher.uses_student):
-            teacher.assume_vocabulary(vocabulary)
-        elif isinstance(teacher, LocalTeacher | AdapterTeacher) and not teacher.names_a_tokenizer:
-            logger.warning(
-                f"Teacher {name!r} is a loaded model that names no tokenizer; its token ids are taken to be the "
-                "student's. Pass LocalTeacher(model, tokenizer=...) to have them checked."
-            )
-            teacher.assume_vocabulary(vocabulary)
+        adopt_vocabulary(teacher, vocabulary)
         vocabulary.require_same_tokens(teacher.vocabulary, "student", f"teacher {name!r}")
         _require_common_end(panel, name, teacher, vocabulary)
         for difference in vocabulary.differences_that_change_lengths(teacher.vocabulary):
@@ -54,10 +44,9 @@ def _require_common_end(panel: TeacherPanel, name: str, teacher: Teacher, vocabu
     """Refuse a teacher that gives the student's end-of-sequence token no meaning: its student would never stop."""
     end = vocabulary.special_ids.get("eos_token")
     theirs = teacher.vocabulary.special_ids.get("eos_token")
-    base: Any = teacher.base if isinstance(teacher, AdapterTeacher) else teacher
     if end is None or theirs is None or panel.allow_other_eos:
         return
-    ends = base.end_tokens if isinstance(base, LocalTeacher) else frozenset({theirs})
+    ends = end_tokens(teacher)
     if end in ends:
         return
     raise VocabularyError(
@@ -114,11 +103,11 @@ def require_adapters_fit(panel: TeacherPanel, reference: str | None, config: Cal
     Raises:
         ConfigError: the adapter is for another base.
     """
-    adapters = [t for t in panel.teachers.values() if isinstance(t, AdapterTeacher) and t.uses_student]
-    if not adapters or (reference is not None and Path(reference, "adapter_config.json").is_file()):
+    sharing: list[Any] = [t for t in panel.teachers.values() if t.capabilities.shares == "student"]
+    if not sharing or (reference is not None and Path(reference, "adapter_config.json").is_file()):
         return
     found = config()
-    for teacher in adapters:
+    for teacher in sharing:
         teacher.require_student(reference, found)
 
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.teachers.base import Teacher
-from kd_plugin.teachers.cached import CachedTeacher
-from kd_plugin.teachers.server import ServerTeacher
+from kd_plugin.teachers.base import Gives, Teacher
 
 EstimatorName = Literal["exact", "sampled", "topk_tail"]
+# Of which signals a teacher must give one
+_NEEDED: Mapping[EstimatorName, frozenset[Gives]] = {
+    "exact": frozenset({"hidden"}),
+    "topk_tail": frozenset({"hidden", "top_k", "draws"}),
+    "sampled": frozenset({"hidden", "sampled_token"}),
+}
+_WHAT = {
+    "exact": "all of it",
+    "topk_tail": "its likeliest tokens",
+    "sampled": "the log-probability of the token that stands next",
+}
 
 
 @dataclass(frozen=True)
@@ -90,28 +100,28 @@ def require_defined(
             "reverse_kl is a mean over the student's own tokens, the others also average over the teacher's. Use "
             "divergence='reverse_kl', or estimator='topk_tail' or 'exact'."
         )
-    if isinstance(teacher, CachedTeacher) and estimator.name == "sampled":
+    has = teacher.capabilities
+    if estimator.name == "sampled" and not has.any_row:
         raise ConfigError(
-            f"Teacher {name!r} is a cache: its rows were not written by the student, so the sampled estimator is not "
-            "defined for them. Use estimator='topk_tail'."
+            f"Teacher {name!r} is {has.kind}: its rows were not written by the student, so the sampled estimator is "
+            "not defined for them. Use estimator='topk_tail'."
         )
-    if isinstance(teacher, CachedTeacher) and teacher.is_sampled and divergence.name != "forward_kl":
+    if "draws" in has.gives and divergence.name != "forward_kl":
         raise ConfigError(
-            f"Teacher {name!r} is a cache of sampled targets, whose counts estimate an average over the teacher's "
+            f"Teacher {name!r} is {has.kind} of sampled targets, whose counts estimate an average over the teacher's "
             f"tokens; {divergence.name} is none. Use divergence='forward_kl' for this teacher, or capture top-k."
         )
-    if isinstance(teacher, ServerTeacher | CachedTeacher):
-        kind = "a server" if isinstance(teacher, ServerTeacher) else "a cache"
-        if estimator.name == "exact":
-            others = "'topk_tail' or 'sampled'" if isinstance(teacher, ServerTeacher) else "'topk_tail'"
-            raise ConfigError(
-                f"Teacher {name!r} is {kind}, which gives some tokens of its distribution; estimator='exact' needs all "
-                f"of it. Use estimator={others}, for the panel or for this teacher alone."
-            )
-        captured = teacher.temperature if isinstance(teacher, CachedTeacher) else 1.0
-        if temperature != captured:
-            raise ConfigError(
-                f"The temperature of teacher {name!r} is {temperature}, but {kind} gave its log-probabilities at "
-                f"{captured}, and from some tokens those at another temperature cannot be recovered. Use "
-                f"temperature={captured}, or a teacher in this process."
-            )
+    needed = _NEEDED[estimator.name]
+    if not needed & has.gives:
+        others = [repr(other) for other, signals in _NEEDED.items() if signals & has.gives]
+        raise ConfigError(
+            f"Teacher {name!r} is {has.kind}, which gives some tokens of its distribution; estimator="
+            f"{estimator.name!r} needs {_WHAT[estimator.name]}. Use estimator={' or '.join(others)}, for the panel or "
+            "for this teacher alone."
+        )
+    if has.temperature is not None and temperature != has.temperature:
+        raise ConfigError(
+            f"The temperature of teacher {name!r} is {temperature}, but {has.kind} gave its log-probabilities at "
+            f"{has.temperature}, and from some tokens those at another temperature cannot be recovered. Use "
+            f"temperature={has.temperature}, or a teacher in this process."
+        )

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError
-from kd_plugin.lineage.hashing import sha256_file, weight_files
 from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.panel.schedule import Schedule
-from kd_plugin.teachers import AdapterTeacher, CachedTeacher, LocalTeacher, ServerTeacher
+from kd_plugin.teachers.base import identity as teacher_identity
 
 FILE = "panel.json"
 _VERSION = 1
@@ -42,7 +36,7 @@ def panel_identity(panel: TeacherPanel, divergence: Divergence, temperature: flo
     return {
         "version": _VERSION,
         "teachers": {
-            name: {**_teacher(teacher), **_own(panel, name, divergence, temperature)}
+            name: {**teacher_identity(teacher), **_own(panel, name, divergence, temperature)}
             for name, teacher in panel.teachers.items()
         },
         "combine": panel.combine,
@@ -136,62 +130,6 @@ def _short(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64:
         return f"{value[:12]}..."
     return json.dumps(value) if not isinstance(value, str) else repr(value)
-
-
-def _teacher(teacher: Any) -> dict[str, Any]:
-    if isinstance(teacher, LocalTeacher):
-        return {"kind": "local", **_model(teacher)}
-    if isinstance(teacher, AdapterTeacher):
-        base = {"base": "student"}
-        if teacher.base is not None:
-            base = {f"base {key}": value for key, value in _model(teacher.base).items()}
-        return {"kind": "adapter", **_place(teacher.adapter, teacher.source.revision), **base}
-    if isinstance(teacher, ServerTeacher):
-        source = teacher.source
-        return {"kind": "server", "model": source.model, "repo": source.ref, "revision": source.revision}
-    if isinstance(teacher, CachedTeacher):
-        return {"kind": "cached", "content": teacher.cache.manifest.content_digest}
-    source = teacher.source
-    return {"kind": type(teacher).__name__, "repo": source.ref, "revision": source.revision}
-
-
-def _model(teacher: LocalTeacher) -> dict[str, Any]:
-    if teacher.reference is not None:
-        return _place(teacher.reference, teacher.source.revision)
-    return {"weights": _tensors_digest(teacher.model)}
-
-
-def _place(reference: str, revision: str | None) -> dict[str, Any]:
-    path = Path(reference)
-    if path.is_dir():
-        return {"weights": _files_digest(path)}
-    return {"repo": reference, "revision": revision}
-
-
-def _files_digest(directory: Path) -> str:
-    """Digest the weight files of a directory; a file that has not changed is read once a process."""
-    digest = hashlib.sha256()
-    for file in weight_files(directory):
-        status = file.stat()
-        digest.update(_sha256(file, status.st_size, status.st_mtime_ns).encode())
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=4096)
-def _sha256(file: Path, size: int, modified: int) -> str:
-    return sha256_file(file)
-
-
-def _tensors_digest(model: nn.Module) -> str:
-    """Digest a model's parameters, whatever device and module tree holds them."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
-            if flat.numel():
-                digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _schedule(schedule: Schedule) -> Any:

@@ -15,8 +15,8 @@ from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, DataError, nearest
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.weights import Weights, row_weights
-from kd_plugin.teachers.adapter import AdapterTeacher
-from kd_plugin.teachers.base import Teacher
+from kd_plugin.teachers.adapter import share_bases
+from kd_plugin.teachers.base import Teacher, missing_members
 from kd_plugin.teachers.local import LocalTeacher
 
 Combine = Literal["route", "weighted_kl", "mixture", "confidence"]
@@ -103,7 +103,7 @@ class TeacherPanel:
         self.teachers: Mapping[str, Teacher] = MappingProxyType(
             {name: as_teacher(name, teacher) for name, teacher in teachers.items()}
         )
-        _share_bases(self.teachers.values())
+        share_bases(self.teachers.values())
         if combine == "route" and (weights is not None or domain_weights is not None):
             raise ConfigError("teacher_weights have no meaning with combine='route', where one teacher judges a row.")
         self.weights = Weights(self.names, weights, domain_weights)
@@ -205,23 +205,20 @@ class TeacherPanel:
         return listed
 
 
-def _share_bases(teachers: Iterable[Teacher]) -> None:
-    """Let adapters that name one base, each by the same path, have it once."""
-    bases: dict[str, LocalTeacher] = {}
-    for teacher in teachers:
-        if isinstance(teacher, AdapterTeacher) and teacher.base is not None and teacher.owns_base:
-            teacher.share_base(bases.setdefault(teacher.base.reference or str(id(teacher.base)), teacher.base))
-
-
 def as_teacher(name: str, teacher: Any) -> Teacher:
     """Return ``teacher`` itself if it is one, else a :class:`LocalTeacher` over the model or path.
 
     Raises:
         ConfigError: it is none of these.
     """
-    # Asking the instance would read its properties, and load a tokenizer for it
-    if hasattr(type(teacher), "score"):
+    missing = missing_members(teacher)
+    if not missing:
         return teacher  # type: ignore[no-any-return]
+    if "score" not in missing:
+        raise ConfigError(
+            f"Teacher {name!r} is a {type(teacher).__name__}, which lacks {' and '.join(map(repr, missing))} of what a "
+            "teacher has; see kd_plugin.teachers.Teacher."
+        )
     if not isinstance(teacher, str | Path | nn.Module):
         raise ConfigError(
             f"Teacher {name!r} is a {type(teacher).__name__}; expected a path, a hub id, a loaded model or a Teacher."

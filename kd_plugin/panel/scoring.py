@@ -15,11 +15,8 @@ from torch import Tensor
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.spans import Span, by_length, left_aligned, row_spans
 from kd_plugin.signals import HiddenSignal, SparseSignal
-from kd_plugin.teachers.base import Teacher
-from kd_plugin.teachers.cached import CachedTeacher
-from kd_plugin.teachers.local import resident
-from kd_plugin.teachers.server import ServerTeacher
-from kd_plugin.zero.sharding import most_of_any_rank, needs_all_ranks
+from kd_plugin.teachers.base import Teacher, resident
+from kd_plugin.zero.sharding import most_of_any_rank
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def score_rows(
         rows = rows_of[name]
         if not passes[name]:
             continue
-        at_once = rows_at_once if teacher_in_process(teacher) else max(len(rows), 1)
+        at_once = rows_at_once if teacher.capabilities.in_process else max(len(rows), 1)
         with clock(name) if clock is not None else nullcontext(), resident(teacher, input_ids.device):
             for start in range(0, len(rows), at_once):
                 chunk = rows[start : start + at_once]
@@ -120,15 +117,10 @@ def _score(
     return teacher.score(ids, mask, torch.tensor(flat).to(input_ids.device, non_blocking=True))
 
 
-def teacher_in_process(teacher: Teacher) -> bool:
-    """Whether a teacher computes here, so that the rows of one call share this machine's memory."""
-    return not isinstance(teacher, ServerTeacher | CachedTeacher)
-
-
 def _passes(
     panel: TeacherPanel, rows_of: Mapping[str, Sequence[int]], rows_at_once: int, device: torch.device
 ) -> dict[str, int]:
     """Return how many passes each teacher makes on this rank: for a sharded one as many as on any rank."""
     own = {name: -(-len(rows) // rows_at_once) for name, rows in rows_of.items()}
-    together = [name for name, teacher in panel.teachers.items() if needs_all_ranks(teacher)]
+    together = [name for name, teacher in panel.teachers.items() if teacher.capabilities.sharded]
     return own | dict(zip(together, most_of_any_rank([own[name] for name in together], device), strict=True))

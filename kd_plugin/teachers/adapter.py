@@ -8,7 +8,7 @@ what else uses the base (a teacher, a student that trains an adapter of its own)
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,11 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.adapter_check import read_adapter, require_base
+from kd_plugin.teachers.base import Capabilities, Teacher, resident
+from kd_plugin.teachers.identity import reference_identity
 from kd_plugin.teachers.in_process import InProcessTeacher
-from kd_plugin.teachers.local import LocalTeacher, resident
+from kd_plugin.teachers.local import LocalTeacher
+from kd_plugin.teachers.placing import Placement, place
 from kd_plugin.teachers.trees import (
     is_tuner,
     plain_stand_ins,
@@ -79,6 +82,11 @@ class AdapterTeacher(InProcessTeacher):
         self.owns_base = not isinstance(base, LocalTeacher)
         if isinstance(base, LocalTeacher):
             self.base = base
+        elif not isinstance(base, str | Path | nn.Module):
+            raise ConfigError(
+                f"Teacher {name!r}: its base is {getattr(base, 'name', base)!r}, a {type(base).__name__}, which is no "
+                "local model. Give a path, a hub id, a loaded model, a LocalTeacher, or 'student'."
+            )
         elif base != STUDENT:
             self.base = LocalTeacher(base, name=f"{name}'s base")
         if self.base is not None:
@@ -88,6 +96,26 @@ class AdapterTeacher(InProcessTeacher):
     def source(self) -> Source:
         """What this teacher is; its base is discovered from the adapter's own configuration."""
         return Source(name=self.name, ref=self.adapter, revision=self._revision, license=self._license)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Its whole distribution, computed here over weights that belong to another."""
+        return Capabilities(
+            "an adapter",
+            frozenset({"hidden"}),
+            in_process=True,
+            sharded=self.is_sharded,
+            shares="student" if self.base is None else "teacher",
+            generates=self.base is not None,
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The adapter's weights and those of its base, by content."""
+        base = {"base": "student"}
+        if self.base is not None:
+            base = {f"base {key}": value for key, value in self.base.weights_identity.items()}
+        return {"kind": "adapter", **reference_identity(self.adapter, self._revision), **base}
 
     @property
     def uses_student(self) -> bool:
@@ -152,17 +180,17 @@ class AdapterTeacher(InProcessTeacher):
             raise ConfigError(f"Teacher {self.name!r} is an adapter on the student's base; no student is there yet.")
         return self._student_vocabulary
 
-    def assume_vocabulary(self, vocabulary: Vocabulary) -> None:
+    def adopt_vocabulary(self, student: Vocabulary) -> None:
         """Take the student's vocabulary, where the base is the student's or names no tokenizer."""
         if self.base is None:
-            self._student_vocabulary = vocabulary
+            self._student_vocabulary = student
         else:
-            self.base.assume_vocabulary(vocabulary)
+            self.base.adopt_vocabulary(student)
 
     @property
-    def names_a_tokenizer(self) -> bool:
-        """Whether the base has, or can look up, a tokenizer."""
-        return self.base is not None and self.base.names_a_tokenizer
+    def end_tokens(self) -> frozenset[int] | None:
+        """Those of the base; None leaves it to the vocabulary, where the base is the student's."""
+        return None if self.base is None else self.base.end_tokens
 
     @property
     def model(self) -> nn.Module:
@@ -235,6 +263,18 @@ class AdapterTeacher(InProcessTeacher):
         """Whether the base lies in parts on several ranks, so that every rank must join each pass."""
         return self._model is not None and is_sharded(self._model)
 
+    def place(self, placement: Placement) -> None:
+        """Place the base, once for all adapters that share it, and load the adapter over it."""
+        if self.base is None:
+            self.use_student(placement.student, placement.student.config._name_or_path, placement.vocabulary)
+        else:
+            place([self.base], placement)
+        OutputHead.from_model(self.model)  # loads it now, so that what does not fit is refused here
+        if is_sharded(self.model) or (self.base is None and placement.student_is_sharded_later):
+            self.run_over_shards()
+        if self.base is None or self.base.placement == "resident":
+            move(self.model, placement.device, parts=False)
+
     def run_over_shards(self) -> None:
         """Gather the base layer by layer in each pass, wherever it is cut when the pass comes; once is enough.
 
@@ -258,3 +298,11 @@ class AdapterTeacher(InProcessTeacher):
     @cached_property
     def _config(self) -> Any:
         return read_adapter(self.adapter, self._revision, self.name)
+
+
+def share_bases(teachers: Iterable[Teacher]) -> None:
+    """Let adapters that name one base, each by the same path, have it once."""
+    bases: dict[str, LocalTeacher] = {}
+    for teacher in teachers:
+        if isinstance(teacher, AdapterTeacher) and teacher.base is not None and teacher.owns_base:
+            teacher.share_base(bases.setdefault(teacher.base.reference or str(id(teacher.base)), teacher.base))

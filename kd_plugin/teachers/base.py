@@ -1,19 +1,56 @@
-"""What every teacher can do."""
+"""What every teacher can do, and what it declares of itself."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import HiddenSignal, SparseSignal
 from kd_plugin.vocab import Vocabulary
 
+Gives = Literal["hidden", "top_k", "draws", "sampled_token"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a teacher gives and needs. Whoever uses a teacher asks this, and never which class it is.
+
+    Attributes:
+        kind: how a message names it, with its article: ``a server``.
+        gives: ``hidden``: last hidden states and a head, so the whole distribution. ``top_k``: its likeliest tokens.
+            ``draws``: tokens that were drawn from its distribution. ``sampled_token``: the log-probability of the token
+            that stands at the next position.
+        in_process: it computes in this process, so that the rows of one call share this machine's memory.
+        sharded: each pass gathers weights from other ranks, so that every rank must join it.
+        shares: whose weights it uses beside its own: the ``student``'s, those of another ``teacher``, or nobody's.
+        any_row: it scores whatever the student generates; False if only rows that were fixed in advance.
+        temperature: at which its log-probabilities are given; None for any, which takes ``hidden``.
+        generates: it can write completions for a capture.
+    """
+
+    kind: str
+    gives: frozenset[Gives]
+    in_process: bool = False
+    sharded: bool = False
+    shares: Literal["student", "teacher"] | None = None
+    any_row: bool = True
+    temperature: float | None = None
+    generates: bool = False
+
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A model that judges tokens. How it is reached never matters to the loss.
+    """A model that scores tokens. How it is reached never matters to the loss.
+
+    These four members are all that a teacher needs. A class may also have what the functions below look for:
+    ``adopt_vocabulary``, ``end_tokens``, ``identity`` and ``resident``; and, if it computes in this process, ``place``
+    (see :mod:`kd_plugin.teachers.placing`). A teacher that shares the student's weights has ``require_student``.
 
     Shape suffixes: B rows, L tokens, N scored positions.
     """
@@ -28,8 +65,13 @@ class Teacher(Protocol):
         """The token ids that this teacher speaks; needs the tokenizer, not the weights."""
         ...
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this teacher gives and needs; known before anything is loaded, but for ``sharded``."""
+        ...
+
     def score(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> HiddenSignal | SparseSignal:
-        """Judge the next token at some positions.
+        """Score the next token at some positions.
 
         Args:
             input_ids: (B, L) int64 token ids, padded on either side.
@@ -41,3 +83,46 @@ class Teacher(Protocol):
             The signal at the N positions, in their order.
         """
         ...
+
+
+def missing_members(found: Any) -> list[str]:
+    """Name what an object lacks to be a teacher; its properties are not read, which may load something."""
+    # Python 3.11 has no list of a protocol's members
+    return [m for m in ("source", "vocabulary", "capabilities", "score") if not _has(found, m)]
+
+
+def _has(found: Any, member: str) -> bool:
+    return hasattr(type(found), member) or member in getattr(found, "__dict__", {})
+
+
+def adopt_vocabulary(teacher: Teacher, student: Vocabulary) -> None:
+    """Let a teacher that names no tokenizer of its own take the student's; it decides whether it does."""
+    adopt = getattr(teacher, "adopt_vocabulary", None)
+    if adopt is not None:
+        adopt(student)
+
+
+def end_tokens(teacher: Teacher) -> frozenset[int]:
+    """Return the ids at which a teacher ends a response; by default its tokenizer's end of sequence."""
+    own: frozenset[int] | None = getattr(teacher, "end_tokens", None)
+    if own is not None:
+        return own
+    end = teacher.vocabulary.special_ids.get("eos_token")
+    return frozenset() if end is None else frozenset({end})
+
+
+def identity(teacher: Teacher) -> dict[str, Any]:
+    """Describe a teacher so that two descriptions are equal when they teach the same; a mapping that JSON can hold.
+
+    By default its class's name and its source. What a resumed run compares.
+    """
+    own: Mapping[str, Any] | None = getattr(teacher, "identity", None)
+    if own is not None:
+        return dict(own)
+    return {"kind": type(teacher).__name__, "repo": teacher.source.ref, "revision": teacher.source.revision}
+
+
+def resident(teacher: Teacher, device: torch.device | str) -> AbstractContextManager[None]:
+    """Return a block in which ``teacher`` is on ``device``; teachers that are not moved need nothing."""
+    enter = getattr(teacher, "resident", None)
+    return nullcontext() if enter is None else enter(device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import SparseSignal
+from kd_plugin.teachers.base import Capabilities
 from kd_plugin.vocab import Vocabulary
 
 if TYPE_CHECKING:
@@ -39,6 +40,21 @@ class CachedTeacher:
     def source(self) -> Source:
         """The cache as an ancestor, which brings along who filled it."""
         return self.cache.source
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What was captured, of the rows that were captured, at the temperature of the capture."""
+        return Capabilities(
+            "a cache",
+            frozenset({"draws" if self.is_sampled else "top_k"}),
+            any_row=False,
+            temperature=self.temperature,
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The cache, by content."""
+        return {"kind": "cached", "content": self.cache.manifest.content_digest}
 
     @property
     def temperature(self) -> float:
@@ -80,14 +96,14 @@ class CachedTeacher:
         self.cache.require_compatible(vocabulary, temperature=settings.temperature)
         return vocabulary
 
-    def assume_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Take ``vocabulary`` for the cache's own, if it has the fingerprint of the capture.
+    def adopt_vocabulary(self, student: Vocabulary) -> None:
+        """Take the student's vocabulary for the cache's own, if it has the fingerprint of the capture.
 
         Raises:
             VocabularyError: it has another one.
         """
-        self.cache.require_compatible(vocabulary, temperature=self.temperature)
-        self.__dict__["vocabulary"] = vocabulary
+        self.cache.require_compatible(student, temperature=self.temperature)
+        self.__dict__["vocabulary"] = student
 
     def score(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> SparseSignal:
         """Look up the targets at ``positions``; see :meth:`~kd_plugin.teachers.base.Teacher.score`.

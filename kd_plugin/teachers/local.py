@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,11 +15,16 @@ from torch import nn
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import OutputHead
+from kd_plugin.teachers.base import Capabilities
+from kd_plugin.teachers.identity import reference_identity, tensors_digest
 from kd_plugin.teachers.in_process import InProcessTeacher
+from kd_plugin.teachers.placing import Placement
 from kd_plugin.vocab import Vocabulary
-from kd_plugin.zero.sharding import is_sharded, move
+from kd_plugin.zero.sharding import is_sharded, move, swapped_apart, whole_on_each_rank
+from kd_plugin.zero.teachers import through
 
-Placement = Literal["resident", "offload"]
+logger = logging.getLogger(__name__)
+Place = Literal["resident", "offload"]
 
 
 class LocalTeacher(InProcessTeacher):
@@ -51,19 +57,19 @@ class LocalTeacher(InProcessTeacher):
         license: str | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
-        placement: Placement = "resident",
+        placement: Place = "resident",
         trust_remote_code: bool = False,
         model_init_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.name = name
-        if placement not in get_args(Placement):
+        if placement not in get_args(Place):
             raise ConfigError(
-                f"placement={placement!r} of teacher {name!r}; expected one of {', '.join(get_args(Placement))}."
-                + nearest(str(placement), list(get_args(Placement)))
+                f"placement={placement!r} of teacher {name!r}; expected one of {', '.join(get_args(Place))}."
+                + nearest(str(placement), list(get_args(Place)))
             )
         self.device = device
-        self.placement: Placement = placement
+        self.placement: Place = placement
         self._holders = 0
         self._ref = _reference(model)
         self._revision = revision
@@ -82,6 +88,29 @@ class LocalTeacher(InProcessTeacher):
     def source(self) -> Source:
         """What this teacher is; see :class:`~kd_plugin.lineage.sources.Source`."""
         return Source(name=self.name, ref=self._ref, revision=self._revision, license=self._license)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Its whole distribution, computed here."""
+        return Capabilities(
+            "a model in this process",
+            frozenset({"hidden"}),
+            in_process=True,
+            sharded=self.is_sharded,
+            generates=True,
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Its weights, by content."""
+        return {"kind": "local", **self.weights_identity}
+
+    @property
+    def weights_identity(self) -> dict[str, Any]:
+        """The sha256 of the weights' files or tensors, or hub id and revision."""
+        if self._ref is not None:
+            return reference_identity(self._ref, self._revision)
+        return {"weights": tensors_digest(self.model)}
 
     @property
     def tokenizer(self) -> Any:
@@ -107,6 +136,16 @@ class LocalTeacher(InProcessTeacher):
     def assume_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Take ``vocabulary`` for this teacher's own, where it names none that could be checked."""
         self.__dict__["vocabulary"] = vocabulary
+
+    def adopt_vocabulary(self, student: Vocabulary) -> None:
+        """Take the student's vocabulary, and say so, where this model names no tokenizer."""
+        if self.names_a_tokenizer:
+            return
+        logger.warning(
+            f"Teacher {self.name!r} is a loaded model that names no tokenizer; its token ids are taken to be the "
+            "student's. Pass LocalTeacher(model, tokenizer=...) to have them checked."
+        )
+        self.assume_vocabulary(student)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -192,6 +231,22 @@ class LocalTeacher(InProcessTeacher):
     def _move(self, device: torch.device | str) -> None:
         move(self.model, device)
 
+    def place(self, placement: Placement) -> None:
+        """Load the model and have the host wrap it; one that an earlier run sharded stays as it is."""
+        from transformers.integrations import is_deepspeed_zero3_enabled
+
+        if self.is_attached and self.is_sharded:
+            return
+        with swapped_apart() if is_deepspeed_zero3_enabled() else whole_on_each_rank():
+            model = self.model
+        OutputHead.from_model(model)  # raises early where the teacher has no head
+        offloaded = self.placement == "offload"
+        if offloaded and not placement.shards_move:
+            return
+        self.attach(through(placement.wrap(model), model))
+        if offloaded:
+            move(model, "cpu")
+
     @property
     def is_sharded(self) -> bool:
         """Whether each pass gathers weights from other ranks, so that every rank must join it."""
@@ -200,12 +255,6 @@ class LocalTeacher(InProcessTeacher):
     @property
     def _backbone(self) -> Any:
         return self.model.base_model
-
-
-def resident(teacher: Any, device: torch.device | str) -> AbstractContextManager[None]:
-    """Return a block in which ``teacher`` is on ``device``; teachers that are not moved need nothing."""
-    enter = getattr(teacher, "resident", None)
-    return nullcontext() if enter is None else enter(device)
 
 
 def _reference(model: str | Path | nn.Module) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import SparseSignal
+from kd_plugin.teachers.base import Capabilities
 from kd_plugin.teachers.client import Client, RefusedRequest
 from kd_plugin.teachers.handshake import shake_hands
 from kd_plugin.teachers.replies import Asking, Listed, Written
@@ -105,9 +106,15 @@ class ServerTeacher:
         )
 
     @property
-    def names_a_tokenizer(self) -> bool:
-        """Whether a tokenizer was given or can be looked up."""
-        return self._tokenizer is not None or self._repo is not None
+    def capabilities(self) -> Capabilities:
+        """Its likeliest tokens and the one that stands next, at temperature 1."""
+        return Capabilities("a server", frozenset({"top_k", "sampled_token"}), temperature=1.0, generates=True)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The names of the model, and not its address."""
+        source = self.source
+        return {"kind": "server", "model": source.model, "repo": source.ref, "revision": source.revision}
 
     @cached_property
     def tokenizer(self) -> Any:

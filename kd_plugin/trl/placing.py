@@ -8,13 +8,13 @@ from torch import nn
 from trl.models import prepare_deepspeed
 
 from kd_plugin.panel import TeacherPanel
-from kd_plugin.panel.placing import place
+from kd_plugin.teachers.placing import Placement, place
 from kd_plugin.vocab import Vocabulary
 from kd_plugin.zero.teachers import shard_for_inference, shard_with_fsdp2
 
 
 def place_teachers(trainer: Any, panel: TeacherPanel, vocabulary: Vocabulary) -> None:
-    """Load the teachers that run in this process, and place them; see :func:`~kd_plugin.panel.placing.place`.
+    """Load the teachers that run in this process, and place them; see :func:`~kd_plugin.teachers.placing.place`.
 
     Under ZeRO-3, and with ``shard_teachers`` under ZeRO-1 and 2, each rank holds a part of each teacher; under FSDP2
     likewise. Elsewhere each rank holds them whole.
@@ -42,13 +42,15 @@ def place_teachers(trainer: Any, panel: TeacherPanel, vocabulary: Vocabulary) ->
 
     student = accelerator.unwrap_model(trainer.model)
     place(
-        panel,
-        student,
-        vocabulary,
-        device=accelerator.device,
-        wrap=wrap,
-        parts_move=cuts,
-        student_is_cut_later=zero3,
+        panel.teachers.values(),
+        Placement(
+            student,
+            vocabulary,
+            accelerator.device,
+            wrap,
+            shards_move=cuts,
+            student_is_sharded_later=zero3,
+        ),
     )
 
 

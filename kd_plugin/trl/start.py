@@ -14,7 +14,6 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import RunLineage, Source, load_record
 from kd_plugin.lineage.start import start_run
 from kd_plugin.panel import TeacherPanel
-from kd_plugin.teachers import AdapterTeacher
 from kd_plugin.vocab import Vocabulary
 from kd_plugin.zero.consolidate import require_resumable
 from kd_plugin.zero.preflight import require_batches, require_offload, require_student
@@ -117,10 +116,10 @@ def resumed_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
 def _require_no_adapters(panel: TeacherPanel) -> None:
     """Refuse adapter teachers under FSDP, where accelerate puts others in the place of the base's parameters."""
     for name, teacher in panel.teachers.items():
-        if isinstance(teacher, AdapterTeacher):
+        if teacher.capabilities.shares is not None:
             raise ConfigError(
-                f"Teacher {name!r} is an adapter, which shares the tensors of its base; accelerate's FSDP replaces "
-                "them by shards. Merge the adapter into a model of its own, or train under DeepSpeed."
+                f"Teacher {name!r} is {teacher.capabilities.kind}, which shares the tensors of its base; accelerate's "
+                "FSDP replaces them by shards. Merge the adapter into a model of its own, or train under DeepSpeed."
             )
 
 

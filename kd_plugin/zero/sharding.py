@@ -199,7 +199,7 @@ def whole_heads(teachers: Iterable[Any]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for teacher in teachers:
-            if needs_all_ranks(teacher):
+            if teacher.capabilities.sharded:
                 head = teacher.head
                 stack.enter_context(gathering([head.weight, head.bias]))
                 for tensor in (head.weight, head.bias):
@@ -207,8 +207,3 @@ def whole_heads(teachers: Iterable[Any]) -> Iterator[None]:
                         _WHOLE[id(tensor)] = tensor.full_tensor()
                         stack.callback(_WHOLE.pop, id(tensor))
         yield
-
-
-def needs_all_ranks(teacher: Any) -> bool:
-    """Whether each pass of ``teacher`` must be joined by every rank."""
-    return bool(getattr(teacher, "is_sharded", False))

@@ -5,8 +5,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from kd_plugin.panel import TeacherPanel
-from kd_plugin.panel.placing import place
 from kd_plugin.teachers import AdapterTeacher, LocalTeacher
+from kd_plugin.teachers.placing import Placement, place
 from kd_plugin.teachers.trees import tree_over_same_tensors
 from kd_plugin.vocab import Vocabulary
 from kd_plugin.zero.sharding import move
@@ -51,13 +51,13 @@ def test_each_model_is_wrapped_once_and_runs_in_its_wrapper(tmp_path, student_di
         return wrapped[-1]
 
     vocabulary = Vocabulary.from_tokenizer(byte_tokenizer())
-    place(panel, student, vocabulary, device=torch.device("cpu"), wrap=wrap)
+    place(panel.teachers.values(), Placement(student, vocabulary, torch.device("cpu"), wrap))
     assert [one.model for one in wrapped] == [base.model]
     ids = torch.tensor([[1, 2, 3]])
     hidden = [teacher.hidden_states(ids, torch.ones_like(ids)) for teacher in panel.teachers.values()]
     assert wrapped[0].passes == 1 and len(hidden) == 5
     assert any(p is q for p in on_student.model.parameters() for q in student.parameters())
-    place(panel, student, vocabulary, device=torch.device("cpu"), wrap=wrap, parts_move=True)
+    place(panel.teachers.values(), Placement(student, vocabulary, torch.device("cpu"), wrap, shards_move=True))
     assert [one.model for one in wrapped[2:]] == [offloaded.model]
 
 
