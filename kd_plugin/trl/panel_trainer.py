@@ -24,13 +24,13 @@ from kd_plugin.panel.metrics import DivergenceTally
 from kd_plugin.panel.spans import left_aligned
 from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.signals import OutputHead
-from kd_plugin.trl.behaviour import padded, recorded
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, lineage_callback, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, save_what_was_learnt
 from kd_plugin.trl.placing import place_teachers
 from kd_plugin.trl.rollouts import RolloutMixin
 from kd_plugin.trl.start import load_vocabulary, require_launchable, resumed_checkpoint, start_lineage
+from kd_plugin.trl.vllm_generation import ask_for_logprobs, padded, recorded, share_evenly
 from kd_plugin.trl.watch import WatchMixin
 from kd_plugin.zero.sharding import whole_heads
 
@@ -120,11 +120,20 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
             callbacks=with_lineage(callbacks, run),
             **kwargs,
         )
+        if self.use_vllm:
+            share_evenly(self.vllm_generation)
+            if self._is_sampled:
+                ask_for_logprobs(self.vllm_generation, self.temperature)
         self.start_rollouts(warmup_caches)
         place_teachers(self, self.panel, self._vocabulary)
         self._divergences = {mode: DivergenceTally(self.panel.names) for mode in ("train", "eval")}
         self.add_callback(PanelStateCallback(self._identity))
         self.start_watching()
+
+    @property
+    def _is_sampled(self) -> bool:
+        """Whether a teacher's divergence is estimated from the tokens that the student drew."""
+        return any((own.estimator or self.panel.estimator).name == "sampled" for own in self.panel.own.values())
 
     def _identity(self) -> dict[str, Any]:
         return panel_identity(self.panel, self.divergence, self.temperature)
@@ -164,8 +173,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
             )
         assignments = [self.panel.assign(row) for row in inputs]
         self.begin_rollouts(inputs, assignments)
-        estimators = {(own.estimator or self.panel.estimator).name for own in self.panel.own.values()}
-        if self.use_vllm and "sampled" in estimators:
+        if self.use_vllm and self._is_sampled:
             with recorded(self.vllm_generation) as found:
                 output = super()._generate_and_score_completions(inputs)
             output["behaviour_logprobs"] = padded(found, output["completion_mask"], cut=self.args.repetition_stop > 0)

@@ -23,7 +23,9 @@ from kd_plugin.panel.spans import by_length
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
 from kd_plugin.signals import OutputHead
 from kd_plugin.trl.generating import generating
+from kd_plugin.trl.vllm_generation import ranks_together
 from kd_plugin.trl.zero_generation import ShardedGenerationMixin
+from kd_plugin.zero.sharding import most_of_any_rank
 
 
 class RolloutMixin(ShardedGenerationMixin):
@@ -86,18 +88,43 @@ class RolloutMixin(ShardedGenerationMixin):
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, **kwargs: Any) -> Any:
         given = self._given if len(self._given) == len(prompt_ids) else [None] * len(prompt_ids)
         rows = [row for row, ids in enumerate(given) if ids is None]
-        if not rows and self._fraction.at(self.state.global_step) > 0.0:
-            rows = [0]  # generation is a collective call under ZeRO-3; this row's text is not used
-        written: dict[int, list[int]] = {}
-        if rows:
-            chosen = [prompt_ids[row] for row in rows]
-            with self._decoding():
-                if self.args.rollouts == "interleaved" and self.model.training:
-                    texts = self.without_loops(self._interleaved(rows, chosen))  # type: ignore[attr-defined]
-                else:
-                    texts = super()._generate_single_turn(chosen, images, multimodal_fields, **kwargs)  # type: ignore[misc]
-            written = dict(zip(rows, texts, strict=True))
+        texts = self._write(rows, prompt_ids, images, multimodal_fields, **kwargs) or []
+        written = dict(zip(rows, texts, strict=True))
         return [written[row] if ids is None else ids for row, ids in enumerate(given)]
+
+    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Call tools as the parent does, and take part while other ranks generate: theirs may call more of them."""
+        found = super()._tool_call_loop(*args, **kwargs)  # type: ignore[misc]
+        while self._generates_together and self._write([], [], None, {}) is not None:
+            continue
+        return found
+
+    def _write(
+        self, rows: list[int], prompt_ids: Any, images: Any, multimodal_fields: Any, **kwargs: Any
+    ) -> list[list[int]] | None:
+        """Let the student write the completions of some rows; None if no rank that generates with this one has any."""
+        device = self.accelerator.device
+        most = most_of_any_rank([len(rows)], device)[0] if self._generates_together else len(rows)
+        if not most:
+            return None
+        chosen = [prompt_ids[row] for row in rows]
+        if not rows and not self.use_vllm:  # type: ignore[attr-defined]
+            # transformers cannot write nothing; what it writes here is not used
+            chosen = prompt_ids[:1] or [[self._tokenizer.pad_token_id]]  # type: ignore[attr-defined]
+        with self._decoding():
+            if self.args.rollouts == "interleaved" and self.model.training:
+                found = self._interleaved(rows or [0], chosen)
+            else:
+                found = super()._generate_single_turn(chosen, images, multimodal_fields, **kwargs)  # type: ignore[misc]
+        return self.without_loops(found[: len(rows)])  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def _generates_together(self) -> bool:
+        """Whether ranks generate, or take the weights to what generates, by calls that all of them must make."""
+        if self.accelerator.num_processes == 1:
+            return False
+        shared = self.use_vllm and ranks_together(self.vllm_generation)[0] > 1  # type: ignore[attr-defined]
+        return shared or self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # type: ignore[attr-defined, no-any-return]
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:

@@ -81,14 +81,13 @@ class WatchMixin:
         if not repeats:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, **kwargs)  # type: ignore[misc]
         model = self.accelerator.unwrap_model(self.model_wrapped)  # type: ignore[attr-defined]
-        longest, multiple = max(map(len, prompt_ids)), self.pad_to_multiple_of or 1  # type: ignore[attr-defined]
+        longest, multiple = max(map(len, prompt_ids), default=0), self.pad_to_multiple_of or 1  # type: ignore[attr-defined]
         criteria = StoppingCriteriaList([StopLoops(-(-longest // multiple) * multiple, repeats)])
         with generating(model, stopping_criteria=criteria):  # TRL passes no criteria to it (1.16)
-            found = super()._generate_single_turn(prompt_ids, images, multimodal_fields, **kwargs)  # type: ignore[misc]
-        return self.without_loops(found)  # exact, and the same for vLLM, which was not stopped
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, **kwargs)  # type: ignore[misc]
 
     def without_loops(self, texts: list[list[int]]) -> list[list[int]]:
-        """Cut what was written where the repetition stop says, if it is on."""
+        """Cut exactly where the repetition stop says, if it is on, also what vLLM wrote, which was not stopped."""
         if not self.args.repetition_stop:
             return texts
         found, looping = cut_loops(texts, self.args.repetition_stop)

@@ -6,6 +6,7 @@ import pytest
 from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainerCallback
 from trl import DistillationTrainer, SFTTrainer
 from trl.data_utils import pack_dataset
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, shuffle_sequence_dict, split_tensor_dict
 
@@ -29,6 +30,7 @@ EXPECTED = {
     DistillationTrainer._generate_single_turn: [
         "self", "prompt_ids", "images", "multimodal_fields", "has_tool_images",
     ],
+    VLLMGeneration.generate: ["self", "prompts", "images", "num_generations", "profiler"],
     prepare_deepspeed: ["model", "accelerator"],
     pack_dataset: ["dataset", "seq_length", "strategy", "map_kwargs"],
 }  # fmt: skip
@@ -47,6 +49,13 @@ def test_arguments_that_are_passed_by_name():
         inspect.signature(SFTTrainer.__init__).parameters
     )
     assert "logits_to_keep" in inspect.signature(DistillationTrainer._get_last_hidden_state).parameters
+
+
+def test_vllm_writes_one_completion_a_prompt_and_keeps_its_group():
+    assert "num_generations=1" in inspect.getsource(DistillationTrainer._generate_single_turn)
+    source = inspect.getsource(VLLMGeneration)
+    for name in ("self.mode", "self.tensor_parallel_size", "self.tp_group", "self.vllm_client", "self.logprobs"):
+        assert name in source
 
 
 def test_fused_output_has_the_fields_that_sft_reads():
