@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from kd_plugin.cache import TeacherCache
 from kd_plugin.errors import ConfigError
@@ -32,12 +32,19 @@ from kd_plugin.lightning.writing import pad_token, texts
 from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.panel.anchor import Anchor
-from kd_plugin.panel.build import panel_from, require_sampling
+from kd_plugin.panel.build import panel_from
 from kd_plugin.panel.checks import check_rows, require_adapters_fit, require_defined_panel, require_one_vocabulary
 from kd_plugin.panel.guards import LengthAlarm, starting_student
 from kd_plugin.panel.identity import panel_identity, require_same_panel
 from kd_plugin.panel.metrics import DivergenceTally
 from kd_plugin.panel.rollouts import mixed_seed
+from kd_plugin.panel.sampling import (
+    completed,
+    own_generation_config,
+    require_same_student,
+    require_sampling,
+    require_whole_distribution,
+)
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, require_fitting, warmup_objective
 from kd_plugin.vocab import Vocabulary
 
@@ -128,6 +135,8 @@ class TeacherPanelCorrection(StudentCallback):
         model = find_student(pl_module, self.student)
         if not self._checked:
             self._check(trainer, pl_module, model)
+        self._require_draws(model)
+        require_same_student(self.panel, model)
         if self._caches:
             self._warmup = CacheWarmup(self._caches, seed=self.seed, pad_token_id=pad_token(self._tokenizer))
         if self._anchor is not None:
@@ -289,7 +298,15 @@ class TeacherPanelCorrection(StudentCallback):
         reference = model if isinstance(model, str) else model.config._name_or_path or None
         require_adapters_fit(self.panel, reference, lambda: config_of(model))
         require_fitting(self._caches, self._vocabulary)
+        self._require_draws(model)
         self._checked = True
+
+    def _require_draws(self, model: PreTrainedModel | str) -> None:
+        """Refuse a student whose own generation configuration biases the sampled estimator."""
+        arguments = self.settings.sampling().arguments()
+        config = completed(GenerationConfig(), own_generation_config(model))
+        config.update(**arguments)
+        require_whole_distribution(self.panel, config, self.settings.temperature, arguments)
 
     def _compare_vocabularies(self, module: LightningModule, model: PreTrainedModel | str) -> None:
         self._tokenizer = self._given_tokenizer or getattr(module, "tokenizer", None) or load_tokenizer(model)

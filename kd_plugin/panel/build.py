@@ -64,37 +64,6 @@ def estimator_from(args: Any) -> Estimator:
     return Estimator(args.estimator, args.top_k_tail, args.student_top_k, (float(low), float(high)))  # type: ignore[arg-type]
 
 
-def require_sampling(panel: TeacherPanel, args: Any) -> None:
-    """Refuse generation settings under which the sampled estimator would be biased.
-
-    Raises:
-        ConfigError: tokens would not be drawn from the student's whole distribution.
-    """
-    names = [n for n in panel.names if (panel.own[n].estimator or panel.estimator).name == "sampled"]
-    if not names:
-        return
-    settings = {"top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p}
-    settings |= {"repetition_penalty": args.repetition_penalty} | dict(args.generation_kwargs or {})
-    neutral = {"top_p": (1.0,), "top_k": (0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
-    for key, allowed in neutral.items():
-        if settings[key] not in allowed:
-            raise ConfigError(
-                f"{key}={settings[key]} with estimator='sampled' (teacher {names[0]!r}): that estimator is unbiased "
-                f"for tokens drawn from the student's whole distribution only. Set {key}={allowed[0]}, or use another "
-                "estimator."
-            )
-    if args.rollouts == "interleaved":
-        raise ConfigError(
-            f"rollouts='interleaved' with estimator='sampled' (teacher {names[0]!r}): tokens that the panel put in "
-            "were not drawn from the student. Use another estimator, or let the student write alone."
-        )
-    if args.on_policy_schedule().values() != (1.0, 1.0):
-        raise ConfigError(
-            f"on_policy_fraction below 1 with estimator='sampled' (teacher {names[0]!r}): the dataset's tokens were "
-            "not drawn from the student. Use another estimator, or let the student write all rows."
-        )
-
-
 def _as_teacher(name: str, teacher: Any, args: Any) -> Any:
     """Load a teacher that is given as a string the way ``DistillationTrainer`` does: float32 unless told."""
     if not isinstance(teacher, str):

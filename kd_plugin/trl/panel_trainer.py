@@ -16,11 +16,12 @@ from kd_plugin.divergence.finite import require_finite
 from kd_plugin.errors import ConfigError, DataError, ServerError
 from kd_plugin.lineage.start import dataset_sources, student_source
 from kd_plugin.panel import Correction, correction_loss, score_rows
-from kd_plugin.panel.build import panel_from, require_sampling
+from kd_plugin.panel.build import panel_from
 from kd_plugin.panel.checks import check_rows, require_adapters_fit, require_defined_panel, require_one_vocabulary
 from kd_plugin.panel.combining import scored_positions
 from kd_plugin.panel.identity import panel_identity
 from kd_plugin.panel.metrics import DivergenceTally
+from kd_plugin.panel.sampling import require_sampling
 from kd_plugin.panel.spans import left_aligned
 from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.signals import OutputHead
@@ -28,7 +29,7 @@ from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage,
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, save_what_was_learnt
 from kd_plugin.trl.placing import place_teachers
-from kd_plugin.trl.rollouts import RolloutMixin
+from kd_plugin.trl.rollouts import RolloutMixin, require_draws
 from kd_plugin.trl.start import load_vocabulary, require_launchable, resumed_checkpoint, start_lineage
 from kd_plugin.trl.vllm_generation import ask_for_logprobs, padded, recorded, share_evenly
 from kd_plugin.trl.watch import WatchMixin
@@ -88,6 +89,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
         self.divergence = self.panel.divergence or args.resolved_divergence()
         require_defined_panel(self.panel, self.divergence, args.temperature)
         require_sampling(self.panel, args)
+        require_draws(self.panel, args, model)
         for name, dataset in _named_datasets(train_dataset, eval_dataset):
             check_rows(dataset, name, self.panel)
         warmup_caches = [TeacherCache(path) for path in args.warmup_caches()]

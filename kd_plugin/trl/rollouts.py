@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict
@@ -19,6 +20,13 @@ from kd_plugin.panel.generation import decode_with, writes_row_by_row
 from kd_plugin.panel.judging import InterleavedSettings, interleaved_responses
 from kd_plugin.panel.responses import completion_ids
 from kd_plugin.panel.rollouts import on_policy_rows
+from kd_plugin.panel.sampling import (
+    completed,
+    draw_settings,
+    own_generation_config,
+    require_same_student,
+    require_whole_distribution,
+)
 from kd_plugin.panel.spans import by_length
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
 from kd_plugin.signals import OutputHead
@@ -56,6 +64,8 @@ class RolloutMixin(ShardedGenerationMixin):
             raise ConfigError("rollouts='interleaved' cannot call tools; let the student write alone.")
         if self._fraction.values() != (1.0, 1.0) and getattr(self, "tools", None):
             raise ConfigError("on_policy_fraction below 1 cannot be mixed with tools; let the student write all rows.")
+        require_draws(self.panel, args, self.model, self.generation_config)  # type: ignore[attr-defined]
+        require_same_student(self.panel, self.model)
 
     @property
     def is_warming_up(self) -> bool:
@@ -218,6 +228,28 @@ class RolloutMixin(ShardedGenerationMixin):
         loss_sum, entropy, scored = warmup_loss(self._warmup_objective, hidden, head, batch.targets)
         count = torch.tensor(scored).to(device)
         return loss_sum / torch.as_tensor(num_items_in_batch).to(device), entropy, count
+
+
+def require_draws(
+    panel: TeacherPanel, args: Any, model: PreTrainedModel | str, config: GenerationConfig | None = None
+) -> None:
+    """Refuse a student whose own generation configuration biases the sampled estimator.
+
+    Args:
+        panel: the teachers, and how they are estimated.
+        args: the trainer's settings.
+        model: the student, or where it is.
+        config: of the trainer, once there is one; TRL 1.16 adds to it what a processor needs.
+
+    Raises:
+        ConfigError: tokens would not be drawn from the student's whole distribution.
+    """
+    if args.use_vllm:
+        return  # it is told every setting, and takes nothing from the checkpoint
+    given = {"do_sample": True, "cache_implementation": args.cache_implementation, **draw_settings(args)}
+    own = own_generation_config(model, (args.model_init_kwargs or {}).get("revision"))
+    whole = completed(GenerationConfig(**given) if config is None else config, own)
+    require_whole_distribution(panel, whole, args.temperature, given)
 
 
 def micro_batches(generation_batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
