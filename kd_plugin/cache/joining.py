@@ -36,15 +36,7 @@ def batch_targets(
     """
     if labels is None:
         labels = labels_of_targets(torch.as_tensor(indices))
-    rows, length = labels.shape
-    padded = torch.full((rows, length), -1, dtype=torch.int64)
-    if rows == len(indices):
-        for row, index in enumerate(indices):
-            padded[row, : len(index)] = torch.as_tensor(index)
-    else:  # padding-free: one row holds all examples
-        flat = [i for index in indices for i in index]
-        padded[0, : len(flat)] = torch.as_tensor(flat)
-
+    padded = padded_index(labels.shape, indices)
     next_labels = torch.full_like(labels, -100)
     next_labels[:, :-1] = labels[:, 1:]
     positions = (next_labels.flatten() != -100).nonzero().flatten()
@@ -65,16 +57,32 @@ def batch_targets(
     }
 
 
-def not_in_cache(cache: object, what: str, where: str) -> DataError:
+def padded_index(shape: Sequence[int], indices: Sequence[Sequence[int]] | Tensor) -> Tensor:
+    """Return the ``teacher_index`` of a batch as (B, L) int64, -1 for none; see :func:`batch_targets`."""
+    if isinstance(indices, Tensor) and indices.shape == tuple(shape):
+        return indices
+    padded = torch.full(tuple(shape), -1, dtype=torch.int64)
+    if len(padded) == len(indices):
+        for row, index in enumerate(indices):
+            padded[row, : len(index)] = torch.as_tensor(index)
+    else:  # padding-free: one row holds all examples
+        flat = [i for index in indices for i in index]
+        padded[0, : len(flat)] = torch.as_tensor(flat)
+    return padded
+
+
+def not_in_cache(cache: object, what: str, where: str, why: str = "") -> DataError:
     """Return the error for rows that the cache does not hold.
 
     Args:
         cache: the cache, named by its path.
         what: which rows, such as ``"2 of 8 rows of the train dataset"``.
         where: which is the first.
+        why: what is known of the cause; a sentence, or nothing.
     """
+    why = f"{why} " if why else ""
     return DataError(
-        f"{what} are not in the teacher cache {cache}; {where}. Rows are joined by their token ids, so the same "
+        f"{what} are not in the teacher cache {cache}; {where}. {why}Rows are joined by their token ids, so the same "
         "tokenizer, chat template and text as at capture are needed. Capture these rows too, leave train_dataset out "
         "to train on the cache's own rows, or set allow_partial=True to train without their targets."
     )

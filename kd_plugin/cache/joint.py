@@ -110,6 +110,11 @@ class JointCache:
         return [member.column for member in self.members]
 
     @property
+    def taught_columns(self) -> list[str]:
+        """Those of :attr:`columns` whose targets have a weight."""
+        return [member.column for member in self.members if member.weight > 0]
+
+    @property
     def digests(self) -> dict[str, float]:
         """The weight of each cache, by the digest of its content."""
         return {member.cache.manifest.content_digest: member.weight for member in self.members}
@@ -191,6 +196,7 @@ class JointCache:
         Returns:
             The targets of the first member, and under ``others`` a list with those of each other one at the positions
             that it holds. ``weights`` are the members' own, scaled to sum to one over those that hold a position.
+            ``taught`` is the number of positions that have a target.
         """
         if labels is None:
             labels = labels_of_targets(torch.stack([torch.as_tensor(indices[c]) for c in self.columns]).amax(0))
@@ -199,9 +205,10 @@ class JointCache:
         total_N = weights_MN.sum(0)
         weights_MN = weights_MN / torch.where(total_N > 0, total_N, 1.0)
         first, *others = [{**target, "weights": weights_N} for target, weights_N in zip(found, weights_MN, strict=True)]
+        taught = int((total_N > 0).sum())
         if not others:
-            return first
-        return {**first, "others": [_held(target) for target in others]}
+            return {**first, "taught": taught}
+        return {**first, "taught": taught, "others": [_held(target) for target in others]}
 
 
 def _held(target: Mapping[str, Tensor]) -> dict[str, Tensor]:

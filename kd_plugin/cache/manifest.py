@@ -80,6 +80,17 @@ class Settings:
         return cls(**{**values, **made})
 
     @property
+    def scored(self) -> str:
+        """Which tokens have a target, in words."""
+        if self.generation is not None:
+            tokens = "what the teacher wrote"
+        elif self.completion_only is False:
+            tokens = "every token"
+        else:
+            tokens = "completions, and every token of rows without a prompt"
+        return tokens if self.max_length is None else f"{tokens}, within the first {self.max_length} tokens of a row"
+
+    @property
     def digest(self) -> str:
         """Sha256 that shards and units carry, so that a foreign one is recognised."""
         return _digest(self.to_json())

@@ -66,25 +66,27 @@ class OfflineObjective:
         Args:
             hidden: (B, L, H) last hidden states of the student.
             head: its output head, cut to the vocabulary.
-            target: what :func:`kd_plugin.cache.joining.batch_targets` gathers; and under ``others``, where several
-                teachers share positions, the same of each further one, without labels.
+            target: what :func:`kd_plugin.cache.joining.batch_targets` gathers; under ``others``, where several
+                teachers share positions, the same of each further one, without labels; and as ``kd_factor``, where
+                not all positions have a target, what the divergence is multiplied by.
 
         Returns:
             The sum over teachers; of several, ``kd`` is their weighted sum.
         """
         hidden = hidden.to(head.weight.device)
-        loss = self._loss(hidden, head, target)
+        kd_weight = self.kd_weight * target.get("kd_factor", 1.0)
+        loss = self._loss(hidden, head, target, kd_weight)
         if "others" not in target:
             return loss
         kd = loss.kd * target["weights"].to(loss.kd)
         for other in target["others"]:
-            further = self._loss(hidden, head, other)
+            further = self._loss(hidden, head, other, kd_weight)
             where = torch.searchsorted(target["positions"], other["positions"]).to(kd.device)
             kd.index_add_(0, where, further.kd * other["weights"].to(kd))
             loss = replace(loss, loss_sum=loss.loss_sum + further.loss_sum)
         return replace(loss, kd=kd)
 
-    def _loss(self, hidden: Tensor, head: OutputHead, target: Mapping[str, Tensor]) -> SparseLoss:
+    def _loss(self, hidden: Tensor, head: OutputHead, target: Mapping[str, Any], kd_weight: float) -> SparseLoss:
         device, labels = hidden.device, target.get("labels")
         signal = SparseSignal(target["ids"], target["logprobs"], target["tail_logmass"], target.get("draws"))
         return fused_sparse_divergence(
@@ -96,7 +98,7 @@ class OfflineObjective:
             tail=self.tail,
             weights=target["weights"].to(device),
             labels=None if labels is None else labels.to(device),
-            kd_weight=self.kd_weight,
+            kd_weight=kd_weight,
             ce_weight=0.0 if labels is None else self.ce_weight,
         )
 

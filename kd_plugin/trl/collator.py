@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kd_plugin.cache.completeness import Untaught, taught_batch
 from kd_plugin.cache.joining import TARGET
 from kd_plugin.cache.joint import JointCache
 
@@ -18,15 +19,16 @@ class TeacherTargetCollator:
     Attributes:
         inner: the collator of the SFT trainer.
         cache: where the columns ``teacher_index`` point to.
+        untaught: what becomes of tokens with a label and no target.
     """
 
     inner: Any
     cache: JointCache
+    untaught: Untaught
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate ``examples``, and add under ``teacher_target`` what :meth:`JointCache.targets` gathers."""
+        """Collate ``examples``, and add under ``teacher_target`` what :func:`taught_batch` gathers."""
         batch = self.inner(examples)
-        batch[TARGET] = self.cache.targets(
-            batch["labels"], {column: [example[column] for example in examples] for column in self.cache.columns}
-        )
+        indices = {column: [example[column] for example in examples] for column in self.cache.columns}
+        batch["labels"], batch[TARGET] = taught_batch(self.cache, batch["labels"], indices, self.untaught)
         return batch

@@ -19,7 +19,8 @@ class OfflineKDConfig(DistillationFields, SFTConfig):
 
     Every inherited field keeps its meaning. The loss of a token is
     ``kd_weight * D(teacher, student) + ce_weight * cross-entropy``, summed over the tokens whose label is not
-    -100 and divided by their number in the global batch.
+    -100 and divided by their number in the global batch. A token with a label and no target is an error, unless
+    ``allow_partial``: then the divergence is a mean over the tokens that have a target.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "lineage", "teacher_cache"]
@@ -54,7 +55,10 @@ class OfflineKDConfig(DistillationFields, SFTConfig):
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the dataset's tokens."})
     allow_partial: bool = field(
         default=False,
-        metadata={"help": "Train on a cache whose capture was interrupted, and on rows that it does not hold."},
+        metadata={
+            "help": "Train on a cache whose capture was interrupted, and on rows and tokens that it does not hold: the "
+            "divergence is a mean over the tokens that have a target."
+        },
     )
 
     def __post_init__(self):

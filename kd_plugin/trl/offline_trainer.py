@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
 from peft import PromptLearningConfig
 from transformers import PreTrainedModel, TrainerCallback
@@ -17,7 +18,8 @@ from transformers.utils import logging
 from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 
-from kd_plugin.cache.joining import not_in_cache
+from kd_plugin.cache.completeness import kept_tokens, mean_over_taught, require_complete, survey, untaught_tokens
+from kd_plugin.cache.joining import TARGET
 from kd_plugin.cache.joint import Caches, JointCache
 from kd_plugin.divergence.finite import require_finite
 from kd_plugin.errors import ConfigError, DataError
@@ -122,7 +124,10 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
                 "Prompt-learning PEFT methods shift every position by their virtual tokens, so cached targets would "
                 "not fit. Use a weight-based adapter such as LoRA."
             )
-        self.data_collator: Any = TeacherTargetCollator(self.data_collator, self.teacher_cache)
+        # Wrapped rows run into each other: a document's first token is trained on, after another's end, and not taught
+        partial = args.allow_partial or (args.packing and args.packing_strategy == "wrapped")
+        self._untaught = untaught_tokens(partial, args.ce_weight)
+        self.data_collator: Any = TeacherTargetCollator(self.data_collator, self.teacher_cache, self._untaught)
         add_distillation_head(
             self.model.get_base_model() if peft_configs else self.model,
             vocab_size=vocabulary.size,
@@ -132,6 +137,17 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
     def get_train_dataloader(self) -> Any:
         """Return the host's batches, in its order, without its list of all rows."""
         return shuffle_leanly(super().get_train_dataloader())
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Return the micro-batches of a step, whose divergence is a mean over all tokens of theirs with a target."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._untaught == "keep" and num_items is not None:
+            targets = [batch[TARGET] for batch in batches]
+            counts = torch.tensor([[target["positions"].numel(), target["taught"]] for target in targets]).sum(0)
+            if self.args.average_tokens_across_devices:
+                counts = self.accelerator.gather(counts.to(device).view(1, 2)).sum(0)
+            mean_over_taught(targets, *counts.tolist())
+        return batches, num_items
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -160,7 +176,10 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = with_labels(dataset, self.teacher_cache.columns, self.completion_only_loss, dataset_name)
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
-        dataset = self._join(dataset, dataset_name)
+        # Whether packing cuts depends on its strategy; what it splits is trained on
+        splits = packing and args.packing_strategy != "bfd"
+        window = _Window(None if splits else args.max_length, args.truncation_mode == "keep_end" and not packing)
+        dataset = self._join(dataset, dataset_name, window)
         cuts = args.max_length is not None and not (packing and args.packing_strategy == "bfd_split")
         # Each pass over a million rows takes minutes: none where nothing is cut off or left out
         cuts = cuts and _something_to_cut(dataset, args.max_length, dataset_name)
@@ -177,29 +196,35 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
             dataset = dataset.map(cut_index)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
-    def _join(self, dataset: Any, dataset_name: str) -> Any:
+    def _join(self, dataset: Any, dataset_name: str, window: _Window) -> Any:
         """Add the columns ``teacher_index`` to each row, unless the rows come from these caches and have them."""
         columns, cache = self.teacher_cache.columns, self.teacher_cache
         present = dataset.column_names or list(next(iter(dataset)))
-        if set(columns) <= set(present):
-            if "example_id" in present:
-                cache.require_own(dataset, dataset_name)
+        if not set(columns) <= set(present):
+            dataset = dataset.map(_Join(cache, window, self._allow_partial or isinstance(dataset, Dataset)))
+        elif "example_id" in present:
+            cache.require_own(dataset, dataset_name)
+        if not isinstance(dataset, Dataset):
             return dataset
-        joined = dataset.map(_Join(cache, self._allow_partial or isinstance(dataset, Dataset)))
-        if not isinstance(joined, Dataset):
-            return joined
-        taught = _Taught(columns)
-        missing = [row for row, example in enumerate(joined.select_columns(columns)) if not taught(example)]
-        if not missing:
-            return joined
+        found = survey(dataset, cache, window.max_length, window.keep_end)
         if not self._allow_partial:
-            raise not_in_cache(
-                cache,
-                f"{len(missing)} of {len(joined)} rows of the {dataset_name} dataset",
-                f"the first is row {missing[0]}",
+            require_complete(found, cache, dataset_name)
+        elif found.missing:
+            logger.warning(
+                f"{found.missing} of {found.tokens} trained tokens of the {dataset_name} dataset have no target, among "
+                f"them those of {len(found.absent)} of {found.rows} rows that are not in the cache."
             )
-        logger.warning(f"{len(missing)} of {len(joined)} rows of the {dataset_name} dataset are not in the cache.")
-        return joined if self._keeps_rows_without_targets else joined.filter(taught)
+            if not self._keeps_rows_without_targets:
+                return dataset.select(found.taught)
+        return dataset
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Which tokens of a row are left when training has cut it."""
+
+    max_length: int | None
+    keep_end: bool
 
 
 @dataclass(frozen=True)
@@ -207,23 +232,17 @@ class _Join:
     """Looks a tokenized row up in the caches by the hash of its token ids."""
 
     cache: JointCache
+    window: _Window
     allow_missing: bool
 
     def __call__(self, example: dict[str, Any]) -> dict[str, list[int]]:
         indices = self.cache.indices(example["input_ids"])
-        if not self.allow_missing and not _Taught(self.cache.columns)(indices):
-            raise self.cache.missing(example["input_ids"])
+        if not self.allow_missing and all(i < 0 for column in indices.values() for i in column):
+            labels = np.asarray(example["labels"])
+            kept = kept_tokens(np.array([len(labels)]), self.window.max_length, self.window.keep_end)
+            if (labels[kept] != -100).any():
+                raise self.cache.missing(example["input_ids"])
         return indices
-
-
-@dataclass(frozen=True)
-class _Taught:
-    """Whether a row has a target at all."""
-
-    columns: list[str]
-
-    def __call__(self, example: dict[str, Any]) -> bool:
-        return any(i >= 0 for column in self.columns for i in example[column])
 
 
 @dataclass(frozen=True)

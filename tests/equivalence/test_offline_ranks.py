@@ -34,8 +34,13 @@ def run(directory: Path, cache: TeacherCache, student: str, ranks: int, rows_a_r
 
 @pytest.mark.parametrize(
     ("rows", "targets", "options"),
-    [(COMPLETIONS, TopK(16), ()), (TEXTS, Sampled(20), ("packed",)), (TEXTS, TopK(8), ("streamed",))],
-    ids=["padded", "packed", "streamed"],
+    [
+        (COMPLETIONS, TopK(16), ()),
+        (COMPLETIONS, TopK(16), ("partial",)),
+        (TEXTS, Sampled(20), ("packed",)),
+        (TEXTS, TopK(8), ("streamed",)),
+    ],
+    ids=["padded", "partial", "packed", "streamed"],
 )
 def test_two_ranks_train_as_one_process(rows, targets, options, tmp_path, student_dir, teacher_dir):
     teacher = LocalTeacher(teacher_dir, dtype="float32")

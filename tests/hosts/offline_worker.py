@@ -15,6 +15,8 @@ from tests.tiny import byte_tokenizer
 def main(directory: str, cache: str, student: str, rows_a_rank: str, *options: str) -> None:
     out = Path(directory)
     chosen = {"packing": True, "max_length": 64} if "packed" in options else {}
+    if "partial" in options:  # captured at completions, trained at every token
+        chosen = {"completion_only_loss": False, "allow_partial": True}
     trainer = OfflineKDTrainer(
         model=AutoModelForCausalLM.from_pretrained(student),
         args=OfflineKDConfig(

@@ -74,7 +74,8 @@ def test_labels_are_those_that_sft_builds(completion_only, tmp_path, student_dir
     own = cache.dataset()
     common = {"model": student_dir, "train_dataset": own, "processing_class": byte_tokenizer()}
     arguments = settings(tmp_path, completion_only_loss=completion_only)
-    ours = OfflineKDTrainer(args=OfflineKDConfig(**arguments), teacher_cache=cache, **common).train_dataset
+    config = OfflineKDConfig(**arguments, allow_partial=not completion_only)  # prompts have no target here
+    ours = OfflineKDTrainer(args=config, teacher_cache=cache, **common).train_dataset
     theirs = SFTTrainer(args=SFTConfig(**arguments), **common).train_dataset
     assert ours["labels"][:] == theirs["labels"][:]
     assert (-100 in ours["labels"][0]) == completion_only
