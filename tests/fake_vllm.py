@@ -5,6 +5,7 @@ The forms of answers and errors were taken from a real server; ``make test-vllm`
 
 import json
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,79 +25,132 @@ class Behaviour:
     change: object = None  # called with each completion's answer before it is sent
     has_tokenize: bool = True
     ends: tuple[int, ...] = (2,)
+    logprobs_mode: str = "raw_logprobs"  # as vLLM's option of this name
+    defaults: dict = field(default_factory=dict)  # settings of the checkpoint, for those that a request leaves out
+    replica: object = None  # called with the number of a completions request; the model that answers it
+    stale_block: int = 0  # tokens of a block of a prefix cache that repeats a hit's last position; 0 is none
+    cached: set = field(default_factory=set)  # its prefixes
+    writes_nothing: bool = False  # completions end before their first token
+    delay: float = 0.0  # seconds before any answer
     requests: list[tuple[str, dict, dict]] = field(default_factory=list)  # path, headers, body
-
-
-def _entries(model, tokens, k):
-    with torch.no_grad():
-        logprobs = model(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
-    k = logprobs.shape[-1] if k == -1 else k
-    entries = [None]
-    for position, token in zip(logprobs[:-1], tokens[1:], strict=True):
-        values, ids = position.topk(k)
-        rank = int((position > position[token]).sum()) + 1
-        entry = {str(token): {"logprob": float(position[token]), "rank": rank, "decoded_token": "?"}}
-        for place, (value, i) in enumerate(zip(values.tolist(), ids.tolist(), strict=True)):
-            entry[str(i)] = {"logprob": value, "rank": place + 1, "decoded_token": "?"}
-        entries.append(entry)
-    return entries
+    completions: int = 0  # requests of them
 
 
 class _Refused(Exception):
     pass
 
 
-def _write(model, body, ends):
-    """Sample a completion, with the distribution at each of its tokens, as the server names them."""
-    k, generator = body["logprobs"], torch.Generator().manual_seed(body["seed"])
-    k = model.config.vocab_size if k == -1 else k
-    tokens, ids, listed = list(body["prompt"]), [], []
-    while len(ids) < body["max_tokens"] and not (ids and ids[-1] in ends):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([tokens])).logits[0, -1]
-        logprobs = logits.log_softmax(-1)
-        if body["temperature"] == 0:
-            chosen = int(logits.argmax())
-        else:
-            chosen = int(torch.multinomial((logits / body["temperature"]).softmax(-1), 1, generator=generator))
-        values, best = logprobs.topk(k)
-        entry = {f"token_id:{chosen}": float(logprobs[chosen])}
-        entry.update({f"token_id:{i}": v for i, v in zip(best.tolist(), values.tolist(), strict=True)})
-        listed.append(entry)
-        tokens.append(chosen)
+_NEUTRAL = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+
+@torch.no_grad()
+def _logits(model, tokens):
+    return model(input_ids=torch.tensor([tokens])).logits[0].float()
+
+
+def _processed(logits, settings, prompt, written):
+    """Return logits as penalties, temperature, top-k and top-p leave them, in vLLM's order."""
+    logits, seen = logits.clone(), torch.tensor(sorted({*prompt, *written}))
+    penalty = settings["repetition_penalty"]
+    logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    for token in written:
+        logits[token] -= settings["frequency_penalty"]
+    for token in set(written):
+        logits[token] -= settings["presence_penalty"]
+    if settings["temperature"] > 0:
+        logits /= settings["temperature"]
+    order = logits.argsort(descending=True)
+    if settings["top_k"] > 0:
+        logits[order[settings["top_k"] :]] = -torch.inf
+    mass = logits[order].softmax(-1)
+    logits[order[mass.cumsum(-1) - mass >= settings["top_p"]]] = -torch.inf
+    return logits
+
+
+def _listed(values, k, token):
+    """Return the k largest of (V,) values and that of ``token``, by id; -inf as JSON can hold it."""
+    best = values.topk(values.shape[-1] if k == -1 else k).indices.tolist()
+    return {i: max(float(values[i]), -9999.0) for i in dict.fromkeys([token, *best])}
+
+
+def _entries(model, tokens, k, behaviour):
+    """Return what ``prompt_logprobs`` holds; sampling settings do not change it."""
+    logits = _logits(model, tokens)
+    values = logits if behaviour.logprobs_mode.endswith("logits") else logits.log_softmax(-1)
+    values, next_ids = values[:-1], tokens[1:]
+    if block := behaviour.stale_block:
+        hit = 0
+        while hit + block < len(tokens) and tuple(tokens[: hit + block]) in behaviour.cached:
+            hit += block
+        behaviour.cached.update(tuple(tokens[:end]) for end in range(block, len(tokens) + 1, block))
+        values[:hit] = values[max(hit - 1, 0)].clone()
+    entries = [None]
+    for position, token in zip(values, next_ids, strict=True):
+        order = position.argsort(descending=True).argsort()
+        found = _listed(position, k, token)
+        entries.append(
+            {str(i): {"logprob": v, "rank": int(order[i]) + 1, "decoded_token": "?"} for i, v in found.items()}
+        )
+    return entries
+
+
+def _write(model, prompt, body, settings, behaviour):
+    """Sample a completion, with the distribution at each of its tokens if asked, as the server names them."""
+    generator = torch.Generator().manual_seed(body.get("seed", 0))
+    ids, listed = [], []
+    while len(ids) < body["max_tokens"] and not (ids and ids[-1] in behaviour.ends) and not behaviour.writes_nothing:
+        logits = _logits(model, [*prompt, *ids])[-1]
+        processed = _processed(logits, settings, prompt, ids)
+        greedy = settings["temperature"] == 0
+        chosen = int(processed.argmax() if greedy else torch.multinomial(processed.softmax(-1), 1, generator=generator))
+        values = processed if behaviour.logprobs_mode.startswith("processed") else logits
+        values = values if behaviour.logprobs_mode.endswith("logits") else values.log_softmax(-1)
+        if "logprobs" in body:
+            found = _listed(values, body["logprobs"], chosen)
+            listed.append({f"token_id:{i}": value for i, value in found.items()})
         ids.append(chosen)
-    finished = bool(ids) and ids[-1] in ends
+    finished = not ids or ids[-1] in behaviour.ends
     return {
-        "index": 0,
         "text": "?",
-        "token_ids": ids,
         "finish_reason": "stop" if finished else "length",
-        "logprobs": {"top_logprobs": listed},
-    }
+        "logprobs": {"top_logprobs": listed} if listed else None,
+    } | ({"token_ids": ids, "prompt_token_ids": list(prompt)} if body.get("return_token_ids") else {})
 
 
 def _complete(model, body, behaviour):
-    writes = "logprobs" in body
-    k, tokens, size = body["logprobs" if writes else "prompt_logprobs"], body["prompt"], model.config.vocab_size
-    asked = size if k == -1 else k
-    if behaviour.max_logprobs != -1 and asked > behaviour.max_logprobs:
-        raise _Refused(
-            f"Requested prompt logprobs of {asked}, which is greater than max allowed: {behaviour.max_logprobs} "
-            f"(parameter=prompt_logprobs, value={asked})"
-        )
-    if max(tokens) >= size:
-        raise _Refused(f"Token id {max(tokens)} is out of vocabulary")
-    if len(tokens) + body["max_tokens"] > behaviour.max_model_len:
-        raise _Refused(f"This model's maximum context length is {behaviour.max_model_len} tokens.")
-    answer = {
-        "object": "text_completion",
-        "model": behaviour.answer_as or behaviour.name,
-        "choices": [
-            _write(model, body, behaviour.ends)
-            if writes
-            else {"index": 0, "text": "?", "prompt_logprobs": _entries(model, tokens, k)}
-        ],
-    }
+    size = model.config.vocab_size
+    prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+    settings = {name: body.get(name, behaviour.defaults.get(name, value)) for name, value in _NEUTRAL.items()}
+    for kind in ("logprobs", "prompt_logprobs"):
+        asked = size if body.get(kind) == -1 else body.get(kind, 0)
+        if behaviour.max_logprobs != -1 and asked > behaviour.max_logprobs:
+            raise _Refused(
+                f"Requested prompt logprobs of {asked}, which is greater than max allowed: {behaviour.max_logprobs} "
+                f"(parameter={kind}, value={asked})"
+            )
+    for tokens in prompts:
+        if not tokens:
+            raise _Refused("The decoder prompt cannot be empty")
+        if max(tokens) >= size:
+            raise _Refused(f"Token id {max(tokens)} is out of vocabulary")
+        if len(tokens) + body["max_tokens"] > behaviour.max_model_len:
+            raise _Refused(f"This model's maximum context length is {behaviour.max_model_len} tokens.")
+    behaviour.completions += 1
+    if behaviour.replica is not None:
+        model = behaviour.replica(behaviour.completions)
+    choices = []
+    for index, tokens in enumerate(prompts):
+        choices.append({"index": index, **_write(model, tokens, body, settings, behaviour)})
+        if "prompt_logprobs" in body:
+            choices[-1]["prompt_logprobs"] = _entries(model, tokens, body["prompt_logprobs"], behaviour)
+    answer = {"object": "text_completion", "model": behaviour.answer_as or behaviour.name, "choices": choices}
     if behaviour.change is not None:
         behaviour.change(answer)
     return answer
@@ -121,6 +175,7 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0):
             self.wfile.write(data)
 
         def fails(self, body):
+            time.sleep(behaviour.delay)
             with lock:
                 behaviour.requests.append((self.path, dict(self.headers), body))
                 status = behaviour.failures.pop(0) if behaviour.failures else None

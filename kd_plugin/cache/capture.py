@@ -117,7 +117,7 @@ def capture(
     # What can be compared without the weights is compared before they are loaded.
     if (directory / "manifest.json").exists():
         require_same(directory, settings, part, ignored=("weights", "dtype"), append=append)
-    engine = open_engine(teacher, targets, batch_tokens)
+    engine = open_engine(teacher, settings, batch_tokens)
     settings = replace(settings, weights=engine.weights, dtype=engine.dtype)
     store = Store.create_or_join(directory, settings, [part], prepared.lineage, engine.describe(), append)
     engine.require_same(store.manifest.engine)

@@ -22,11 +22,11 @@ from kd_plugin.cache.targets import Sampled, Targets, TopP
 from kd_plugin.cache.writing import Completion, InProcess, Request, write_locally
 from kd_plugin.errors import ConfigError
 from kd_plugin.teachers import AdapterTeacher, ServerTeacher
+from kd_plugin.teachers.agreement import ROUNDING, distances
 from kd_plugin.teachers.replies import Listed
 
 CapturedTeacher = InProcess | ServerTeacher
 _WEIGHT_SAMPLES = 16  # values of each weight that enter its digest
-_PROBE_TOKENS, _PROBE_DISTANCE = 33, 0.25  # nats; bfloat16 engines were seen to differ by up to 0.2 at single tokens
 _REQUESTS_AHEAD = 8  # examples a thread that are sent together, so that threads seldom wait for the slowest
 
 
@@ -104,14 +104,14 @@ def require_targets(teacher: CapturedTeacher, targets: Targets, temperature: flo
         )
 
 
-def open_engine(teacher: CapturedTeacher, targets: Targets, batch_tokens: int) -> Engine:
+def open_engine(teacher: CapturedTeacher, settings: Settings, batch_tokens: int) -> Engine:
     """Load the teacher's weights, or ask its server what it serves.
 
     Raises:
         ServerError, VocabularyError, ConfigError: see :meth:`~kd_plugin.teachers.server.ServerTeacher.check`.
     """
     if isinstance(teacher, ServerTeacher):
-        return ServerEngine(teacher, targets)
+        return ServerEngine(teacher, settings)
     return LocalEngine(teacher, batch_tokens)
 
 
@@ -172,38 +172,37 @@ class ServerEngine:
 
     Args:
         teacher: the way to it; asked here what it serves.
-        targets: what is kept.
+        settings: what is kept, and whether it writes.
     """
 
-    def __init__(self, teacher: ServerTeacher, targets: Targets) -> None:
+    def __init__(self, teacher: ServerTeacher, settings: Settings) -> None:
+        targets = settings.targets
         if teacher.top_k != "all":
             teacher = teacher.listing(targets.cap if isinstance(targets, TopP) else getattr(targets, "k", "all"))
         self._teacher = teacher
         teacher.check()
+        if settings.generation is not None:
+            teacher.check_writing()
         self.weights: str | None = None
         self.dtype: str | None = None
 
     def describe(self) -> dict[str, str]:
         """Return what the server says it is; no address, which is nobody's business."""
-        probe = " ".join(f"{value:.3f}" for value in self._probe())
+        probe = " ".join(f"{value:.3f}" for value in self._teacher.reference.long)
         return {"name": "vllm", "vllm": self._teacher.server_version(), "probe": probe, "kd-plugin": _own_version()}
 
     def require_same(self, recorded: Mapping[str, str]) -> None:
         """Compare a few log-probabilities: a server says its model's name, and not which weights it has."""
-        there = [float(value) for value in recorded.get("probe", "").split()]
-        distance = float(np.abs(np.asarray(there) - self._probe()).mean()) if there else 0.0
-        if not distance <= _PROBE_DISTANCE:
+        there = np.array([float(value) for value in recorded.get("probe", "").split()])
+        here = self._teacher.reference.long
+        common = min(len(there), len(here))  # a server that takes shorter rows is asked for less
+        distance = float(distances(there[:common], here[:common]).mean()) if common else 0.0
+        if not distance <= ROUNDING:
             raise ConfigError(
                 f"The server gives other log-probabilities than the one that began this capture: {distance:.2f} nats "
-                f"apart on average over {len(there)} tokens, where rounding explains {_PROBE_DISTANCE}. Nothing was "
-                "stored. Serve the weights of then, or choose another output directory."
+                f"apart on average over {common} tokens, where rounding explains {ROUNDING}. Nothing was stored. Serve "
+                "the weights of then, or choose another output directory."
             )
-
-    def _probe(self) -> NDArray[np.float64]:
-        """Return the log-probabilities of some tokens all over the vocabulary, each after those before it."""
-        size = self._teacher.vocabulary.size
-        tokens = np.linspace(0, size - 1, min(size, _PROBE_TOKENS)).astype(int).tolist()
-        return self._teacher.score_tokens([tokens], [list(range(len(tokens) - 1))])[0].written
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Group neighbours: the server batches by itself."""

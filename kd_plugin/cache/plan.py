@@ -66,7 +66,7 @@ def estimate(
         LicenseRefusedError, ConfigError, VocabularyError, DataError, ServerError: as ``capture``.
     """
     prepared = prepare(dataset, teacher, targets=targets, batch_tokens=batch_tokens, **options)
-    engine = open_engine(teacher, targets, batch_tokens)
+    engine = open_engine(teacher, prepared.settings, batch_tokens)
     if prepared.settings.generation is not None:
         return _written(prepared, engine)
     input_tokens = scored = rows = 0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +21,7 @@ from kd_plugin.errors import ConfigError, ServerError
 logger = logging.getLogger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds; 8 retries wait for about 3 minutes in all
 _CONNECT_SECONDS = 10.0
+_QUIET_SECONDS, _REMIND_SECONDS = 3.0, 30.0  # until a wait is said, and said again
 _SHOWN = 300  # characters of a server's answer that a message quotes
 
 
@@ -81,6 +84,35 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({self.root!r})"
 
+    @contextmanager
+    def said(self, name: str) -> Iterator[None]:
+        """Log what is waited for, if what is done inside takes longer than a few seconds, and again now and then.
+
+        Args:
+            name: of the teacher, for the message.
+        """
+        done, began = threading.Event(), time.monotonic()
+
+        def say() -> None:
+            pause = _QUIET_SECONDS
+            while not done.wait(pause):
+                pause = _REMIND_SECONDS
+                logger.warning(
+                    "Waiting for the server of teacher %r at %s: no answer for %.0f s. Stop with Ctrl-C if it is not "
+                    "going to start.",
+                    name,
+                    self.root,
+                    time.monotonic() - began,
+                )
+
+        thread = threading.Thread(target=say, name="teacher-server-wait", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
     def get(self, path: str) -> Any:
         """Return the JSON at ``path``, with retries."""
         return self._patiently("GET", path, None, threading.Event())
@@ -139,7 +171,7 @@ class Client:
                 method, url, json=body, timeout=(_CONNECT_SECONDS, self._timeout), allow_redirects=False
             )
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            raise _Away(f"{type(error).__name__}: {error}") from error
+            raise _Away(f"{type(error).__name__}: {_reason(error)}") from error
         if answer.status_code == 429 or answer.status_code >= 500:
             pause = answer.headers.get("Retry-After", "")
             raise _Away(f"status {answer.status_code}: {_says(answer)}", float(pause) if pause.isdigit() else None)
@@ -192,6 +224,12 @@ def _pause(state: tenacity.RetryCallState) -> float:
     asked = min(error.pause or 0.0, _LONGEST_PAUSE) if isinstance(error, _Away) else 0.0
     growing = tenacity.wait_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE)(state)
     return max(asked, growing) + tenacity.wait_random(0, _FIRST_PAUSE / 4)(state)
+
+
+def _reason(error: Exception) -> str:
+    """Return what happened, without the address and the pool that the libraries below repeat."""
+    inner = getattr(error.args[0], "reason", error) if error.args else error
+    return str(inner).rsplit(": ", 1)[-1]
 
 
 def _says(answer: requests.Response) -> str:

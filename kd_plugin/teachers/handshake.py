@@ -1,23 +1,46 @@
-"""What a server must say of itself before it is believed."""
+"""What a server must say of itself, and how its answers must agree, before it is believed."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kd_plugin.errors import ConfigError, ServerError, VocabularyError
+from kd_plugin.teachers.agreement import ROUNDING, Probes, Reference, listed_distances
 from kd_plugin.teachers.client import Client, RefusedRequest
-from kd_plugin.teachers.replies import Asking
+from kd_plugin.teachers.replies import Asking, Listed
 
 logger = logging.getLogger(__name__)
 _PROBED_TOKENS = 512  # of the vocabulary, evenly spread, that both tokenizers must treat alike
+_WRITTEN_AFTER = 8  # prefixes of the long probe after which a token is written
+# Under which no two tokens keep the log-probabilities that they had
+_PROCESSING = {"temperature": 4.0, "top_k": 2, "repetition_penalty": 2.0}
+_RAW = "Start the server with the default --logprobs-mode raw_logprobs"
 
 
-def shake_hands(client: Client, asking: Asking, tokenizer: Any, name: str) -> Mapping[str, Any]:
+@dataclass(frozen=True)
+class Greeting:
+    """What a server said at the handshake.
+
+    Attributes:
+        served: its own description of the model: ``id``, ``max_model_len``, ``root``.
+        reference: its answers to the probes that go with later requests.
+        prefixes: (P,) sequences after which it may be asked to write a token.
+        listed: the distributions after them, as those of given tokens.
+    """
+
+    served: Mapping[str, Any]
+    reference: Reference
+    prefixes: tuple[tuple[int, ...], ...]
+    listed: Listed
+
+
+def shake_hands(client: Client, asking: Asking, tokenizer: Any, name: str) -> Greeting:
     """Refuse a server that is not what was configured.
 
     Args:
@@ -26,19 +49,56 @@ def shake_hands(client: Client, asking: Asking, tokenizer: Any, name: str) -> Ma
         tokenizer: the teacher's, as configured.
         name: how messages call the teacher.
 
-    Returns:
-        The server's own description of the model: ``id``, ``max_model_len``, ``root``.
-
     Raises:
-        ServerError: it is away, or does not serve the model.
+        ServerError: it is away, does not serve the model, has no log-probabilities, or has two for one token.
         VocabularyError: its tokenizer is another one.
         ConfigError: it lists fewer tokens than will be asked for.
     """
-    served = _find_model(client, asking.model)
-    asking = replace(asking, model=str(served["id"]))
-    _compare_tokenizers(client, asking, tokenizer, name)
-    _probe(client, asking, name)
-    return served
+    with client.said(name):
+        served = _find_model(client, asking.model)
+        asking = replace(asking, model=str(served["id"]))
+        _compare_tokenizers(client, asking, tokenizer, name)
+        limit = served.get("max_model_len")
+        probes = Probes.of(asking.vocab_size, None if limit is None else int(limit) - 1)
+        greeting = _probe(client, asking, name, served, probes)
+        _require_one_answer(client, asking, greeting)
+    return greeting
+
+
+def require_raw(client: Client, asking: Asking, greeting: Greeting) -> None:
+    """Refuse a server whose log-probabilities of what it writes follow temperature, top-k or penalties.
+
+    Raises:
+        ConfigError: they do.
+        ServerError: it is away, or its answer lacks something.
+    """
+    found = _written_after(client, asking, greeting, **_PROCESSING)
+    distance = float(found.mean())
+    if not distance <= ROUNDING:
+        raise ConfigError(
+            f"{client.root} gives the log-probabilities of what it writes after temperature, top-k and penalties "
+            f"({distance:.2f} nats from those of the model), and a teacher's are needed before them. {_RAW}, or score "
+            "completions that are there, for which it gives the model's own."
+        )
+
+
+def _require_one_answer(client: Client, asking: Asking, greeting: Greeting) -> None:
+    """Refuse a server that gives given tokens another distribution than those that it writes, both unprocessed."""
+    found = _written_after(client, asking, greeting)
+    distance = float(found.mean())
+    if not distance <= ROUNDING:
+        raise ServerError(
+            f"{client.root} gives a token that stands in a prompt another log-probability than one that it writes in "
+            f"the same place: {distance:.2f} nats apart on average over {len(found)} places, where rounding explains "
+            f"{ROUNDING}. Nothing was used. {_RAW}; name one server, not a balancer before several different ones; and "
+            "use one whose prompt_logprobs are vLLM's."
+        )
+
+
+def _written_after(client: Client, asking: Asking, greeting: Greeting, **sampling: float) -> NDArray[np.float64]:
+    """Return how far the distributions of tokens that are written are from those of tokens that are given, (P,)."""
+    answer = client.post("/v1/completions", asking.next_request(greeting.prefixes, **sampling))
+    return listed_distances(greeting.listed, asking.read_next(answer, greeting.prefixes))
 
 
 def _find_model(client: Client, wanted: str | None) -> Mapping[str, Any]:
@@ -81,15 +141,16 @@ def _compare_tokenizers(client: Client, asking: Asking, tokenizer: Any, name: st
         )
 
 
-def _probe(client: Client, asking: Asking, name: str) -> None:
-    """Score two tokens, the largest id among them, to learn the server's limits before any work."""
-    tokens = [0, asking.vocab_size - 1]
+def _probe(client: Client, asking: Asking, name: str, served: Mapping[str, Any], probes: Probes) -> Greeting:
+    """Score the probes, and two tokens with the largest id among them, to learn the server's limits before any work."""
+    edges = (0, asking.vocab_size - 1)
+    rows = [edges, probes.short, probes.long]
     try:
-        answer = client.post("/v1/completions", asking.request(tokens))
+        answer = client.post("/v1/completions", asking.request(rows))
     except RefusedRequest as error:
         if "vocabulary" in error.says:
             raise VocabularyError(
-                f"{client.root} does not know token {tokens[1]} ({error.says}), which the tokenizer of teacher "
+                f"{client.root} does not know token {edges[1]} ({error.says}), which the tokenizer of teacher "
                 f"{name!r} has. Pass the tokenizer of the model that is served."
             ) from error
         if "max allowed" in error.says:
@@ -101,4 +162,12 @@ def _probe(client: Client, asking: Asking, name: str) -> None:
                 f"{-1 if asking.whole else asking.k}."
             ) from error
         raise
-    asking.read(answer, tokens, [0])
+    _, short, long = asking.read(answer, rows, [range(len(row) - 1) for row in rows])
+    # Where no token is likely, temperature and top-k move all of them the farthest.
+    flattest = np.argsort(long.logprobs[:, 0], kind="stable")[:_WRITTEN_AFTER]
+    return Greeting(
+        served,
+        Reference(client.root, probes, short.written, long.written),
+        tuple(probes.long[: at + 1] for at in flattest.tolist()),
+        long.at(flattest),
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import secrets
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +18,10 @@ from torch import Tensor
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import SparseSignal
+from kd_plugin.teachers.agreement import Reference, Repeats, distances, require_alike, require_same_prefixes
 from kd_plugin.teachers.base import Capabilities
 from kd_plugin.teachers.client import Client, RefusedRequest
-from kd_plugin.teachers.handshake import shake_hands
+from kd_plugin.teachers.handshake import Greeting, require_raw, shake_hands
 from kd_plugin.teachers.replies import Asking, Listed, Written
 from kd_plugin.vocab import Vocabulary
 
@@ -26,8 +29,9 @@ from kd_plugin.vocab import Vocabulary
 class ServerTeacher:
     """A model on a vLLM server, asked by token ids for ``prompt_logprobs``.
 
-    Nothing is sent until the first score, so that the license gate can refuse it before. Then the server is asked
-    what it serves, and must have the same tokenizer and allow ``top_k`` tokens.
+    Nothing is sent until :meth:`check` or the first score, so that the license gate can refuse it before. Then the
+    server is asked what it serves, and must have the same tokenizer and allow ``top_k`` tokens. Whatever is asked for
+    later comes with a probe, whose answer must be that of the beginning.
 
     Args:
         url: address of the server, ``http://host:port``, with or without ``/v1``.
@@ -81,17 +85,20 @@ class ServerTeacher:
         self._revision, self._license = revision, license
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
-        self._served: Mapping[str, Any] | None = None
+        self._greeting: Greeting | None = None
+        self._repeats = Repeats()
+        self._is_raw = False
 
     def __repr__(self) -> str:
         return f"ServerTeacher({self.client.root!r}, {self._model!r}, name={self.name!r}, top_k={self.top_k!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be copied; a copy asks the server again."""
-        return {**{k: v for k, v in self.__dict__.items() if k != "_lock"}, "_served": None}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_repeats")}
+        return {**kept, "_greeting": None, "_is_raw": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.Lock(), _repeats=Repeats())
 
     @cached_property
     def source(self) -> Source:
@@ -166,14 +173,35 @@ class ServerTeacher:
             The server's own description of the model.
 
         Raises:
-            ServerError: it is away, or does not serve the model.
+            ServerError: it is away, does not serve the model, has no log-probabilities, or has two for one token.
             VocabularyError: its tokenizer is another one.
             ConfigError: it lists fewer than ``top_k`` tokens.
         """
+        return self._greet().served
+
+    def check_writing(self) -> None:
+        """Ask the server once, beside :meth:`check`, for the log-probabilities of what it writes.
+
+        Raises:
+            ConfigError: they are those after temperature, top-k and penalties.
+            ServerError, VocabularyError: as :meth:`check`.
+        """
+        greeting = self._greet()
         with self._lock:
-            if self._served is None:
-                self._served = shake_hands(self.client, self._asking(self._model), self.tokenizer, self.name)
-        return self._served
+            if not self._is_raw:
+                require_raw(self.client, self._asking(str(greeting.served["id"])), greeting)
+                self._is_raw = True
+
+    @property
+    def reference(self) -> Reference:
+        """What the server said of the probes when it was first asked; asks it if need be."""
+        return self._greet().reference
+
+    def _greet(self) -> Greeting:
+        with self._lock:
+            if self._greeting is None:
+                self._greeting = shake_hands(self.client, self._asking(self._model), self.tokenizer, self.name)
+        return self._greeting
 
     def score(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> SparseSignal:
         """Judge the next token at ``positions``; see :meth:`~kd_plugin.teachers.base.Teacher.score`.
@@ -227,19 +255,47 @@ class ServerTeacher:
             DataError: a row is longer than the server takes.
             ServerError: the server stayed away, or its answer lacks something.
         """
+        if not prompts:
+            return []
         longest, limit = max(map(len, prompts)), self.max_length
         if limit is not None and longest > limit:
             raise DataError(
                 f"A row has {longest} tokens; {self.client.root} takes {limit}. Set max_length={limit}, or start the "
                 f"server with --max-model-len {longest + 1}."
             )
-
         asking = self._asking(str(self.check()["id"]))
-        return self.client.post_all(
-            "/v1/completions",
-            [asking.request(tokens) for tokens in prompts],
-            lambda number, answer: asking.read(answer, prompts[number], positions[number]),
-        )
+        twice = self._repeats.next(len(prompts))
+        listed = self._ask_beside_probes(asking, prompts, positions, twice)
+        require_same_prefixes(self.client.root, prompts, positions, listed)
+        return listed
+
+    def _ask_beside_probes(
+        self,
+        asking: Asking,
+        prompts: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        twice: int | None,
+    ) -> list[Listed]:
+        """Ask for rows, each with the short probe, and last for one of them again, with the long one."""
+        reference, probes = self.reference, self.reference.probes
+        bodies = [asking.request([tokens, probes.short]) for tokens in prompts]
+        own = replace(asking, k=0)  # the row's own tokens are enough to compare
+        if twice is not None:
+            bodies.append(own.request([prompts[twice], probes.long], salt=secrets.token_hex(8)))
+
+        def read(number: int, answer: Any) -> Listed:
+            again = number == len(prompts)
+            row, probe = (twice, probes.long) if again and twice is not None else (number, probes.short)
+            rows, wanted = [prompts[row], probe], [positions[row], range(len(probe) - 1)]
+            found, probed = (own if again else asking).read(answer, rows, wanted)
+            (reference.require_long if again else reference.require_short)(probed)
+            return found
+
+        found = self.client.post_all("/v1/completions", bodies, read)
+        if twice is not None:
+            apart = distances(found[twice].written, found.pop().written)
+            require_alike(self.client.root, f"a row of {len(prompts[twice])} tokens", apart)
+        return found
 
     def write_tokens(
         self,
@@ -261,11 +317,20 @@ class ServerTeacher:
             top_p: sample from the likeliest tokens that reach this mass.
             top_k: sample from the k likeliest tokens; 0 from all.
 
+        What was written is scored again, by its own tokens, and must have the log-probabilities that it was written
+        with.
+
         Raises:
-            DataError: a prompt with its completion is longer than the server takes.
-            ServerError: the server stayed away, or its answer lacks something.
+            DataError: a prompt with its completion is longer than the server takes, or a prompt is empty.
+            ConfigError: see :meth:`check_writing`.
+            ServerError: the server stayed away, its answer lacks something, or its answers do not agree.
         """
+        if not prompts:
+            return []
+        if not all(map(len, prompts)):
+            raise DataError(f"A prompt for teacher {self.name!r} is empty; a server goes on from one token at least.")
         served = self.check()
+        self.check_writing()
         longest, limit = max(len(p) + m for p, m in zip(prompts, max_tokens, strict=True)), served.get("max_model_len")
         if limit is not None and longest > int(limit):
             raise DataError(
@@ -277,7 +342,27 @@ class ServerTeacher:
             asking.write_request(prompt, most, seed, temperature, top_p, top_k)
             for prompt, most, seed in zip(prompts, max_tokens, seeds, strict=True)
         ]
-        return self.client.post_all("/v1/completions", bodies, lambda _, answer: asking.read_written(answer))
+        done: list[Written] = self.client.post_all(
+            "/v1/completions", bodies, lambda i, answer: asking.read_written(answer, prompts[i], max_tokens[i])
+        )
+        self._score_again(asking, prompts, done)
+        return done
+
+    def _score_again(self, asking: Asking, prompts: Sequence[Sequence[int]], done: Sequence[Written]) -> None:
+        """Compare the log-probabilities of what was written with those of the same tokens, given."""
+        some = [i for i, one in enumerate(done) if one.ids]
+        if not some:
+            return
+        rows = [[*prompts[i], *done[i].ids][: self.max_length] for i in some]
+        wanted = [range(len(prompts[i]) - 1, len(row) - 1) for i, row in zip(some, rows, strict=True)]
+        scored = self._ask_beside_probes(replace(asking, k=0), rows, wanted, self._repeats.next(len(rows)))
+        apart = [
+            distances(done[i].listed.written[: len(one.written)], one.written)
+            for i, one in zip(some, scored, strict=True)
+        ]
+        for one in apart:
+            require_alike(self.client.root, "a completion that was written, given as a prompt,", one)
+        require_alike(self.client.root, "what was written, given as prompts,", np.concatenate(apart))
 
     def server_version(self) -> str:
         """Return the version that the server names, for records."""

@@ -19,16 +19,24 @@ def free_port() -> int:
 
 
 class VllmServer:
-    """Serves ``model`` in float32, so that equality can be tested; use as a context manager."""
+    """Serves ``model``, in float32 unless told, so that equality can be tested; use as a context manager."""
 
-    def __init__(self, model: str, log: Path, *options: str, port: int | None = None, name: str = "served") -> None:
+    def __init__(
+        self,
+        model: str,
+        log: Path,
+        *options: str,
+        port: int | None = None,
+        name: str = "served",
+        dtype: str = "float32",
+    ) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         self._command = [
             os.environ["KD_VLLM_PYTHON"],
             *("-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", name),
-            *("--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager"),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--dtype", dtype, "--enforce-eager"),
             *options,
         ]
 
