@@ -19,7 +19,7 @@ def panel_from(teacher_model: Any, teacher_models: Any, args: Any) -> TeacherPan
     """Build the panel from whichever of the trainer's arguments and the config's fields names teachers.
 
     Raises:
-        ConfigError: none does, or two do.
+        ConfigError: none does, or two do; or settings of how teachers are loaded apply to none.
     """
     if teacher_model is not None and teacher_models is not None:
         raise ConfigError("Both teacher_model and teacher_models are given; name all teachers in teacher_models.")
@@ -30,6 +30,7 @@ def panel_from(teacher_model: Any, teacher_models: Any, args: Any) -> TeacherPan
         chosen = panel_from_block(args.panel)
     if chosen is None:
         chosen = args.teacher_models or args.teacher_model_name_or_path
+    _require_teachers_to_load(chosen, args)
     if isinstance(chosen, TeacherPanel):
         for name in _SAID_BY_A_PANEL:
             if getattr(args, name):
@@ -56,6 +57,20 @@ def panel_from(teacher_model: Any, teacher_models: Any, args: Any) -> TeacherPan
         estimator=estimator_from(args),
         allow_other_eos=getattr(args, "allow_other_eos", False),
     )
+
+
+def _require_teachers_to_load(chosen: Any, args: Any) -> None:
+    """Refuse settings of how teachers are loaded where none is loaded by them."""
+    teachers = chosen.values() if isinstance(chosen, Mapping) else [chosen]
+    if chosen is None or any(isinstance(teacher, str) for teacher in teachers):
+        return
+    for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+        if getattr(args, name) is not None:
+            raise ConfigError(
+                f"{name} is set, and no teacher is named by a path or hub id that it could apply to: they are loaded "
+                "already, or say themselves how. Leave it out, or give it to each teacher, as in LocalTeacher(path, "
+                "revision=..., model_init_kwargs={...})."
+            )
 
 
 def estimator_from(args: Any) -> Estimator:

@@ -10,15 +10,30 @@ from __future__ import annotations
 import types
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from kd_plugin.cache.joining import TARGET
 from kd_plugin.divergence.objective import OfflineObjective, load_balancing_loss
+from kd_plugin.divergence.sparse import SparseLoss
+from kd_plugin.errors import ConfigError
 from kd_plugin.signals import OutputHead
 
 
-def add_distillation_head(model: PreTrainedModel, *, vocab_size: int, objective: OfflineObjective) -> None:
+class UsedTargets:
+    """The loss that a head computed last, for the trainer to see that it is the one that it trains on."""
+
+    def __init__(self) -> None:
+        self.loss: SparseLoss | None = None
+
+    def take(self) -> SparseLoss | None:
+        """Return it once: its graph must not outlive the step."""
+        loss, self.loss = self.loss, None
+        return loss
+
+
+def add_distillation_head(model: PreTrainedModel, *, vocab_size: int, objective: OfflineObjective) -> UsedTargets:
     """Patch ``model.forward`` so that batches with targets return the distillation loss.
 
     Call it after TRL's ``add_fused_lm_head`` and on the base model of a PEFT model. In the answer ``log_probs`` is
@@ -28,18 +43,30 @@ def add_distillation_head(model: PreTrainedModel, *, vocab_size: int, objective:
         model: the student.
         vocab_size: number of real tokens; output rows beyond are padding.
         objective: what is minimised.
+
+    Returns:
+        Where each loss is left that the head computes.
+
+    Raises:
+        ConfigError: by the patched ``forward``, where a loss is formed from logits although targets came along.
     """
-    inner = model.forward
+    inner, used = model.forward, UsedTargets()
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         target = kwargs.pop(TARGET, None)
+        if target is not None and not kwargs.get("fused_lm_head") and self.training and torch.is_grad_enabled():
+            raise ConfigError(
+                "The student was asked for logits to train on, though the batch holds a teacher's targets, which the "
+                "loss would not use. Leave compute_loss to OfflineKDTrainer (ce_weight adds cross-entropy), or train "
+                "without targets by TRL's SFTTrainer."
+            )
         if target is None or not kwargs.pop("fused_lm_head", False):
             return inner(*args, **kwargs)
         labels = kwargs.pop("labels")
         kwargs.pop("num_items_in_batch", None)
         kwargs["use_cache"] = False
         outputs = self.base_model(*args, **kwargs)
-        loss = objective.loss(outputs.last_hidden_state, OutputHead.from_model(self, vocab_size), target)
+        used.loss = loss = objective.loss(outputs.last_hidden_state, OutputHead.from_model(self, vocab_size), target)
         return FusedCausalLMOutput(
             loss=loss.loss_sum,
             log_probs=-loss.loss_sum.reshape(1),
@@ -53,3 +80,4 @@ def add_distillation_head(model: PreTrainedModel, *, vocab_size: int, objective:
     forward.__signature__ = getattr(inner, "__signature__", None)  # type: ignore[attr-defined]
     forward.__wrapped__ = inner  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
+    return used

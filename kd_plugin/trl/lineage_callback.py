@@ -257,7 +257,12 @@ class LineageSavingMixin(Trainer):
         if callback is not None:
             callback.attach(self)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """Train as the parent does.
 
         Raises:
@@ -276,7 +281,7 @@ class LineageSavingMixin(Trainer):
         elif callback is not None and Path(checkpoint, RECORD).is_file():
             callback.resume(checkpoint)
         self._has_trained = True
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
 
 def with_lineage(callbacks: list[TrainerCallback] | None, run: RunLineage) -> list[TrainerCallback]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from trl import SFTConfig
 
@@ -63,16 +63,38 @@ class OfflineKDConfig(DistillationFields, SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss_type != "nll":
-            raise ConfigError(
-                f"loss_type is {self.loss_type!r}; offline KD replaces the loss, so leave it at its default, 'nll'."
-            )
+        self.require_targets_used()
         if self.label_smoothing_factor:
             raise ConfigError(
                 "label_smoothing_factor smooths one-hot labels; offline KD has the teacher's distribution in their "
                 "place. Set it to 0."
             )
         self.objective()
+
+    def require_targets_used(self, own_loss: Any = None) -> None:
+        """Refuse what makes ``SFTTrainer`` (1.16) form another loss than the sum that the student's head returns.
+
+        Args:
+            own_loss: a function that forms the loss from logits, or None.
+
+        Raises:
+            ConfigError: the targets would not be used, or not as they are.
+        """
+        if own_loss is not None:
+            raise ConfigError(
+                "compute_loss_func (or a label smoother) forms the loss from logits, so the teacher's targets would "
+                "not be used. Leave it out: kd_weight and ce_weight mix distillation and cross-entropy. For another "
+                "loss use TRL's SFTTrainer."
+            )
+        if self.loss_type != "nll":
+            raise ConfigError(
+                f"loss_type is {self.loss_type!r}; offline KD replaces the loss, so leave it at its default, 'nll'."
+            )
+        if (self.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            raise ConfigError(
+                "dataset_kwargs has skip_prepare_dataset=True, so rows would not be joined to their targets. Leave it "
+                "out: rows that are tokenized are not tokenized again."
+            )
 
     def resolved_divergence(self) -> Divergence:
         """Return the divergence that ``divergence``, ``jsd_beta`` and ``skew_alpha`` name."""

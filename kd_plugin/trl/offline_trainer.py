@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,9 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
-from peft import PromptLearningConfig
-from transformers import PreTrainedModel, TrainerCallback
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, PromptLearningConfig
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.data_utils import pack_dataset
@@ -45,18 +53,27 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
     Args:
         model: the student: a path, a hub id, or a loaded (PEFT) model, as in TRL.
         args: the configuration.
+        data_collator: as in TRL, if it leaves each row's tokens at the left edge and in their order.
         train_dataset: any dataset that ``SFTTrainer`` takes; left out, the rows of the cache.
         eval_dataset: likewise, joined to the same cache.
         processing_class: the tokenizer, as in TRL.
-        callbacks: as in TRL.
+        compute_loss_func: refused; the loss is the divergence from the teacher.
+        compute_metrics: as in TRL, like all that follow.
+        callbacks: callbacks.
+        optimizers: an optimizer and a scheduler.
+        optimizer_cls_and_kwargs: an optimizer's class and its arguments.
+        preprocess_logits_for_metrics: called before ``compute_metrics``.
+        quantization_config: of a student that is given by path.
+        peft_config: of an adapter for the student.
+        formatting_func: turns a row into text.
         teacher_cache: the cache or its directory; or an offline panel: a list of them, or a mapping from them to
             weights (see :class:`~kd_plugin.cache.joint.JointCache`). Left out, ``args.teacher_cache``.
-        **kwargs: the remaining arguments of ``SFTTrainer``.
 
     Raises:
         LicenseRefusedError: the terms of the teacher forbid training; raised before the model is loaded.
         VocabularyError: the cache was captured with another tokenizer.
         CacheError: the cache is incomplete, damaged, or its targets are shifted.
+        ConfigError: a setting would take the targets out of the loss.
         DataError: rows of a dataset are not in the cache.
     """
 
@@ -65,15 +82,23 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PreTrainedModel | PeftModel,
         args: OfflineKDConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
         *,
         teacher_cache: Caches | None = None,
-        **kwargs: Any,
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or "model"
@@ -83,6 +108,7 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
                 f"args is a {type(args).__name__}; OfflineKDTrainer needs an OfflineKDConfig, which takes "
                 "the same fields."
             )
+        args.require_targets_used(compute_loss_func)
         self.teacher_cache = _open_cache(args.teacher_cache if teacher_cache is None else teacher_cache, args)
         run = start_lineage(
             method="offline_kd",
@@ -110,11 +136,18 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
         super().__init__(
             model=model,
             args=args,
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            compute_metrics=compute_metrics,
             callbacks=with_lineage(callbacks, run),
-            **kwargs,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
         )
         if self._is_vision_dataset:
             raise DataError("Offline KD does not join images to a cache. Train on text, or use TRL's SFTTrainer.")
@@ -128,7 +161,7 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
         partial = args.allow_partial or (args.packing and args.packing_strategy == "wrapped")
         self._untaught = untaught_tokens(partial, args.ce_weight)
         self.data_collator: Any = TeacherTargetCollator(self.data_collator, self.teacher_cache, self._untaught)
-        add_distillation_head(
+        self._used = add_distillation_head(
             self.model.get_base_model() if peft_configs else self.model,
             vocab_size=vocabulary.size,
             objective=args.objective(),
@@ -158,7 +191,20 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return SFT's loss with the distillation loss in the place of cross-entropy; see :class:`OfflineKDConfig`."""
+        if TARGET not in inputs:
+            raise DataError(
+                "A batch came without the teacher's targets, so its loss would be plain SFT's. Leave data_collator as "
+                "OfflineKDTrainer made it; pass one of your own to the constructor."
+            )
+        self.args.require_targets_used(self.compute_loss_func or self.label_smoother)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        used, trains = self._used.take(), self.model.training and torch.is_grad_enabled()
+        if used is None or (trains and not used.loss_sum.requires_grad):
+            raise ConfigError(
+                "The batch holds a teacher's targets, and the loss does not come from them: something has replaced the "
+                "student's forward pass after OfflineKDTrainer was made, such as a kernel that is patched in when "
+                "training starts. Turn it off."
+            )
         require_finite(result[0] if return_outputs else result, "the offline KD loss")
         return result
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, TrainerCallback
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 from trl import DistillationTrainer
 
@@ -15,7 +18,7 @@ from kd_plugin.cache import TeacherCache
 from kd_plugin.divergence.finite import require_finite
 from kd_plugin.errors import ConfigError, DataError, ServerError
 from kd_plugin.lineage.start import dataset_sources, student_source
-from kd_plugin.panel import Correction, correction_loss, score_rows
+from kd_plugin.panel import Correction, TeacherPanel, correction_loss, score_rows
 from kd_plugin.panel.build import panel_from
 from kd_plugin.panel.checks import check_rows, require_adapters_fit, require_defined_panel, require_one_vocabulary
 from kd_plugin.panel.combining import scored_positions
@@ -25,6 +28,7 @@ from kd_plugin.panel.sampling import require_sampling
 from kd_plugin.panel.spans import left_aligned
 from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.signals import OutputHead
+from kd_plugin.teachers import Teacher
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, lineage_callback, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, save_what_was_learnt
@@ -51,9 +55,15 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
         args: the configuration; a plain ``DistillationConfig`` is not enough for a panel of several.
         train_dataset: rows with ``prompt``, and ``teacher_id`` (or ``domain`` and ``args.routes``) where the
             panel has several teachers.
+        eval_dataset: likewise; or several, by name.
+        processing_class: the tokenizer, as in TRL, like all that follow.
+        callbacks: callbacks.
+        optimizers: an optimizer and a scheduler.
+        quantization_config: of a student that is given by path.
+        peft_config: of an adapter for the student.
+        tools: functions that the student may call.
         teacher_models: name to path, hub id, loaded model or :class:`~kd_plugin.teachers.Teacher`; or a
             :class:`~kd_plugin.panel.TeacherPanel`.
-        **kwargs: the remaining arguments of ``DistillationTrainer``.
 
     Raises:
         LicenseRefusedError: the terms of a teacher forbid training; raised before any model is loaded.
@@ -66,16 +76,19 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
-        teacher_model: Any = None,
+        model: str | PreTrainedModel | PeftModel,
+        teacher_model: str | PreTrainedModel | Teacher | None = None,
         args: TeacherPanelConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable[..., Any]] | None = None,
         *,
-        teacher_models: Any = None,
-        **kwargs: Any,
+        teacher_models: TeacherPanel | Mapping[str, Any] | None = None,
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or "model"
@@ -120,7 +133,10 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=with_lineage(callbacks, run),
-            **kwargs,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
         )
         if self.use_vllm:
             share_evenly(self.vllm_generation)
@@ -140,7 +156,12 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
     def _identity(self) -> dict[str, Any]:
         return panel_identity(self.panel, self.divergence, self.temperature)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """Train as the parent does.
 
         Raises:
@@ -157,7 +178,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
             if own is not None and own.run is not None:
                 own.run.note_changes([f"panel after {Path(checkpoint).name}: {change}" for change in changed])
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except ServerError:
             save_what_was_learnt(self)
             raise
