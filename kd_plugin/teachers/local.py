@@ -98,7 +98,7 @@ class LocalTeacher(InProcessTeacher):
             frozenset({"hidden"}),
             in_process=True,
             sharded=self.is_sharded,
-            generates=True,
+            generates="model",
         )
 
     @property
@@ -224,6 +224,12 @@ class LocalTeacher(InProcessTeacher):
             self._holders -= 1
             if self._holders == 0:
                 self._move("cpu")
+
+    def stay_on(self, device: torch.device | None) -> None:
+        """Have the weights on a device from now on, offloaded or not: the one that the user chose, else ``device``."""
+        self.device = device if self.device is None else self.device
+        if self.device is not None:
+            self._move(self.device)
 
     def _move(self, device: torch.device | str) -> None:
         move(self.model, device)
