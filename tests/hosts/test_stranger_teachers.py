@@ -47,7 +47,7 @@ def test_it_trains_as_the_packages_own_in_trl_and_is_in_the_lineage(kind, tmp_pa
     assert losses(mine) == pytest.approx(losses(theirs), rel=1e-5)
     assert_same(weights(mine), weights(theirs))
     record = load_record(tmp_path / "mine" / "checkpoint-2")
-    (taught,) = [edge["from"] for edge in record["edges"] if edge["kind"] == "distilled_logits"]
+    (taught,) = [edge["to"] for edge in record["edges"] if edge["kind"] == "distilled_logits"]
     (teacher,) = [node for node in record["nodes"] if node["id"] == taught]
     assert teacher["expression"] == "Apache-2.0"
 
