@@ -104,8 +104,9 @@ def require_targets(teacher: Teacher, targets: Targets, temperature: float) -> N
     if isinstance(targets, Sampled):
         raise ConfigError(
             f"Sampled targets are drawn from the whole distribution, and teacher {teacher.source.name!r} is {has.kind} "
-            f"that lists {has.listed or 'some'} tokens a position. Use top_k or top_p targets, a teacher in this process, or "
-            "ServerTeacher(top_k='all') on a server started with --max-logprobs -1 (slow: an answer holds every token)."
+            f"that lists {has.listed or 'some'} tokens a position. Use top_k or top_p targets, a teacher in this "
+            "process, or ServerTeacher(top_k='all') on a server started with --max-logprobs -1 (slow: an answer holds "
+            "every token)."
         )
     if has.temperature is not None and temperature != has.temperature:
         raise ConfigError(
