@@ -29,3 +29,9 @@ def teacher_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def other_teacher_dir(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("models") / "other", seed=3, hidden=64, layers=1, license="mit")
+
+
+@pytest.fixture(scope="session")
+def untied_student_dir(tmp_path_factory):
+    """A student with a head of its own, as those from 7B up have."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "untied", seed=1, tied=False)
