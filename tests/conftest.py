@@ -32,6 +32,15 @@ def other_teacher_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def untied_student_dir(tmp_path_factory):
-    """A student with a head of its own, as those from 7B up have."""
-    return save_tiny(tmp_path_factory.mktemp("models") / "untied", seed=1, tied=False)
+def variant_dir(tmp_path_factory):
+    """Return a function from a variant of tests/tiny.py, a seed and a width to a directory with such a model."""
+    made = {}
+
+    def saved(variant, seed=1, hidden=32):
+        key = (variant, seed, hidden)
+        if key not in made:
+            directory = tmp_path_factory.mktemp("variants") / f"{variant}-{seed}"
+            made[key] = save_tiny(directory, variant=variant, seed=seed, hidden=hidden)
+        return made[key]
+
+    return saved

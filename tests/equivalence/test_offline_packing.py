@@ -111,6 +111,14 @@ def test_padding_free_and_packed_equal_padded(kind, targets, attention, caches, 
         require_same(packed, padded)
 
 
+@pytest.mark.parametrize("variant", ["softcapped", "biased", "moe", "padded"])
+def test_other_kinds_of_student_packed_equal_padded(variant, caches, tmp_path, variant_dir):
+    cache, student = caches["completions", TopK], variant_dir(variant)
+    padded = step(tmp_path / "a", cache, student, COMPLETIONS, "eager", ce_weight=0.5)
+    packed = step(tmp_path / "b", cache, student, COMPLETIONS, "eager", packing=True, max_length=96, ce_weight=0.5)
+    require_same(packed, padded)
+
+
 def test_packed_rows_over_several_steps_of_accumulation(caches, tmp_path, student_dir):
     cache, packing = caches["texts", TopK], {"packing": True, "max_length": 64}
     whole = step(tmp_path / "a", cache, student_dir, TEXTS, **packing)

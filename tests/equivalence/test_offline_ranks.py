@@ -33,20 +33,20 @@ def run(directory: Path, cache: TeacherCache, student: str, ranks: int, rows_a_r
 
 
 @pytest.mark.parametrize(
-    ("rows", "targets", "options"),
+    ("variant", "rows", "targets", "options"),
     [
-        (COMPLETIONS, TopK(16), ()),
-        (COMPLETIONS, TopK(16), ("partial",)),
-        (TEXTS, Sampled(20), ("packed",)),
-        (TEXTS, TopK(8), ("streamed",)),
+        ("tied", COMPLETIONS, TopK(16), ()),
+        ("padded", COMPLETIONS, TopK(16), ("partial",)),
+        ("softcapped", TEXTS, Sampled(20), ("packed",)),
+        ("biased", TEXTS, TopK(8), ("streamed",)),
     ],
-    ids=["padded", "partial", "packed", "streamed"],
+    ids=["padded rows", "partial", "packed", "streamed"],
 )
-def test_two_ranks_train_as_one_process(rows, targets, options, tmp_path, student_dir, teacher_dir):
-    teacher = LocalTeacher(teacher_dir, dtype="float32")
+def test_two_ranks_train_as_one_process(variant, rows, targets, options, tmp_path, variant_dir, teacher_dir):
+    teacher, student = LocalTeacher(teacher_dir, dtype="float32"), variant_dir(variant)
     cache = capture(rows, teacher, tmp_path / "cache", targets=targets, progress=False)
     cache.dataset()  # built once, before two processes ask for it
-    one = run(tmp_path / "one", cache, student_dir, 1, 2, *options)
-    two = run(tmp_path / "two", cache, student_dir, 2, 1, *options)
+    one = run(tmp_path / "one", cache, student, 1, 2, *options)
+    two = run(tmp_path / "two", cache, student, 2, 1, *options)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4) and len(one["losses"]) == 4
     assert_same(two["weights"], one["weights"], 1e-4)

@@ -10,7 +10,7 @@ from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.core.panel_help import START, assert_same_gradients, corrected, rows
 from tests.hosts.runs import assert_same, losses, prompts, settings, weights
-from tests.tiny import tiny_llama
+from tests.tiny import VARIANTS, tiny_llama, tiny_model
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "skew_kl"]
 COMBINES = ["route", "weighted_kl", "mixture", "confidence"]
@@ -124,6 +124,34 @@ def test_the_oracle_from_full_logits(combine, divergence, teachers, student):
     torch.testing.assert_close(loss.loss_sum, total, rtol=1e-4, atol=1e-4)
     expected = torch.autograd.grad(total, [p for p in student.parameters() if p.requires_grad])
     assert_same_gradients(gradient, expected, 1e-4)
+
+
+# `wide_tokenizer` has no loss: its vocabulary has a token that its head has not
+@pytest.mark.parametrize("combine", ["weighted_kl", "mixture"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "wide_tokenizer"])
+def test_full_logits_of_other_kinds_of_models(variant, combine, teachers):
+    """A student and a teacher of one kind, and a tied teacher beside; each model's own forward pass is the oracle."""
+    student = tiny_model(variant, seed=1).train()
+    same = LocalTeacher(tiny_model(variant, seed=4, hidden=48), tokenizer=object())
+    same.assume_vocabulary(teachers["a"].vocabulary)
+    panel = TeacherPanel({"same": same, "tied": teachers["a"]}, combine=combine, weights={"same": 3, "tied": 1})
+    loss, gradient = corrected(panel, student, [{}] * 4, rows(), divergence="jsd")
+    ids, mask, positions = rows()
+
+    def logits(model):
+        found = model(input_ids=ids, attention_mask=mask).logits[:, START - 1 : -1, :259]
+        return torch.cat([found[row, list(used)] for row, used in enumerate(positions)])
+
+    own, said = logits(student), [logits(same.model).detach(), logits(teachers["a"].model).detach()]
+    if combine == "mixture":
+        mixed = (0.75 * said[0].softmax(-1) + 0.25 * said[1].softmax(-1)).log()
+        total = from_logprobs(own.log_softmax(-1), mixed, Divergence("jsd")).sum()
+    else:
+        each = [divergence_from_logits(own, teacher, Divergence("jsd")).sum() for teacher in said]
+        total = 0.75 * each[0] + 0.25 * each[1]
+    torch.testing.assert_close(loss.loss_sum, total, rtol=1e-4, atol=1e-4)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    assert_same_gradients(gradient, torch.autograd.grad(total, parameters, allow_unused=True), 1e-4)
 
 
 @pytest.mark.parametrize("order", [[3, 1, 0, 2], [2, 3, 1, 0]])

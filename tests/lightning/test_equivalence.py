@@ -50,13 +50,24 @@ def test_offline_kd_takes_the_steps_of_the_trl_trainer(fields, tmp_path, student
     assert_same(our_weights, their_weights, 1e-4)
 
 
-def module(directory, student, cache, rows=4, accumulate=1, **fields):
+@pytest.mark.parametrize("variant", ["untied", "padded", "softcapped", "scaled", "biased", "moe"])
+def test_other_kinds_of_student_take_the_steps_of_the_trl_trainer(variant, tmp_path, variant_dir, cache):
+    student = variant_dir(variant)
+    # TRL adds a mixture-of-experts student's router loss by default; Lightning's user returns it, or not
+    fields = {"max_steps": 2, "router_aux_loss_coef": 0.0, "ce_weight": 0.3}
+    theirs, their_weights = trl(tmp_path / "trl", student, cache, **fields)
+    ours, our_weights = module(tmp_path / "ready", student, cache, steps=2, ce_weight=0.3)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert_same(our_weights, their_weights, 1e-4)
+
+
+def module(directory, student, cache, rows=4, accumulate=1, steps=5, **fields):
     ready = OfflineKDModule(
         student, cache=str(cache.path), learning_rate=1e-3, weight_decay=0.01, lr_scheduler_type="constant", **fields
     )
     data = KDDataModule(cache=str(cache.path), batch_size=rows, shuffle=False)
     seen = Losses()
-    trainer(directory, [seen], accumulate_grad_batches=accumulate).fit(ready, datamodule=data)
+    trainer(directory, [seen], accumulate_grad_batches=accumulate, max_steps=steps).fit(ready, datamodule=data)
     # A window's micro-batches are each divided by its tokens and averaged by Lightning: their mean is its loss
     windows = [seen.losses[i : i + accumulate] for i in range(0, len(seen.losses), accumulate)]
     weights = {name: p.detach() for name, p in ready.model.named_parameters()}
