@@ -1,1 +1,0 @@
-"""C: where do the rows come from?"""

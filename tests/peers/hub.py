@@ -1,0 +1,81 @@
+"""Make the models and datasets that TRL's tests read from the hub, in a local hub cache.
+
+TRL's repository has the scripts that built and pushed them. They are run here from the checkout that the user named,
+with three changes: tokenizers come from :mod:`tests.peers.tokenizers`, pushing writes into the local cache, and the
+check of the transformers version, which only guards what is pushed, is left out. Nothing of them is kept here.
+
+python -m tests.peers.hub CHECKOUT CACHE
+"""
+
+import hashlib
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+from transformers import AutoTokenizer, GenerationConfig
+
+from tests.peers.tokenizers import FAMILIES, build, learn_merges
+
+DATASETS = ("zen", "harmony", "toolcall", "zen_image", "zen_multi_image")
+LICENSE = "---\nlicense: apache-2.0\n---\n\nA random model that stands in for one of the hub's.\n"
+
+
+def main(checkout: Path, cache: Path) -> None:
+    sys.path.insert(0, str(checkout))
+    DatasetDict.push_to_hub = lambda self, repo, config_name: self.save_to_disk(cache / "data" / repo / config_name)
+    for name in DATASETS:
+        script = importlib.import_module(f"scripts.generate_{name}_dataset")
+        script.main(0.1, True, f"trl-internal-testing/{name.replace('_', '-')}")
+    merges = learn_merges(_texts(cache / "data"))
+    built: dict[str, Any] = {}
+
+    def tokenizer(name: str, **options: Any) -> Any:
+        if name not in built:
+            built[name] = build(FAMILIES[name], merges)
+        return built[name]
+
+    AutoTokenizer.from_pretrained = tokenizer
+    GenerationConfig.from_pretrained = lambda name, **options: GenerationConfig(**FAMILIES[name].generation)
+    common = importlib.import_module("scripts.generate_tiny_models._common")
+    common.check_transformers_version = common.check_dtype_pattern = common.print_config_diff = lambda *args: None
+
+    def push(model: Any, tokenizer: Any, generation: Any, prefix: str, suffix: str | None = None) -> None:
+        name = "-".join(part for part in (prefix, type(model).__name__, suffix) if part)
+        _store(cache / "hub", f"trl-internal-testing/{name}", model, tokenizer, generation)
+
+    common.push_to_hub = push
+    folder = checkout / "scripts" / "generate_tiny_models" / "for_causal_lm"
+    for script in sorted(folder.glob("*.py")):
+        named = re.search(r'^MODEL_ID = "(.+)"', script.read_text(), re.MULTILINE)
+        if named and named[1] in FAMILIES:
+            importlib.import_module(f"scripts.generate_tiny_models.for_causal_lm.{script.stem}")
+
+
+def _texts(data: Path) -> Iterator[str]:
+    """Return the text of all datasets."""
+    for state in sorted(data.rglob("dataset_dict.json")):
+        for dataset in DatasetDict.load_from_disk(str(state.parent)).values():
+            columns = [name for name, feature in dataset.features.items() if "Image" not in str(feature)]
+            for row in dataset.select_columns(columns):
+                yield from re.findall(r"[\w' .,?!*-]+", str(row))
+
+
+def _store(hub: Path, repo: str, model: Any, tokenizer: Any, generation: Any) -> None:
+    """Write a repository into a hub cache, as a download would."""
+    revision = hashlib.sha1(repo.encode()).hexdigest()
+    directory = hub / f"models--{repo.replace('/', '--')}"
+    snapshot = directory / "snapshots" / revision
+    model.generation_config = generation
+    model.save_pretrained(snapshot)
+    tokenizer.save_pretrained(snapshot)
+    (snapshot / "README.md").write_text(LICENSE)
+    (directory / "refs").mkdir()
+    (directory / "refs" / "main").write_text(revision)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve())
