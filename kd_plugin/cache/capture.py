@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kd_plugin.cache.engines import CapturedTeacher, open_engine, require_targets, require_teacher
-from kd_plugin.cache.examples import Tokenization
+from kd_plugin.cache.examples import Tokenization, is_conversation
 from kd_plugin.cache.filters import Check, make_filter, reference
 from kd_plugin.cache.generation import Generation
-from kd_plugin.cache.manifest import Manifest, Part, Settings
+from kd_plugin.cache.manifest import Manifest, Part, Settings, read_manifest
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.cache.rows import open_rows, passed_columns
 from kd_plugin.cache.store import Store, require_same
 from kd_plugin.cache.targets import Targets, TopK
+from kd_plugin.cache.templates import fingerprint, marks_assistant, pinned_time, prints_time, with_template
 from kd_plugin.cache.work import Job, do_units
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.vocab import Vocabulary
@@ -49,6 +50,9 @@ def capture(
     tokenizer: Any = None,
     max_length: int | None = None,
     completion_only: bool | None = None,
+    assistant_only: bool = False,
+    chat_template: str | Callable[[Any], str | None] | None = None,
+    date: str | None = None,
     shard_rows: int = 1024,
     batch_tokens: int = 16_384,
     seed: int = 0,
@@ -78,6 +82,13 @@ def capture(
         tokenizer: the tokenizer of the dataset; None takes the teacher's. It must have the same tokens.
         max_length: tokens kept from the start of a row, as in ``SFTConfig``; None keeps all.
         completion_only: score completions only; None does so where rows have a prompt and a completion.
+        assistant_only: score the assistant's turns only, as ``assistant_only_loss`` trains on them. The chat template
+            must mark them with ``{% generation %}``.
+        chat_template: renders conversations in the place of the tokenizer's own template; its text, or a function
+            from the tokenizer to it, which is asked where ``assistant_only`` needs marks and the tokenizer's own
+            template has none. ``trl.get_training_chat_template`` gives the template that TRL trains with then.
+        date: the day that a template which prints today's date is given, such as ``2026-11-29``. None takes that of
+            the capture which is there, else today. It is kept in the manifest, and training renders with it.
         shard_rows: dataset rows a unit, the most that an interruption costs, and whose targets are held at once.
         batch_tokens: tokens of a forward pass, padding included. Lower it when memory runs out; stored values
             then differ in rounding.
@@ -106,6 +117,9 @@ def capture(
         tokenizer=tokenizer,
         max_length=max_length,
         completion_only=completion_only,
+        assistant_only=assistant_only,
+        chat_template=chat_template,
+        date=date,
         shard_rows=shard_rows,
         batch_tokens=batch_tokens,
         seed=seed,
@@ -114,14 +128,17 @@ def capture(
     job, settings = prepared.job, prepared.settings
     part = Part(job.rows.fingerprint(), len(job.rows), first_unit=0)
     directory = Path(output_dir)
+    # Who joins a capture renders with its time, unless that printed one which the manifest does not know
+    ignored = ("rendered_at",) if date is None and settings.rendered_at is not None else ()
     # What can be compared without the weights is compared before they are loaded.
     if (directory / "manifest.json").exists():
-        require_same(directory, settings, part, ignored=("weights", "dtype"), append=append)
+        unknown = read_manifest(directory).settings.rendered_at is None
+        require_same(directory, settings, part, ("weights", "dtype", *(() if unknown else ignored)), append=append)
     engine = open_engine(teacher, settings, batch_tokens)
     settings = replace(settings, weights=engine.weights, dtype=engine.dtype)
-    store = Store.create_or_join(directory, settings, [part], prepared.lineage, engine.describe(), append)
+    store = Store.create_or_join(directory, settings, [part], prepared.lineage, engine.describe(), append, ignored)
     engine.require_same(store.manifest.engine)
-    do_units(store, job, engine, progress)
+    do_units(store, job.rendered_at(store.manifest.settings.rendered_at), engine, progress)
     _require_rows(store.finish(), len(job.rows))
     return TeacherCache(output_dir)
 
@@ -138,6 +155,9 @@ def prepare(
     tokenizer: Any = None,
     max_length: int | None = None,
     completion_only: bool | None = None,
+    assistant_only: bool = False,
+    chat_template: str | Callable[[Any], str | None] | None = None,
+    date: str | None = None,
     shard_rows: int = 1024,
     batch_tokens: int = 16_384,
     seed: int = 0,
@@ -157,9 +177,15 @@ def prepare(
     else:
         Vocabulary.from_tokenizer(tokenizer).require_same_tokens(vocabulary, "dataset's tokenizer", "teacher")
     rows = open_rows(dataset, shard_rows, () if kept is None else kept.columns)
-    tokenization = Tokenization(tokenizer, vocabulary.size, max_length, completion_only)
     passed = passed_columns(rows.columns)
     (first,) = rows.slice(0, 1)
+    if assistant_only and generate is not None:
+        raise ConfigError("assistant_only=True scores turns that are there; with generate the teacher writes them.")
+    template = _template(tokenizer, chat_template, assistant_only)
+    rendering = tokenizer if template is None else with_template(tokenizer, template)
+    now = pinned_time(date)
+    rendered_at = now if is_conversation(first) and prints_time(rendering) else None
+    tokenization = Tokenization(rendering, vocabulary.size, max_length, completion_only, assistant_only)
     if generate is None:
         tokenization(first, "row 0")
     else:
@@ -185,8 +211,33 @@ def prepare(
         passed=passed,
         generation=generate,
         filter=None if kept is None else kept.name,
+        assistant_only=assistant_only,
+        rendered_with=fingerprint(template),
+        rendered_at=rendered_at,
     )
-    return Prepared(Job(rows, tokenization, kept), settings, record)
+    return Prepared(Job(rows, tokenization, kept).rendered_at(rendered_at), settings, record)
+
+
+def _template(tokenizer: Any, given: str | Callable[[Any], str | None] | None, assistant_only: bool) -> str | None:
+    """Return the chat template that takes the place of the tokenizer's own, or None.
+
+    Raises:
+        ConfigError: ``assistant_only`` needs marks, and the template has none.
+    """
+    marked = marks_assistant(tokenizer.chat_template)
+    if callable(given):
+        try:
+            given = given(tokenizer) if assistant_only and not marked else None
+        except ValueError as error:
+            raise ConfigError(f"chat_template: there is none to be had for this tokenizer. {error}") from error
+    template = None if given == tokenizer.chat_template else given
+    if assistant_only and not (marked if template is None else marks_assistant(template)):
+        raise ConfigError(
+            "assistant_only=True needs a chat template that marks the assistant's turns with {% generation %}, and "
+            f"{'the tokenizer has' if template is None else 'chat_template is'} none. For the template that TRL trains "
+            "with give chat_template=trl.get_training_chat_template; `kd-plugin capture` does so by itself."
+        )
+    return template
 
 
 def _require_rows(manifest: Manifest, source_rows: int) -> None:

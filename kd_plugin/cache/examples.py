@@ -6,6 +6,7 @@ loses the row. The rules below follow ``SFTTrainer._prepare_dataset`` of TRL 1.1
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_plugin.cache.templates import Template, pinned_tokenizer, read_template
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 
 PASS_THROUGH = ("text", "domain")
@@ -66,10 +68,11 @@ class Tokenization:
     """Turns rows into examples.
 
     Args:
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer, whose chat template renders conversations.
         vocab_size: ids at or above it are refused.
         max_length: tokens kept from the start of a row; None keeps all.
         completion_only: train on completions only; None does so where rows have a prompt and a completion.
+        assistant_only: train on the assistant's turns only, which the chat template marks.
     """
 
     def __init__(
@@ -78,13 +81,21 @@ class Tokenization:
         vocab_size: int,
         max_length: int | None = None,
         completion_only: bool | None = None,
+        assistant_only: bool = False,
     ) -> None:
         if max_length is not None and max_length < 2:
             raise ConfigError(f"max_length={max_length}: a row needs at least 2 tokens to be scored. Use None for all.")
-        self.tokenizer = tokenizer
+        self.tokenizer = self._renderer = tokenizer
         self.vocab_size = vocab_size
         self.max_length = max_length
         self.completion_only = completion_only
+        self.assistant_only = assistant_only
+
+    def rendered_at(self, moment: str | None) -> Tokenization:
+        """Return the same with a chat template that prints the time ``moment``; None leaves the clock to it."""
+        own = copy.copy(self)
+        own._renderer = pinned_tokenizer(self.tokenizer, moment)
+        return own
 
     def __call__(self, row: Mapping[str, Any], where: str = "a row") -> Example | None:
         """Tokenize ``row``; None when nothing of it is left to train on, which TRL drops as well.
@@ -160,17 +171,18 @@ class Tokenization:
                     "'completion' column, or let the teacher write them: capture(..., generate=Generation()), "
                     "`mode: generate`."
                 )
-            ids, prompt_length = self._prompt_completion(row, where)
+            ids, prompt_length, mask = self._prompt_completion(row, where)
             masked = prompt_length if self.completion_only in (None, True) else 0
-            return ids, [0] * masked + [1] * (len(ids) - masked)
+            return ids, [0] * masked + list(mask[masked:])
         if self.completion_only:
             raise DataError(
                 f"{where} has no prompt, so completion_only=True cannot tell what the completion is. "
                 "Use 'prompt' and 'completion' columns, or leave completion_only out."
             )
         if "messages" in row:
-            ids = self._chat(row["messages"], row)
+            return self._masked_chat(row["messages"], row)
         elif isinstance(row.get("text"), str):
+            self._require_conversation(where)
             ids = self._plain(self._with_eos(row["text"]))
         else:
             raise DataError(
@@ -191,23 +203,34 @@ class Tokenization:
                     if len(row[column]) != len(ids):
                         raise DataError(f"{where}: {column} has {len(row[column])} entries for {len(ids)} input_ids.")
                     mask = [int(a and b) for a, b in zip(mask, row[column], strict=True)]
+            if self.assistant_only and row.get("assistant_masks") is None:
+                self._require_conversation(where)
         if len(mask) != len(ids):
             raise DataError(f"{where}: labels has {len(mask)} entries for {len(ids)} input_ids.")
         return ids, mask
 
-    def _prompt_completion(self, row: Mapping[str, Any], where: str) -> tuple[Sequence[int], int]:
+    def _prompt_completion(self, row: Mapping[str, Any], where: str) -> tuple[Sequence[int], int, Sequence[int]]:
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, str) != isinstance(completion, str):
             raise DataError(f"{where}: prompt and completion must both be strings or both be lists of messages.")
         if isinstance(prompt, str):
+            self._require_conversation(where)
             prompt_ids = self._plain(prompt)
             ids = self._plain(prompt + self._with_eos(completion))
+            mask: Sequence[int] = [1] * len(ids)
         else:
             prompt_ids = self._chat(prompt, row, add_generation_prompt=True)
-            ids = self._chat(list(prompt) + list(completion), row)
+            ids, mask = self._masked_chat(list(prompt) + list(completion), row)
         # A template may render the prompt alone differently; the completion starts where the two part.
         common = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), None)
-        return ids, min(len(prompt_ids), len(ids)) if common is None else common
+        return ids, min(len(prompt_ids), len(ids)) if common is None else common, mask
+
+    def _require_conversation(self, where: str) -> None:
+        if self.assistant_only:
+            raise DataError(
+                f"{where} is no conversation, so assistant_only=True cannot tell what the assistant says. Use "
+                "messages, or 'input_ids' with 'assistant_masks' or 'labels', or leave assistant_only out."
+            )
 
     def _with_eos(self, text: str) -> str:
         eos = self.tokenizer.eos_token
@@ -218,17 +241,35 @@ class Tokenization:
     def _plain(self, text: str) -> Sequence[int]:
         return self.tokenizer(text=text)["input_ids"]
 
+    def _masked_chat(self, messages: Sequence[Any], row: Mapping[str, Any]) -> tuple[Sequence[int], Sequence[int]]:
+        """Render a whole conversation; with ``assistant_only`` the mask is 1 at the assistant's tokens."""
+        if not self.assistant_only:
+            ids = self._chat(messages, row)
+            return ids, [1] * len(ids)
+        rendered = self._rendered(messages, row, return_assistant_tokens_mask=True)
+        return rendered["input_ids"], rendered["assistant_masks"]
+
     def _chat(self, messages: Sequence[Any], row: Mapping[str, Any], **options: Any) -> Sequence[int]:
+        ids: Sequence[int] = self._rendered(messages, row, **options)["input_ids"]
+        return ids
+
+    def _rendered(self, messages: Sequence[Any], row: Mapping[str, Any], **options: Any) -> Any:
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            tools=tools,
-            **options,
-            **(row.get("chat_template_kwargs") or {}),
-        )["input_ids"]
+        given = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+        own = given.get("chat_template")
+        if own and read_template(own) != Template():
+            raise DataError(
+                "A row's chat_template_kwargs hold a chat template that prints the time, or depends on chance: its "
+                "tokens would be others in training. Give one template to all rows: capture(..., chat_template=...)."
+            )
+        return self._renderer.apply_chat_template(messages, tokenize=True, return_dict=True, **options, **given)
+
+
+def is_conversation(row: Mapping[str, Any]) -> bool:
+    """Whether a chat template renders ``row``."""
+    given = [row[name] for name in _MESSAGE_COLUMNS if row.get(name) is not None]
+    return "input_ids" not in row and any(not isinstance(value, str) for value in given)
 
 
 def _as_chatml(row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -115,6 +115,24 @@ class JointCache:
         return [member.column for member in self.members if member.weight > 0]
 
     @property
+    def rendered_at(self) -> str | None:
+        """The time that the chat template printed in the rows of all caches; None where it printed none.
+
+        Raises:
+            ConfigError: it printed different ones, so that no row has the tokens of all of them.
+        """
+        settings = {str(member.cache.path): member.cache.manifest.settings for member in self.members}
+        times = {path: one.rendered_at for path, one in settings.items() if one.rendered_at is not None}
+        if len(set(times.values())) > 1:
+            listed = ", ".join(f"{path} {time}" for path, time in times.items())
+            raise ConfigError(
+                f"The chat template prints the date, and it printed others into each of the teacher caches: {listed}. "
+                "A row has the tokens of one date alone. Capture with one date (capture(..., date=...)), or leave the "
+                "dataset out to train on the caches' own rows."
+            )
+        return next(iter(times.values()), None)
+
+    @property
     def digests(self) -> dict[str, float]:
         """The weight of each cache, by the digest of its content."""
         return {member.cache.manifest.content_digest: member.weight for member in self.members}
@@ -182,9 +200,9 @@ class JointCache:
                         "cache's dataset(), or remove the column, so that rows are joined by their tokens."
                     )
 
-    def missing(self, input_ids: Sequence[int]) -> DataError:
-        """Return the error for a sequence that no cache holds."""
-        return not_in_cache(self, "A row of a streamed dataset", f"it starts {list(input_ids[:8])}")
+    def missing(self, input_ids: Sequence[int], why: str = "") -> DataError:
+        """Return the error for a sequence that no cache holds; ``why`` is a sentence of its cause, or nothing."""
+        return not_in_cache(self, "Rows of a streamed dataset", f"the first starts {list(input_ids[:8])}", why)
 
     def targets(self, labels: Tensor | None, indices: Mapping[str, Sequence[Sequence[int]] | Tensor]) -> dict[str, Any]:
         """Gather the targets of a batch, as :func:`batch_targets` does.

@@ -19,8 +19,10 @@ from kd_plugin.cache.targets import Sampled, Targets, describe, from_description
 from kd_plugin.errors import CacheCorruptionError, CacheError
 
 FORMAT = "kd-plugin teacher cache"
-FORMAT_VERSION = 2  # the first version keeps each log-probability of sampled targets; it is read, and added to
+# The first keeps each log-probability of sampled targets, the second names neither a template nor a time; both are read
+FORMAT_VERSION = 3
 NOTHING_TO_SCORE = "nothing to score"
+_LATER = ("generation", "filter", "assistant_only", "rendered_with", "rendered_at")  # left out where not used
 POSITION_CONVENTION = "the target at position t is the distribution over token t+1"
 
 
@@ -45,6 +47,9 @@ class Settings:
         passed: columns that pass through.
         generation: how the teacher wrote the completions; None where they were given.
         filter: which completions were kept; None for all.
+        assistant_only: whether only the assistant's turns are scored.
+        rendered_with: fingerprint of the chat template that rendered the rows, where it is not the tokenizer's own.
+        rendered_at: the time that the chat template printed, ISO 8601; None where it prints none.
     """
 
     teacher: str | None
@@ -63,13 +68,16 @@ class Settings:
     passed: tuple[str, ...]
     generation: Generation | None = None
     filter: str | None = None
+    assistant_only: bool = False
+    rendered_with: str | None = None
+    rendered_at: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; settings that came later are left out where they are not used."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {"targets": describe(self.targets), "passed": list(self.passed)}
         values["generation"] = None if self.generation is None else self.generation.to_json()
-        return {name: v for name, v in values.items() if v is not None or name not in ("generation", "filter")}
+        return {name: v for name, v in values.items() if v not in (None, False) or name not in _LATER}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Settings:
@@ -84,6 +92,8 @@ class Settings:
         """Which tokens have a target, in words."""
         if self.generation is not None:
             tokens = "what the teacher wrote"
+        elif self.assistant_only:
+            tokens = "the assistant's turns" + ("" if self.completion_only is False else ", in completions if any")
         elif self.completion_only is False:
             tokens = "every token"
         else:
@@ -187,6 +197,8 @@ class Manifest:
     def version(self) -> int:
         """The first version of the format that has what this cache holds."""
         settings = self.settings
+        if settings.assistant_only or settings.rendered_with is not None or settings.rendered_at is not None:
+            return 3
         means = isinstance(settings.targets, Sampled) and settings.targets.logprobs == "mean"
         return 2 if means or settings.generation is not None or settings.filter is not None else 1
 

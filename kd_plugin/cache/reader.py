@@ -19,6 +19,7 @@ from kd_plugin.cache.mapped import Mapped
 from kd_plugin.cache.mapping import build, mapped_directory, verify_shard
 from kd_plugin.cache.store import gather
 from kd_plugin.cache.targets import Sampled, describe
+from kd_plugin.cache.templates import pinned_tokenizer
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError, VocabularyError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import SparseSignal
@@ -136,6 +137,14 @@ class TeacherCache:
     def teacher_indices_of(self, example_id: str) -> list[list[int]]:
         """Return the ``teacher_index`` column of each example of this id: several where rows have the same tokens."""
         return self._mapped.teacher_indices(bytes.fromhex(example_id))
+
+    def dated(self, tokenizer: Any) -> Any:
+        """Return ``tokenizer`` with a chat template that prints the time which the capture printed.
+
+        Render conversations with it to find them by :meth:`teacher_index`. Where the template prints no time it is the
+        same tokenizer; the given one is left as it is.
+        """
+        return pinned_tokenizer(tokenizer, self.manifest.settings.rendered_at)
 
     def signal(self, teacher_index: Tensor) -> SparseSignal:
         """Gather targets.

@@ -62,10 +62,12 @@ class Store:
         lineage: Mapping[str, Any],
         engine: Mapping[str, str],
         append: bool = False,
+        ignored: Collection[str] = (),
     ) -> Store:
         """Start a cache in an empty directory, or join the capture that is there.
 
         With ``append``, a finished cache of other data and the same settings gets the last of ``parts`` as one more.
+        Settings named in ``ignored`` may differ: those of the capture that is there count.
 
         Raises:
             CacheError: the directory holds something else, or cannot be written.
@@ -80,7 +82,7 @@ class Store:
                 temporary = temporary_name(directory / "tmp", "manifest.json")
                 temporary.write_bytes(seal(manifest.to_json()))
                 publish_new(temporary, directory / "manifest.json")
-            require_same(directory, settings, parts[-1], append=append)
+            require_same(directory, settings, parts[-1], ignored, append=append)
             if append:
                 _extend(directory, parts[-1])
             store = cls(directory, read_manifest(directory))

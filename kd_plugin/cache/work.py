@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,10 @@ class Job:
     rows: Source
     tokenization: Tokenization
     filter: Filter | None
+
+    def rendered_at(self, moment: str | None) -> Job:
+        """Return the job with a chat template that prints the time ``moment``."""
+        return replace(self, tokenization=self.tokenization.rendered_at(moment))
 
 
 def do_units(store: Store, job: Job, engine: Engine, shown: bool) -> None:

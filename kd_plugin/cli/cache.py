@@ -105,6 +105,9 @@ def _info(directory: Path, as_json: bool) -> int:
     }
     if settings.generation is not None:
         lines["written"] = ", ".join(f"{name} {value}" for name, value in settings.generation.to_json().items())
+    lines["scored"] = settings.scored
+    if settings.rendered_at is not None:
+        lines["rendered"] = f"by a chat template that printed the time {settings.rendered_at}"
     if settings.filter is not None:
         lines["filter"] = settings.filter
     for name, value in lines.items():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_plugin.errors import ConfigError, nearest
@@ -80,6 +81,11 @@ class CaptureConfig:
         temperature: The logits are divided by it before the softmax.
         max_length: Tokens kept from the start of a row; null keeps all.
         completion_only: Score completions only; null does so where rows have a prompt and a completion.
+        assistant_only: Score the assistant's turns only, as assistant_only_loss trains on them; a template that does
+            not mark them is replaced by TRL's training template, as it is in training.
+        chat_template: A .jinja file that renders conversations in the place of the tokenizer's own template.
+        date: Day that a template which prints today's date is given, such as 2026-11-29; null takes that of the capture
+            which is there, else today.
         shard_rows: Dataset rows a unit, the most that an interruption costs.
         batch_tokens: Tokens of a forward pass, padding included.
         seed: Seed of sampled.
@@ -114,6 +120,9 @@ class CaptureConfig:
     temperature: float = 1.0
     max_length: int | None = None
     completion_only: bool | None = None
+    assistant_only: bool = False
+    chat_template: str | None = None
+    date: str | None = None
     shard_rows: int = 1024
     batch_tokens: int = 16_384
     seed: int = 0
@@ -151,6 +160,9 @@ def main(argv: Sequence[str], append: bool = False) -> int:
         "temperature": config.temperature,
         "max_length": config.max_length,
         "completion_only": config.completion_only,
+        "assistant_only": config.assistant_only,
+        "chat_template": make_template(config),
+        "date": config.date,
         "shard_rows": config.shard_rows,
         "batch_tokens": config.batch_tokens,
         "seed": config.seed,
@@ -237,6 +249,26 @@ def make_generation(config: CaptureConfig) -> Generation | None:
                 f"{name} out."
             )
     return None
+
+
+def make_template(config: CaptureConfig) -> str | Callable[[Any], str | None] | None:
+    """Return the chat template that ``config`` names, or what finds TRL's training template for a tokenizer.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if config.chat_template is not None:
+        try:
+            return Path(config.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat_template: {config.chat_template} cannot be read ({error}).") from error
+    if not config.assistant_only:
+        return None
+    try:
+        from trl import get_training_chat_template
+    except ImportError:
+        return None  # the tokenizer's own template may do; the capture says so if not
+    return get_training_chat_template
 
 
 def make_targets(config: CaptureConfig) -> Targets:

@@ -37,6 +37,7 @@ from kd_plugin.trl.distillation_head import add_distillation_head
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, with_lineage
 from kd_plugin.trl.offline_config import OfflineKDConfig
 from kd_plugin.trl.own_rows import with_labels
+from kd_plugin.trl.rendering import rendered_as_captured, why_not_found
 from kd_plugin.trl.shuffling import shuffle_leanly
 from kd_plugin.trl.start import load_vocabulary, require_launchable, start_lineage
 
@@ -221,11 +222,13 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = with_labels(dataset, self.teacher_cache.columns, self.completion_only_loss, dataset_name)
-        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        why = why_not_found(self.teacher_cache, processing_class, self.chat_template, dataset)
+        with rendered_as_captured(self, self.teacher_cache, processing_class, dataset) as tokenizer:
+            dataset = super()._prepare_dataset(dataset, tokenizer, whole, False, formatting_func, dataset_name)
         # Whether packing cuts depends on its strategy; what it splits is trained on
         splits = packing and args.packing_strategy != "bfd"
         window = _Window(None if splits else args.max_length, args.truncation_mode == "keep_end" and not packing)
-        dataset = self._join(dataset, dataset_name, window)
+        dataset = self._join(dataset, dataset_name, window, why)
         cuts = args.max_length is not None and not (packing and args.packing_strategy == "bfd_split")
         # Each pass over a million rows takes minutes: none where nothing is cut off or left out
         cuts = cuts and _something_to_cut(dataset, args.max_length, dataset_name)
@@ -242,19 +245,19 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
             dataset = dataset.map(cut_index)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
-    def _join(self, dataset: Any, dataset_name: str, window: _Window) -> Any:
+    def _join(self, dataset: Any, dataset_name: str, window: _Window, why: str) -> Any:
         """Add the columns ``teacher_index`` to each row, unless the rows come from these caches and have them."""
         columns, cache = self.teacher_cache.columns, self.teacher_cache
         present = dataset.column_names or list(next(iter(dataset)))
         if not set(columns) <= set(present):
-            dataset = dataset.map(_Join(cache, window, self._allow_partial or isinstance(dataset, Dataset)))
+            dataset = dataset.map(_Join(cache, window, self._allow_partial or isinstance(dataset, Dataset), why))
         elif "example_id" in present:
             cache.require_own(dataset, dataset_name)
         if not isinstance(dataset, Dataset):
             return dataset
         found = survey(dataset, cache, window.max_length, window.keep_end)
         if not self._allow_partial:
-            require_complete(found, cache, dataset_name)
+            require_complete(found, cache, dataset_name, why)
         elif found.missing:
             logger.warning(
                 f"{found.missing} of {found.tokens} trained tokens of the {dataset_name} dataset have no target, among "
@@ -280,6 +283,7 @@ class _Join:
     cache: JointCache
     window: _Window
     allow_missing: bool
+    why: str
 
     def __call__(self, example: dict[str, Any]) -> dict[str, list[int]]:
         indices = self.cache.indices(example["input_ids"])
@@ -287,7 +291,7 @@ class _Join:
             labels = np.asarray(example["labels"])
             kept = kept_tokens(np.array([len(labels)]), self.window.max_length, self.window.keep_end)
             if (labels[kept] != -100).any():
-                raise self.cache.missing(example["input_ids"])
+                raise self.cache.missing(example["input_ids"], self.why)
         return indices
 
 

@@ -47,8 +47,8 @@ def test_what_it_kept_is_named_only_where_version_1_had_no_choice():
 
 def test_a_later_version_is_refused(old):
     path = old.path / "manifest.json"
-    path.write_bytes(seal({**old.manifest.to_json(), "version": 3}))
-    with pytest.raises(CacheError, match="up to version 2"):
+    path.write_bytes(seal({**old.manifest.to_json(), "version": 4}))
+    with pytest.raises(CacheError, match="up to version 3"):
         read_manifest(old.path)
 
 

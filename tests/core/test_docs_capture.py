@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from kd_plugin import LocalTeacher, TeacherCache
@@ -25,16 +26,22 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
     (tmp_path / "my_filters.py").write_text("def is_short(completion, row):\n    return len(completion) < 1000\n")
-    teacher = LocalTeacher(save_tiny(tmp_path / "TEACHER", tied=False))
+    trl = pytest.importorskip("trl")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    save_tiny(tmp_path / "TEACHER", tied=False)
+    tokenizer.save_pretrained(tmp_path / "TEACHER")
+    teacher = LocalTeacher(str(tmp_path / "TEACHER"))
     rows = [{**row, "answer": "7"} for row in prompt_rows(6)]
     datasets.Dataset.from_list(rows).to_json("rows.jsonl")
     scope = {
         "dataset": rows,
         "prompts": [{"prompt": row["prompt"], "answer": "7"} for row in rows],
+        "conversations": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
         "datasets": datasets,
     }
     code = blocks("python")
-    assert len(code) == 4
+    assert len(code) == 5
     with fake_vllm(teacher.model, byte_tokenizer()) as (url, behaviour):
         behaviour.name = "served-name"
         for block in code:
@@ -48,5 +55,7 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("TEACHER_KEY", "x")
         assert main(["capture", "--config", "capture.yaml", "--max_new_tokens=8"]) == 0
     assert set(yaml.safe_load(config)) >= {"filter", "teacher", "mode"}
-    sizes = {name: len(TeacherCache(name)) for name in ("scored", "written", "from-server", "streamed", "from-yaml")}
-    assert sizes == {"scored": 6, "written": 24, "from-server": 6, "streamed": 6, "from-yaml": 12}
+    sizes = {
+        name: len(TeacherCache(name)) for name in ("scored", "written", "from-server", "streamed", "from-yaml", "turns")
+    }
+    assert sizes == {"scored": 6, "written": 24, "from-server": 6, "streamed": 6, "from-yaml": 12, "turns": 1}

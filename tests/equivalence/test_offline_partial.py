@@ -154,7 +154,7 @@ def test_rows_of_which_both_cuts_leave_no_completion_are_not_missed(teacher_dir,
         step(tmp_path / "c", cache, student_dir, rows)
     stream = rows.to_iterable_dataset()
     step(tmp_path / "d", cache, student_dir, stream, max_length=20)
-    with pytest.raises(DataError, match="A row of a streamed dataset are not in the teacher cache"):
+    with pytest.raises(DataError, match="Rows of a streamed dataset are not in the teacher cache"):
         step(tmp_path / "e", cache, student_dir, stream)
 
 
