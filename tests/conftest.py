@@ -44,3 +44,9 @@ def variant_dir(tmp_path_factory):
         return made[key]
 
     return saved
+
+
+@pytest.fixture(scope="session")
+def untied_student_dir(tmp_path_factory):
+    """A student with a head of its own, as those from 7B up have."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "untied", seed=1, tied=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cache.engines import CapturedTeacher, open_engine, require_targets, require_teacher
+from kd_plugin.cache.engines import open_engine, require_targets, require_teacher
 from kd_plugin.cache.examples import Tokenization, is_conversation
 from kd_plugin.cache.filters import Check, make_filter, reference
 from kd_plugin.cache.generation import Generation
@@ -39,7 +39,7 @@ class Prepared:
 
 def capture(
     dataset: Any,
-    teacher: CapturedTeacher,
+    teacher: Any,
     output_dir: str | Path,
     *,
     targets: Targets = TopK(64),  # noqa: B008  frozen
@@ -145,7 +145,7 @@ def capture(
 
 def prepare(
     dataset: Any,
-    teacher: CapturedTeacher,
+    teacher: Any,
     *,
     targets: Targets,
     generate: Generation | None = None,
@@ -170,10 +170,20 @@ def prepare(
     require_teacher(teacher)
     record = outputs_record(teacher.source, config=lineage)
     require_targets(teacher, targets, temperature)
+    if generate is not None and teacher.capabilities.generates is None:
+        raise ConfigError(
+            f"Teacher {teacher.source.name!r} is {teacher.capabilities.kind} that generates nothing, so it writes no "
+            "completions. Leave generate out and give rows that hold them, or use a model in this process or a server."
+        )
     kept = make_filter(filter, answer_column)
     vocabulary = teacher.vocabulary
     if tokenizer is None:
-        tokenizer = teacher.tokenizer
+        tokenizer = getattr(teacher, "tokenizer", None)
+        if tokenizer is None:
+            raise ConfigError(
+                f"Teacher {teacher.source.name!r} has no tokenizer to read the rows with. Pass tokenizer=...: the one "
+                "of the dataset, with the teacher's tokens."
+            )
     else:
         Vocabulary.from_tokenizer(tokenizer).require_same_tokens(vocabulary, "dataset's tokenizer", "teacher")
     rows = open_rows(dataset, shard_rows, () if kept is None else kept.columns)

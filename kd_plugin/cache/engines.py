@@ -1,4 +1,4 @@
-"""The two ways to get targets out of a teacher: in this process, and from a server."""
+"""The ways to get targets out of a teacher: by its ``score`` alone, from a model in this process, and from a server."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 import numpy as np
+import rfc8785
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kd_plugin.cache.draws import uniforms
 from kd_plugin.cache.examples import Example
-from kd_plugin.cache.extract import Extracted, extract, from_logits
+from kd_plugin.cache.extract import Extracted, extract, from_list, from_logits
 from kd_plugin.cache.generation import Generation
 from kd_plugin.cache.manifest import Settings
 from kd_plugin.cache.targets import Sampled, Targets, TopP
-from kd_plugin.cache.writing import Completion, InProcess, Request, write_locally
+from kd_plugin.cache.writing import Completion, Request, write_locally
 from kd_plugin.errors import ConfigError
-from kd_plugin.teachers import AdapterTeacher, ServerTeacher
+from kd_plugin.signals import HiddenSignal
 from kd_plugin.teachers.agreement import ROUNDING, distances
+from kd_plugin.teachers.base import Teacher, identity, missing_members
+from kd_plugin.teachers.in_process import InProcessTeacher
 from kd_plugin.teachers.replies import Listed
+from kd_plugin.teachers.server import ServerTeacher
 
-CapturedTeacher = InProcess | ServerTeacher
 _WEIGHT_SAMPLES = 16  # values of each weight that enter its digest
 _REQUESTS_AHEAD = 8  # examples a thread that are sent together, so that threads seldom wait for the slowest
 
@@ -70,52 +73,111 @@ def require_teacher(teacher: Any) -> None:
     Raises:
         ConfigError: it is something else, or an adapter on the base of a student that is not there.
     """
-    if not isinstance(teacher, CapturedTeacher):
+    missing = missing_members(teacher)
+    if missing:
         raise ConfigError(
-            f"capture needs a LocalTeacher, an AdapterTeacher or a ServerTeacher, got {type(teacher).__name__}. "
+            f"capture needs a teacher, got {type(teacher).__name__}, which lacks {' and '.join(map(repr, missing))}. "
             "For a path, a hub id or a loaded model: LocalTeacher(...)."
         )
-    if isinstance(teacher, AdapterTeacher) and teacher.base is None:
+    has = teacher.capabilities
+    if has.shares == "student":
         raise ConfigError(
-            f"Teacher {teacher.name!r} is an adapter on the student's base, and a capture has no student. Name its "
-            "base: AdapterTeacher(..., base='path or hub id')."
+            f"Teacher {teacher.source.name!r} is {has.kind} on the student's base, and a capture has no student. Name "
+            "its base: AdapterTeacher(..., base='path or hub id')."
+        )
+    if not has.gives & {"hidden", "top_k"} or not has.any_row:
+        raise ConfigError(
+            f"Teacher {teacher.source.name!r} is {has.kind}, which gives no distributions of new rows, and a capture "
+            "stores those. Name a model or a server."
         )
 
 
-def require_targets(teacher: CapturedTeacher, targets: Targets, temperature: float) -> None:
+def require_targets(teacher: Teacher, targets: Targets, temperature: float) -> None:
     """Refuse targets that the teacher cannot give; nothing is loaded or sent.
 
     Raises:
         ConfigError: they need the whole distribution, and a server lists its likeliest tokens only.
     """
-    if not isinstance(teacher, ServerTeacher) or teacher.top_k == "all":
+    has = teacher.capabilities
+    if has.gives & {"hidden", "all_tokens"}:
         return
     if isinstance(targets, Sampled):
         raise ConfigError(
-            f"Sampled targets are drawn from the whole distribution, and teacher {teacher.name!r} on a server lists "
-            f"{teacher.top_k} tokens a position. Use top_k or top_p targets, a teacher in this process, or "
-            "ServerTeacher(top_k='all') on a server started with --max-logprobs -1 (slow: an answer holds every token)."
+            f"Sampled targets are drawn from the whole distribution, and teacher {teacher.source.name!r} is {has.kind} "
+            f"that lists {has.listed or 'some'} tokens a position. Use top_k or top_p targets, a teacher in this "
+            "process, or ServerTeacher(top_k='all') on a server started with --max-logprobs -1 (slow: an answer holds "
+            "every token)."
         )
-    if temperature != 1.0:
+    if has.temperature is not None and temperature != has.temperature:
         raise ConfigError(
-            f"temperature={temperature}: a server gives log-probabilities at temperature 1, and the mass of what it "
-            "does not list is unknown at another. Use temperature 1, a teacher in this process, or "
-            "ServerTeacher(top_k='all')."
+            f"temperature={temperature}: {has.kind} gives log-probabilities at temperature {has.temperature:g}, and "
+            f"the mass of what it does not list is unknown at another. Use temperature {has.temperature:g}, a teacher "
+            "in this process, or ServerTeacher(top_k='all')."
         )
 
 
-def open_engine(teacher: CapturedTeacher, settings: Settings, batch_tokens: int) -> Engine:
+def open_engine(teacher: Any, settings: Settings, batch_tokens: int) -> Engine:
     """Load the teacher's weights, or ask its server what it serves.
 
     Raises:
         ServerError, VocabularyError, ConfigError: see :meth:`~kd_plugin.teachers.server.ServerTeacher.check`.
     """
-    if isinstance(teacher, ServerTeacher):
+    generates = teacher.capabilities.generates
+    if generates == "requests":
         return ServerEngine(teacher, settings)
-    return LocalEngine(teacher, batch_tokens)
+    return ScoringEngine(teacher, batch_tokens) if generates is None else LocalEngine(teacher, batch_tokens)
 
 
-class LocalEngine:
+class ScoringEngine:
+    """Any teacher, through its ``score`` alone; it writes nothing.
+
+    Args:
+        teacher: it; is given tensors on the CPU.
+        batch_tokens: tokens of a call, padding included.
+    """
+
+    def __init__(self, teacher: Teacher, batch_tokens: int) -> None:
+        self._teacher, self._batch_tokens = teacher, batch_tokens
+        self._device = torch.device("cpu")
+        self.weights: str | None = hashlib.sha256(rfc8785.dumps(identity(teacher))).hexdigest()
+        self.dtype: str | None = None
+
+    def describe(self) -> dict[str, str]:
+        """Return the teacher's class, which a reader may look up."""
+        kind = type(self._teacher)
+        return {"name": f"{kind.__module__}.{kind.__qualname__}", "kd-plugin": _own_version()}
+
+    def require_same(self, recorded: Mapping[str, str]) -> None:
+        """Do nothing: what identifies the teacher is among the settings."""
+
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Group by the token budget, longest first."""
+        return batches(lengths, self._batch_tokens)
+
+    def score(self, examples: Sequence[Example], settings: Settings) -> list[Extracted]:
+        """Return each example's targets, from one call over all of them."""
+        signal = self._teacher.score(*padded(examples, self._device))
+        if isinstance(signal, HiddenSignal):
+            extracted = extract(
+                signal.hidden,
+                signal.head,
+                settings.targets,
+                temperature=settings.temperature,
+                uniforms=random_numbers(examples, settings),
+            )
+        else:
+            assert not isinstance(settings.targets, Sampled)  # refused before
+            order = signal.logprobs.argsort(dim=-1, descending=True)
+            ids, logprobs = (t.gather(-1, order).cpu().numpy() for t in (signal.ids, signal.logprobs.float()))
+            extracted = from_list(ids, logprobs, signal.tail_logmass.float().cpu().numpy(), settings.targets)
+        return extracted.split([len(example.scored) for example in examples])
+
+    def write(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
+        """Refuse: :func:`~kd_plugin.cache.capture.prepare` does before."""
+        raise NotImplementedError(f"{type(self._teacher).__name__} generates nothing")
+
+
+class LocalEngine(ScoringEngine):
     """A teacher in this process, on its accelerator unless the user chose a device.
 
     Args:
@@ -123,16 +185,15 @@ class LocalEngine:
         batch_tokens: tokens of a forward pass, padding included.
     """
 
-    def __init__(self, teacher: InProcess, batch_tokens: int) -> None:
-        self._teacher, self._batch_tokens = teacher, batch_tokens
+    def __init__(self, teacher: InProcessTeacher, batch_tokens: int) -> None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        holder = teacher.base if isinstance(teacher, AdapterTeacher) else teacher
-        if holder is not None and holder.device is None and accelerator is not None:
-            holder.device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
-        if holder is not None and holder.device is not None:
-            teacher.model.to(holder.device)  # an offloaded one too: no student is here to make room for
-        self.weights: str | None = weights_digest(teacher.model)
-        self.dtype: str | None = str(teacher.head.weight.dtype).removeprefix("torch.")
+        if accelerator is not None:
+            accelerator = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+        teacher.stay_on(accelerator)  # an offloaded one too: no student is here to make room for
+        self._model_teacher, self._teacher, self._batch_tokens = teacher, teacher, batch_tokens
+        self._device = teacher.head.weight.device
+        self.weights = weights_digest(teacher.model)
+        self.dtype = str(teacher.head.weight.dtype).removeprefix("torch.")
 
     def describe(self) -> dict[str, str]:
         """Return the versions that ran the teacher."""
@@ -143,28 +204,9 @@ class LocalEngine:
             "kd-plugin": _own_version(),
         }
 
-    def require_same(self, recorded: Mapping[str, str]) -> None:
-        """Do nothing: the digest of the weights is among the settings."""
-
-    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Group by the token budget, longest first."""
-        return batches(lengths, self._batch_tokens)
-
-    def score(self, examples: Sequence[Example], settings: Settings) -> list[Extracted]:
-        """Return each example's targets, from one forward pass over all of them."""
-        signal = self._teacher.score(*padded(examples, self._teacher.head.weight.device))
-        extracted = extract(
-            signal.hidden,
-            signal.head,
-            settings.targets,
-            temperature=settings.temperature,
-            uniforms=random_numbers(examples, settings),
-        )
-        return extracted.split([len(example.scored) for example in examples])
-
     def write(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
         """Write one batch; what is kept of it is scored by one forward pass afterwards."""
-        return write_locally(self._teacher, requests, _generation(settings), settings.seed)
+        return write_locally(self._model_teacher, requests, _generation(settings), settings.seed)
 
 
 class ServerEngine:
@@ -244,21 +286,8 @@ class ServerEngine:
             return from_logits(
                 logprobs, targets, temperature=settings.temperature, uniforms=random_numbers(examples, settings)
             )
-        there = np.isfinite(listed.logprobs)
-        tail = np.exp(listed.tail_logmass)
-        if isinstance(targets, TopP):
-            mass = np.exp(listed.logprobs)
-            there &= mass.cumsum(1) - mass < targets.p
-            tail = tail + np.where(there, 0.0, mass).sum(1)
-        with np.errstate(divide="ignore"):
-            logtail = np.log(tail)
-        return Extracted(
-            there.sum(1).astype(np.int32),
-            listed.ids[there].astype(np.int32),
-            listed.logprobs[there].astype(np.float16),
-            logtail.astype(np.float32),
-            None,
-        )
+        assert not isinstance(targets, Sampled)  # refused before
+        return from_list(listed.ids, listed.logprobs, listed.tail_logmass, targets)
 
 
 def padded(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

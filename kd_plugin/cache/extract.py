@@ -141,6 +141,34 @@ def from_logits(
     return _truncated(logits, targets)
 
 
+def from_list(ids: NDArray[Any], logprobs: NDArray[Any], tail_logmass: NDArray[Any], targets: TopK | TopP) -> Extracted:
+    """Keep what ``targets`` asks for of N positions of which some tokens are listed, by falling probability.
+
+    Args:
+        ids: (N, K) token ids.
+        logprobs: (N, K) nats; ``-inf`` where a list is shorter.
+        tail_logmass: (N,) log of the probability not listed.
+        targets: what to keep; a list that is shorter is kept whole.
+    """
+    there = np.isfinite(logprobs)
+    mass = np.where(there, np.exp(logprobs), 0.0)
+    if isinstance(targets, TopP):
+        listed = there & (mass.cumsum(1) - mass < targets.p)
+        listed[:, targets.cap :] = False
+    else:
+        listed = there.copy()
+        listed[:, targets.k :] = False
+    with np.errstate(divide="ignore"):
+        tail = np.log(np.exp(tail_logmass) + np.where(listed, 0.0, mass).sum(1))
+    return Extracted(
+        listed.sum(1).astype(np.int32),
+        ids[listed].astype(np.int32),
+        logprobs[listed].astype(np.float16),
+        tail.astype(np.float32),
+        None,
+    )
+
+
 def _truncated(logits: Tensor, targets: TopK | TopP) -> Extracted:
     values, ids = top_k(logits, min(targets.k if isinstance(targets, TopK) else targets.cap, logits.shape[-1]))
     maximum = values[:, :1]

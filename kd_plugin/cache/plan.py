@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.cache.capture import Prepared, prepare
-from kd_plugin.cache.engines import CapturedTeacher, Engine, open_engine
+from kd_plugin.cache.engines import Engine, open_engine
 from kd_plugin.cache.examples import Example
 from kd_plugin.cache.manifest import Settings
 from kd_plugin.cache.progress import Progress
@@ -50,9 +50,7 @@ class Estimate:
     hours: float
 
 
-def estimate(
-    dataset: Any, teacher: CapturedTeacher, *, targets: Targets, batch_tokens: int, **options: Any
-) -> Estimate:
+def estimate(dataset: Any, teacher: Any, *, targets: Targets, batch_tokens: int, **options: Any) -> Estimate:
     """Count ``dataset`` whole, score two batches of it or let one be written, and extrapolate; nothing is stored.
 
     Args:

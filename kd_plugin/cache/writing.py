@@ -21,9 +21,7 @@ from kd_plugin.cache.examples import example_id
 from kd_plugin.cache.extract import Extracted
 from kd_plugin.cache.generation import Generation
 from kd_plugin.errors import ConfigError, NonFiniteError
-from kd_plugin.teachers import AdapterTeacher, LocalTeacher
-
-InProcess = LocalTeacher | AdapterTeacher
+from kd_plugin.teachers.in_process import InProcessTeacher
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Completion:
 
 @torch.no_grad()
 def write_locally(
-    teacher: InProcess, requests: Sequence[Request], generation: Generation, seed: int
+    teacher: InProcessTeacher, requests: Sequence[Request], generation: Generation, seed: int
 ) -> list[Completion]:
     """Write one batch of completions with a teacher in this process.
 
@@ -112,7 +110,7 @@ def write_locally(
     return [_cut(tokens[row], ends, request.max_new_tokens) for row, request in enumerate(requests)]
 
 
-def end_tokens(teacher: InProcess) -> list[int]:
+def end_tokens(teacher: InProcessTeacher) -> list[int]:
     """Return the ids that end a completion: those of the model's generation settings, else the tokenizer's.
 
     Raises:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import RunLineage, Source, load_record
 from kd_plugin.lineage.place import lineage_directory
+from kd_plugin.models import language_model_from_config
 
 
 def to_huggingface(checkpoint: str | Path, output: str | Path, *, model: str, dtype: str | None = None) -> Path:
@@ -43,7 +44,7 @@ def to_huggingface(checkpoint: str | Path, output: str | Path, *, model: str, dt
             "writes the adapter alone."
         )
     with torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        student = language_model_from_config(AutoConfig.from_pretrained(model))
     own = _without_prefix(state, set(student.state_dict()), f"{checkpoint} and {model}")
     if dtype is not None:
         own = {name: value.to(getattr(torch, dtype)) for name, value in own.items()}

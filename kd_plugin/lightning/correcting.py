@@ -12,6 +12,7 @@ from kd_plugin.lightning.panel_objective import Corrected
 from kd_plugin.lightning.panel_settings import PanelSettings
 from kd_plugin.lightning.step import Prepared
 from kd_plugin.lightning.watching import PanelWatch
+from kd_plugin.lightning.windows import window_size
 from kd_plugin.lightning.writing import Rollouts
 from kd_plugin.panel import TeacherPanel, score_rows
 from kd_plugin.panel.responses import as_written, judged_positions
@@ -112,6 +113,7 @@ def warmed(warmup: CacheWarmup, trainer: Trainer, module: LightningModule, batch
         batch_idx % accumulate,
         getattr(trainer.train_dataloader, "batch_size", None) or count_of(batch),
         micro_steps=accumulate,
+        run=window_size(trainer, batch_idx),
         rank=trainer.global_rank,
         ranks=trainer.world_size,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,10 @@ from kd_plugin.cache.joint import JointCache
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lightning.loader import ResumableLoader
 from kd_plugin.lightning.step import SAMPLES, WINDOW, WINDOW_TOKENS
+from kd_plugin.lightning.windows import served, window_end
 
+logger = logging.getLogger(__name__)
+_WINDOWS = itertools.count()  # what tells one window from another
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _PASSED = ("prompt", "completion", "teacher_id", "domain", "teacher_weights", "answer")
 
@@ -99,9 +105,10 @@ class KDDataModule(LightningDataModule):
         return self._loader(
             self.rows,
             self._collate if cached else _as_columns,
-            shuffle=self.hp.shuffle,
-            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
+            # As Lightning does with its own loaders: the same batches in each epoch
+            shuffle=self.hp.shuffle and not getattr(self.trainer, "overfit_batches", 0),
             look_ahead=_count_window if cached else _attach_window,
+            **self._windows(),
         )
 
     def val_dataloader(self) -> list[ResumableLoader]:
@@ -109,6 +116,21 @@ class KDDataModule(LightningDataModule):
         collate = self._collate if self.hp.cache is not None else _as_columns
         loaders = [] if self.validation is None else [self._loader(self.validation, collate)]
         return loaders if self.samples is None else [*loaders, self._loader(self.samples, _as_samples)]
+
+    def _windows(self) -> dict[str, Any]:
+        """Return what tells a loader where the trainer's accumulation windows end."""
+        trainer = self.trainer
+        if trainer is None:
+            return {}
+        batches = -(-len(self.rows) // (trainer.world_size * self.hp.batch_size))
+        left_out = batches - served(trainer, batches)
+        if left_out:
+            logger.warning(
+                "The last %s of an epoch's %s batches on each rank are left out: %s counts accumulate_grad_batches=%s "
+                "batches over epochs, and a step must end with its epoch.",
+                *(left_out, batches, type(trainer.strategy).__name__, trainer.accumulate_grad_batches),
+            )
+        return {"window_end": functools.partial(window_end, trainer), "served": functools.partial(served, trainer)}
 
     def _loader(self, rows: Any, collate: Any, **options: Any) -> ResumableLoader:
         hp, trainer = self.hp, self.trainer
@@ -147,7 +169,10 @@ def _count_window(window: list[Any]) -> None:
 
 def _attach_window(window: list[Any]) -> None:
     """Show the first batch of a window all of its prompts: they are answered and judged together."""
-    window[0][WINDOW] = [dict(batch) for batch in window]
+    number = next(_WINDOWS)
+    prompts = [dict(batch) for batch in window]
+    for place, batch in enumerate(window):
+        batch[WINDOW] = {"number": number, "place": place, "batches": prompts if place == 0 else None}
 
 
 def _padded(rows: list[Tensor], value: int) -> Tensor:

@@ -76,6 +76,10 @@ class LicenseLineage(Callback):
         if checkpoint and (lineage_directory(checkpoint) / RECORD).is_file():
             self._run.resume(checkpoint)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait until all that the run rests on is proven, before the first batch."""
+        self._run.settle()
+
     def _start(self, module: LightningModule) -> None:
         model = find_student(module, self.student)
         self.run = start_run(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
 
 class ResumableLoader:
@@ -24,7 +25,9 @@ class ResumableLoader:
         seed: of the order.
         rank: number of this process.
         world: number of processes.
-        accumulate: batches of an optimizer step.
+        window_end: told the number of a batch in its epoch, returns that of the first one that belongs to a later
+            optimizer step; asked when the batch is next, since a trainer may change its mind between epochs.
+        served: told the number of an epoch's batches, returns how many of them are handed out.
         look_ahead: is shown the batches of each window before the first one is handed out, and may change them.
         **options: of the inner ``DataLoader``, such as ``num_workers`` and ``pin_memory``.
     """
@@ -39,7 +42,8 @@ class ResumableLoader:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
-        accumulate: int = 1,
+        window_end: Callable[[int], int] = lambda batch: batch + 1,
+        served: Callable[[int], int] = lambda batches: batches,
         look_ahead: Callable[[list[Any]], None] = lambda window: None,
         **options: Any,
     ) -> None:
@@ -49,17 +53,19 @@ class ResumableLoader:
         self.shuffle = shuffle
         self.seed = seed
         self.rank, self.world = rank, world
-        self.accumulate = accumulate
+        self._window_end = window_end
+        self._served = served
         self._look_ahead = look_ahead
         self._options = options
-        # Lightning looks here for whom to tell the epoch, and DeepSpeed for the batch size
-        self.sampler = self.batch_sampler = self
+        # Lightning looks here for whom to tell the epoch and whether rows are shuffled, DeepSpeed for the batch size
+        self.sampler: Any = self if shuffle else _InOrder(self)
+        self.batch_sampler = self
         self._epoch = 0
         self._handed_out = 0
         self._resumed: dict[str, int] | None = None
 
     def __len__(self) -> int:
-        return -(-self._rows_of_a_rank // self.batch_size)
+        return self._served(-(-self._rows_of_a_rank // self.batch_size))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the epoch that is about to begin."""
@@ -76,24 +82,16 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[Any]:
         # A generator: it begins at the first batch, when Lightning has told the epoch
         start, self._resumed = self._start(), None
-        batches = self._batches()[start:]
+        batches = self._batches()[start : len(self)]
         self._handed_out = start
         loader = DataLoader(self.dataset, batch_sampler=batches, collate_fn=self.collate_fn, **self._options)
-        window: list[Any] = []
-        for batch in loader:
-            window.append(batch)
-            # A resumed epoch may begin inside a window, whose first gradients are lost as Lightning loses them
-            if (start + len(window)) % self.accumulate == 0:
-                yield from self._hand_out(window)
-                start, window = start + len(window), []
-        yield from self._hand_out(window)
-
-    def _hand_out(self, window: list[Any]) -> Iterator[Any]:
-        if window:
+        rest = iter(loader)
+        # A resumed epoch may begin inside a window, whose first gradients are lost as Lightning loses them
+        while window := list(itertools.islice(rest, self._window_end(self._handed_out) - self._handed_out)):
             self._look_ahead(window)
-        for batch in window:
-            self._handed_out += 1
-            yield batch
+            for batch in window:
+                self._handed_out += 1
+                yield batch
 
     def _start(self) -> int:
         if self._resumed is None or self._resumed["epoch"] != self._epoch:
@@ -113,3 +111,11 @@ class ResumableLoader:
         order = order.repeat(-(-wanted // max(count, 1)))[:wanted]
         mine = order[self.rank :: self.world].tolist()
         return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+
+
+class _InOrder(SequentialSampler):
+    """Stands for the sampler of a loader that does not shuffle: ``overfit_batches`` takes no other."""
+
+    def __init__(self, loader: ResumableLoader) -> None:
+        super().__init__(loader.dataset)
+        self.set_epoch = loader.set_epoch

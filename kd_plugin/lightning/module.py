@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoTokenizer, get_scheduler
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.lightning.writing import Sampling, render, texts, write
+from kd_plugin.models import load_language_model
 from kd_plugin.verifying import verifier
 from kd_plugin.zero.teachers import shard_with_fsdp2
 
@@ -93,7 +94,7 @@ class StudentModule(LightningModule):
             return
         hp = self.hparams
         options = {"dtype": hp["dtype"], "revision": hp["revision"], **(hp["model_init_kwargs"] or {})}
-        model = AutoModelForCausalLM.from_pretrained(hp["model"], **options)
+        model: Any = load_language_model(hp["model"], **options)
         if hp["gradient_checkpointing"]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if hp["use_peft"]:

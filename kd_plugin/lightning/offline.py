@@ -22,6 +22,7 @@ from kd_plugin.lightning.forward import Call, DistillingForward
 from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.step import WINDOW_TOKENS, DistillingStep, Prepared, require_mapping, without
 from kd_plugin.lightning.student import find_student
+from kd_plugin.lightning.windows import require_whole_windows
 from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.vocab import Vocabulary
 
@@ -139,16 +140,18 @@ class OfflineKD(StudentCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the first rows, where the loader allows it, so that a missing column shows before any step."""
+        require_whole_windows(trainer)
         loader: Any = trainer.train_dataloader
-        dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
-        if collate is not None and dataset is not None and hasattr(dataset, "__getitem__") and len(dataset):
+        dataset: Any = getattr(loader, "dataset", None)
+        collate = getattr(loader, "collate_fn", None)
+        if collate is not None and hasattr(dataset, "__len__") and len(dataset):
             self._require(collate([dataset[0]]))
 
     def _join(self, module: LightningModule, model: PreTrainedModel) -> None:
         """Patch the student's forward pass."""
         if not self._checked:
             self._compare_vocabularies(module, model)
-        self._forward = DistillingForward(model, self._vocabulary.size, self.objective)
+        self._forward = DistillingForward(model, self._vocabulary.size, self.objective, module)
 
     def _compare_vocabularies(self, module: LightningModule, model: PreTrainedModel | str) -> None:
         tokenizer = self.tokenizer or getattr(module, "tokenizer", None) or load_tokenizer(model)

@@ -28,6 +28,7 @@ from kd_plugin.lightning.starting import StartKeeper
 from kd_plugin.lightning.step import WINDOW, DistillingStep, Prepared, require_mapping
 from kd_plugin.lightning.student import as_trained, config_of, find_student, shards_the_student
 from kd_plugin.lightning.watching import PanelWatch
+from kd_plugin.lightning.windows import require_whole_windows, window_end
 from kd_plugin.lightning.writing import pad_token, texts
 from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.start import start_run, student_source
@@ -109,7 +110,7 @@ class TeacherPanelCorrection(StudentCallback):
         self.lineage = lineage
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
-        self._ahead: list[Prepared] = []
+        self._ahead: dict[Any, Prepared] = {}  # by window and place in it, see `_place`
         self._warmup: CacheWarmup | None = None
         self._run: RunLineage | None = None
         self._changes: list[str] = []
@@ -205,22 +206,26 @@ class TeacherPanelCorrection(StudentCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the rows, where the loader allows it, so that what is missing shows before any step."""
+        require_whole_windows(trainer)
         loader: Any = trainer.train_dataloader
-        dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+        dataset: Any = getattr(loader, "dataset", None)
+        collate = getattr(loader, "collate_fn", None)
         if "prompt" in (getattr(dataset, "column_names", None) or ()):
             check_rows(dataset, "the train dataset", self.panel)
-        elif collate is not None and dataset is not None and hasattr(dataset, "__getitem__") and len(dataset):
+        elif collate is not None and hasattr(dataset, "__len__") and len(dataset):
             require_mapping(collate([dataset[0]]), "prompt", _WAY_OUT)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Let the student write and the panel judge, for this batch or for the whole window that begins with it."""
         require_mapping(batch, "prompt", _WAY_OUT)
+        place = _place(batch)
         if self._warmup is not None and trainer.global_step < self.settings.warmup_cache_steps:
-            self._ahead = [warmed(self._warmup, trainer, pl_module, batch, batch_idx)]
+            self._ahead = {place: warmed(self._warmup, trainer, pl_module, batch, batch_idx)}
             return
-        if self._ahead:
+        if place is not None and place in self._ahead:
             return
-        batches = batch.get(WINDOW) or [batch]
+        window = batch[WINDOW]["batches"] if place is not None else None
+        batches = window or [batch]
         rows = rows_of(batches)
         assignments = [self.panel.assign(row) for row in rows]
         with trainer.precision_plugin.forward_context():
@@ -232,18 +237,19 @@ class TeacherPanelCorrection(StudentCallback):
                 draw=batch_idx % trainer.accumulate_grad_batches,
                 rows_at_once=count_of(batches[0]),
             )
-            self._ahead = self._corrector.judged(
-                rollouts, batches, rows, trainer.global_step, training=True, noted=noted
-            )
-        if WINDOW not in batch:  # its window is not known: it is divided by its own tokens
-            self._ahead = [dataclasses.replace(self._ahead[0], window_tokens=None)]
+            prepared = self._corrector.judged(rollouts, batches, rows, trainer.global_step, training=True, noted=noted)
+        # What still waits was made for a window that a loop left early, and is of older weights
+        if window is None:  # it is not known: the batch is divided by its own tokens
+            self._ahead = {place: dataclasses.replace(prepared[0], window_tokens=None)}
+        else:
+            self._ahead = {(batch[WINDOW]["number"], i): one for i, one in enumerate(prepared)}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at the loss where it is read anyway, and stop if an alarm asks for it."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if batch_idx + 1 == window_end(trainer, batch_idx):
             self._watch.stop_if_wanted()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -251,7 +257,7 @@ class TeacherPanelCorrection(StudentCallback):
         super().teardown(trainer, pl_module, stage)
         if self._keeper is not None:
             self._keeper.remove()
-        self._ahead, self._keeper = [], None
+        self._ahead, self._keeper = {}, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return which panel taught, and what the alarm saw; both are in every checkpoint."""
@@ -327,18 +333,18 @@ class TeacherPanelCorrection(StudentCallback):
         sharded = self.settings.shard_teachers
         place_teachers(self.panel, trainer, module, model, self._vocabulary, shard_teachers=sharded)
         self._writer = RolloutWriter(self.settings, self.panel, self._tokenizer, self._vocabulary.size, self.seed)
-        # The module's own loss is a mean of each micro-batch, in which short rows must not count for more
+        # A loss that the module forms itself is a mean of each micro-batch: short rows must not count for more in it
         grouping = objective.ce_weight == 0.0
         self._corrector = Corrector(
             self.panel, self.settings, self._tokenizer, objective.watch, groups_by_length=grouping
         )
-        self._forward = DistillingForward(model, self._vocabulary.size, objective)
+        self._forward = DistillingForward(model, self._vocabulary.size, objective, module)
 
     def _trained(self, module: LightningModule) -> Any:
         return as_trained(module, find_student(module, self.student))
 
     def _next(self, batch: Any) -> Prepared:
-        return self._ahead.pop(0)
+        return self._ahead.pop(_place(batch))
 
     def _report(self, module: LightningModule, call: Call, total: Tensor) -> None:
         found, tokens = call.found, max(call.found.tokens, 1)
@@ -349,3 +355,9 @@ class TeacherPanelCorrection(StudentCallback):
             if self._watch.logs_this_step and not self._ahead:
                 values |= self._watch.read()
         module.log_dict(values, on_step=True, on_epoch=False, batch_size=call.shape[0])
+
+
+def _place(batch: Any) -> tuple[int, int] | None:
+    """Return the number of a batch's window and its place in it; None where the loader tells neither."""
+    told = batch.get(WINDOW)
+    return None if told is None else (told["number"], told["place"])

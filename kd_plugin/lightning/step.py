@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from kd_plugin.errors import ConfigError, DataError
-from kd_plugin.lightning.forward import Call, DistillingForward
-from kd_plugin.lightning.student import loss_of
+from kd_plugin.lightning.forward import Call, DistillingForward, beside
+from kd_plugin.lightning.student import loss_of, shards_the_student
+from kd_plugin.lightning.windows import window_size
 
 # What the plugin puts into a batch and takes out again before the module sees it
 WINDOW_TOKENS = "kd_window_tokens"
@@ -45,9 +47,10 @@ class Prepared:
 class DistillingStep:
     """Takes the place of a module's ``training_step`` until :meth:`remove`.
 
-    The loss is ``ce_weight`` times the module's own loss plus the divergence, a sum over scored tokens divided by
-    their number over all ranks (and over the accumulation window, where the loader tells it), so that ranks and
-    micro-batches of different lengths give the gradient of one large batch.
+    The loss is ``ce_weight`` times the module's own loss plus the divergence. The divergence, and the loss that the
+    student returns, are sums over scored tokens divided by their number over all ranks (and over the accumulation
+    window, where the loader tells it), so that ranks and micro-batches of different lengths give the gradient of one
+    large batch. A loss that the module forms itself is averaged over ranks and micro-batches as Lightning does it.
 
     Args:
         trainer: the trainer.
@@ -87,43 +90,48 @@ class DistillingStep:
         """Run the module's step on ``batch`` and return its output with the loss that is trained on."""
         prepared = self._prepare(batch)
         weight = self.forward.objective.ce_weight
-        call = Call(prepared.target, prepared.labels, prepared.shape, self._joint)
-        output = self._run(call, prepared.batch, rest)
-        own = loss_of(output, self.module)
-        if weight != 0.0 and call.own is not None and own is not call.own:
+        normaliser = self._normaliser(prepared)
+        call, output, own = self._run(prepared, rest, normaliser)
+        formed = call.own is not None
+        if formed and weight != 0.0 and not call.is_own(own):
             # The step does more with its loss than to return it: from now on it gets one with a graph of its own
-            self._joint = False
-            call = Call(prepared.target, prepared.labels, prepared.shape, joint=False)
-            output = self._run(call, prepared.batch, rest)
-            own = loss_of(output, self.module)
-        total = call.found.loss_sum / self._normaliser(prepared, call.found.loss_sum)
+            self._joint = formed = False
+            call, output, own = self._run(prepared, rest, normaliser)
+        assert call.trained is not None
+        total = call.trained.to(normaliser.dtype)
         nothing = isinstance(prepared.tokens, int) and prepared.tokens == 0  # the mean over no labels is no number
-        if call.own is None and weight != 0.0 and not nothing:
+        if not formed and weight != 0.0 and not nothing:
             total = total + weight * own
+        elif isinstance(own, Tensor) and own.requires_grad and (formed or shards_the_student(self.trainer)):
+            # A wrapper that passes on nothing but the loss gathers for the backward pass by that
+            total = beside(total, own)
         self._report(call, total)
         return _with_loss(output, total)
 
-    def _run(self, call: Call, batch: Any, rest: Any) -> Any:
+    def _run(self, prepared: Prepared, rest: Any, normaliser: Tensor) -> tuple[Call, Any, Any]:
+        """Return the call, what the module's step returned, and the loss in it."""
+        call = Call(prepared.target, prepared.labels, prepared.shape, self._joint, normaliser)
         with self.forward.step(call):
-            output = self._inner(batch, *rest)
+            output = self._inner(prepared.batch, *rest)
         if call.found is None:
             raise ConfigError(
                 f"{type(self.module).__name__}.training_step did not run the student over the batch's input_ids of "
                 f"shape {call.shape}, so there is nothing to compare with the teacher. Pass the batch's input_ids to "
                 "the student as they are."
             )
-        return output
+        return call, output, loss_of(output, self.module)
 
-    def _normaliser(self, prepared: Prepared, like: Tensor) -> Tensor:
+    def _normaliser(self, prepared: Prepared) -> Tensor:
         """Return the divisor of this rank's sum; Lightning averages over ranks and over the accumulation window."""
-        window = prepared.window_tokens
+        window, trainer = prepared.window_tokens, self.trainer
         tokens = prepared.tokens if window is None else window
-        total = like.new_zeros(()) + tokens
-        world = self.trainer.world_size
+        total = torch.zeros((), device=self.module.device) + tokens
+        world = trainer.world_size
         if world > 1:
-            total = self.trainer.strategy.reduce(total, reduce_op="sum") / world
-        if window is not None:
-            total = total / self.trainer.accumulate_grad_batches
+            total = trainer.strategy.reduce(total, reduce_op="sum") / world
+        # Lightning divides by the batches of a full window, and an epoch's last may have fewer
+        batches = 1 if window is not None else window_size(trainer, trainer.fit_loop.batch_idx)
+        total = total * (batches / trainer.accumulate_grad_batches)
         return total.clamp(min=1e-9) if world > 1 else total.clamp(min=1.0 / self.trainer.accumulate_grad_batches)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import StoppingCriteriaList
 
 from kd_plugin.lightning.student import shards_the_student
@@ -172,15 +173,25 @@ def generated(
     if not together and writes_row_by_row(config):
         arguments = {"custom_generate": decode_with(sampling.draws), **arguments}
     write = functools.partial(model.generate, synced_gpus=together, use_cache=True, **arguments)
-    if isinstance(module.trainer.strategy, ModelParallelStrategy) and hasattr(model, "get_base_model"):
-        # PEFT's `generate` runs the model inside, past what FSDP2 gathers when the PEFT model itself is called
-        write = functools.partial(through(model, model), write)
+    if isinstance(module.trainer.strategy, ModelParallelStrategy):
+        for unit in _units_around(module, model):
+            write = functools.partial(through(unit, unit), write)
     return write(
         input_ids=ids.to(module.device),
         attention_mask=mask.to(module.device),
         pad_token_id=pad_token(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def _units_around(module: LightningModule, model: Any) -> list[nn.Module]:
+    """Return the FSDP2 units around the student, the innermost first: `generate` runs past what they gather.
+
+    PEFT's ``generate`` runs the model inside, and so does ours where a module's own wrapper is what FSDP2 cut.
+    """
+    student = model.get_base_model() if hasattr(model, "get_base_model") else model
+    units = [part for part in module.modules() if isinstance(part, FSDPModule) and part is not student]
+    return [unit for unit in reversed(units) if any(part is student for part in unit.modules())]
 
 
 def responses(

@@ -12,12 +12,13 @@ import yaml
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage.config import parse_yaml
+from kd_plugin.lineage.frontmatter import FRONT
 from kd_plugin.lineage.graph import SELF, Graph
+from kd_plugin.lineage.traces import SECTION_BEGIN as _BEGIN
+from kd_plugin.lineage.traces import SECTION_END as _END
 from kd_plugin.lineage.verdict import NO_ADVICE
 from kd_plugin.lineage.write import write_file
 
-_BEGIN, _END = "<!-- kd-plugin lineage: begin -->", "<!-- kd-plugin lineage: end -->"
-_FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 # Expressions without an SPDX id that the hub has an id for
 _HUB_EXPRESSIONS = frozenset(
     "LicenseRef-" + hub_id
@@ -44,7 +45,7 @@ def update_card(directory: Path, record: Mapping[str, Any]) -> None:
 
 def card_text(text: str, record: Mapping[str, Any]) -> str:
     """Return a card with the record's front matter and section in the place of older ones."""
-    match = _FRONT.match(text)
+    match = FRONT.match(text)
     front: Any = {}
     if match is not None:
         try:
@@ -89,7 +90,7 @@ def license_problem(text: str, record: Mapping[str, Any]) -> str | None:
 
     Front matter that names no licence, or cannot be read, says nothing wrong.
     """
-    match = _FRONT.match(text)
+    match = FRONT.match(text)
     try:
         front = parse_yaml(match[1].encode("utf-8", "surrogateescape"), "README.md") if match else {}
     except ConfigError:

@@ -16,9 +16,13 @@ from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.verdict import FACTS
 
 _KEYS = ("student", "teachers", "datasets", "use", "overrides", "run", "registry")
-_SOURCE_KEYS = ("repo", "revision", "license", "endpoint", "endpoint_terms", "model", "signal", "generated_by", "name")
-_STUDENT_KEYS = ("repo", "revision", "license", "name", "declared_license", "merged_from")
-_PARENT_KEYS = ("repo", "revision", "license")
+_SOURCE_KEYS = (
+    "repo", "revision", "license", "reason", "endpoint", "endpoint_terms", "model", "signal", "generated_by", "name",
+)  # fmt: skip
+_STUDENT_KEYS = ("repo", "revision", "license", "reason", "name", "declared_license", "merged_from")
+_PARENT_KEYS = ("repo", "revision", "license", "reason")
+_DATASET_KEYS = ("repo", "revision", "license", "reason", "generated_by", "name")
+_WRITER_KEYS = ("model", "license", "reason", "revision", "endpoint", "endpoint_terms")
 _RUN_KEYS = ("id", "date", "repo", "commit")
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 64  # deeper flow collections cost a YAML parser quadratic time
@@ -32,6 +36,7 @@ class Declaration:
     repo: str | None = None
     revision: str | None = None
     license: str | None = None
+    reason: str | None = None
     endpoint: str | None = None
     endpoint_terms: str | None = None
     model: str | None = None
@@ -47,6 +52,7 @@ class Declaration:
         values: dict[str, Any] = {
             "ref": source.ref or self.repo,
             "license": self.license,
+            "reason": self.reason,
             "revision": self.revision,
             "endpoint": self.endpoint,
             "endpoint_terms": self.endpoint_terms,
@@ -54,6 +60,7 @@ class Declaration:
             "signal": self.signal,
             "generated_by": self.generated_by,
             "generators": self.generators,
+            "writers_declared": True if self.generated_by is not None else None,
         }
         return replace(source, **{k: v for k, v in values.items() if v is not None})
 
@@ -118,10 +125,7 @@ def _load(config: Any, where: str, folder: Path) -> LineageConfig:
     return LineageConfig(
         student=_declaration(data.get("student") or {}, f"{where}.student", _STUDENT_KEYS),
         teachers={str(k): _declaration(v or {}, f"{where}.teachers.{k}", _SOURCE_KEYS) for k, v in teachers.items()},
-        datasets=tuple(
-            _declaration(d, f"{where}.datasets[{i}]", ("repo", "revision", "license", "generated_by", "name"))
-            for i, d in enumerate(datasets)
-        ),
+        datasets=tuple(_declaration(d, f"{where}.datasets[{i}]", _DATASET_KEYS) for i, d in enumerate(datasets)),
         use=_facts(data.get("use") or {}, f"{where}.use"),
         run={k: str(v) for k, v in _mapping(data.get("run") or {}, f"{where}.run", _RUN_KEYS).items()},
         overrides=read_overrides(overrides, f"{where}.overrides"),
@@ -227,13 +231,15 @@ def _parents(value: Any, where: str) -> tuple[Source, ...]:
         if not data.get("repo") or not all(isinstance(v, str | Path | None) for v in data.values()):
             raise ConfigError(f"{where}[{i}] must be a path, a hub id or {{repo: ..., license: ...}}; got {item!r}.")
         ref = str(data["repo"])
-        parents.append(Source(Path(ref).name, "model", ref, data.get("revision"), data.get("license")))
+        parents.append(
+            Source(Path(ref).name, "model", ref, data.get("revision"), data.get("license"), reason=data.get("reason"))
+        )
     return tuple(parents)
 
 
 def _writer(item: Mapping[str, Any], where: str) -> Source:
     """Read a model that wrote a dataset: its name, and what is declared of it."""
-    data = _mapping(item, where, ("model", "license", "revision", "endpoint", "endpoint_terms"))
+    data = _mapping(item, where, _WRITER_KEYS)
     if not isinstance(data.get("model"), str) or not all(isinstance(v, str | None) for v in data.values()):
         raise ConfigError(f"{where} must say which model, as in {{model: org/name, license: mit}}; got {item!r}.")
     name = data["model"]
@@ -243,6 +249,7 @@ def _writer(item: Mapping[str, Any], where: str) -> Source:
         name,
         revision=data.get("revision"),
         license=data.get("license"),
+        reason=data.get("reason"),
         endpoint=data.get("endpoint"),
         endpoint_terms=data.get("endpoint_terms"),
         signal="text",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.config import Declaration, LineageConfig
 from kd_plugin.lineage.registry import UNKNOWN, Registry, default_registry, load_registry
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.verdict import Student
+from kd_plugin.lineage.voice import OWN
 
 
 def registry_of(config: LineageConfig) -> Registry:
@@ -39,7 +41,7 @@ def shipped_student(config: LineageConfig, registry: Registry) -> Student:
     written = config.student.declared_license
     if written is None:
         return Student(config.student.name)
-    resolution = registry.resolve(written)
+    resolution = registry.resolve(written, "user")
     if UNKNOWN in resolution.ids:
         raise ConfigError(
             f"lineage.student.declared_license is {written!r}, which the registry does not know.{resolution.hint} "
@@ -48,12 +50,50 @@ def shipped_student(config: LineageConfig, registry: Registry) -> Student:
     return Student(config.student.name, resolution.ids)
 
 
-def match_teachers(teachers: Sequence[Source], config: LineageConfig) -> list[Declared]:
-    """Join declarations to teachers by name; without any teacher, the declared ones are the teachers."""
+def match_outputs(outputs: Sequence[Source], config: LineageConfig) -> tuple[list[Source], frozenset[str]]:
+    """Join declarations of teachers to the caches that hold their outputs.
+
+    Returns:
+        The caches, as ``own`` where the user declares all that their record calls so; and the names so declared,
+        which are no further teachers of the run.
+    """
+    matched, answered = [], set()
+    for source in outputs:
+        roles = _own_roles(source.record or {})
+        mine = {name for name in roles if (d := config.teachers.get(name)) is not None and d.license == OWN}
+        answered |= mine
+        matched.append(replace(source, license=OWN) if roles and mine == roles else source)
+    return matched, frozenset(answered)
+
+
+def _own_roles(record: Mapping[str, Any]) -> set[str]:
+    """Name the teachers of a cache's record that its writer calls own."""
+    nodes = {n.get("id"): n for n in record.get("nodes", ()) if isinstance(n, Mapping)}
+    edges = [e for e in record.get("edges", ()) if isinstance(e, Mapping)]
+    return {
+        str(edge.get("role") or nodes[edge["to"]].get("name"))
+        for edge in edges
+        if nodes.get(edge.get("from"), {}).get("kind") == "teacher_outputs"
+        and nodes.get(edge.get("to"), {}).get("kind") == "model"
+        and OWN in nodes[edge["to"]].get("licenses", ())
+    }
+
+
+def match_teachers(
+    teachers: Sequence[Source], config: LineageConfig, answered: frozenset[str] = frozenset()
+) -> list[Declared]:
+    """Join declarations to teachers by name; without any teacher, the declared ones are the teachers.
+
+    Args:
+        teachers: of the run.
+        config: the declarations.
+        answered: names of declarations that speak of a cache's teachers.
+    """
     known = [t.name for t in teachers]
+    declared = {name: d for name, d in config.teachers.items() if name not in answered}
     if not teachers:
-        return [Declared.of(Source(name), declaration) for name, declaration in sorted(config.teachers.items())]
-    for name in config.teachers:
+        return [Declared.of(Source(name), declaration) for name, declaration in sorted(declared.items())]
+    for name in declared:
         if name not in known:
             raise ConfigError(
                 f"lineage.teachers names {name!r}, which is no teacher of this run; its teachers are "
@@ -65,12 +105,21 @@ def match_teachers(teachers: Sequence[Source], config: LineageConfig) -> list[De
 def match_datasets(datasets: Sequence[Source], config: LineageConfig) -> list[Declared]:
     """Join declarations to datasets by name or hub id; the others are datasets of their own."""
     left = list(config.datasets)
-    matched = []
+    matched, in_memory = [], []
     for source in datasets:
         mine = next((d for d in left if {d.repo, d.name} & {source.name, source.ref} - {None}), None)
         if mine is not None:
             left.remove(mine)
+        elif source.ref is None:
+            in_memory.append(source)
+            continue
         matched.append(Declared.of(source, mine or Declaration()))
+    for source in [one for one in in_memory if one.rows is not None]:  # what they say of themselves counts as well
+        mine = left.pop(0) if left else Declaration()
+        matched.append(Declared.of(replace(source, name=mine.name or mine.repo or source.name), mine))
     names = [d.name or d.repo or f"dataset {i + 1}" for i, d in enumerate(left)]
     extra = [Source(name, "dataset", signal="text") for name in names]
-    return matched + [Declared.of(source, d) for source, d in zip(extra, left, strict=True)]
+    spoken_for = [Declared.of(source, d) for source, d in zip(extra, left, strict=True)]
+    # Rows in memory have no name by which a declaration could find them: any that is left speaks for them
+    bare = [] if spoken_for else [Declared(one) for one in in_memory if one.rows is None]
+    return [*matched, *spoken_for, *bare]

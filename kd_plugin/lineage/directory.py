@@ -15,11 +15,14 @@ from typing import Any
 
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage.config import parse_yaml
+from kd_plugin.lineage.frontmatter import front_of, has_begun
 from kd_plugin.lineage.graph import EdgeKind, Evidence
 from kd_plugin.lineage.hashing import sha256_text
+from kd_plugin.lineage.readings import printable, read_licence
 from kd_plugin.lineage.registry import UNKNOWN, Registry
 from kd_plugin.lineage.texts import copyright_lines, recognise
-from kd_plugin.lineage.writers import writers_of
+from kd_plugin.lineage.traces import traces_in
+from kd_plugin.lineage.writers import prose_of, writers_of
 
 _MAX_TEXT = 1 << 20  # bytes
 _MAX_FILES = 20  # licence files that are read in one directory, and licences that one card may name
@@ -27,7 +30,7 @@ _MAX_LISTED = 1000
 _LICENSE_FILE = re.compile(r"^(licen[cs]e|copying)([-_. ].*)?$", re.IGNORECASE)
 # What of a hub repository speaks of its terms
 HUB_FILES = re.compile(
-    r"^(readme\.md|notice(\.txt)?|adapter_config\.json|(licen[cs]e|copying)([-_. ].*)?)$", re.IGNORECASE
+    r"^(readme\.md|lineage\.json|notice(\.txt)?|adapter_config\.json|(licen[cs]e|copying)([-_. ].*)?)$", re.IGNORECASE
 )
 _HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
 
@@ -43,7 +46,9 @@ class DirectoryFacts:
         notice: contents of its NOTICE file.
         unmatched_text: a licence text that no registry entry matches.
         bases: models that it was made from, with the kind of edge.
-        writers: models that the card of a dataset names as its writers, each with the words that name it.
+        writers: models that fields of a dataset's card name as its writers, each with the words that name it.
+        prose: sentences of the card that name a model of a closed API, whatever they say of it.
+        trace: the file that shows that a lineage record was here and is not any more.
     """
 
     readings: tuple[Evidence, ...] = ()
@@ -53,6 +58,8 @@ class DirectoryFacts:
     unmatched_text: str | None = None
     bases: tuple[tuple[str, EdgeKind], ...] = field(default=())
     writers: tuple[tuple[str, str], ...] = ()
+    prose: tuple[str, ...] = ()
+    trace: str | None = None
 
 
 def read_directory(directory: Path, registry: Registry) -> DirectoryFacts:
@@ -91,7 +98,9 @@ def read_directory(directory: Path, registry: Registry) -> DirectoryFacts:
         notice=next((notice for notice in notices if notice), None),
         unmatched_text="\n\n".join(unmatched) or None,
         bases=_bases(directory, card),
-        writers=writers_of(card, card_text, registry),
+        writers=writers_of(card, registry),
+        prose=prose_of(card_text, registry),
+        trace=traces_in(directory, card, card_text),
     )
 
 
@@ -103,7 +112,10 @@ def _card_text(directory: Path) -> str:
     if path.is_symlink() and not _stays_home(path, directory):
         return "---\n"
     with path.open("rb") as file:
-        return file.read(_MAX_TEXT).decode("utf-8", "replace")
+        raw = file.read(_MAX_TEXT)
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, in which no front matter would be found
+        return "---\n"
+    return raw.decode("utf-8", "replace")
 
 
 def _front_matter(text: str) -> Mapping[str, Any]:
@@ -111,33 +123,27 @@ def _front_matter(text: str) -> Mapping[str, Any]:
 
     Front matter that cannot be read says that it cannot be read: it then resolves to unknown, not to nothing.
     """
-    match = re.match(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", text, re.DOTALL)
-    if match is None:
-        begun = re.match(r"\A\ufeff?---[ \t]*\r?\n", text) is not None
-        return {"license": "front matter that cannot be read"} if begun else {}
+    front = front_of(text)
+    if front is None:
+        return {"license": "front matter that cannot be read"} if has_begun(text) else {}
     try:
-        data = parse_yaml(match[1].encode("utf-8", "replace"), "README.md")
+        data = parse_yaml(front.encode("utf-8", "replace"), "README.md")
     except ConfigError:
         return {"license": "front matter that cannot be read"}
     return data if isinstance(data, Mapping) else {}
 
 
-def printable(text: str, limit: int = 200) -> str:
-    """Return one line of printable characters; what comes from strangers ends in terminals and files."""
-    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
 def _card_readings(card: Mapping[str, Any], registry: Registry) -> list[Evidence]:
-    written = card.get("license")
+    written = [value for key, value in card.items() if str(key).strip().lower() in ("license", "licence")]
+    listed = [one for value in written for one in (value if isinstance(value, list) else [value])]
     readings = []
-    for one in written[:_MAX_LISTED] if isinstance(written, list) else [written]:
-        if one is None:
+    for one in listed[:_MAX_LISTED]:
+        if one is None or (one == "license" and "licence" in card):  # TRL 1.16 writes "licence: license"
             continue
         # "other" is something only with both a name and a link
         name = card.get("license_name") if str(one).lower() == "other" and card.get("license_link") else None
         value = printable(str(name if isinstance(name, str) else one), 100)
-        readings.append(Evidence("README.md", value, registry.resolve(value).ids))
+        readings.append(read_licence("README.md", value, "stranger", registry))
     found = list(dict.fromkeys(readings))
     if len(found) > _MAX_FILES:
         return [Evidence("README.md", f"{len(found)} licences, more than a card can mean", (UNKNOWN,))]
@@ -155,7 +161,7 @@ def _config_readings(directory: Path, registry: Registry) -> list[Evidence]:
             continue  # whoever loads it will say so
         written = data.get("license") if isinstance(data, Mapping) else None
         if isinstance(written, str) and written.strip():
-            readings.append(Evidence(name, printable(written, 100), registry.resolve(written).ids))
+            readings.append(read_licence(name, written, "stranger", registry, 100))
     return readings
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import hashing
-from kd_plugin.lineage.directory import DirectoryFacts, printable, read_directory
+from kd_plugin.lineage.directory import DirectoryFacts, read_directory
 from kd_plugin.lineage.endpoints import host_of
-from kd_plugin.lineage.graph import DECLARED, SELF, Edge, Evidence, Graph, Node
+from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Evidence, Graph, Node
 from kd_plugin.lineage.hub import ask_hub
 from kd_plugin.lineage.overrides import Override, read_overrides
+from kd_plugin.lineage.proof import Proofs
+from kd_plugin.lineage.readings import IN_PROSE, IN_ROWS, ITS_NAME, OWN_SERVER, decide, printable, read_licence
+from kd_plugin.lineage.recheck import judged_again
 from kd_plugin.lineage.record import RECORD, SCHEMA, load_record
 from kd_plugin.lineage.registry import UNKNOWN, UNREAD_API, Registry
 from kd_plugin.lineage.sources import Source
+from kd_plugin.lineage.voice import DECLARED, KNOWN_REPOSITORY, OWN
 
 _MAX_DEPTH = 16  # bases of bases; deeper is a loop or a prank
 _HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
@@ -39,13 +43,27 @@ class Found:
     overrides: tuple[Override, ...] = ()
 
 
+@dataclass(frozen=True)
+class Vouch:
+    """The user's word for a model, which also stands for a base of it of which nothing is found.
+
+    Attributes:
+        ids: licences that the user declared.
+        reason: why they hold although a name says otherwise.
+    """
+
+    ids: tuple[str, ...]
+    reason: str | None = None
+
+
 def discover(
     source: Source,
     registry: Registry,
     *,
     repo: str | None = None,
-    vouched: bool = False,
+    vouch: Vouch | None = None,
     seen: tuple[str, ...] = (),
+    proofs: Proofs | None = None,
 ) -> Found:
     """Find what a source is and under which terms it stands. Reads files only; loads no model.
 
@@ -53,39 +71,67 @@ def discover(
         source: what the run or the user declares.
         registry: licences and services.
         repo: hub id that the user declares for a source that is loaded from elsewhere.
-        vouched: the user declared the terms of a model made from this one, and so answers for it where nothing
-            is found here; that shows as a warning.
+        vouch: what the user declared of a model made from this one, and so answers for where nothing is found here;
+            that shows as a warning.
         seen: references that lead here, against loops.
+        proofs: compares records with the weights beside them.
 
     Raises:
         LineageError: a parent's record is damaged.
     """
+    proofs = proofs or Proofs()
     if source.kind == "teacher_outputs":
-        return _from_outputs(source)
+        return _from_outputs(source, registry)
     if source.record is not None and source.record.get("schema") == SCHEMA:
-        return _from_checkpoint(source.record, source.name)
+        return _from_checkpoint(source.record, source, source.name, registry)
     directory, hub = _directory(source), None
     if (directory is None or not (directory / "README.md").is_file()) and _is_hub_id(source.ref):
         hub = ask_hub(str(source.ref), source.revision, "dataset" if source.kind == "dataset" else "model")
         directory = hub.directory or directory
+    doubt: tuple[Evidence, ...] = ()
     if directory is not None and (directory / RECORD).is_file():
-        return _from_checkpoint(load_record(directory), printable(directory.resolve().name))
+        record = load_record(directory)
+        problem = proofs.problem(directory, record, {} if hub is None else hub.weights)
+        if problem is None:
+            return _from_checkpoint(record, source, printable(directory.resolve().name), registry)
+        doubt = (Evidence(RECORD, f"not about these weights: {problem}", (UNKNOWN,)),)
     facts = DirectoryFacts() if directory is None else read_directory(directory, registry)
+    if facts.trace is not None and not doubt:
+        doubt = (Evidence(facts.trace, f"says that a {RECORD} belongs to it, which is not here", (UNKNOWN,)),)
     found_repo, revision = _identity(source, directory)
     repo = found_repo or repo
-    known = registry.known_repository(repo) if source.kind == "model" else None
-    readings = [*_declared(source, registry), *facts.readings]
-    if known is not None:
-        readings.append(Evidence("registry of known repositories", known.license, (known.license,)))
-    ids, evidence = _decide(readings, registry)
+    known = [one for name in (repo, source.model, *source.served) if (one := registry.known_repository(name))]
+    readings = [*_declared(source, registry), *doubt, *facts.readings, *_stated_by_rows(source, registry)]
+    if source.kind == "model":
+        readings += [Evidence(KNOWN_REPOSITORY, one.license, (one.license,)) for one in dict.fromkeys(known)]
+    ids, evidence = decide(readings, registry)
+    services, server = _services(source, registry, directory, repo)
+    bases = [one.base for one in known if one.base is not None]
+    below = Graph.of([], [])
+    edges: list[tuple[Node, EdgeKind]] = []
+    overrides: tuple[Override, ...] = ()
+    trail = (*seen, source.ref or "")
+    for parent, kind, answered in _behind(source, facts, bases, _vouch(source, evidence, vouch)):
+        if parent.ref in (*trail, repo) or len(trail) > _MAX_DEPTH:
+            continue
+        found = discover(parent, registry, vouch=answered, seen=trail, proofs=proofs)
+        below, overrides = below.merged(found.graph), (*overrides, *found.overrides)
+        edges.append((found.node, kind))
+    if source.kind == "model" and not known:
+        carried = {*(vouch.ids if vouch is not None and not ids else ids), *(i for n, _ in edges for i in n.licenses)}
+        names = (repo, source.model, *source.served, source.ref if directory is None else None)
+        reason = source.reason or (vouch.reason if vouch is not None else None)
+        evidence += _against_its_name(names, carried, reason, registry)
+        ids, evidence = decide(evidence, registry)
     if hub is not None and hub.problem is not None:
         evidence += (Evidence("hub", hub.problem, ()),)
     if source.named_in is not None:
         evidence += (Evidence("a dataset's card", printable(source.named_in), ()),)
-    services, server = _services(source, registry, directory, repo)
+    if source.kind == "dataset":
+        evidence += _questions(source, facts)
     evidence += server
-    in_memory = source.kind == "dataset" and source.ref is None
-    undeclared = not ids and not services and (in_memory or vouched)
+    in_memory = source.kind == "dataset" and (source.ref is None or source.found_beside)
+    undeclared = not ids and not services and (in_memory or vouch is not None)
     if not ids and not services and not undeclared:
         ids = (UNKNOWN,)
     node = Node(
@@ -105,49 +151,74 @@ def discover(
         texts=_unshipped_texts(ids, facts, registry),
         undeclared=undeclared,
     )
-    graph = Graph.of([node], [])
-    trail = (*seen, source.ref or "")
-    vouch = any(e.where == DECLARED and e.ids != (UNKNOWN,) for e in evidence) or vouched
-    bases = list(facts.bases)
-    if known is not None and known.base is not None and known.base not in {base for base, _ in bases}:
-        bases.append((known.base, "initialized_from"))
-    behind = [(Source(base, "model", base), kind, vouch) for base, kind in bases]
-    written_by = [*(Source(name, "model", name) for name in source.generated_by), *source.generators]
-    if source.kind == "dataset":
-        said = {one.ref for one in written_by}
-        written_by += [Source(n, "model", n, named_in=words) for n, words in facts.writers if n not in said]
-    behind += [(one, "trained_on_outputs", False) for one in written_by]
-    overrides: tuple[Override, ...] = ()
-    for one, kind, answered in behind:
-        if one.ref in (*trail, repo) or len(trail) > _MAX_DEPTH:
-            continue
-        found = discover(one, registry, vouched=answered, seen=trail)
-        graph = graph.merged(found.graph, Graph.of([], [Edge(node.id, found.node.id, kind)]))
-        overrides += found.overrides
+    graph = below.merged(Graph.of([node], [Edge(node.id, target.id, kind) for target, kind in edges]))
     return Found(node, graph, overrides)
 
 
 def _declared(source: Source, registry: Registry) -> list[Evidence]:
-    if source.license is None:
-        return []
-    resolution = registry.resolve(source.license)
-    hint = f" ({resolution.hint.strip()})" if resolution.hint else ""
-    return [Evidence(DECLARED, printable(source.license + hint), resolution.ids)]
+    return [] if source.license is None else [read_licence(DECLARED, source.license, "user", registry)]
 
 
-def _decide(readings: list[Evidence], registry: Registry) -> tuple[tuple[str, ...], tuple[Evidence, ...]]:
-    """Choose the most severe reading; a declaration stands against readings that say nothing known."""
-    known = [r for r in readings if UNKNOWN not in r.ids]
-    candidates = known if any(r.where == DECLARED for r in known) else readings
-    if not candidates:
-        return (), ()
-    chosen = max(candidates, key=lambda r: (registry.severity(r.ids), r.where == DECLARED, r.where))
-    return chosen.ids, (chosen, *(r for r in readings if r is not chosen))
+def _stated_by_rows(source: Source, registry: Registry) -> list[Evidence]:
+    stated = source.rows.licenses if source.rows is not None else ()
+    return [read_licence(where, written, "stranger", registry, 100) for where, written in stated]
+
+
+def _vouch(source: Source, evidence: tuple[Evidence, ...], given: Vouch | None) -> Vouch | None:
+    """Return what the user answers for in the bases of a source: a licence that is declared and understood."""
+    mine = next((e for e in evidence if e.where == DECLARED and e.ids != (UNKNOWN,)), None)
+    return given if mine is None else Vouch(mine.ids, source.reason or (given.reason if given else None))
+
+
+def _behind(
+    source: Source, facts: DirectoryFacts, known_bases: Sequence[str], vouch: Vouch | None
+) -> list[tuple[Source, EdgeKind, Vouch | None]]:
+    """List what a source was made from: its bases, and the models that wrote it."""
+    bases = list(facts.bases)
+    bases += [(base, "initialized_from") for base in known_bases if base not in {name for name, _ in bases}]
+    behind: list[tuple[Source, EdgeKind, Vouch | None]] = [
+        (Source(base, "model", base), kind, vouch) for base, kind in dict.fromkeys(bases)
+    ]
+    written_by = [*(Source(name, "model", name) for name in source.generated_by), *source.generators]
+    if source.kind == "dataset":
+        named = [*facts.writers, *(source.rows.writers if source.rows is not None else ())]
+        said = {one.ref for one in written_by}
+        written_by += [Source(n, "model", n, named_in=words) for n, words in dict(named).items() if n not in said]
+    return [*behind, *((one, "trained_on_outputs", None) for one in written_by)]
+
+
+def _against_its_name(
+    names: Sequence[str | None], carried: set[str], reason: str | None, registry: Registry
+) -> tuple[Evidence, ...]:
+    """Doubt a licence that the name of a source contradicts, until it is explained; a name alone decides nothing."""
+    families = {i for name in names if name for i in registry.families_of(name)}
+    if not families or not carried or carried & families or UNKNOWN in carried:
+        return ()
+    shown = " or ".join(sorted(families))
+    if reason is not None:
+        return (Evidence(ITS_NAME, f"names the family of {shown}; explained: {printable(reason)}", (), "user"),)
+    said = (
+        f"names the family of {shown}, and what was read is {' AND '.join(sorted(carried))}; declare the family's "
+        "licence, or say why not: `reason: ...` beside `license`"
+    )
+    return (Evidence(ITS_NAME, said, (UNKNOWN,)),)
+
+
+def _questions(source: Source, facts: DirectoryFacts) -> tuple[Evidence, ...]:
+    """Return what is asked about a dataset: prose that names closed models, and generators that no one can look up."""
+    if source.writers_declared:
+        return ()
+    unread = source.rows.unread if source.rows is not None else ()
+    return (
+        *(Evidence(IN_PROSE, words, ()) for words in facts.prose),
+        *(Evidence(IN_ROWS, words, ()) for words in unread),
+    )
 
 
 def _expression(evidence: tuple[Evidence, ...], ids: tuple[str, ...], registry: Registry) -> str | None:
     """Return the SPDX expression as written where one was, such as a choice, else that of the entries."""
-    written = registry.resolve(evidence[0].value).expression if evidence and evidence[0].ids else None
+    first = evidence[0] if evidence and evidence[0].ids else None
+    written = None if first is None else registry.resolve(first.value, first.voice or "stranger").expression
     return written or " AND ".join(sorted(s for i in ids if (s := registry.terms[i].spdx))) or None
 
 
@@ -161,12 +232,14 @@ def _services(
     source: Source, registry: Registry, directory: Path | None, declared_repo: str | None
 ) -> tuple[tuple[str, ...], tuple[Evidence, ...]]:
     """Return the APIs that a source is, by its endpoint's host or its model's name, and what the user says of it."""
-    found = {registry.service_of_endpoint(source.endpoint)} if source.endpoint else set()
+    found: set[str | None] = set(registry.services_of_endpoint(source.endpoint)) if source.endpoint else set()
     evidence: tuple[Evidence, ...] = ()
+    if source.served:
+        evidence = (Evidence("server", f"it says that it serves {printable(', '.join(source.served))}", ()),)
     if source.endpoint_terms == "own" and UNREAD_API in found and not registry.is_listed(source.endpoint or ""):
         found.discard(UNREAD_API)
-        evidence = (Evidence("declared", "the server is the user's own", ()),)
-    names = (source.model, declared_repo, source.ref if directory is None else None)
+        evidence += (Evidence(DECLARED, OWN_SERVER, ()),)
+    names = (source.model, *source.served, declared_repo, source.ref if directory is None else None)
     found |= {registry.service_of_model(name) for name in names if name}
     return tuple(sorted(s for s in found if s)), evidence
 
@@ -231,21 +304,30 @@ def with_weights(found: Found, source: Source) -> Found:
     return Found(named, Graph.of(nodes, edges), found.overrides)
 
 
-def _from_outputs(source: Source) -> Found:
+def _from_outputs(source: Source, registry: Registry) -> Found:
     """Use the lineage that a cache brings along; a cache without one is unknown."""
     if source.record is None:
         node = Node("teacher_outputs", printable(source.name), licenses=(UNKNOWN,))
         return Found(node, Graph.of([node], []))
-    graph = Graph.from_json(source.record)
-    bare = graph.root("teacher_outputs")
+    read = Graph.from_json(source.record)
+    bare = read.root("teacher_outputs")
+    graph, ids = judged_again(read, registry)
     outputs = source.record.get("outputs", {})
     if not isinstance(outputs, Mapping):
         raise LineageError(f"The record of {source.name!r} has 'outputs' {outputs!r}; expected a mapping.")
     details = {str(k): _recordable(v) for k, v in outputs.items() if k != "digest" and v is not None}
-    node = replace(bare, digest=outputs.get("digest"), details=details)
-    edges = [replace(e, source=node.id) if e.source == bare.id else e for e in graph.edges]
-    nodes = [node, *(n for n in graph.nodes.values() if n.id != bare.id)]
+    before = graph.nodes[ids[bare.id]]
+    node = replace(_vouched(before, source), digest=outputs.get("digest"), details=details)
+    edges = [replace(e, source=node.id) if e.source == before.id else e for e in graph.edges]
+    nodes = [node, *(n for n in graph.nodes.values() if n.id != before.id)]
     return Found(node, Graph.of(nodes, edges), record_overrides(source.record))
+
+
+def _vouched(node: Node, source: Source) -> Node:
+    """Add the user's word to a checkpoint or a cache that is declared as ``own``: then what it calls own is theirs."""
+    if source.license is None or source.license.strip().lower() != OWN:
+        return node
+    return replace(node, licenses=(*node.licenses, OWN), evidence=(Evidence(DECLARED, OWN, (OWN,)), *node.evidence))
 
 
 def _recordable(value: Any) -> Any:
@@ -258,10 +340,10 @@ def _recordable(value: Any) -> Any:
     return value if exact else str(value)
 
 
-def _from_checkpoint(record: Mapping[str, Any], name: str) -> Found:
+def _from_checkpoint(record: Mapping[str, Any], source: Source, name: str, registry: Registry) -> Found:
     """Use a parent checkpoint's own record: its ancestors are the child's ancestors."""
-    node = checkpoint_node(record, name)
-    graph = Graph.from_json(record)
+    node = _vouched(checkpoint_node(record, name), source)
+    graph, _ = judged_again(Graph.from_json(record), registry)
     if not any(edge.source == SELF for edge in graph.edges):
         raise LineageError(f"The record of {name!r} names nothing that its checkpoint was made from.")
     return Found(node, graph.rooted_at(node), record_overrides(record))

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import rfc8785
 
 from kd_plugin.errors import LineageError
+from kd_plugin.lineage.voice import DECLARED, Voice, implied_voice
 
 Reach = Literal["weights", "logits", "outputs", "data"]
 EdgeKind = Literal[
@@ -40,7 +41,6 @@ REACH: Mapping[str, Reach] = {
     "corrected_by": "outputs",
     "trained_on": "data",
 }
-DECLARED = "declared"  # where a reading comes from the user
 SELF = "self"  # the checkpoint that a graph describes
 
 
@@ -51,12 +51,31 @@ class Evidence:
     Attributes:
         where: what was read: ``lineage config``, ``LICENSE``, ``README.md`` ...
         value: what it said, as written there (shortened).
-        ids: registry entries that it resolves to.
+        ids: registry entries that it resolves to; none where it says something else than a licence.
+        voice: whose word it is; None stands for what ``where`` implies.
     """
 
     where: str
     value: str
     ids: tuple[str, ...]
+    voice: Voice | None = None
+
+    def __post_init__(self) -> None:
+        if self.voice is None:
+            object.__setattr__(self, "voice", implied_voice(self.where))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the reading as it stands in a record, which leaves out a voice that ``where`` implies."""
+        said = {} if self.voice == implied_voice(self.where) else {"voice": self.voice}
+        return {"where": self.where, "value": self.value, "ids": list(self.ids), **said}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Evidence:
+        """Read a reading back; raises KeyError, TypeError or ValueError where it is malformed."""
+        voice = data.get("voice")
+        if voice is not None and voice not in get_args(Voice):
+            raise ValueError(f"unknown voice {voice!r}")
+        return cls(str(data["where"]), str(data["value"]), _strings(data["ids"]), voice)
 
 
 @dataclass(frozen=True)
@@ -142,7 +161,7 @@ class Node:
             if getattr(self, key):
                 content[key] = dict(getattr(self, key))
         if self.evidence:
-            content["evidence"] = [{"where": e.where, "value": e.value, "ids": list(e.ids)} for e in self.evidence]
+            content["evidence"] = [e.to_json() for e in self.evidence]
         if self.undeclared:
             content["undeclared"] = True
         return content
@@ -161,9 +180,7 @@ class Node:
         fields = dict(data)
         claimed, sure = fields.pop("id", None), fields.pop("sure", None)
         try:
-            evidence = tuple(
-                Evidence(str(e["where"]), str(e["value"]), _strings(e["ids"])) for e in fields.pop("evidence", [])
-            )
+            evidence = tuple(Evidence.from_json(e) for e in fields.pop("evidence", []))
             for key in ("licenses", "services", "copyright"):
                 if key in fields:
                     fields[key] = _strings(fields[key])

@@ -57,6 +57,60 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a directory is called as trainers call the checkpoints of a run."""
+    return _CHECKPOINT.match(name) is not None
+
+
+def weights_aside(directory: Path) -> list[Path]:
+    """List weight files below a checkpoint that belong to it by their place and to no record: sorted, links followed.
+
+    They lie in a hidden, linked or oddly named directory, or in a directory whose own ``lineage.json`` does not name
+    them. What a trainer keeps of its optimizer is left out.
+    """
+    if not directory.is_dir():
+        return []
+    own = set(weight_files(directory))
+    found = []
+    for folder, names, files in os.walk(directory, followlinks=True):
+        place = Path(folder)
+        names[:] = [n for n in sorted(names) if not _leads_back(place / n)]
+        claimed = _claimed(place, directory)
+        for name in sorted(files):
+            path = place / name
+            if path in own or not _WEIGHTS.match(name) or _NOT_WEIGHTS.match(name) or not path.is_file():
+                continue
+            of_optimizer = name.endswith((".distcp", ".pt")) and any(
+                _NOT_WEIGHTS.match(part) for part in place.relative_to(directory).parts
+            )
+            if not of_optimizer and path not in claimed:
+                found.append(path)
+    return found
+
+
+def _claimed(place: Path, root: Path) -> set[Path]:
+    """Return the weights that a record in ``place``, or above it and below the checkpoint, names by name and size."""
+    from kd_plugin.lineage.record import RECORD, read_record
+
+    claimed: set[Path] = set()
+    for folder in (place, *place.parents):
+        if folder == root or not folder.is_relative_to(root):
+            break
+        if (folder / RECORD).is_file():
+            try:
+                subjects, _ = read_record(folder / RECORD)
+                named = {folder / str(s["path"]): s["size"] for s in subjects["subjects"]}
+            except (LineageError, KeyError, TypeError):
+                continue
+            claimed |= {path for path, size in named.items() if path.is_file() and path.stat().st_size == size}
+    return claimed
+
+
+def _leads_back(path: Path) -> bool:
+    """Whether a link leads to a directory that holds it, so that following it would not end."""
+    return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
+
+
 def apart(directory: Path) -> list[str]:
     """Name the directories below a checkpoint that hold a lineage of their own and are no ``checkpoint-*``."""
     if not directory.is_dir():
@@ -94,14 +148,21 @@ def name_in(checkpoint: Path, file: Path) -> str:
     return file.name if file == checkpoint else file.relative_to(checkpoint).as_posix()
 
 
-def sha256_file(path: Path) -> str:
-    """Hash a file without holding more than 4 MiB of it; hashlib releases the GIL meanwhile."""
+def sha256_file(path: Path, count: Callable[[int], None] | None = None) -> str:
+    """Hash a file without holding more than 4 MiB of it; hashlib releases the GIL meanwhile.
+
+    Args:
+        path: the file.
+        count: told of the bytes as they are read.
+    """
     digest = hashlib.sha256()
     buffer = bytearray(_CHUNK)
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(view[:count])
+        while read := file.readinto(buffer):
+            digest.update(view[:read])
+            if count is not None:
+                count(read)
     return digest.hexdigest()
 
 

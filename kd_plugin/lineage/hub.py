@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kd_plugin.lineage.directory import HUB_FILES, printable
 
@@ -19,10 +20,12 @@ class HubAnswer:
     Attributes:
         directory: the snapshot in the hub's local cache, or None.
         problem: why there is nothing, in words; None where there is something.
+        weights: sha256 of the large files that the hub holds, by name.
     """
 
     directory: Path | None = None
     problem: str | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Reach:
@@ -62,4 +65,10 @@ def ask_hub(repo: str, revision: str | None, kind: Literal["model", "dataset"]) 
         return HubAnswer(problem=_Reach.problem)
     if not places:
         return HubAnswer(problem="the repository has neither card nor licence file")
-    return HubAnswer(directory=places[0].parent)
+    return HubAnswer(directory=places[0].parent, weights=_digests(info))
+
+
+def _digests(info: Any) -> dict[str, str]:
+    large = {file.rfilename: getattr(file, "lfs", None) for file in getattr(info, "siblings", None) or []}
+    digests = {str(name): getattr(lfs, "sha256", None) for name, lfs in large.items()}
+    return {name: str(digest) for name, digest in digests.items() if digest}

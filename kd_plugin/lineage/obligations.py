@@ -8,9 +8,8 @@ from dataclasses import replace
 from kd_plugin.lineage.graph import Graph, Node
 from kd_plugin.lineage.registry import Registry
 from kd_plugin.lineage.terms import Terms
+from kd_plugin.lineage.traces import NOTICE_HEADER
 from kd_plugin.lineage.verdict import NO_ADVICE, Duty, Finding, Verdict
-
-NOTICE_HEADER = "NOTICE of the license lineage of this checkpoint, written by kd-plugin."
 
 
 def settle(verdict: Verdict, graph: Graph, terms: Mapping[str, Terms]) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def outputs_record(
             kind = "trained_on"
         edges.append(Edge(node.id, found.node.id, kind, one.source.name))
     graph = Graph.of([node], edges).merged(*(found.graph for found in behind))
-    used = graph.merged(Graph.of([], [Edge(SELF, node.id, edges[0].kind)]))
+    # What is used is judged, not the cache: it is the user who says what is in it
+    used = Graph.of([], [replace(edge, source=SELF) for edge in edges]).merged(*(found.graph for found in behind))
     overrides = tuple(sorted({*declared.overrides, *(o for found in behind for o in found.overrides)}))
     today = datetime.now(UTC).date().isoformat()
     date = declared.run.get("date") or today

@@ -9,9 +9,13 @@ from typing import Any
 from kd_plugin.errors import LineageError
 from kd_plugin.lineage.graph import SELF, Graph, Node, Path
 from kd_plugin.lineage.overrides import Override, apply_overrides
+from kd_plugin.lineage.readings import IN_PROSE, IN_ROWS, ITS_NAME
 from kd_plugin.lineage.shipping import Hit, changed_texts, shipping_findings
 from kd_plugin.lineage.terms import Clause, Terms
 from kd_plugin.lineage.verdict import DECISIONS, FACTS, Decision, Duty, Finding, Student, Verdict
+from kd_plugin.lineage.voice import OWN, others_own
+
+RULES = 2  # version of the rules below; a record says by which it was judged
 
 
 @dataclass
@@ -31,6 +35,7 @@ def evaluate(
     student: Student | None = None,
     overrides: Sequence[Override] = (),
     on: str = "",
+    rules: int = RULES,
 ) -> Verdict:
     """Decide what a checkpoint with this lineage may be used for, and what is owed.
 
@@ -41,6 +46,7 @@ def evaluate(
         student: name and licence under which the checkpoint would be shipped.
         overrides: recorded exceptions.
         on: ISO date on which they must be in force.
+        rules: version of the rules: 1 leaves out what later versions ask, so that an old record can be recomputed.
 
     Raises:
         LineageError: a node names terms that are not given.
@@ -53,6 +59,8 @@ def evaluate(
     for node_id in sorted(paths):
         node = graph.nodes[node_id]
         _judge_declaration(node, paths[node_id][0], tally)
+        if rules > 1:
+            _judge_words(node, paths[node_id][0], graph, tally)
         for terms_id in (*node.licenses, *node.services):
             if terms_id not in terms:
                 raise LineageError(f"Lineage names terms {terms_id!r}, which neither registry nor record holds.")
@@ -61,6 +69,8 @@ def evaluate(
                 if hit is not None and not own & set(clause.unless_student):
                     hits.append(hit)
                     _apply(hit, facts, student, tally)
+    for node_id in sorted(others_own(graph) & paths.keys()) if rules > 1 else ():
+        tally.findings.append(_own_of_another(graph.nodes[node_id], paths[node_id][0]))
     tally.findings += [*shipping_findings(hits, student, terms), *changed_texts(graph, paths)]
     findings = [apply_overrides(f, terms, overrides, on) for f in dict.fromkeys(tally.findings)]
     for finding in findings:
@@ -148,6 +158,45 @@ def _judge_declaration(node: Node, path: Path, tally: _Tally) -> None:
         remedy = "the more severe reading counts; correct the source that is wrong"
         clause = "sources disagree on the licence"
         tally.findings.append(_note("sources_disagree", node, path, clause, seen, remedy))
+
+
+def _judge_words(node: Node, path: Path, graph: Graph, tally: _Tally) -> None:
+    """Note where one voice alone speaks, and what is to be asked about a dataset."""
+    said = [e for e in node.evidence if e.ids]
+    if said and all(e.voice == "user" for e in said) and OWN not in node.licenses:
+        remedy = "keep what you read of its terms beside it: a LICENSE file, or a card that names its licence"
+        seen = "; ".join(f"{e.where}: {e.value}" for e in said)
+        clause = "nothing but the declaration supports its licence"
+        tally.findings.append(_note("declaration_alone", node, path, clause, seen, remedy))
+    for e in node.evidence:
+        if e.where == ITS_NAME and not e.ids:
+            remedy = "check the explanation against the licence that came with it"
+            clause = "its name speaks of another licence than was declared"
+            tally.findings.append(_note("name_explained", node, path, clause, e.value, remedy))
+    asked = "; ".join(f"{e.where}: {e.value}" for e in node.evidence if e.where in (IN_PROSE, IN_ROWS))
+    if asked:
+        remedy = (
+            f"say who wrote it: `lineage: {{datasets: [{{repo: {node.label}, generated_by: []}}]}}`, with names if any"
+        )
+        clause = "its own words leave open which models wrote it"
+        tally.findings.append(_note("writers_not_declared", node, path, clause, asked, remedy))
+    rows = any(e.source == node.id and graph.nodes[e.target].kind == "dataset" for e in graph.edges)
+    if node.kind == "teacher_outputs" and not rows and node.licenses != ("unknown",):
+        remedy = "capture again with a kd-plugin that records the rows, or declare them: `lineage: {datasets: [...]}`"
+        evidence = "its record names no dataset"
+        tally.findings.append(
+            _note("undeclared_dataset", node, path, "its rows are of no known origin", evidence, remedy)
+        )
+
+
+def _own_of_another(node: Node, path: Path) -> Finding:
+    """Ask whose ``own`` it is: a record speaks for whoever wrote it."""
+    return Finding(
+        "own_of_another", "unknown", "training", node.id, node.label, path.nodes,
+        "a record calls it its writer's own", "only your own configuration can call something yours",
+        "if you wrote that record, declare what brought it as yours: `license: own` for the student or teacher that "
+        "starts from it, or `lineage: {teachers: {NAME: {license: own}}}` with the name of a cache's teacher",
+    )  # fmt: skip
 
 
 def _note(code: str, node: Node, path: Path, clause: str, evidence: str, remedy: str) -> Finding:

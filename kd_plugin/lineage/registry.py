@@ -6,8 +6,9 @@ import fnmatch
 import hashlib
 import re
 import tomllib
+import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path, PurePath
@@ -16,8 +17,9 @@ from typing import Any
 from license_expression import ExpressionError, LicenseSymbol, get_spdx_licensing
 
 from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.lineage.endpoints import host_of, is_own_network
+from kd_plugin.lineage.endpoints import host_of, is_own_network, is_under, mentions
 from kd_plugin.lineage.terms import Terms
+from kd_plugin.lineage.voice import OWN, Voice, may_say_own
 
 UNKNOWN = "unknown"
 UNREAD_API = "unread-api-terms"  # the service of every server that is neither known nor the user's own
@@ -65,6 +67,7 @@ class Registry:
         aliases: other spellings to ids.
         hosts: host pattern to service id.
         models: regular expression of a whole model name to service id.
+        families: regular expression in the name of a source, normalised, to the licence of that family of models.
         known: hub repositories whose terms were read, by id folded to lower case.
         texts: shipped texts by file name.
     """
@@ -77,14 +80,19 @@ class Registry:
     models: Mapping[str, str]
     known: Mapping[str, KnownRepository]
     texts: Mapping[str, str]
+    families: Mapping[str, str] = field(default_factory=dict)
 
-    def resolve(self, written: str) -> Resolution:
+    def resolve(self, written: str, voice: Voice = "stranger") -> Resolution:
         """Resolve a hub licence id, an SPDX expression, or ``own``, whatever its case.
 
         In ``A OR B`` the user may choose, and the milder is chosen; in ``A AND B`` both bind.
+
+        Args:
+            written: the words.
+            voice: whose they are; only the user's own can say ``own``.
         """
         text = written.strip()
-        direct = self.aliases.get(_fold(text))
+        direct = self._named(text, voice)
         if direct is not None:
             return Resolution((direct,), self.terms[direct].spdx)
         try:
@@ -95,15 +103,19 @@ class Registry:
             return Resolution((UNKNOWN,), hint=nearest(_fold(text), list(self.aliases)))
         if isinstance(parsed, LicenseSymbol) or not getattr(parsed, "args", ()):
             return Resolution((UNKNOWN,), hint=nearest(_fold(text), list(self.aliases)))
-        return self._resolve_tree(parsed)
+        return self._resolve_tree(parsed, voice)
 
-    def _resolve_tree(self, parsed: Any) -> Resolution:
+    def _named(self, text: str, voice: Voice) -> str | None:
+        found = self.aliases.get(_fold(text))
+        return None if found == OWN and not may_say_own(voice) else found
+
+    def _resolve_tree(self, parsed: Any, voice: Voice) -> Resolution:
         if not getattr(parsed, "args", ()):
-            found = self.aliases.get(_fold(str(parsed)))
+            found = self._named(str(parsed), voice)
             if found is None:
                 return Resolution((UNKNOWN,), str(parsed), nearest(_fold(str(parsed)), list(self.aliases)))
             return Resolution((found,), self.terms[found].spdx)
-        parts = [self._resolve_tree(arg) for arg in parsed.args]
+        parts = [self._resolve_tree(arg, voice) for arg in parsed.args]
         hint = next((p.hint for p in parts if p.hint), "")
         word = " OR " if parsed.operator.strip().upper() == "OR" else " AND "
         expression = word.join(f"({p.expression})" if " " in (p.expression or "") else str(p.expression) for p in parts)
@@ -119,23 +131,31 @@ class Registry:
 
         return max((severity_of(self.terms[i]) for i in ids or (UNKNOWN,)), default=0)
 
-    def service_of_endpoint(self, endpoint: str) -> str | None:
-        """Return the service behind a URL or host, or None where the server is on the user's own network.
+    def services_of_endpoint(self, endpoint: str) -> tuple[str, ...]:
+        """Return every service behind a URL or host; none where the server is on the user's own network.
 
-        A server elsewhere that no entry knows is an API whose terms were not read.
+        The package's closed services come first, and a user's registry can only add to them. A server elsewhere that
+        no entry knows is an API whose terms were not read, and so is an address that cannot be read.
         """
         host = host_of(endpoint)
         if host is None:
-            return UNREAD_API
-        return self._listed(host) or (None if is_own_network(host) else UNREAD_API)
+            closed = [s for pattern, s in self.hosts.items() if s != UNREAD_API and mentions(endpoint, pattern)]
+            return tuple(dict.fromkeys(closed)) or (UNREAD_API,)
+        found = [(pattern, s) for pattern, s in self.hosts.items() if _fits(host, pattern)]
+        services = [s for _, s in found if s != UNREAD_API]
+        # Whoever describes the terms of a server that the package has not read says which one; "*" names none
+        described = any(s != UNREAD_API and _names_a_host(pattern) for pattern, s in found)
+        unread = any(s == UNREAD_API for _, s in found) or not is_own_network(host)
+        return tuple(dict.fromkeys([*services, *([UNREAD_API] if unread and not described else [])]))
+
+    def service_of_endpoint(self, endpoint: str) -> str | None:
+        """Return the first of the services behind a URL or host, or None; see :meth:`services_of_endpoint`."""
+        return next(iter(self.services_of_endpoint(endpoint)), None)
 
     def is_listed(self, endpoint: str) -> bool:
-        """Whether an entry names the host of an endpoint: nobody can declare such a server their own."""
+        """Whether nobody can declare a server their own: an entry names its host, or its address cannot be read."""
         host = host_of(endpoint)
-        return host is not None and self._listed(host) is not None
-
-    def _listed(self, host: str) -> str | None:
-        return next((s for pattern, s in self.hosts.items() if fnmatch.fnmatchcase(host, pattern)), None)
+        return host is None or any(_fits(host, pattern) for pattern in self.hosts)
 
     def service_of_model(self, name: str) -> str | None:
         """Return the service that alone offers the model of this name, or None.
@@ -150,6 +170,11 @@ class Registry:
                 if re.fullmatch(pattern, candidate):
                     return service
         return None
+
+    def families_of(self, name: str) -> tuple[str, ...]:
+        """Return the licences of the families of models that a name seems to belong to; this can raise doubt only."""
+        folded = re.sub(r"[\s_]+", "-", unicodedata.normalize("NFKC", name).lower())
+        return tuple(dict.fromkeys(i for pattern, i in self.families.items() if re.search(pattern, folded)))
 
     def text(self, terms_id: str) -> str | None:
         """Return the verbatim text that the package ships for an entry, or None."""
@@ -195,10 +220,15 @@ def load_registry(path: Path) -> Registry:
         sha256=hashlib.sha256(f"{base.sha256} {mine.sha256}".encode()).hexdigest(),
         terms={**base.terms, **mine.terms},
         aliases={**base.aliases, **mine.aliases},
-        hosts={**mine.hosts, **base.hosts},  # a user may add hosts of closed APIs, not take ours away
-        models={**mine.models, **base.models},
-        known={**base.known, **mine.known},
+        # Ours come first and stand: a user may add hosts and models of closed APIs, and take none away
+        hosts={**base.hosts, **{h: s for h, s in mine.hosts.items() if base.hosts.get(h, UNREAD_API) == UNREAD_API}},
+        models={**base.models, **{name: s for name, s in mine.models.items() if name not in base.models}},
+        known={**base.known, **{repo: one for repo, one in mine.known.items() if repo not in base.known}},
         texts={**base.texts, **mine.texts},
+        families={
+            **base.families,
+            **{pattern: i for pattern, i in mine.families.items() if pattern not in base.families},
+        },
     )
 
 
@@ -227,6 +257,7 @@ def parse_registry(raw: bytes, where: str, read: Callable[[str], bytes], base: R
     hosts: dict[str, str] = {}
     models: dict[str, str] = {}
     texts: dict[str, str] = {}
+    families: dict[str, str] = {}
     for kind in ("license", "service"):
         for item in data.get(kind, []):
             entry = dict(item)
@@ -235,6 +266,7 @@ def parse_registry(raw: bytes, where: str, read: Callable[[str], bytes], base: R
             spellings = entry.pop("aliases", [])
             hosts |= dict.fromkeys(entry.pop("hosts", []), terms_id)
             models |= dict.fromkeys(entry.pop("models", []), terms_id)
+            families |= dict.fromkeys(entry.pop("families", []), terms_id)
             shared = [c for group in entry.pop("groups", []) for c in _group(data.get("groups", {}), group, name)]
             entry["clauses"] = [_own(clause, terms_id) for clause in [*shared, *entry.get("clauses", [])]]
             if kind == "service":
@@ -258,6 +290,7 @@ def parse_registry(raw: bytes, where: str, read: Callable[[str], bytes], base: R
         models,
         {one.repo.lower(): one for one in known},
         texts,
+        families,
     )
 
 
@@ -310,6 +343,15 @@ def _group(groups: Mapping[str, Any], name: str, where: str) -> list[Any]:
     if name not in groups:
         raise ConfigError(f"{where}: no group {name!r}.{nearest(name, sorted(groups))}")
     return list(groups[name])
+
+
+def _fits(host: str, pattern: str) -> bool:
+    """Whether a host is, or lies under, the domain that a pattern names; ``*`` and its like stand as written."""
+    return fnmatch.fnmatchcase(host, pattern) if "*" in pattern else is_under(host, pattern)
+
+
+def _names_a_host(pattern: str) -> bool:
+    return sum(bool(label.strip("*?")) for label in pattern.split(".")) >= 2
 
 
 def _fold(text: str) -> str:

@@ -19,12 +19,20 @@ from kd_plugin.lineage.background import is_large
 from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.config import LineageConfig, load_config
-from kd_plugin.lineage.declared import Declared, match_datasets, match_teachers, registry_of, shipped_student
+from kd_plugin.lineage.declared import (
+    Declared,
+    match_datasets,
+    match_outputs,
+    match_teachers,
+    registry_of,
+    shipped_student,
+)
 from kd_plugin.lineage.discovery import Found, checkpoint_node, discover, record_overrides, with_weights
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph
 from kd_plugin.lineage.overrides import Override, in_force
 from kd_plugin.lineage.place import lineage_directory
-from kd_plugin.lineage.policy import evaluate
+from kd_plugin.lineage.policy import RULES, evaluate
+from kd_plugin.lineage.proof import Proofs
 from kd_plugin.lineage.record import RECORD, SCHEMA, load_record, sealed
 from kd_plugin.lineage.registry import Registry
 from kd_plugin.lineage.shares import Place, Shares
@@ -71,16 +79,18 @@ class RunLineage:
         self.registry: Registry = registry_of(self.config)
         self.config_hash = config_hash
         self.student = Declared.of(student, self.config.student)
-        self.teachers = match_teachers(teachers, self.config)
-        self.outputs = list(outputs)
+        self.outputs, answered = match_outputs(outputs, self.config)
+        self.teachers = match_teachers(teachers, self.config, answered)
+        self._given_datasets = list(datasets)
         self.datasets = match_datasets(datasets, self.config)
         self.resumed: Mapping[str, Any] | None = None
         self._resumed_name = ""
         self.changes: list[str] = []
         self.run_id: str = self.config.run.get("id") or uuid.uuid4().hex
         self.started: str = self.config.run.get("date") or datetime.now(UTC).date().isoformat()
+        self._proofs = Proofs(may_wait=True)
         self._roots = self._discover()
-        self._warned = False
+        self._warned: set[Finding] = set()
         if resume_from is not None:
             self.resume(resume_from)
 
@@ -97,6 +107,56 @@ class RunLineage:
         self.run_id = self.config.run.get("id") or self.resumed["run"]["id"]
         self.started = self.config.run.get("date") or self.resumed["run"]["date"]
         self.note_changes([str(change) for change in self.resumed["run"].get("changes", ())])
+        self._forget_verdict()
+
+    def settle(self) -> None:
+        """Wait for what is hashed in the background, and judge again where a record was not about its weights.
+
+        A large parent is hashed while models are loaded; call this before the first batch.
+
+        Raises:
+            LicenseRefusedError: nothing is known any more of a source that training rests on.
+        """
+        if not self._proofs.settle():
+            self._proofs.may_wait = False  # all of it is hashed by now
+            self._rediscover()
+            self.require_trainable()
+
+    def add_datasets(self, datasets: Sequence[Source]) -> None:
+        """Take in what a trainer turns out to train on, and judge again; what is known already changes nothing.
+
+        Raises:
+            LicenseRefusedError: the terms of a dataset forbid training.
+        """
+        new = [one for one in datasets if one not in self._given_datasets]
+        if new:
+            self._given_datasets += new
+            self.datasets = match_datasets(self._given_datasets, self.config)
+            self._rediscover()
+        self.require_trainable()
+
+    def admit(self, teacher: str, served: Sequence[str]) -> None:
+        """Judge a teacher again by the names that its server gives; to be called before the first prompt is sent.
+
+        Args:
+            teacher: the run's name of it.
+            served: names that the server gives for the model.
+
+        Raises:
+            LicenseRefusedError: what is served may not teach.
+        """
+        names = tuple(dict.fromkeys(served))
+        for i, one in enumerate(self.teachers):
+            if one.source.name == teacher and one.source.served != names:
+                self.teachers[i] = replace(one, source=replace(one.source, served=names))
+                self._rediscover()
+        self.require_trainable()
+
+    def _rediscover(self) -> None:
+        self._roots = self._discover()
+        self._forget_verdict()
+
+    def _forget_verdict(self) -> None:
         for name in ("graph", "verdict", "_recorded_graph"):
             self.__dict__.pop(name, None)
 
@@ -124,9 +184,10 @@ class RunLineage:
             LicenseRefusedError: names every source, clause and piece of evidence, and the way out.
         """
         refuse(self.verdict.refusals, "Training is refused by the terms of its sources", self._remedy)
-        for finding in self.verdict.findings if not self._warned else ():
-            logger.warning("license lineage: %s: %s", finding.severity, finding)
-        self._warned = True
+        for finding in self.verdict.findings:
+            if finding not in self._warned:
+                logger.warning("license lineage: %s: %s", finding.severity, finding)
+        self._warned |= set(self.verdict.findings)
 
     def require_publishable(self, directory: str | Path | None = None) -> None:
         """Refuse to publish a checkpoint whose lineage is unfinished or whose terms forbid distribution.
@@ -158,6 +219,7 @@ class RunLineage:
             LineageError: there are no weights, or the directory is not writable. The weights stay as they are,
                 and the record is absent.
         """
+        self.settle()
         weights, directory = Path(directory), lineage_directory(directory)
         if not weights.exists():
             raise LineageError(f"{str(weights)!r} is not there; lineage is written beside weights that are there.")
@@ -222,6 +284,7 @@ class RunLineage:
                 "id": "kd-plugin",
                 "version": self.registry.version,
                 "sha256": self.registry.sha256,
+                "rules": RULES,
                 "facts": dict(sorted(self.config.use.items())),
             },
             "student": {"name": student.name, "declared_license": list(student.declared_license)},
@@ -289,7 +352,10 @@ class RunLineage:
         ]
         wanted += [(d, "trained_on") for d in self.datasets]
         self._sources = [declared.source for declared, _ in wanted]
-        found = [(discover(d.source, self.registry, repo=d.repo), kind, d.source.name) for d, kind in wanted]
+        found = [
+            (discover(d.source, self.registry, repo=d.repo, proofs=self._proofs), kind, d.source.name)
+            for d, kind in wanted
+        ]
         return [(Edge(SELF, one.node.id, kind, name), one) for one, kind, name in found]
 
     def _graph_of(self, roots: list[tuple[Edge, Found]]) -> Graph:

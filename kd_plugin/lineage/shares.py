@@ -41,6 +41,11 @@ class Place:
     nodes: int = 1
     leads: bool = True
 
+    @property
+    def leads_run(self) -> bool:
+        """Whether it is the first process of all."""
+        return self.node == 0 and self.leads
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Place:
         """Read what torchrun, accelerate and DeepSpeed's launcher set; without them there is one node."""

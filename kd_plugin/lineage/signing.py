@@ -10,9 +10,8 @@ from types import ModuleType
 
 from kd_plugin.errors import ConfigError, LineageError, MissingDependencyError
 from kd_plugin.lineage.place import lineage_directory
+from kd_plugin.lineage.traces import SIGNATURE
 from kd_plugin.lineage.verify import verify
-
-SIGNATURE = "lineage.sig"
 
 
 def sign(directory: Path, private_key: Path) -> Path:

@@ -11,6 +11,21 @@ Signal = Literal["logits", "text"]
 
 
 @dataclass(frozen=True)
+class RowFacts:
+    """What rows, or the description that travels with them, say of themselves: a stranger's word.
+
+    Attributes:
+        writers: models that a column names as generators, each with the words that name it.
+        unread: values of such a column that name no model that can be looked up.
+        licenses: licences that the description names, each with where.
+    """
+
+    writers: tuple[tuple[str, str], ...] = ()
+    unread: tuple[str, ...] = ()
+    licenses: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Source:
     """A model, a dataset, or stored teacher outputs, as the user or another record declares it.
 
@@ -26,7 +41,12 @@ class Source:
         signal: what reaches the student: distributions, or text only.
         generated_by: names of the models that wrote a dataset.
         generators: models that wrote a dataset and of which more than the name is declared.
+        writers_declared: whether the user says who wrote a dataset, if only that no model did.
         named_in: the words that name this source, where only a card does.
+        reason: why the declared licence holds although the source's name says otherwise, in the user's words.
+        served: names that the server itself gives for what it serves.
+        found_beside: whether ``ref`` was inferred from where the rows lie, so that finding nothing there means nothing.
+        rows: what the rows of a dataset say of themselves, whatever its card says.
         record: a lineage node (and its ancestors) that the source brings along, such as a cache's manifest
             or a checkpoint's ``lineage.json``; None leaves it to discovery.
     """
@@ -42,5 +62,10 @@ class Source:
     signal: Signal = "logits"
     generated_by: tuple[str, ...] = ()
     generators: tuple[Source, ...] = ()
+    writers_declared: bool = False
     named_in: str | None = None
+    reason: str | None = None
+    served: tuple[str, ...] = ()
+    rows: RowFacts | None = None
+    found_beside: bool = False
     record: Mapping[str, Any] | None = field(default=None, compare=False)

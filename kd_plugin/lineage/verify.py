@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from kd_plugin.lineage.discovery import record_overrides
 from kd_plugin.lineage.graph import Graph
 from kd_plugin.lineage.overrides import in_force
 from kd_plugin.lineage.place import lineage_directory, weights_of
-from kd_plugin.lineage.policy import evaluate
+from kd_plugin.lineage.policy import RULES, evaluate
+from kd_plugin.lineage.recheck import judged_again
 from kd_plugin.lineage.record import BOM, LICENSES, MAX_RECORD, NOTICE, RECORD, canonical, digest_of, read_record, seal
 from kd_plugin.lineage.registry import Registry, default_registry
 from kd_plugin.lineage.terms import Terms
@@ -131,8 +133,10 @@ def _check_subjects(weights: Path, record: Mapping[str, Any]) -> list[Problem]:
     problems = []
     try:
         there = {subject.path: subject for subject in hashing.subjects(weights)}
+        aside = hashing.weights_aside(weights)
     except LineageError as error:
         return [Problem("tampered", "weights", str(error))]
+    problems += _check_aside(weights, aside)
     for name in sorted(promised.keys() | there.keys()):
         if name not in there:
             problems.append(Problem("tampered", name, "the weight file is missing"))
@@ -140,6 +144,20 @@ def _check_subjects(weights: Path, record: Mapping[str, Any]) -> list[Problem]:
             problems.append(Problem("tampered", name, "a weight file that the record does not know"))
         elif (there[name].sha256, there[name].size) != promised[name]:
             problems.append(Problem("tampered", name, f"sha256 {there[name].sha256} is not {promised[name][0]}"))
+    return problems
+
+
+def _check_aside(weights: Path, aside: Sequence[Path]) -> list[Problem]:
+    """Report weights in places that a record does not cover: hidden and linked directories, unfinished checkpoints."""
+    problems = []
+    for folder, names in groupby(aside, key=lambda path: path.parent):
+        where = printable(folder.relative_to(weights).as_posix())
+        shown = ", ".join(printable(path.name) for path in names)
+        if hashing.is_checkpoint_name(folder.relative_to(weights).parts[0]) and not (folder / RECORD).exists():
+            message = f"weights without a lineage ({shown}): a checkpoint that was not finished"
+            problems.append(Problem("incomplete", where, message))
+            continue
+        problems.append(Problem("tampered", where, f"weight files that no record knows: {shown}"))
     return problems
 
 
@@ -174,15 +192,18 @@ def _check_verdict(record: Mapping[str, Any], registry: Registry) -> tuple[Verdi
         student = Student(record["student"].get("name"), tuple(record["student"].get("declared_license", ())))
         facts = record["policy"]["facts"]
         overrides = record_overrides(record)
-        verdict = evaluate(graph, terms, facts, student, overrides, str(record["run"]["date"]))
+        rules = _rules_of(record)
+        verdict = evaluate(graph, terms, facts, student, overrides, str(record["run"]["date"]), rules)
         verdict = obligations.settle(verdict, graph, terms)
         notice = obligations.notice_text(graph, terms, verdict)
     except (LineageError, ConfigError, KeyError, TypeError, AttributeError) as error:
         return None, [Problem("tampered", RECORD, f"the verdict cannot be recomputed: {error}")]
     problems = []
-    same_policy = record["policy"].get("sha256") == registry.sha256
+    same_policy = record["policy"].get("sha256") == registry.sha256 and rules == RULES
     if _comparable(verdict.to_json(), same_policy) != _comparable(record["effective"], same_policy):
         problems.append(Problem("tampered", RECORD, "decision, duties or findings are not what its lineage leads to"))
+    judged, ids = judged_again(graph, registry)
+    problems += _contradictions(graph, judged, ids, same_policy)
     if same_policy:
         for terms_id, entry in terms.items():
             if registry.terms.get(terms_id) != entry:
@@ -193,9 +214,10 @@ def _check_verdict(record: Mapping[str, Any], registry: Registry) -> tuple[Verdi
             if promised.get(name) != hashing.sha256_text(text):
                 problems.append(Problem("tampered", name, "it is not what the lineage asks for"))
     else:
-        at_hand = {i: registry.terms.get(i, entry) for i, entry in terms.items()}
-        again = evaluate(graph, at_hand, facts, student, overrides, str(record["run"]["date"]))
-        problems += _stricter_today(verdict, obligations.settle(again, graph, at_hand), registry)
+        named = {i for node in judged.nodes.values() for i in (*node.licenses, *node.services)}
+        at_hand = {i: registry.terms[i] if i in registry.terms else terms[i] for i in {*terms, *named}}
+        again = evaluate(judged, at_hand, facts, student, overrides, str(record["run"]["date"]), rules)
+        problems += _stricter_today(verdict, obligations.settle(again, judged, at_hand), registry)
     problems += [Problem("violation", f.subject, str(f)) for f in verdict.publication_stops]
     today = datetime.now(UTC).date().isoformat()
     for one in overrides:
@@ -204,6 +226,28 @@ def _check_verdict(record: Mapping[str, Any], registry: Registry) -> tuple[Verdi
             message = f"the exception by {one.approved_by} for {one.subject} ({one.terms}) {when}"
             problems.append(Problem("violation", "overrides", message))
     return verdict, problems
+
+
+def _rules_of(record: Mapping[str, Any]) -> int:
+    """Return by which version of the rules a record was judged; the first one is not named."""
+    rules = record["policy"].get("rules", 1)
+    if not isinstance(rules, int) or not 1 <= rules <= RULES:
+        raise LineageError(f"policy.rules is {rules!r}; expected 1 to {RULES}, or a newer kd-plugin")
+    return rules
+
+
+def _contradictions(graph: Graph, judged: Graph, ids: Mapping[str, str], same_policy: bool) -> list[Problem]:
+    """Report nodes whose terms are not what their own evidence gives; another registry may weigh readings otherwise."""
+    problems = []
+    for old_id, node in graph.nodes.items():
+        again = judged.nodes[ids[old_id]]
+        read = {e.ids for e in node.evidence if e.ids} | ({node.licenses} if node.undeclared else set())
+        if again != node and (same_policy or node.licenses not in read):
+            seen = ", ".join((*node.licenses, *node.services)) or "nothing"
+            leads = ", ".join((*again.licenses, *again.services)) or "nothing"
+            message = f"{printable(node.label)} is said to stand under {seen}; its evidence leads to {leads}"
+            problems.append(Problem("tampered", RECORD, message))
+    return problems
 
 
 def _comparable(effective: Mapping[str, Any], same_policy: bool) -> Mapping[str, Any]:
@@ -250,17 +294,18 @@ def _check_card(directory: Path, record: Mapping[str, Any], registry: Registry) 
     if record["policy"].get("sha256") != registry.sha256 or not path.is_file():
         return [], []
     with path.open("rb") as file:
-        text = file.read(MAX_RECORD).decode("utf-8", "replace")
+        text = file.read(MAX_RECORD).decode("utf-8", "replace").replace("\r\n", "\n")
     found = section_in(text)
-    if found is None:
-        return [], ["README.md has no lineage section; something wrote it after the lineage"]
     try:
         expected, wrong = section(record), license_problem(text, record)
     except (LineageError, KeyError, TypeError, AttributeError):
         return [], []  # the record is malformed, which is reported already
+    problems = [Problem("violation", "README.md", wrong)] if wrong else []
+    if found is None:
+        return problems, ["README.md has no lineage section; something wrote it after the lineage"]
     if found != expected:
-        return [Problem("tampered", "README.md", "its lineage section is not what the record says")], []
-    return ([Problem("violation", "README.md", wrong)] if wrong else []), []
+        problems.insert(0, Problem("tampered", "README.md", "its lineage section is not what the record says"))
+    return problems, []
 
 
 def _entries(items: Any) -> dict[str, tuple[str, int]] | None:

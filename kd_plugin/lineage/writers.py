@@ -1,51 +1,110 @@
-"""Which models a dataset's card names as its writers: in its front matter, its tags, or its own sentences."""
+"""Which models wrote a dataset: what fields say decides, what prose says is asked about."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
+from kd_plugin.lineage.readings import printable
 from kd_plugin.lineage.registry import Registry
 
-_KEYS = ("generated_by", "generator", "generators", "teacher", "teachers", "teacher_model")
-_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
-_MADE_BY = re.compile(
-    r"\b(?:generat\w*|creat\w*|produc\w*|written|wrote|synthes\w*|distil\w*|annotat\w*|label\w*|translat\w*|rewr\w*|"
-    r"answer\w*|respon\w*|complet\w*|output\w*|collect\w*|sampled)\b.{0,80}?\b(?:by|with|using|from|via|of)\b(.{1,100})",
-    re.IGNORECASE,
+# Fields that name writers and nothing else: any name in them counts, whoever's it is
+_KEYS = frozenset(
+    """generated_by generator generators generator_model generator_models generation_model generation_models teacher
+    teachers teacher_model teacher_models synthesized_by source_model source_models llm written_by""".split()  # noqa: SIM905
 )
-_NEGATED = re.compile(r"\b(?:not?|never|without|none|n't)\b|n't\b", re.IGNORECASE)
+# Fields, and columns of rows, that name writers among other things: a closed model or a hub id counts
+_LOOSE_KEYS = frozenset({"model", "models", "model_name", "model_id", "tags"})
+_COLUMNS_ONLY = frozenset({"engine", "annotator", "annotator_model", "response_model", "chosen_model"})
+COLUMNS = _KEYS | _COLUMNS_ONLY | (_LOOSE_KEYS - {"tags"})  # of rows
+_HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
+_PROVIDERS = frozenset({"openai", "anthropic", "chatgpt"})
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _MAX_WRITERS = 20
+_MAX_DEPTH = 8
+_MAX_PROSE = 1 << 18  # characters of a card that are searched
 
 
-def writers_of(card: Mapping[str, Any], text: str, registry: Registry) -> tuple[tuple[str, str], ...]:
-    """Return the models that a card names as writers, each with the words that name it.
-
-    Front matter may name any model. Tags and sentences count only for models that a closed API alone offers: other
-    names are too like words. A sentence that negates does not count.
+def writers_of(card: Mapping[str, Any], registry: Registry) -> tuple[tuple[str, str], ...]:
+    """Return the models that fields of a card's front matter name as writers, each with the words that name it.
 
     Args:
         card: front matter.
-        text: the whole card.
         registry: knows the models of closed APIs.
     """
     found: dict[str, str] = {}
-    for key in _KEYS:
-        for name in _names(card.get(key)):
-            found.setdefault(name, f"{key}: {name}")
-    for tag in _names(card.get("tags")):
-        if registry.service_of_model(tag):
-            found.setdefault(tag, f"tag {tag}")
-    for sentence in _SENTENCE.split(text):
-        made = _MADE_BY.search(sentence)
-        if made is None or _NEGATED.search(sentence[: made.start(1)]):
-            continue
-        for name in _candidates(made[1]):
-            if registry.service_of_model(name):
-                found.setdefault(name, sentence.strip())
+    for key, value in _fields(card, 0):
+        for name in _names(value):
+            if key in _KEYS or (is_writer(name, registry) and not (key == "tags" and _HUB_ID.match(name))):
+                found.setdefault(printable(name), printable(f"tag {name}" if key == "tags" else f"{key}: {name}"))
     return tuple(list(found.items())[:_MAX_WRITERS])
+
+
+def writers_in_columns(
+    columns: Mapping[str, Iterable[Any]], registry: Registry
+) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Return the models that columns of rows name as generators, and the values that name none that is known.
+
+    Args:
+        columns: distinct values of the columns in :data:`COLUMNS`.
+        registry: knows the models of closed APIs.
+    """
+    found: dict[str, str] = {}
+    unread: dict[str, None] = {}
+    for column, values in sorted(columns.items()):
+        for value in values:
+            for name in _names(value):
+                if is_writer(name, registry):
+                    found.setdefault(printable(name), printable(f"column {column}: {name}"))
+                else:
+                    unread.setdefault(printable(f"{column}: {name}"))
+    closed = sorted(found.items(), key=lambda item: registry.service_of_model(item[0]) is None)
+    return tuple(closed[:_MAX_WRITERS]), tuple(list(unread)[:_MAX_WRITERS])
+
+
+def is_writer(name: str, registry: Registry) -> bool:
+    """Whether a name is a closed model's, or one that can be looked up."""
+    return registry.service_of_model(name) is not None or _HUB_ID.match(name) is not None
+
+
+def prose_of(text: str, registry: Registry) -> tuple[str, ...]:
+    """Return the sentences of a card that name a closed model or its provider, whatever they say of it.
+
+    Prose is weak evidence: it may deny, compare or praise. So it decides nothing; it makes the gate ask.
+    """
+    plain = unicodedata.normalize("NFKC", text[:_MAX_PROSE])
+    plain = re.sub(r"\]\([^)\s]*\)", "]", re.sub(r"[\u2010-\u2015\u2212]", "-", plain))
+    known: dict[str, bool] = {}
+    found = []
+    for sentence in _SENTENCE.split(plain):
+        for name in _candidates(sentence):
+            if name not in known:
+                known[name] = name in _PROVIDERS or registry.service_of_model(name) is not None
+            if known[name]:
+                found.append(printable(sentence.strip()))
+                break
+        if len(found) == _MAX_WRITERS:
+            break
+    return tuple(dict.fromkeys(found))
+
+
+def _fields(card: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
+    """Yield the fields that name writers, at any depth."""
+    for key, value in card.items():
+        name = str(key).strip().lower().replace("-", "_").replace(" ", "_")
+        if name in _KEYS or name in _LOOSE_KEYS:
+            yield name, value
+        elif name == "distillation":
+            continue  # of a checkpoint; its own record says who taught it
+        elif isinstance(value, Mapping) and depth < _MAX_DEPTH:
+            yield from _fields(value, depth + 1)
+        elif isinstance(value, list) and depth < _MAX_DEPTH:
+            for item in value:
+                if isinstance(item, Mapping):
+                    yield from _fields(item, depth + 1)
 
 
 def _names(value: Any) -> Iterator[str]:
@@ -63,9 +122,12 @@ def _names(value: Any) -> Iterator[str]:
                 yield from _names(item)
 
 
-def _candidates(tail: str) -> Iterator[str]:
-    """Yield words of a sentence, and pairs of them joined: ``GPT 4`` is written in many ways."""
-    words = [word.strip(".,;:!?()[]{}<>'\"`*_’“”") for word in re.split(r"[\s(\[]+", tail)]
+def _candidates(sentence: str) -> Iterator[str]:
+    """Yield words of a sentence, pairs of them joined, and their beginnings: ``GPT 4``, ``GPT-4o-generated``."""
+    words = [word.strip(".,;:!?()[]{}<>'\"`*_|#~’“”") for word in re.split(r"[\s(\[|*`]+", sentence)]
     words = [re.sub(r"['’]s$", "", word).lower() for word in words if word]
     yield from words
     yield from ("-".join(pair) for pair in pairwise(words))
+    for word in words:  # "GPT-4o-generated", "gpt4-based"
+        if "-" in word:
+            yield from (word.rsplit("-", n)[0] for n in range(1, min(4, word.count("-") + 1)))

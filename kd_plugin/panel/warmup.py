@@ -71,7 +71,7 @@ class WarmupBatch:
         attention_mask: (B, L) 1 for tokens.
         labels: (B, L) the completions' tokens, -100 elsewhere.
         targets: what :func:`~kd_plugin.cache.joining.batch_targets` gathers, one a cache that has rows here.
-        scored: scored positions of the whole optimizer step, over all micro-batches and ranks.
+        scored: scored positions of the whole optimizer step, over all ranks and all micro-batches that are run.
     """
 
     input_ids: Tensor
@@ -115,7 +115,9 @@ class CacheWarmup:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def batch(self, step: int, micro_step: int, rows: int, *, micro_steps: int, rank: int, ranks: int) -> WarmupBatch:
+    def batch(
+        self, step: int, micro_step: int, rows: int, *, micro_steps: int, rank: int, ranks: int, run: int | None = None
+    ) -> WarmupBatch:
         """Return one rank's micro-batch; in a step's first are the longest of the rank's rows.
 
         Args:
@@ -125,20 +127,27 @@ class CacheWarmup:
             micro_steps: gradient accumulation steps.
             rank: of this process.
             ranks: number of processes.
+            run: how many of the ``micro_steps`` are run, where an epoch ends before; None for all.
         """
-        dealt = (step, rows * micro_steps, rank, ranks)
+        dealt = (step, rows * micro_steps, rank, ranks, rows * (micro_steps if run is None else run))
         if self._dealt[0] != dealt:
             self._dealt = dealt, *self._deal(*dealt)
         _, mine, scored = self._dealt
         return self._collated(mine[micro_step * rows :][:rows], scored)
 
-    def _deal(self, step: int, rows: int, rank: int, ranks: int) -> tuple[list[int], int]:
-        """Return a rank's rows of a step, the longest first, and how many positions all ranks' rows score."""
+    def _deal(self, step: int, rows: int, rank: int, ranks: int, run: int) -> tuple[list[int], int]:
+        """Return a rank's rows of a step, the longest first, and how many positions each rank's first ``run`` score."""
         numbers = [self._nth(step * rows * ranks + i) for i in range(rows * ranks)]
         masks = [self._mask(number) for number in numbers]
-        own = slice(rank * rows, (rank + 1) * rows)
-        order = by_length([len(mask) for mask in masks[own]])
-        return [numbers[own][i] for i in order], sum(int(mask[1:].sum()) for mask in masks)
+        own: list[int] = []
+        scored = 0
+        for other in range(ranks):
+            first = other * rows
+            order = [first + i for i in by_length([len(mask) for mask in masks[first : first + rows]])]
+            scored += sum(int(masks[i][1:].sum()) for i in order[:run])
+            if other == rank:
+                own = [numbers[i] for i in order]
+        return own, scored
 
     def _nth(self, position: int) -> int:
         """Return the row at a position of the endless sequence of shuffled passes."""

@@ -106,7 +106,7 @@ class AdapterTeacher(InProcessTeacher):
             in_process=True,
             sharded=self.is_sharded,
             shares="student" if self.base is None else "teacher",
-            generates=self.base is not None,
+            generates=None if self.base is None else "model",
         )
 
     @property
@@ -257,6 +257,13 @@ class AdapterTeacher(InProcessTeacher):
             yield
             if self.base.placement == "offload":
                 move(self.model, "cpu")
+
+    def stay_on(self, device: torch.device | None) -> None:
+        """Have base and adapter on a device from now on: the base's, else ``device``."""
+        if self.base is not None:
+            self.base.stay_on(device)
+            if self.base.device is not None:
+                move(self.model, self.base.device)
 
     @property
     def is_sharded(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import device as torch_device
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.models import language_model_from_config
 from kd_plugin.zero.sharding import whole_on_each_rank
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -86,10 +87,9 @@ def _require_shapes(adapter: str, reference: str | None, base_config: Any, name:
     if not weights.is_file():
         return  # on the hub: PEFT compares shapes when it loads
     from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
 
     with whole_on_each_rank(), torch_device("meta"):
-        modules = dict(AutoModelForCausalLM.from_config(base_config).named_modules())
+        modules = dict(language_model_from_config(base_config).named_modules())
     base = repr(reference) if reference else f"a {base_config.model_type} model"
     with safe_open(weights, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping

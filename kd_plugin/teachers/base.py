@@ -14,7 +14,7 @@ from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import HiddenSignal, SparseSignal
 from kd_plugin.vocab import Vocabulary
 
-Gives = Literal["hidden", "top_k", "draws", "sampled_token"]
+Gives = Literal["hidden", "top_k", "all_tokens", "draws", "sampled_token"]
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,16 @@ class Capabilities:
     Attributes:
         kind: how a message names it, with its article: ``a server``.
         gives: ``hidden``: last hidden states and a head, so the whole distribution. ``top_k``: its likeliest tokens.
-            ``draws``: tokens that were drawn from its distribution. ``sampled_token``: the log-probability of the token
-            that stands at the next position.
+            ``all_tokens``: a list of every token. ``draws``: tokens that were drawn from its distribution.
+            ``sampled_token``: the log-probability of the token that stands at the next position.
         in_process: it computes in this process, so that the rows of one call share this machine's memory.
         sharded: each pass gathers weights from other ranks, so that every rank must join it.
         shares: whose weights it uses beside its own: the ``student``'s, those of another ``teacher``, or nobody's.
         any_row: it scores whatever the student generates; False if only rows that were fixed in advance.
         temperature: at which its log-probabilities are given; None for any, which takes ``hidden``.
-        generates: it can write completions for a capture.
+        listed: tokens that ``top_k`` lists a position; None where that is not fixed.
+        generates: how it writes completions for a capture: through the ``generate`` of its ``model``, as one in this
+            process, through ``requests``, as :class:`~kd_plugin.teachers.server.ServerTeacher`, or not at all.
     """
 
     kind: str
@@ -41,7 +43,8 @@ class Capabilities:
     shares: Literal["student", "teacher"] | None = None
     any_row: bool = True
     temperature: float | None = None
-    generates: bool = False
+    listed: int | None = None
+    generates: Literal["model", "requests"] | None = None
 
 
 @runtime_checkable

@@ -9,15 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import HiddenSignal, OutputHead
+from kd_plugin.teachers.base import Capabilities
+from kd_plugin.vocab import Vocabulary
 
 
 class InProcessTeacher(ABC):
     """A teacher whose weights are here; a subclass says which model it is, and which part of it is the backbone."""
 
+    name: str
+
     def __init__(self) -> None:
         self._call: Callable[..., Tensor] = _call_directly
         self.is_attached = False
+
+    @property
+    @abstractmethod
+    def source(self) -> Source:
+        """What this teacher is, and under which terms."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this teacher gives and needs."""
 
     @property
     @abstractmethod
@@ -28,6 +43,20 @@ class InProcessTeacher(ABC):
     @abstractmethod
     def head(self) -> OutputHead:
         """The model's output head."""
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> Vocabulary:
+        """The token ids that this teacher speaks."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The teacher's tokenizer."""
+
+    @abstractmethod
+    def stay_on(self, device: torch.device | None) -> None:
+        """Have the weights on a device from now on: the one that the user chose, else ``device``."""
 
     def attach(self, call: Callable[..., Tensor]) -> None:
         """Let a host run the forward pass inside its own wrapper (DDP, FSDP, a DeepSpeed engine).

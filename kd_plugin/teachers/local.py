@@ -14,6 +14,7 @@ from torch import nn
 
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.sources import Source
+from kd_plugin.models import load_language_model
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.base import Capabilities
 from kd_plugin.teachers.identity import reference_identity, tensors_digest
@@ -28,7 +29,7 @@ Place = Literal["resident", "offload"]
 
 
 class LocalTeacher(InProcessTeacher):
-    """A transformers causal language model in this process, resident on one device or moved there when it scores.
+    """A transformers language model in this process, resident on one device or moved there when it scores.
 
     Nothing is loaded until it is needed, so that the license gate can refuse it first.
 
@@ -97,7 +98,7 @@ class LocalTeacher(InProcessTeacher):
             frozenset({"hidden"}),
             in_process=True,
             sharded=self.is_sharded,
-            generates=True,
+            generates="model",
         )
 
     @property
@@ -156,16 +157,12 @@ class LocalTeacher(InProcessTeacher):
     def model(self) -> nn.Module:
         """The model in evaluation mode without gradients, loaded on first use."""
         if self._model is None:
-            from transformers import AutoModelForCausalLM
-
-            model = AutoModelForCausalLM.from_pretrained(
+            assert self._ref is not None  # a loaded model is one
+            model = load_language_model(
                 self._ref,
                 revision=self._revision,
-                **{
-                    "dtype": self._dtype,
-                    "trust_remote_code": self._trust_remote_code,
-                    **self._model_init_kwargs,
-                },
+                trust_remote_code=self._trust_remote_code,
+                **{"dtype": self._dtype, **self._model_init_kwargs},
             )
             self._model = model.eval().requires_grad_(False)
             if self.device is not None and self.placement == "resident":
@@ -227,6 +224,12 @@ class LocalTeacher(InProcessTeacher):
             self._holders -= 1
             if self._holders == 0:
                 self._move("cpu")
+
+    def stay_on(self, device: torch.device | None) -> None:
+        """Have the weights on a device from now on, offloaded or not: the one that the user chose, else ``device``."""
+        self.device = device if self.device is None else self.device
+        if self.device is not None:
+            self._move(self.device)
 
     def _move(self, device: torch.device | str) -> None:
         move(self.model, device)

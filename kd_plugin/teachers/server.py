@@ -19,7 +19,7 @@ from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import SparseSignal
 from kd_plugin.teachers.agreement import Reference, Repeats, distances, require_alike, require_same_prefixes
-from kd_plugin.teachers.base import Capabilities
+from kd_plugin.teachers.base import Capabilities, Gives
 from kd_plugin.teachers.client import Client, RefusedRequest
 from kd_plugin.teachers.handshake import Greeting, require_raw, shake_hands
 from kd_plugin.teachers.replies import Asking, Listed, Written
@@ -115,7 +115,11 @@ class ServerTeacher:
     @property
     def capabilities(self) -> Capabilities:
         """Its likeliest tokens and the one that stands next, at temperature 1."""
-        return Capabilities("a server", frozenset({"top_k", "sampled_token"}), temperature=1.0, generates=True)
+        gives: list[Gives] = ["top_k", "sampled_token"]
+        if self.top_k == "all":
+            gives.append("all_tokens")
+        listed = None if self.top_k == "all" else self.top_k
+        return Capabilities("a server", frozenset(gives), temperature=1.0, listed=listed, generates="requests")
 
     @property
     def identity(self) -> dict[str, Any]:

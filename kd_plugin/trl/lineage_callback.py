@@ -85,7 +85,8 @@ class LicenseLineageCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take over the identity of the run that is resumed."""
+        """Take over the identity of the run that is resumed, once all that it rests on is proven."""
+        self._run.settle()
         self._step = state.global_step
         self._training = True
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")

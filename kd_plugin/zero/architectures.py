@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.models import language_model_from_config
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,11 @@ def architecture(name: str, *, lora_rank: int = 0, lora_targets: Sequence[str] =
 @cache
 def _build(name: str, lora_rank: int, lora_targets: tuple[str, ...]) -> Architecture:
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = _read_config(name)
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+            model: Any = language_model_from_config(config)
     except ValueError as error:
         raise ConfigError(f"{name} describes no causal language model: {' '.join(str(error).split())[:200]}") from error
     parameters = [Parameter(n, p.numel(), lora_rank == 0, p.dim() > 1) for n, p in model.named_parameters()]

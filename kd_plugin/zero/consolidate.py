@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import RunLineage, Source, load_record
+from kd_plugin.models import language_model_from_config
 
 UNIVERSAL_MARKER = "latest_universal"
 _BESIDE_THE_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -89,13 +90,14 @@ def _whole_state(checkpoint: Path, tag: str) -> dict[str, Tensor]:
 
 
 def _save(state: dict[str, Tensor], checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint), dtype=dtype)
+        student = language_model_from_config(AutoConfig.from_pretrained(checkpoint), dtype=dtype)
+    is_tied = student.get_output_embeddings().weight is student.get_input_embeddings().weight
     state = {name: value.to(dtype) for name, value in state.items()}
     wrong = student.load_state_dict(state, assign=True, strict=False)
-    tied = set(student._tied_weights_keys or ()) if student.config.get_text_config().tie_word_embeddings else set()
+    tied = set(student._tied_weights_keys or ()) if is_tied else set()
     missing = [name for name in wrong.missing_keys if name not in tied]
     if missing or wrong.unexpected_keys:
         raise ConfigError(

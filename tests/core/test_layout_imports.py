@@ -74,6 +74,30 @@ def test_the_arrow_test_can_fail(layer, source, broken):
     assert broken_arrows(layer, source) == broken
 
 
+TEACHERS = {"LocalTeacher", "AdapterTeacher", "CachedTeacher", "ServerTeacher", "InProcessTeacher", "Teacher"}
+
+
+def asked_classes(source: str) -> set[str]:
+    """Classes of teachers that a file asks for with ``isinstance`` or ``issubclass``."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            names = {getattr(n, "id", getattr(n, "attr", "")) for kind in node.args[1:] for n in ast.walk(kind)}
+            found |= names & TEACHERS
+    return found
+
+
+def test_what_a_teacher_can_do_decides_and_not_its_class():
+    outside = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "teachers"]
+    asked = {str(path.relative_to(PACKAGE)): asked_classes(path.read_text(encoding="utf-8")) for path in outside}
+    assert {path: classes for path, classes in asked.items() if classes} == {}
+
+
+def test_the_class_test_can_fail():
+    assert asked_classes("isinstance(t, LocalTeacher | teachers.ServerTeacher)") == {"LocalTeacher", "ServerTeacher"}
+    assert asked_classes("isinstance(t, TeacherCache); t.capabilities") == set()
+
+
 def run_python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
 

@@ -334,11 +334,12 @@ def forged(run, directory, terms_id):
     return load_record(directory)
 
 
-def test_a_directory_that_is_set_apart_is_named_and_not_passed_over_in_silence(saved):
-    hidden = saved / "extra"
-    hidden.mkdir()
-    (hidden / "lineage.json").write_text("{}")
-    (hidden / "model.safetensors").write_bytes(b"other weights")
+def test_a_directory_that_is_set_apart_is_named_and_not_passed_over_in_silence(saved, tmp_path):
+    extra = checkpoint(saved, "extra")
+    (extra / "lineage.json").write_text("{}")  # hides nothing: it does not name the weights beside it
+    report = verify(saved)
+    assert [(p.kind, p.where) for p in report.problems] == [("tampered", "extra")]
+    RunLineage(method="sft", student=Source("s", ref=model_dir(tmp_path, "m", "mit"))).write(extra, step=1)
     report = verify(saved)
     assert report.exit_code == 0 and report.notes == ("extra/ has a lineage of its own and was not checked",)
 

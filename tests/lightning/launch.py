@@ -32,6 +32,7 @@ def run_ranks(module, arguments, ranks, timeout=600):
     finally:
         for process in started:
             process.kill()
-    failed = [text[-3000:] for process, text in zip(started, said, strict=True) if process.returncode != 0]
+    ends = [text for process, text in zip(started, said, strict=True) if process.returncode != 0]
+    failed = [text.rpartition("job: ")[2].split("\n")[0] + "\n" + text[-3000:] for text in ends]
     assert not failed, failed[0]
     return said[0]

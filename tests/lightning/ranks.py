@@ -14,10 +14,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from peft import get_peft_model
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
-from kd_plugin.lightning import KDDataModule, OfflineKDModule, TeacherPanelCorrection, TeacherPanelModule
+from kd_plugin.lightning import KDDataModule, OfflineKD, OfflineKDModule, TeacherPanelCorrection, TeacherPanelModule
 from tests.hosts.runs import LORA
 from tests.lightning.help import Losses
 
@@ -54,36 +55,60 @@ def strategy(name):
     return DeepSpeedOnCPU(config=config, process_group_backend="gloo")
 
 
-class Own(LightningModule):
-    """A module as users write them, with a PEFT student that it loads and shards itself."""
+class Wrapped(nn.Module):
+    """What a user may put around a student: it hands on the loss alone."""
 
-    def __init__(self, model):
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, **batch):
+        return {"loss": self.student(**batch).loss}
+
+
+class Own(LightningModule):
+    """A module as users write them, with a student that it loads and shards itself.
+
+    Its optimizer is SGD, whose steps show a gradient that is too large or too small.
+
+    Args:
+        model: path of the student.
+        kind: ``plain``, ``adapted``, ``altered`` (returns another tensor than the student's loss) or ``wrapped``.
+    """
+
+    def __init__(self, model, kind):
         super().__init__()
         self.model = model
+        self.kind = kind
         self.net = None
 
     def configure_model(self):
         if self.net is None:
             base = AutoModelForCausalLM.from_pretrained(self.model, dtype="float32")
-            self.net = get_peft_model(base, LORA)
+            self.net = {"adapted": lambda: get_peft_model(base, LORA), "wrapped": lambda: Wrapped(base)}.get(
+                self.kind, lambda: base
+            )()
             if self.device_mesh is not None:
                 fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch, batch_idx):
-        return self.net(**batch).loss
+        loss = self.net(**batch)["loss"]
+        return 2.0 * loss if self.kind == "altered" else loss
 
     def configure_optimizers(self):
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
 
 
 def built(settings, callbacks):
     """Return the module of a job, ready or a user's own, and add what teaches a user's to ``callbacks``."""
     given = dict(settings["model"])
+    panel = {"teacher_models", "panel"} & set(given)
     if settings.get("own"):
-        module = Own(given.pop("model"))
-        callbacks.append(TeacherPanelCorrection(**given))
+        module = Own(given.pop("model"), settings["own"])
+        teachers = (given.pop("teacher_models"),) if "teacher_models" in given else ()
+        callbacks.append(TeacherPanelCorrection(*teachers, **given) if panel else OfflineKD(**given))
         return module
-    kind = TeacherPanelModule if {"teacher_models", "panel"} & set(given) else OfflineKDModule
+    kind = TeacherPanelModule if panel else OfflineKDModule
     return kind(**{"learning_rate": 1e-3, "lr_scheduler_type": "constant", **given})
 
 
@@ -98,7 +123,7 @@ def fit(name, directory, settings, steps, ckpt_path=None):
     trainer = Trainer(
         strategy=strategy(name), accelerator="cpu", devices=ranks, max_steps=steps, logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=callbacks,
-        default_root_dir=directory, log_every_n_steps=1,
+        default_root_dir=directory, log_every_n_steps=1, **settings.get("trainer", {}),
     )  # fmt: skip
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=False)
     losses = [float(trainer.strategy.reduce(torch.tensor(loss), reduce_op="mean")) for loss in seen.losses]
@@ -108,6 +133,7 @@ def fit(name, directory, settings, steps, ckpt_path=None):
 def main(name, directory, given):
     found = {}
     for job, settings in json.loads(Path(given).read_text()).items():
+        print("job:", job, flush=True)  # what a test shows of ranks that fail
         checkpoint = Path(directory) / f"{job}.ckpt"
         found[job], trainer = fit(name, directory, settings, STEPS)
         if not settings.get("saved", True):

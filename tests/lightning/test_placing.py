@@ -49,7 +49,7 @@ def jobs(tmp_path_factory, student_dir, teacher_dir, other_teacher_dir):
             given[name] = {"model": model, "data": data, "saved": False}
         block = {"teachers": panels["adapters"], "combine": "weighted_kl"}
         own = {**common, "panel": block, **further}
-        given["a user's own module"] = {"model": own, "data": data, "saved": False, "own": True}
+        given["a user's own module"] = {"model": own, "data": data, "saved": False, "own": "adapted"}
         interleaved = {"rollouts": "interleaved", "interleaved_top_k": 1, "interleaved_block": 2}
         panel = {"teachers": panels["offloaded"], "combine": "weighted_kl"}
         given["interleaved"] = {"model": {**common, **lora, "panel": panel, **interleaved, **further}, "data": data}

@@ -57,6 +57,8 @@ def test_each_epoch_has_an_order_of_its_own_and_every_row_once():
 
 def test_a_window_is_shown_whole_before_its_first_batch():
     seen = []
-    loader = ResumableLoader(list(range(10)), list, 2, accumulate=2, look_ahead=lambda w: seen.append(list(w)))
+    loader = ResumableLoader(
+        list(range(10)), list, 2, window_end=lambda batch: batch // 2 * 2 + 2, look_ahead=lambda w: seen.append(list(w))
+    )
     assert rows_of(loader) == list(range(10))
     assert seen == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9]]]

@@ -1,0 +1,99 @@
+"""Students with a head of their own, as from 7B up, take the steps of one process under every strategy.
+
+Rows and ranks differ in their numbers of tokens, so a mean of rank means shows, and so does a weight that a wrapper
+does not gather for the backward pass: DeepSpeed keeps no small one whole here, see ``ranks.py``.
+"""
+
+import json
+
+import pytest
+
+from tests.lightning.test_strategies import GREEDY, ROWS, start
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
+CE = {"ce_weight": 0.3}
+WINDOW = {"accumulate_grad_batches": 2}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, student_dir, untied_student_dir, teacher_dir, other_teacher_dir, cache):
+    """Write some jobs of those below to a file."""
+    root = tmp_path_factory.mktemp("untied")
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    untied = untied_student_dir
+    rows = {"prompts": str(root / "prompts.jsonl")}
+    panel = {
+        "teacher_models": {"math": teacher_dir, "code": other_teacher_dir},
+        "generation_kwargs": GREEDY,
+        "max_completion_length": 4,
+    }
+    cached = {"cache": str(cache.path)}
+    warm = {"warmup_cache": str(cache.path), "warmup_cache_steps": 2}
+
+    def offline(student=untied, own=None, trainer=None, **fields):
+        model = {"model": student, **cached, **fields}
+        return {"model": model, "data": cached, "saved": False, "own": own, "trainer": trainer or {}}
+
+    def on_policy(student=untied, own=None, trainer=None, **fields):
+        model = {"model": student, **panel, **fields}
+        return {"model": model, "data": rows, "saved": False, "own": own, "trainer": trainer or {}}
+
+    quick = {"offline": offline(), "offline, ce": offline(**CE), "panel": on_policy(), "panel, ce": on_policy(**CE)}
+    further = {
+        "offline, tied, ce": offline(student_dir, **CE),
+        "offline, LoRA": offline(**LORA),
+        "offline, LoRA, ce": offline(**LORA, **CE),
+        "offline, adapted": offline(own="adapted", **CE),
+        "offline, altered": offline(own="altered"),
+        "offline, altered, ce": offline(own="altered", **CE),
+        "offline, wrapped": offline(own="wrapped"),
+        "offline, wrapped, ce": offline(own="wrapped", **CE),
+        "offline, accumulated": offline(own="plain", trainer=WINDOW),
+        "panel, tied, ce": on_policy(student_dir, **CE),
+        "panel, LoRA": on_policy(**LORA),
+        "panel, LoRA, ce": on_policy(**LORA, **CE),
+        "panel, altered, ce": on_policy(own="altered", **CE),
+        "panel, wrapped": on_policy(own="wrapped"),
+        "panel, accumulated, ce": on_policy(own="plain", trainer=WINDOW, **CE),
+        "panel, warm-up": on_policy(**warm),
+        "panel, warm-up, ce": on_policy(**warm, **CE),
+        "panel, some ranks without tokens, ce": on_policy(mask_truncated_completions=True, **CE),
+    }
+
+    def write(name, given):
+        (root / f"{name}.json").write_text(json.dumps(given))
+        return root / f"{name}.json"
+
+    return {"quick": write("quick", quick), "further": write("further", {**quick, **further})}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, jobs):
+    """Return what one process finds in the jobs of a name, each name run once."""
+    found = {}
+
+    def of(name):
+        if name not in found:
+            found[name] = start("single", tmp_path_factory.mktemp("single"), jobs[name], 1)
+        return found[name]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        ("zero3", "quick"),
+        *(pytest.param(s, "further", marks=pytest.mark.zero) for s in ("zero3", "zero2", "zero1", "fsdp2", "ddp")),
+    ],
+)
+def test_two_ranks_take_the_steps_of_one(strategy, name, tmp_path, jobs, alone):
+    found = start(strategy, tmp_path, jobs[name], 2)
+    expected = alone(name)
+    assert found.keys() == expected.keys()
+    apart = {
+        job: (losses, expected[job])
+        for job, losses in found.items()
+        if losses != pytest.approx(expected[job], rel=1e-4)
+    }
+    assert not apart

@@ -1,0 +1,1 @@
+"""C: where do the rows come from?"""
