@@ -15,7 +15,7 @@ from torch import Tensor
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lightning.forward import Call, DistillingForward, beside
 from kd_plugin.lightning.student import loss_of, shards_the_student
-from kd_plugin.lightning.windows import window_size
+from kd_plugin.lightning.windows import divide_once, window_size
 
 # What the plugin puts into a batch and takes out again before the module sees it
 WINDOW_TOKENS = "kd_window_tokens"
@@ -75,12 +75,14 @@ class DistillingStep:
         self._report = report
         self._inner = module.training_step
         self._had_own = "training_step" in module.__dict__
+        self._divide_twice = divide_once(trainer)
         self._joint = True
         step = functools.wraps(self._inner)(lambda batch, *rest: self(batch, *rest))
         module.training_step = step  # type: ignore[method-assign]
 
     def remove(self) -> None:
         """Give the module its own step back."""
+        self._divide_twice()
         if self._had_own:
             self.module.training_step = self._inner  # type: ignore[method-assign]
         else:
