@@ -6,7 +6,6 @@ import fnmatch
 import hashlib
 import re
 import tomllib
-import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -18,11 +17,17 @@ from license_expression import ExpressionError, LicenseSymbol, get_spdx_licensin
 
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.endpoints import host_of, is_own_network, is_under, mentions
+from kd_plugin.lineage.names import is_vendor, model_parts, normalised, without_vendor
 from kd_plugin.lineage.terms import Terms
 from kd_plugin.lineage.voice import OWN, Voice, may_say_own
 
 UNKNOWN = "unknown"
 UNREAD_API = "unread-api-terms"  # the service of every server that is neither known nor the user's own
+# What names of weights hold, and names of models behind an API do not: a size, a format, or another family
+_WEIGHTS = re.compile(
+    r"(?:^|[-.])(?:\d+(?:\.\d+)?[bm]|gguf|gptq|awq|exl[23]|mlx|bnb|fp8|int[48]|[48]bit|hf|q?lora|distil(?:l|led)?|"
+    r"llama|qwen|mistral|mixtral|phi|gemma|vicuna|alpaca|falcon|pythia|bert|t5)(?:$|[-.\d])"
+)
 _TABLES = ("version", "groups", "license", "service", "known")
 
 
@@ -66,7 +71,11 @@ class Registry:
         terms: every entry.
         aliases: other spellings to ids.
         hosts: host pattern to service id.
-        models: regular expression of a whole model name to service id.
+        models: regular expression of a whole model name, normalised, to service id.
+        closed: regular expression of how the names of a closed family begin, normalised, to service id; a model of
+            next year begins so too.
+        open: regular expressions of how names begin that belong to no closed family although they look like it; with
+            the organisation before them where only its own are meant.
         families: regular expression in the name of a source, normalised, to the licence of that family of models.
         known: hub repositories whose terms were read, by id folded to lower case.
         texts: shipped texts by file name.
@@ -81,6 +90,8 @@ class Registry:
     known: Mapping[str, KnownRepository]
     texts: Mapping[str, str]
     families: Mapping[str, str] = field(default_factory=dict)
+    closed: Mapping[str, str] = field(default_factory=dict)
+    open: tuple[str, ...] = ()
 
     def resolve(self, written: str, voice: Voice = "stranger") -> Resolution:
         """Resolve a hub licence id, an SPDX expression, or ``own``, whatever its case.
@@ -160,20 +171,29 @@ class Registry:
     def service_of_model(self, name: str) -> str | None:
         """Return the service that alone offers the model of this name, or None.
 
-        Gateways write a vendor before the name (``openai/gpt-4o``) and vendors a ``:`` or ``@`` after it.
-        Open weights of the same vendors (gpt2, gpt-oss, gpt-neo) match no pattern.
+        Families are matched by how their names begin, and open ones are excepted by name. A hub id of somebody else
+        than a vendor may begin so too: it counts unless it says that it is weights of another kind (a size, a format,
+        the base that it was made from).
         """
-        last = re.split(r"[/:@]", name.strip().lower().removesuffix(":latest"))
-        for part in reversed(last):
-            candidate = re.sub(r"^([a-z]{2,6}\.)?(anthropic|openai|google|xai)\.", "", part)  # us.anthropic.claude-...
+        organisation, parts = model_parts(name)
+        for part in parts:
+            own = without_vendor(part)
+            if any(re.match(pattern, text) for pattern in self.open for text in (part, own, f"{organisation}/{part}")):
+                continue
             for pattern, service in self.models.items():
-                if re.fullmatch(pattern, candidate):
+                if re.fullmatch(pattern, own):
                     return service
-        return None
+            if organisation and not is_vendor(organisation) and _WEIGHTS.search(own):
+                continue
+            for pattern, service in self.closed.items():
+                if re.match(rf"(?:{pattern})(?![a-z])", own):
+                    return service
+        before = [without_vendor(part) for part in normalised(name).split("/")[:-1]]  # gateways may go on behind it
+        return next((s for part in before for pattern, s in self.models.items() if re.fullmatch(pattern, part)), None)
 
     def families_of(self, name: str) -> tuple[str, ...]:
         """Return the licences of the families of models that a name seems to belong to; this can raise doubt only."""
-        folded = re.sub(r"[\s_]+", "-", unicodedata.normalize("NFKC", name).lower())
+        folded = normalised(name)
         return tuple(dict.fromkeys(i for pattern, i in self.families.items() if re.search(pattern, folded)))
 
     def text(self, terms_id: str) -> str | None:
@@ -229,6 +249,8 @@ def load_registry(path: Path) -> Registry:
             **base.families,
             **{pattern: i for pattern, i in mine.families.items() if pattern not in base.families},
         },
+        closed={**base.closed, **{p: s for p, s in mine.closed.items() if p not in base.closed}},
+        open=base.open,  # what a user's file calls open opens nothing
     )
 
 
@@ -258,6 +280,8 @@ def parse_registry(raw: bytes, where: str, read: Callable[[str], bytes], base: R
     models: dict[str, str] = {}
     texts: dict[str, str] = {}
     families: dict[str, str] = {}
+    closed: dict[str, str] = {}
+    open_names: list[str] = []
     for kind in ("license", "service"):
         for item in data.get(kind, []):
             entry = dict(item)
@@ -267,6 +291,8 @@ def parse_registry(raw: bytes, where: str, read: Callable[[str], bytes], base: R
             hosts |= dict.fromkeys(entry.pop("hosts", []), terms_id)
             models |= dict.fromkeys(entry.pop("models", []), terms_id)
             families |= dict.fromkeys(entry.pop("families", []), terms_id)
+            closed |= dict.fromkeys(entry.pop("closed", []), terms_id)
+            open_names += entry.pop("open", [])
             shared = [c for group in entry.pop("groups", []) for c in _group(data.get("groups", {}), group, name)]
             entry["clauses"] = [_own(clause, terms_id) for clause in [*shared, *entry.get("clauses", [])]]
             if kind == "service":
@@ -291,6 +317,8 @@ def parse_registry(raw: bytes, where: str, read: Callable[[str], bytes], base: R
         {one.repo.lower(): one for one in known},
         texts,
         families,
+        closed,
+        tuple(open_names),
     )
 
 
