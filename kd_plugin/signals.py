@@ -92,6 +92,19 @@ class OutputHead:
         logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def shaped(self, products: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Turn products of hidden states and rows of the weight into logits, in place and without a gradient.
+
+        Args:
+            products: (N, rows), or (N, K) for the tokens ``ids``.
+            ids: (N, K) tokens that the columns stand for; None for all, in order.
+        """
+        if self.bias is not None:
+            products += self.bias.detach() if ids is None else self.bias.detach()[ids]
+        if self.logit_scale != 1.0:
+            products *= self.logit_scale
+        return products if self.softcap is None else products.div_(self.softcap).tanh_().mul_(self.softcap)
+
 
 @dataclass(frozen=True)
 class HiddenSignal:

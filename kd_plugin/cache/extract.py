@@ -1,13 +1,14 @@
 """From last hidden states to the stored targets: the hot loop of a capture.
 
 Shape suffixes: N scored positions, V vocabulary, K listed tokens, D draws, G groups of consecutive tokens.
-Log-softmax is taken in float32 over the tokenizer's vocabulary; logits exist for one chunk of positions at a
-time, nothing waits for the device within a chunk, and one transfer a chunk brings the results to the host.
+Log-softmax is taken in float32 over the tokenizer's vocabulary, of products that were summed in float32 and not
+rounded to the teacher's dtype; logits exist for one chunk of positions at a time, nothing waits for the device within
+a chunk, and one transfer a chunk brings the results to the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kd_plugin.cache.rounded import Ranked, at, repaired, rounds
 from kd_plugin.cache.targets import Sampled, Targets, TopK, TopP
+from kd_plugin.cache.top import GROUP, top_k
+from kd_plugin.divergence.projection import exact_logits
 from kd_plugin.errors import NonFiniteError
 from kd_plugin.signals import OutputHead
 
-_GROUP = 64  # tokens a group: the maximum (or sum) of each group narrows the search down
 # Float32 logits of a chunk. On a CPU a chunk is projected at once, since that reads the whole head, and then taken
 # apart in parts that stay in its cache.
 _PART_BYTES_CPU = 8 << 20
@@ -110,12 +113,18 @@ def extract(
         part_rows = max(1, _PART_BYTES_CPU // row_bytes) if on_cpu else rows
         parts = []
         for start in range(0, hidden.shape[0], rows):
-            projected = whole.logits(hidden[start : start + rows])
+            chunk = hidden[start : start + rows]
+            rounded = rounds(chunk)
+            projected = chunk @ whole.weight.to(chunk.dtype).t() if rounded else exact_logits(whole, chunk)
             for first in range(0, len(projected), part_rows):
-                logits = projected[first : first + part_rows].float()
-                at = slice(start + first, start + first + len(logits))
-                numbers = None if uniforms is None else uniforms[at]
-                parts.append(from_logits(logits, targets, temperature=temperature, uniforms=numbers))
+                product = projected[first : first + part_rows]
+                here = slice(start + first, start + first + len(product))
+                numbers = None if uniforms is None else uniforms[here]
+                if rounded:
+                    ranked = repaired(product, hidden[here], whole, _listed_by_rank(targets, product.shape[1]))
+                    parts.append(_kept(ranked, targets, temperature, numbers, at(hidden[here], whole)))
+                else:
+                    parts.append(from_logits(product.float(), targets, temperature=temperature, uniforms=numbers))
     return Extracted.concatenate(parts)
 
 
@@ -125,7 +134,7 @@ def from_logits(
     """Keep what ``targets`` asks for of a few positions whose logits are there; see :func:`extract`.
 
     Args:
-        logits: (N, V) float32; log-probabilities will do.
+        logits: (N, V) float32, overwritten; log-probabilities will do.
         targets: what to keep.
         temperature: the logits are divided by it before the softmax.
         uniforms: (N, D) random numbers for sampled targets.
@@ -133,12 +142,42 @@ def from_logits(
     Raises:
         NonFiniteError: they hold NaN or infinity.
     """
+    wanted = _listed_by_rank(targets, logits.shape[1])
+    return _kept(Ranked(logits, *top_k(logits, 1 if wanted is None else wanted)), targets, temperature, uniforms)
+
+
+def _listed_by_rank(targets: Targets, vocab_size: int) -> int | None:
+    """Return how many tokens are listed for their rank, at most; None where drawn ones are listed."""
+    if isinstance(targets, Sampled):
+        return None
+    return min(targets.k if isinstance(targets, TopK) else targets.cap, vocab_size)
+
+
+def _kept(
+    ranked: Ranked,
+    targets: Targets,
+    temperature: float,
+    uniforms: NDArray[np.float64] | None,
+    logits_of: Callable[[Tensor], Tensor] | None = None,
+) -> Extracted:
+    """Keep what ``targets`` asks for.
+
+    Args:
+        ranked: at temperature 1; overwritten.
+        targets: what to keep.
+        temperature: the logits are divided by it.
+        uniforms: (N, D) random numbers for sampled targets.
+        logits_of: gives the logits (N, D) of tokens (N, D), where those of ``ranked`` are only good to draw from.
+    """
+    logits, values, ids = ranked.logits, ranked.values, ranked.ids
     if temperature != 1.0:
-        logits = logits / temperature
+        logits, values = logits.div_(temperature), values / temperature
     if isinstance(targets, Sampled):
         assert uniforms is not None
-        return _sampled(logits, torch.from_numpy(uniforms).to(logits.device, non_blocking=True))
-    return _truncated(logits, targets)
+        numbers = torch.from_numpy(uniforms).to(logits.device, non_blocking=True)
+        return _sampled(logits, values[:, :1], numbers, temperature, logits_of)
+    wanted = _listed_by_rank(targets, logits.shape[1])
+    return _truncated(logits, values[:, :wanted], ids[:, :wanted], targets)
 
 
 def from_list(ids: NDArray[Any], logprobs: NDArray[Any], tail_logmass: NDArray[Any], targets: TopK | TopP) -> Extracted:
@@ -169,10 +208,9 @@ def from_list(ids: NDArray[Any], logprobs: NDArray[Any], tail_logmass: NDArray[A
     )
 
 
-def _truncated(logits: Tensor, targets: TopK | TopP) -> Extracted:
-    values, ids = top_k(logits, min(targets.k if isinstance(targets, TopK) else targets.cap, logits.shape[-1]))
+def _truncated(logits: Tensor, values: Tensor, ids: Tensor, targets: TopK | TopP) -> Extracted:
     maximum = values[:, :1]
-    exponentials = torch.sub(logits, maximum).exp_()
+    exponentials = logits.sub_(maximum).exp_()
     total = exponentials.sum(-1, keepdim=True)
     logprobs = values - maximum - total.log()
     rest = _rest(exponentials, ids)
@@ -193,9 +231,14 @@ def _truncated(logits: Tensor, targets: TopK | TopP) -> Extracted:
     return Extracted(arrays[4].ravel(), arrays[0][kept], arrays[1][kept], arrays[2].ravel(), None)
 
 
-def _sampled(logits: Tensor, uniforms: Tensor) -> Extracted:
-    maximum = logits.amax(-1, keepdim=True)
-    exponentials = torch.sub(logits, maximum).exp_()
+def _sampled(
+    logits: Tensor,
+    maximum: Tensor,
+    uniforms: Tensor,
+    temperature: float,
+    logits_of: Callable[[Tensor], Tensor] | None,
+) -> Extracted:
+    exponentials = torch.sub(logits, maximum, out=logits if logits_of else None).exp_()
     total = exponentials.sum(-1, keepdim=True)
     tokens = _draw(exponentials, uniforms).sort(-1).values
     # Run lengths of the sorted draws, with no wait for the device: entry r of a row is its r-th distinct token.
@@ -204,7 +247,8 @@ def _sampled(logits: Tensor, uniforms: Tensor) -> Extracted:
     rank = new.cumsum(-1) - 1
     draws = torch.zeros_like(tokens).scatter_add_(1, rank, torch.ones_like(tokens))
     ids = tokens[:, :1].expand_as(tokens).scatter(1, rank, tokens)
-    logprobs = logits.gather(1, ids) - maximum - total.log()
+    drawn = logits.gather(1, ids) if logits_of is None else logits_of(ids) / temperature
+    logprobs = drawn - maximum - total.log()
     # Counts beyond the last distinct token are 0, so what `logprobs` repeats there does not weigh
     mean = (draws * logprobs).sum(-1) / draws.shape[1]
     tail = _rest(exponentials, ids).log() - total.log()
@@ -225,37 +269,14 @@ def _sampled(logits: Tensor, uniforms: Tensor) -> Extracted:
     )
 
 
-def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest values of each row of ``logits`` (N, V), falling, and their ids.
-
-    Exact. The k largest lie in the k groups of largest maxima, so that only k groups are searched and one cheap
-    pass reads the rest.
-    """
-    n, size = logits.shape
-    groups = size // _GROUP
-    if groups <= 2 * k:
-        return logits.topk(k)
-    grouped = logits[:, : groups * _GROUP].unflatten(1, (groups, _GROUP))
-    best = grouped.amax(-1).topk(k, sorted=False).indices
-    candidates = grouped.gather(1, best[:, :, None].expand(n, k, _GROUP)).flatten(1)
-    within = torch.arange(_GROUP, device=logits.device)
-    ids = (best[:, :, None] * _GROUP + within).flatten(1)
-    if groups * _GROUP < size:
-        rest = torch.arange(groups * _GROUP, size, device=logits.device)
-        candidates = torch.cat([candidates, logits[:, groups * _GROUP :]], 1)
-        ids = torch.cat([ids, rest.expand(n, -1)], 1)
-    values, index = candidates.topk(k)
-    return values, ids.gather(1, index)
-
-
 def _draw(exponentials: Tensor, uniforms: Tensor) -> Tensor:
     """Invert the cumulative distribution at ``uniforms`` (N, D): first the group, then the token in it.
 
     Float64 from the groups' sums on: a float32 cumulative sum over 10^5 tokens would lose the tail.
     """
     size = exponentials.shape[1]
-    padded = torch.nn.functional.pad(exponentials, (0, -size % _GROUP))
-    grouped = padded.unflatten(1, (-1, _GROUP))
+    padded = torch.nn.functional.pad(exponentials, (0, -size % GROUP))
+    grouped = padded.unflatten(1, (-1, GROUP))
     cumulative = grouped.sum(-1).double().cumsum(-1)
     point = uniforms * cumulative[:, -1:]
     group = torch.searchsorted(cumulative, point, right=True).clamp_(max=grouped.shape[1] - 1)
@@ -263,9 +284,10 @@ def _draw(exponentials: Tensor, uniforms: Tensor) -> Tensor:
     lower = cumulative.gather(1, (group - 1).clamp_(min=0)).where(group > 0, 0.0)
     # As a share of the group, and strictly below one, so that rounding never picks a token of probability zero.
     share = ((point - lower) / (upper - lower)).clamp_(0.0, 1.0 - 1e-12)
-    members = grouped.gather(1, group[:, :, None].expand(-1, -1, _GROUP)).double().cumsum(-1)
+    members = grouped.gather(1, group[:, :, None].expand(-1, -1, GROUP)).double().cumsum(-1)
     inside = torch.searchsorted(members, (share * members[..., -1])[..., None], right=True).squeeze(-1)
-    return group * _GROUP + inside
+    # Where the logits are NaN, anything is found; the caller refuses them, and until then an id must be one
+    return (group * GROUP + inside).clamp_(max=size - 1)
 
 
 def _rest(exponentials: Tensor, ids: Tensor) -> Tensor:

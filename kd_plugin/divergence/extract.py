@@ -76,7 +76,8 @@ def with_written(signal: SparseSignal, tokens: Tensor) -> SparseSignal:
     ids_NJ, again_NJ = joined_ids(signal.ids, tokens.unsqueeze(-1), listed=signal.logprobs != -math.inf)
     new_N = ~again_NJ[:, -1]
     written_N = torch.where(new_N, signal.written_logprobs.to(signal.logprobs.dtype), -math.inf)
-    share_N = (written_N - signal.tail_logmass).exp().clamp(max=1.0 - 1e-4)
+    # A written token without probability takes nothing, also from a rest that is nothing
+    share_N = torch.where(written_N > -math.inf, written_N - signal.tail_logmass, -math.inf).exp().clamp(max=1.0 - 1e-4)
     tail_N = torch.where(new_N, signal.tail_logmass + torch.log1p(-share_N), signal.tail_logmass)
     return SparseSignal(ids_NJ, torch.cat([signal.logprobs, written_N.unsqueeze(-1)], -1), tail_N)
 

@@ -144,15 +144,42 @@ class Projector:
 
     def _matmul(self, hidden_RH: Tensor, out_RV: Tensor) -> None:
         """Project into ``out_RV``, which may be wider than the operands."""
-        if hidden_RH.dtype == out_RV.dtype:
-            blocked = out_RV.dtype == torch.float32 and out_RV.device.type == "cpu"
-            for part in chunks(self.weight_VH.shape[0], _CPU_COLUMNS) if blocked else (slice(None),):
-                torch.mm(hidden_RH, self.weight_VH[part].t(), out=out_RV[:, part])
-        elif _can_widen(hidden_RH.dtype, out_RV.dtype, hidden_RH.device):
-            torch.mm(hidden_RH, self.weight_VH.t(), out_dtype=out_RV.dtype, out=out_RV)
+        if hidden_RH.dtype == out_RV.dtype or _can_widen(hidden_RH.dtype, out_RV.dtype, hidden_RH.device):
+            _product(hidden_RH, self.weight_VH, out_RV)
         else:
             narrow_RV = self.workspace.get("narrow", hidden_RH.shape[0], hidden_RH.dtype)
             out_RV.copy_(torch.mm(hidden_RH, self.weight_VH.t(), out=narrow_RV))
+
+
+@torch.no_grad()
+def exact_logits(head: OutputHead, hidden: Tensor) -> Tensor:
+    """Project hidden states (N, H) to logits (N, V) that are not rounded to the dtype of the operands.
+
+    Where a training step rounds as the model does itself, for speed, this takes the time of a float32 product.
+
+    Args:
+        head: the head, gathered or not.
+        hidden: (N, H) of any floating dtype; the weight is taken in it.
+
+    Returns:
+        Float32, or float64 for float64 hidden states.
+    """
+    with torch.autocast(hidden.device.type, enabled=False), head.gathered() as whole:
+        shape = (hidden.shape[0], whole.weight.shape[0])
+        out_NV = torch.empty(shape, dtype=statistics_dtype(hidden), device=hidden.device)
+        _product(hidden, whole.weight.detach().to(hidden.device), out_NV)
+        return whole.shaped(out_NV)
+
+
+def _product(hidden_RH: Tensor, weight_VH: Tensor, out_RV: Tensor) -> None:
+    """Write ``hidden @ weight.T`` to ``out_RV``, summed and kept in its dtype."""
+    narrow, wide = hidden_RH.dtype, out_RV.dtype
+    if _can_widen(narrow, wide, hidden_RH.device):
+        torch.mm(hidden_RH, weight_VH.to(narrow).t(), out_dtype=wide, out=out_RV)
+        return
+    blocked = wide != narrow or (wide == torch.float32 and out_RV.device.type == "cpu")
+    for part in chunks(weight_VH.shape[0], _CPU_COLUMNS) if blocked else (slice(None),):
+        torch.mm(hidden_RH.to(wide), weight_VH[part].to(narrow).to(wide).t(), out=out_RV[:, part])
 
 
 class StudentGradient:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kd_plugin.divergence.projection import exact_logits
 from kd_plugin.panel.responses import until_end
 from kd_plugin.panel.rollouts import interleave, left_padded, seeded
 from kd_plugin.panel.roster import Assignment, TeacherPanel
@@ -164,6 +165,6 @@ def panel_logprobs(
 
 def _logprobs(signal: HiddenSignal | SparseSignal, vocab_size: int) -> Tensor:
     if isinstance(signal, HiddenSignal):
-        return signal.head.logits(signal.hidden)[:, :vocab_size].float().log_softmax(dim=-1)
+        return exact_logits(signal.head, signal.hidden)[:, :vocab_size].log_softmax(dim=-1)
     full = signal.logprobs.new_full((len(signal), vocab_size), -torch.inf)
     return full.scatter_reduce(1, signal.ids, signal.logprobs, reduce="amax")
