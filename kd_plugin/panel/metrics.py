@@ -15,7 +15,6 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence.projection import exact_logits
 from kd_plugin.panel.combining import GroupTerms
 from kd_plugin.panel.loss import Judgement
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
@@ -164,7 +163,7 @@ class _View:
     def of(cls, signal: HiddenSignal | SparseSignal) -> _View:
         if isinstance(signal, SparseSignal):
             return cls._of_list(signal)
-        logprobs = exact_logits(signal.head, signal.hidden).log_softmax(-1)
+        logprobs = signal.head.logits(signal.hidden).float().log_softmax(-1)
         entropy = torch.special.entr(logprobs.exp()).sum(-1)
         return cls(entropy, logprobs.topk(min(SUPPORT, logprobs.size(1)), -1).indices, logprobs)
 
