@@ -71,7 +71,7 @@ class StudentCallback(Callback):
             self._step.remove()
         if self._forward is not None:
             self._forward.remove()
-        self._step = self._forward = None
+        self._step = self._forward = self._zero3 = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the module as it was."""

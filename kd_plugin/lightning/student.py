@@ -191,8 +191,9 @@ def shards_the_student(trainer: Trainer) -> bool:
 
 
 def as_trained(module: nn.Module, student: PreTrainedModel) -> Any:
-    """Return the student with its adapter, where the module holds it wrapped by PEFT."""
-    return next((m for m in module.modules() if hasattr(m, "peft_config")), student)
+    """Return the student with its adapter, where the module holds it wrapped by PEFT; other PEFT models are others'."""
+    adapted = (m for m in module.modules() if hasattr(m, "peft_config") and any(p is student for p in m.modules()))
+    return next(adapted, student)
 
 
 def _is_causal(module: nn.Module) -> bool:

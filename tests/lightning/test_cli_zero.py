@@ -24,8 +24,8 @@ SMALL = [
 
 
 @pytest.mark.parametrize("method", ["offline", "panel"])
-def test_the_zero_file_trains(method, tmp_path, student_dir, teacher_dir, other_teacher_dir, cache):
-    options = ["--model.model", student_dir, "--trainer.default_root_dir", tmp_path]
+def test_the_zero_file_trains(method, tmp_path, untied_student_dir, teacher_dir, other_teacher_dir, cache):
+    options = ["--model.model", untied_student_dir, "--trainer.default_root_dir", tmp_path]
     if method == "offline":
         options += ["--data.cache", cache.path, "--trainer.callbacks.init_args.dirpath", tmp_path]
     else:

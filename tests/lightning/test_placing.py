@@ -17,8 +17,9 @@ def adapter(adapter, base):
     return {"kind": "adapter", "adapter": adapter, "base": base, "accept_base": True, "license": "own"}
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory, student_dir, teacher_dir, other_teacher_dir):
+@pytest.fixture(scope="module", params=["student_dir", "untied_student_dir"])
+def jobs(request, tmp_path_factory, teacher_dir, other_teacher_dir):
+    student_dir = request.getfixturevalue(request.param)
     root = tmp_path_factory.mktemp("placing")
     other = LoraConfig(r=2, target_modules=["k_proj"], task_type="CAUSAL_LM")
     own = adapter(save_adapter(student_dir, root / "own", LORA, 1), "student")

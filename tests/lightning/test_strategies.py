@@ -25,7 +25,7 @@ def start(name, directory, settings, ranks):
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, student_dir, teacher_dir, other_teacher_dir, cache):
+def settings(tmp_path_factory, student_dir, untied_student_dir, teacher_dir, other_teacher_dir, cache):
     directory = tmp_path_factory.mktemp("settings")
     (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     teachers = {"math": teacher_dir, "code": other_teacher_dir}
@@ -33,7 +33,7 @@ def settings(tmp_path_factory, student_dir, teacher_dir, other_teacher_dir, cach
     jobs = {
         "offline": {"model": {"model": student_dir, "cache": str(cache.path)}, "data": {"cache": str(cache.path)}},
         "panel": {
-            "model": {"model": student_dir, "teacher_models": teachers, **written},
+            "model": {"model": untied_student_dir, "teacher_models": teachers, **written},
             "data": {"prompts": str(directory / "prompts.jsonl")},
         },
     }

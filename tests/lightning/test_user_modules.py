@@ -8,6 +8,7 @@ from peft import get_peft_model
 from kd_plugin.cache.joining import TARGET, batch_targets
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.lightning import OfflineKD
+from kd_plugin.lightning.student import as_trained
 from tests.hosts.runs import LORA, assert_same
 from tests.lightning.help import Plain, collate, loader, trainer
 from tests.tiny import byte_tokenizer, tiny_llama
@@ -42,6 +43,22 @@ class Adapted(Plain):
         self.model = get_peft_model(self.model, LORA)
 
 
+class Tuples(Plain):
+    """Asks the student for a tuple."""
+
+    def training_step(self, batch, batch_idx):
+        loss, logits = self.model(**batch, return_dict=False)
+        assert logits.shape[:2] == batch["input_ids"].shape
+        return loss
+
+
+class Copies(Plain):
+    """Gives the student copies of the labels, as wrappers do that move inputs."""
+
+    def training_step(self, batch, batch_idx):
+        return self.model(**{**batch, "labels": batch["labels"].clone()}).loss
+
+
 class Manual(Plain):
     """Calls backward itself."""
 
@@ -74,6 +91,14 @@ def test_a_peft_model_trains_its_adapter_alone(tmp_path, student_dir, cache):
     assert losses[-1] < losses[0]
 
 
+def test_another_peft_model_beside_the_student_is_not_taken_for_it(student_dir):
+    module = Plain(student_dir)
+    both = torch.nn.ModuleList([get_peft_model(tiny_llama(), LORA), module])
+    assert as_trained(both, module.model) is module.model
+    adapted = Adapted(student_dir)
+    assert as_trained(torch.nn.ModuleList([both, adapted]), adapted.model.get_base_model()) is adapted.model
+
+
 def test_manual_optimization_is_refused_with_the_reason(tmp_path, student_dir, cache):
     with pytest.raises(ConfigError, match=r"automatic_optimization=False and calls backward itself"):
         run(tmp_path, Manual(student_dir), cache)
@@ -86,6 +111,21 @@ def test_the_module_is_left_as_it_was(tmp_path, student_dir, cache):
     batch = collate([cache.dataset()[0]], keep=())
     assert module.model(**batch).logits.shape[-1] == 259
     assert module.model.generate(batch["input_ids"][:, :4], max_new_tokens=2).shape[1] == 6
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("kind", [Tuples, Copies])
+def test_a_student_that_is_asked_in_another_way(kind, weight, tmp_path, student_dir, cache):
+    plain = run(tmp_path / "a", Plain(student_dir), cache, kd={"ce_weight": weight})
+    assert run(tmp_path / "b", kind(student_dir), cache, kd={"ce_weight": weight}) == pytest.approx(plain)
+
+
+def test_a_projection_is_saved_where_labels_are_copied(tmp_path, student_dir, cache):
+    module = Copies(student_dir)
+    projections = []
+    module.model.lm_head.register_forward_hook(lambda *seen: projections.append(seen))
+    run(tmp_path, module, cache, kd={"ce_weight": 0.5})
+    assert not projections
 
 
 @pytest.mark.parametrize("rows", [1, 2])

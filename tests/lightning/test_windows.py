@@ -318,3 +318,16 @@ class TestDeepSpeed:
         for fits in (4, float("inf")):
             host.num_training_batches = fits
             require_whole_windows(host)
+
+    def test_models_that_are_loaded_after_a_run_are_whole(self, host, methods):
+        """transformers is told of ZeRO-3 while the trainer runs, and no longer."""
+        from transformers.integrations import is_deepspeed_zero3_enabled
+
+        from tests.lightning.ranks import strategy
+
+        host.strategy = strategy("zero3")
+        module, kd = methods["offline"].own()
+        kd.setup(host, module, "validate")
+        assert is_deepspeed_zero3_enabled()
+        kd.teardown(host, module, "validate")
+        assert not is_deepspeed_zero3_enabled()
