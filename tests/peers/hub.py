@@ -9,28 +9,37 @@ python -m tests.peers.hub CHECKOUT CACHE
 
 import hashlib
 import importlib
+import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, GenerationConfig
 
 from tests.peers.tokenizers import FAMILIES, build, learn_merges
 
 DATASETS = ("zen", "harmony", "toolcall", "zen_image", "zen_multi_image")
+WORDS = re.compile(r"[\w' .,?!*-]+")
+# Repositories from which a test takes the tokenizer alone
+TOKENIZERS = ("Qwen/Qwen3-4B",)
 LICENSE = "---\nlicense: apache-2.0\n---\n\nA random model that stands in for one of the hub's.\n"
 
 
 def main(checkout: Path, cache: Path) -> None:
     sys.path.insert(0, str(checkout))
-    DatasetDict.push_to_hub = lambda self, repo, config_name: self.save_to_disk(cache / "data" / repo / config_name)
+
+    def push_data(self: DatasetDict, repo: str, config_name: str) -> None:
+        _as_text(self).save_to_disk(cache / "data" / repo / config_name)
+
+    DatasetDict.push_to_hub = push_data
     for name in DATASETS:
         script = importlib.import_module(f"scripts.generate_{name}_dataset")
         script.main(0.1, True, f"trl-internal-testing/{name.replace('_', '-')}")
-    merges = learn_merges(_texts(cache / "data"))
+    templates = " ".join(family.chat_template() or "" for family in FAMILIES.values())
+    merges = learn_merges([*_texts(cache / "data"), *WORDS.findall(templates)])
     built: dict[str, Any] = {}
 
     def tokenizer(name: str, **options: Any) -> Any:
@@ -48,11 +57,26 @@ def main(checkout: Path, cache: Path) -> None:
         _store(cache / "hub", f"trl-internal-testing/{name}", model, tokenizer, generation)
 
     common.push_to_hub = push
+    for name in TOKENIZERS:
+        _store(cache / "hub", name, None, tokenizer(name), None)
     folder = checkout / "scripts" / "generate_tiny_models" / "for_causal_lm"
     for script in sorted(folder.glob("*.py")):
         named = re.search(r'^MODEL_ID = "(.+)"', script.read_text(), re.MULTILINE)
         if named and named[1] in FAMILIES:
             importlib.import_module(f"scripts.generate_tiny_models.for_causal_lm.{script.stem}")
+
+
+def _as_text(datasets: DatasetDict) -> DatasetDict:
+    """Return the datasets with their tools as JSON text, as the hub has them; newer releases of datasets parse it."""
+    if "tools" not in next(iter(datasets.values())).column_names:
+        return datasets
+
+    def rows(dataset: Dataset) -> list[dict[str, Any]]:
+        return [
+            {**row, "tools": tools if isinstance(tools := row["tools"], str) else json.dumps(tools)} for row in dataset
+        ]
+
+    return DatasetDict({name: Dataset.from_list(rows(dataset)) for name, dataset in datasets.items()})
 
 
 def _texts(data: Path) -> Iterator[str]:
@@ -61,7 +85,7 @@ def _texts(data: Path) -> Iterator[str]:
         for dataset in DatasetDict.load_from_disk(str(state.parent)).values():
             columns = [name for name, feature in dataset.features.items() if "Image" not in str(feature)]
             for row in dataset.select_columns(columns):
-                yield from re.findall(r"[\w' .,?!*-]+", str(row))
+                yield from WORDS.findall(str(row))
 
 
 def _store(hub: Path, repo: str, model: Any, tokenizer: Any, generation: Any) -> None:
@@ -69,8 +93,9 @@ def _store(hub: Path, repo: str, model: Any, tokenizer: Any, generation: Any) ->
     revision = hashlib.sha1(repo.encode()).hexdigest()
     directory = hub / f"models--{repo.replace('/', '--')}"
     snapshot = directory / "snapshots" / revision
-    model.generation_config = generation
-    model.save_pretrained(snapshot)
+    if model is not None:
+        model.generation_config = generation
+        model.save_pretrained(snapshot)
     tokenizer.save_pretrained(snapshot)
     (snapshot / "README.md").write_text(LICENSE)
     (directory / "refs").mkdir()

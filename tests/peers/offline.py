@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import get_training_chat_template
 
 from kd_plugin import LocalTeacher, TeacherCache, capture
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
@@ -49,7 +50,7 @@ def captured(
         tokenizer.chat_template = (
             Path(template).read_text() if is_file else AutoTokenizer.from_pretrained(template).chat_template
         )
-    rows = list(_unique_rows(train_dataset, eval_dataset))
+    rows = list(_unique_rows(train_dataset, eval_dataset)) or [{"text": "a cache of other rows"}]
     if formatting_func is not None:
         rows = [{"text": formatting_func(row)} for row in rows]
     teacher = LocalTeacher(random_teacher(len(tokenizer)), tokenizer=tokenizer, license="own")
@@ -58,6 +59,8 @@ def captured(
         teacher,
         scratch / "cache",
         completion_only=getattr(args, "completion_only_loss", None),
+        assistant_only=bool(getattr(args, "assistant_only_loss", False)),
+        chat_template=get_training_chat_template,
         batch_tokens=1024,
         progress=False,
     )

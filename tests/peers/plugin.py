@@ -21,7 +21,7 @@ import trl
 
 CACHE = Path(os.environ["KD_PEERS_CACHE"])
 MODEL = re.compile(r"trl-internal-testing/(?:tiny|small)-[\w.-]+")
-TIMEOUT = 300
+TIMEOUT = 1200  # seconds; several can be slow on a busy machine
 # Every dataset that the running test has loaded
 LOADED: list[Any] = []
 

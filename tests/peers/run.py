@@ -20,6 +20,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 DIFFERENCES = Path(__file__).with_name("differences.toml")
 TESTS = {
     "test_distillation_trainer.py": ("TestDistillationTrainer", "TestDistillationTrainerVLM"),
@@ -40,10 +41,12 @@ def main() -> int:
         checkout, cache = Path(scratch, "trl"), Path(scratch, "cache")
         unpack(arguments.trl, checkout)
         print("Making the models and datasets that the tests read from the hub ...", flush=True)
-        _python("-m", "tests.peers.hub", checkout, cache, quiet=True)
+        make_cache(checkout, cache)
         # Under another name, since `tests` is ours
         shutil.copytree(checkout / "tests", Path(scratch, "run", "trl_tests"))
-        found = {side: run(side, Path(scratch), cache, arguments.only) for side in SIDES}
+        print("Running TRL's tests on TRL's classes and on ours, side by side: about half an hour ...", flush=True)
+        running = {side: start(side, Path(scratch), cache, arguments.only) for side in SIDES}
+        found = {side: outcomes(side, process, Path(scratch)) for side, process in running.items()}
     table = as_table(found)
     print(table)
     if arguments.table:
@@ -88,46 +91,48 @@ def _extract(archive: Path, directory: Path) -> None:
         opened.extractall(directory, filter="data")
 
 
-def run(side: str, scratch: Path, cache: Path, only: str | None) -> Outcomes:
-    """Run the tests on one side's classes; return each test's outcome."""
-    print(f"Running TRL's tests on {SIDES[side]} ...", flush=True)
-    report = scratch / f"{side}.json"
+def start(side: str, scratch: Path, cache: Path, only: str | None) -> subprocess.Popen[bytes]:
+    """Start the tests on one side's classes; their output goes to a file in ``scratch``."""
     nodes = [f"trl_tests/{file}::{name}" for file, names in TESTS.items() for name in names]
-    options = ["-p", "tests.peers.plugin", "-p", "no:cacheprovider", "-q", "--no-header", "--no-summary"]
-    options += ["-m", "not slow", "-o", "markers=slow", "-o", "addopts="]
+    options = ["-p", "tests.peers.plugin", "-p", "no:cacheprovider", "-v", "--tb=short", "-m", "not slow"]
+    options += ["-o", "addopts=", "-o", "markers=slow", *(["-k", only] if only else [])]
     environment = {
         "KD_PEERS_CACHE": str(cache),
         "KD_PEERS_CLASSES": side,
-        "KD_PEERS_REPORT": str(report),
-        "HF_HOME": str(cache),
+        "KD_PEERS_REPORT": str(scratch / f"{side}.json"),
+        # Of their own, or one side would find what the other left
+        "HF_HOME": str(scratch / side),
+        "HF_HUB_CACHE": str(cache / "hub"),
         "HF_HUB_OFFLINE": "1",
     }
-    _python(
-        "-m",
-        "pytest",
-        *options,
-        *(["-k", only] if only else []),
-        *nodes,
-        cwd=scratch / "run",
-        check=False,
-        **environment,
-    )
+    with (scratch / f"{side}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pytest", *options, *nodes],
+            cwd=scratch / "run",
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def outcomes(side: str, process: subprocess.Popen[bytes], scratch: Path) -> Outcomes:
+    """Wait for one side's tests, and return each one's outcome."""
+    process.wait()
+    report = scratch / f"{side}.json"
     if not report.is_file():
-        raise SystemExit(f"pytest ended without a report on {SIDES[side]}; see its output above.")
+        log = (scratch / f"{side}.log").read_text(errors="replace")
+        raise SystemExit(f"pytest ended without a report on {SIDES[side]}:\n{log[-3000:]}")
     return dict(json.loads(report.read_text()))
 
 
-def _python(
-    *arguments: str | Path, cwd: Path | None = None, check: bool = True, quiet: bool = False, **variables: str
-) -> None:
-    root = str(Path(__file__).parents[2])
-    # TRL's Python is the installed one; the checkout is only on the path of the scripts that make its models
-    environment = {**os.environ, "PYTHONPATH": root, **variables}
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd or root, env=environment, capture_output=quiet, text=True
+def make_cache(checkout: Path, cache: Path) -> None:
+    """Make the models and datasets in a process of its own, whose libraries are changed for it."""
+    command = [sys.executable, "-m", "tests.peers.hub", str(checkout), str(cache)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
-    if check and result.returncode:
-        raise SystemExit(f"{arguments[1]} failed:\n{(result.stderr or '')[-3000:]}")
+    if done.returncode:
+        raise SystemExit(f"The models and datasets could not be made:\n{done.stderr[-3000:]}")
 
 
 def as_table(found: dict[str, Outcomes]) -> str:
