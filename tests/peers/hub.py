@@ -13,9 +13,11 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import transformers
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -57,6 +59,11 @@ def main(checkout: Path, cache: Path) -> None:
         _store(cache / "hub", f"trl-internal-testing/{name}", model, tokenizer, generation)
 
     common.push_to_hub = push
+    ends = FAMILIES["openai/gpt-oss-20b"].generation
+    # Its configuration has the ids of the whole vocabulary as defaults
+    transformers.GptOssConfig = partial(
+        transformers.GptOssConfig, pad_token_id=ends["pad_token_id"], eos_token_id=ends["eos_token_id"][0]
+    )
     for name in TOKENIZERS:
         _store(cache / "hub", name, None, tokenizer(name), None)
     folder = checkout / "scripts" / "generate_tiny_models" / "for_causal_lm"
@@ -93,9 +100,12 @@ def _store(hub: Path, repo: str, model: Any, tokenizer: Any, generation: Any) ->
     revision = hashlib.sha1(repo.encode()).hexdigest()
     directory = hub / f"models--{repo.replace('/', '--')}"
     snapshot = directory / "snapshots" / revision
+    snapshot.mkdir(parents=True)
     if model is not None:
         model.generation_config = generation
         model.save_pretrained(snapshot)
+    else:
+        (snapshot / "config.json").write_text('{"model_type": "qwen3"}')
     tokenizer.save_pretrained(snapshot)
     (snapshot / "README.md").write_text(LICENSE)
     (directory / "refs").mkdir()

@@ -53,7 +53,7 @@ def captured(
     rows = list(_unique_rows(train_dataset, eval_dataset)) or [{"text": "a cache of other rows"}]
     if formatting_func is not None:
         rows = [{"text": formatting_func(row)} for row in rows]
-    teacher = LocalTeacher(random_teacher(len(tokenizer)), tokenizer=tokenizer, license="own")
+    teacher = LocalTeacher(random_teacher(len(tokenizer)), tokenizer=tokenizer, license="apache-2.0")
     return capture(
         rows,
         teacher,
