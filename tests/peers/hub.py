@@ -19,8 +19,9 @@ from typing import Any
 
 import transformers
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
 
+from tests.peers.processors import TYPES, configuration, processor
 from tests.peers.tokenizers import FAMILIES, build, learn_merges
 
 DATASETS = ("zen", "harmony", "toolcall", "zen_image", "zen_multi_image")
@@ -50,6 +51,8 @@ def main(checkout: Path, cache: Path) -> None:
         return built[name]
 
     AutoTokenizer.from_pretrained = tokenizer
+    AutoProcessor.from_pretrained = lambda name: processor(name, tokenizer(name))
+    AutoConfig.from_pretrained = configuration
     GenerationConfig.from_pretrained = lambda name, **options: GenerationConfig(**FAMILIES[name].generation)
     common = importlib.import_module("scripts.generate_tiny_models._common")
     common.check_transformers_version = common.check_dtype_pattern = common.print_config_diff = lambda *args: None
@@ -66,11 +69,11 @@ def main(checkout: Path, cache: Path) -> None:
     )
     for name in TOKENIZERS:
         _store(cache / "hub", name, None, tokenizer(name), None)
-    folder = checkout / "scripts" / "generate_tiny_models" / "for_causal_lm"
-    for script in sorted(folder.glob("*.py")):
-        named = re.search(r'^MODEL_ID = "(.+)"', script.read_text(), re.MULTILINE)
-        if named and named[1] in FAMILIES:
-            importlib.import_module(f"scripts.generate_tiny_models.for_causal_lm.{script.stem}")
+    for folder, names in (("for_causal_lm", FAMILIES), ("for_conditional_generation", TYPES)):
+        for script in sorted((checkout / "scripts" / "generate_tiny_models" / folder).glob("*.py")):
+            named = re.search(r'^MODEL_ID = "(.+)"', script.read_text(), re.MULTILINE)
+            if named and named[1] in names:
+                importlib.import_module(f"scripts.generate_tiny_models.{folder}.{script.stem}")
 
 
 def _as_text(datasets: DatasetDict) -> DatasetDict:

@@ -3,7 +3,8 @@
 A stand-in is a byte-level BPE. Its merges are learnt from the tests' own datasets, so that words are tokens and rows
 are as long as with the real one. Tokens that a test writes as a number have that number; what is left of the vocabulary
 is filled up, so that its size is the real one. Those of Qwen2.5, of the dense Qwen3 and of gpt-oss, on which most and
-the longest tests run, are cut to 8,192 tokens, or the tests would take hours. Chat templates are those that the installed TRL has for the family.
+the longest tests run, are cut to 8,192 tokens, or the tests would take hours. Chat templates are those that the
+installed TRL has for the family.
 """
 
 import json
@@ -39,6 +40,7 @@ class Family:
         eos, pad, bos: those special tokens.
         adds_bos: whether a text begins with ``bos``.
         generation: fields of the model's generation configuration.
+        named: special tokens that a processor asks for by a name.
     """
 
     size: int
@@ -50,6 +52,7 @@ class Family:
     adds_bos: bool = False
     words: dict[int, str] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
+    named: dict[str, str] = field(default_factory=dict)
 
     def chat_template(self) -> str | None:
         """Return the template's text."""
@@ -179,6 +182,32 @@ FAMILIES = {
         adds_bos=True,
         generation={"eos_token_id": 2, "bos_token_id": 1},
     ),
+    "google/gemma-3-4b-it": Family(
+        262145,
+        "gemma3",
+        {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 105: "<start_of_turn>", 106: "<end_of_turn>"}
+        | {255999: "<start_of_image>", 256000: "<end_of_image>", 262144: "<image_soft_token>"},
+        eos="<eos>",
+        pad="<pad>",
+        bos="<bos>",
+        adds_bos=True,
+        generation={"eos_token_id": [1, 106], "pad_token_id": 0, "bos_token_id": 2, "do_sample": True},
+        named={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+    ),
+    "llava-hf/llava-v1.6-mistral-7b-hf": Family(
+        32002,
+        "llava_next",
+        {0: "<unk>", 1: "<s>", 2: "</s>", 32000: "<image>", 32001: "<pad>"},
+        eos="</s>",
+        pad="<pad>",
+        bos="<s>",
+        adds_bos=True,
+        generation={"eos_token_id": 2, "pad_token_id": 32001, "bos_token_id": 1},
+    ),
     "microsoft/Phi-3.5-mini-instruct": Family(
         32011,
         "phi3_5",
@@ -237,7 +266,11 @@ def build(family: Family, merges: list[tuple[str, str]]) -> PreTrainedTokenizerF
             single=f"{family.bos} $A", special_tokens=[(family.bos, vocab[family.bos])]
         )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=family.eos, pad_token=family.pad, bos_token=family.bos
+        tokenizer_object=backend,
+        eos_token=family.eos,
+        pad_token=family.pad,
+        bos_token=family.bos,
+        **({"extra_special_tokens": family.named} if family.named else {}),
     )
     tokenizer.chat_template = template
     return tokenizer
