@@ -18,7 +18,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 ARGS ?=
 
-.PHONY: help install demo test test-all test-zero libaio test-vllm lint format types bench wheel-test clean
+.PHONY: help install demo test test-all test-zero libaio test-vllm test-peers lint format types bench wheel-test clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,11 @@ test-vllm: $(STAMP) ## Compare with a real vLLM server. Makes .venv-vllm (3.4 GB
 		$(PY) -m tests.vllm.make_environment $(VLLM_VENV) && install -m 755 /dev/null $(VLLM_VENV)/.installed; }
 	@KD_VLLM_PYTHON=$${KD_VLLM_PYTHON:-$(abspath $(VLLM_VENV)/bin/python)} KD_VLLM_MODELS=$${KD_VLLM_MODELS:-$(VLLM_VENV)/models} \
 		OMP_NUM_THREADS=1 $(PY) -m pytest tests/vllm -m vllm -v -rP $(ARGS)
+
+# TRL is a checkout, a bare git directory or an archive of its repository; it is read, and nothing of it stays here.
+test-peers: $(STAMP) ## Run TRL's own trainer tests on TRL's classes and on ours: make test-peers TRL=PATH; takes half an hour.
+	@test -n "$(TRL)" || { echo "Name a checkout or archive of TRL's repository: make test-peers TRL=path/to/trl"; exit 1; }
+	@$(TEST_ENV) $(PY) -m tests.peers.run "$(abspath $(TRL))" $(ARGS)
 
 wheel-test: $(STAMP) ## Build the wheel, install it alone with [trl], and run the demo's first minute from it.
 	@$(PY) -m pytest tests/hosts/test_demo_wheel.py -m wheel -v $(ARGS)
