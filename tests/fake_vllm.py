@@ -30,6 +30,7 @@ class Behaviour:
     replica: object = None  # called with the number of a completions request; the model that answers it
     stale_block: int = 0  # tokens of a block of a prefix cache that repeats a hit's last position; 0 is none
     cached: set = field(default_factory=set)  # its prefixes
+    has_logprobs: bool = True  # else it leaves them out without a word, as `transformers serve` does
     writes_nothing: bool = False  # completions end before their first token
     delay: float = 0.0  # seconds before any answer
     requests: list[tuple[str, dict, dict]] = field(default_factory=list)  # path, headers, body
@@ -105,7 +106,10 @@ def _write(model, prompt, body, settings, behaviour):
     """Sample a completion, with the distribution at each of its tokens if asked, as the server names them."""
     generator = torch.Generator().manual_seed(body.get("seed", 0))
     ids, listed = [], []
-    while len(ids) < body["max_tokens"] and not (ids and ids[-1] in behaviour.ends) and not behaviour.writes_nothing:
+    ends, most = behaviour.ends, 0 if behaviour.writes_nothing else body["max_tokens"]
+    if body.get("ignore_eos"):
+        ends, most = (), body["max_tokens"]
+    while len(ids) < most and not (ids and ids[-1] in ends):
         logits = _logits(model, [*prompt, *ids])[-1]
         processed = _processed(logits, settings, prompt, ids)
         greedy = settings["temperature"] == 0
@@ -116,7 +120,7 @@ def _write(model, prompt, body, settings, behaviour):
             found = _listed(values, body["logprobs"], chosen)
             listed.append({f"token_id:{i}": value for i, value in found.items()})
         ids.append(chosen)
-    finished = not ids or ids[-1] in behaviour.ends
+    finished = not ids or ids[-1] in ends
     return {
         "text": "?",
         "finish_reason": "stop" if finished else "length",
@@ -151,6 +155,9 @@ def _complete(model, body, behaviour):
         if "prompt_logprobs" in body:
             choices[-1]["prompt_logprobs"] = _entries(model, tokens, body["prompt_logprobs"], behaviour)
     answer = {"object": "text_completion", "model": behaviour.answer_as or behaviour.name, "choices": choices}
+    if not behaviour.has_logprobs:
+        for choice in choices:
+            choice["logprobs"] = choice["prompt_logprobs"] = None
     if behaviour.change is not None:
         behaviour.change(answer)
     return answer

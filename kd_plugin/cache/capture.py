@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cache.engines import open_engine, require_targets, require_teacher
+from kd_plugin.cache.engines import as_asked, open_engine, require_targets, require_teacher
 from kd_plugin.cache.examples import Tokenization, is_conversation
 from kd_plugin.cache.filters import Check, make_filter, reference
 from kd_plugin.cache.generation import Generation
@@ -19,6 +19,7 @@ from kd_plugin.cache.targets import Targets, TopK
 from kd_plugin.cache.templates import fingerprint, marks_assistant, pinned_time, prints_time, with_template
 from kd_plugin.cache.work import Job, do_units
 from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.teachers.base import reach
 from kd_plugin.vocab import Vocabulary
 
 
@@ -27,11 +28,13 @@ class Prepared:
     """A capture whose terms, rows and settings have been checked, before the teacher is loaded.
 
     Attributes:
+        teacher: as it is asked; a server has been reached.
         job: the rows, and what turns them into examples.
         settings: of the cache, without the weights' digest and dtype.
         lineage: nodes and edges of who teaches.
     """
 
+    teacher: Any
     job: Job
     settings: Settings
     lineage: Mapping[str, Any]
@@ -134,7 +137,7 @@ def capture(
     if (directory / "manifest.json").exists():
         unknown = read_manifest(directory).settings.rendered_at is None
         require_same(directory, settings, part, ("weights", "dtype", *(() if unknown else ignored)), append=append)
-    engine = open_engine(teacher, settings, batch_tokens)
+    engine = open_engine(prepared.teacher, settings, batch_tokens)
     settings = replace(settings, weights=engine.weights, dtype=engine.dtype)
     store = Store.create_or_join(directory, settings, [part], prepared.lineage, engine.describe(), append, ignored)
     engine.require_same(store.manifest.engine)
@@ -163,7 +166,7 @@ def prepare(
     seed: int = 0,
     lineage: Mapping[str, Any] | str | Path | None = None,
 ) -> Prepared:
-    """Check everything that can be checked before the teacher's weights are loaded; see :func:`capture`."""
+    """Check what can be checked before the teacher's weights are loaded, and reach a server; see :func:`capture`."""
     from kd_plugin.lineage import outputs_record
 
     _require_positive(temperature=temperature, shard_rows=shard_rows, batch_tokens=batch_tokens)
@@ -186,6 +189,8 @@ def prepare(
             )
     else:
         Vocabulary.from_tokenizer(tokenizer).require_same_tokens(vocabulary, "dataset's tokenizer", "teacher")
+    teacher = as_asked(teacher, targets)
+    reach(teacher)
     rows = open_rows(dataset, shard_rows, () if kept is None else kept.columns)
     passed = passed_columns(rows.columns)
     (first,) = rows.slice(0, 1)
@@ -225,7 +230,7 @@ def prepare(
         rendered_with=fingerprint(template),
         rendered_at=rendered_at,
     )
-    return Prepared(Job(rows, tokenization, kept).rendered_at(rendered_at), settings, record)
+    return Prepared(teacher, Job(rows, tokenization, kept).rendered_at(rendered_at), settings, record)
 
 
 def _template(tokenizer: Any, given: str | Callable[[Any], str | None] | None, assistant_only: bool) -> str | None:

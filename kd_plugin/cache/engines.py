@@ -116,6 +116,14 @@ def require_targets(teacher: Teacher, targets: Targets, temperature: float) -> N
         )
 
 
+def as_asked(teacher: Any, targets: Targets) -> Any:
+    """Return the teacher as a capture of ``targets`` asks it: a server lists no more tokens than are kept."""
+    has = teacher.capabilities
+    if has.generates != "requests" or "all_tokens" in has.gives:
+        return teacher
+    return teacher.listing(targets.cap if isinstance(targets, TopP) else getattr(targets, "k", "all"))
+
+
 def open_engine(teacher: Any, settings: Settings, batch_tokens: int) -> Engine:
     """Load the teacher's weights, or ask its server what it serves.
 
@@ -213,14 +221,11 @@ class ServerEngine:
     """A vLLM server, asked to list no more tokens than the targets keep.
 
     Args:
-        teacher: the way to it; asked here what it serves.
+        teacher: the way to it, as :func:`as_asked` returns it; asked here what it serves, if it was not before.
         settings: what is kept, and whether it writes.
     """
 
     def __init__(self, teacher: ServerTeacher, settings: Settings) -> None:
-        targets = settings.targets
-        if teacher.top_k != "all":
-            teacher = teacher.listing(targets.cap if isinstance(targets, TopP) else getattr(targets, "k", "all"))
         self._teacher = teacher
         teacher.check()
         if settings.generation is not None:

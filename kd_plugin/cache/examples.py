@@ -108,6 +108,7 @@ class Tokenization:
             DataError: the row has none of those forms.
             VocabularyError: it holds token ids that the teacher does not have.
         """
+        _require_turns(row, where)
         ids, mask = self._encode(row, where)
         array = self._checked(ids, where)[: self.max_length]
         completion_mask = np.asarray(mask, dtype=np.int8)[: self.max_length]
@@ -127,6 +128,7 @@ class Tokenization:
             DataError: the row has none of those forms.
             VocabularyError: it holds token ids that the teacher does not have.
         """
+        _require_turns(row, where)
         row = _as_chatml(row)
         if "input_ids" in row:
             ids, mask = self._tokenized(row, where)
@@ -270,6 +272,14 @@ def is_conversation(row: Mapping[str, Any]) -> bool:
     """Whether a chat template renders ``row``."""
     given = [row[name] for name in _MESSAGE_COLUMNS if row.get(name) is not None]
     return "input_ids" not in row and any(not isinstance(value, str) for value in given)
+
+
+def _require_turns(row: Mapping[str, Any], where: str) -> None:
+    """Refuse a conversation without a turn, which no template renders; an empty text is a text."""
+    for column in ("prompt", "messages", "conversations"):
+        turns = row.get(column)
+        if "input_ids" not in row and turns is not None and not isinstance(turns, str) and not len(turns):
+            raise DataError(f"{where}: {column!r} is a conversation without a turn. Remove the row, or add a message.")
 
 
 def _as_chatml(row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -64,7 +64,7 @@ def estimate(dataset: Any, teacher: Any, *, targets: Targets, batch_tokens: int,
         LicenseRefusedError, ConfigError, VocabularyError, DataError, ServerError: as ``capture``.
     """
     prepared = prepare(dataset, teacher, targets=targets, batch_tokens=batch_tokens, **options)
-    engine = open_engine(teacher, prepared.settings, batch_tokens)
+    engine = open_engine(prepared.teacher, prepared.settings, batch_tokens)
     if prepared.settings.generation is not None:
         return _written(prepared, engine)
     input_tokens = scored = rows = 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.divergence.listed import Tail
+from kd_plugin.divergence.projection import require_temperature
 from kd_plugin.divergence.sparse import SparseLoss, fused_sparse_divergence
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, nearest
@@ -48,8 +49,7 @@ class OfflineObjective:
                 f"kd_weight is {self.kd_weight} and ce_weight {self.ce_weight}; expected two numbers of at least 0 "
                 "that are not both 0."
             )
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature is {self.temperature}; expected a positive number.")
+        require_temperature(self.temperature)
 
     @property
     def forms_own(self) -> bool:

@@ -98,7 +98,7 @@ def _open(
             head = open_heads.enter_context(term.signal.head.gathered())
             require_matching_rows(student, head, "a teacher of the panel")
             ready[key] = replace(head, weight=head.weight.detach().to(workspace.device, dtype))
-        temperature = term.temperature or plan.temperature
+        temperature = plan.temperature if term.temperature is None else term.temperature
         projectors.append(Projector(ready[key], "teacher", workspace, dtype, plan.statistics, temperature))
     return projectors
 
@@ -128,7 +128,8 @@ class _GroupPass:
             return self._mix(logits_RV, part)
         by_temperature: dict[float, list[int]] = {}
         for i, term in enumerate(self._group.terms):
-            by_temperature.setdefault(term.temperature or self._plan.temperature, []).append(i)
+            temperature = self._plan.temperature if term.temperature is None else term.temperature
+            by_temperature.setdefault(temperature, []).append(i)
         weigh = _Confidence(self._group.sharpness) if self._group.combining == "confidence" else None
         entropy_R = None
         for at_RV, multiplier, indices in self._student_at(logits_RV, by_temperature):

@@ -292,8 +292,9 @@ def require_hidden(hidden_NH: Tensor, temperature: float) -> None:
 
 def require_temperature(temperature: float) -> None:
     """Refuse a temperature that cannot divide logits."""
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(f"temperature is {temperature}; it divides logits and must be a positive number.")
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not (number and math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature is {temperature!r}; it divides logits and must be a positive number.")
 
 
 def require_matching_rows(student: OutputHead, teacher: OutputHead, whose: str) -> None:

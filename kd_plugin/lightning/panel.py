@@ -34,7 +34,14 @@ from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.panel.anchor import Anchor
 from kd_plugin.panel.build import panel_from
-from kd_plugin.panel.checks import check_rows, require_adapters_fit, require_defined_panel, require_one_vocabulary
+from kd_plugin.panel.checks import (
+    check_rows,
+    require_adapters_fit,
+    require_defined_panel,
+    require_one_server,
+    require_one_vocabulary,
+    require_reachable,
+)
 from kd_plugin.panel.guards import LengthAlarm, starting_student
 from kd_plugin.panel.identity import panel_identity, require_same_panel
 from kd_plugin.panel.metrics import DivergenceTally
@@ -305,6 +312,7 @@ class TeacherPanelCorrection(StudentCallback):
         require_adapters_fit(self.panel, reference, lambda: config_of(model))
         require_fitting(self._caches, self._vocabulary)
         self._require_draws(model)
+        require_reachable(self.panel)
         self._checked = True
 
     def _require_draws(self, model: PreTrainedModel | str) -> None:
@@ -331,6 +339,7 @@ class TeacherPanelCorrection(StudentCallback):
     ) -> None:
         """Load the teachers, and patch the student's forward pass."""
         sharded = self.settings.shard_teachers
+        require_one_server(self.panel, trainer.strategy.root_device)
         place_teachers(self.panel, trainer, module, model, self._vocabulary, shard_teachers=sharded)
         self._writer = RolloutWriter(self.settings, self.panel, self._tokenizer, self._vocabulary.size, self.seed)
         # A loss that the module forms itself is a mean of each micro-batch: short rows must not count for more in it

@@ -18,7 +18,7 @@ from transformers import StoppingCriteriaList
 
 from kd_plugin.lightning.student import shards_the_student
 from kd_plugin.panel.generation import decode_with, writes_row_by_row
-from kd_plugin.panel.responses import StopLoops, until_end
+from kd_plugin.panel.responses import StopLoops, require_prompts, until_end
 from kd_plugin.panel.rollouts import left_padded
 from kd_plugin.zero.teachers import through
 
@@ -119,12 +119,14 @@ def pad_token(tokenizer: Any) -> int:
 def render(tokenizer: Any, prompts: Sequence[Any], chat_options: Mapping[str, Any] | None = None) -> list[list[int]]:
     """Tokenize prompts, text or messages, as TRL does."""
     options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, **(chat_options or {})}
-    return [
+    rendered = [
         list(tokenizer(text=prompt)["input_ids"])
         if isinstance(prompt, str)
         else list(tokenizer.apply_chat_template(prompt, **options)["input_ids"])
         for prompt in prompts
     ]
+    require_prompts(rendered)
+    return rendered
 
 
 @contextmanager

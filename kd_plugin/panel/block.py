@@ -137,7 +137,11 @@ def _own(spec: Any, estimator: Estimator, label: str) -> OwnTerms:
         return OwnTerms()
     temperature = spec.get("temperature")
     own = None if spec.get("estimator") is None else replace(estimator, name=spec["estimator"])
-    return OwnTerms(_divergence(spec.get("divergence"), label), temperature, own)
+    divergence = _divergence(spec.get("divergence"), label)
+    try:
+        return OwnTerms(divergence, temperature, own)
+    except ConfigError as error:
+        raise ConfigError(f"{label}: {error}") from error
 
 
 def _divergence(given: Any, label: str) -> Divergence | None:

@@ -7,12 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from kd_plugin.divergence.projection import require_temperature
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.panel.estimators import require_defined
 from kd_plugin.panel.roster import TeacherPanel
-from kd_plugin.teachers.base import Teacher, adopt_vocabulary, end_tokens
+from kd_plugin.teachers.agreement import require_alike
+from kd_plugin.teachers.base import Teacher, adopt_vocabulary, end_tokens, reach
 from kd_plugin.vocab import Vocabulary
+from kd_plugin.zero.sharding import most_of_any_rank
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +97,38 @@ def check_rows(dataset: Any, name: str, panel: TeacherPanel) -> None:
             panel.assign(row)
 
 
+def require_reachable(panel: TeacherPanel) -> None:
+    """Reach the teachers that compute elsewhere, before the student is loaded.
+
+    Args:
+        panel: the teachers; call it after the license gate.
+
+    Raises:
+        ServerError: one is away, does not serve the model, or gives no log-probabilities.
+        VocabularyError, ConfigError: it has another tokenizer, or lists fewer tokens than were asked for.
+    """
+    for teacher in panel.teachers.values():
+        reach(teacher)
+
+
+def require_one_server(panel: TeacherPanel, device: torch.device) -> None:
+    """Refuse servers that are other ones on other ranks, as a balancer may choose by address; every rank must call it.
+
+    Args:
+        panel: the teachers, which were reached.
+        device: where collectives of the default process group run.
+
+    Raises:
+        ServerError: two ranks got log-probabilities of the same tokens that rounding does not explain.
+    """
+    for name, teacher in panel.teachers.items():
+        mine = [round(value * 1000) for value in reach(teacher)]
+        most = most_of_any_rank(mine, device)
+        least = [-value for value in most_of_any_rank([-value for value in mine], device)]
+        apart = np.array([(a - b) / 1000 for a, b in zip(most, least, strict=True)])
+        require_alike(f"The server of teacher {name!r}", "a probe, sent from each rank,", apart)
+
+
 def require_adapters_fit(panel: TeacherPanel, reference: str | None, config: Callable[[], Any]) -> None:
     """Refuse adapters on the student's base that were trained on another one, before the student is loaded.
 
@@ -122,6 +160,7 @@ def require_defined_panel(panel: TeacherPanel, divergence: Divergence, temperatu
     Raises:
         ConfigError: says what is not defined, why, and what is.
     """
+    require_temperature(temperature)
     for name, teacher in panel.teachers.items():
         own = panel.own[name]
         if panel.combine == "mixture" and own.divergence is not None:
@@ -135,5 +174,5 @@ def require_defined_panel(panel: TeacherPanel, divergence: Divergence, temperatu
             own.estimator or panel.estimator,
             panel.combine,
             own.divergence or divergence,
-            own.temperature or temperature,
+            own.temperature_or(temperature),
         )

@@ -144,6 +144,6 @@ def _own(panel: TeacherPanel, name: str, divergence: Divergence, temperature: fl
     return {
         "weight": _schedule(panel.weights.teachers[name]),
         "divergence": {"name": chosen.name, **used},
-        "temperature": own.temperature or temperature,
+        "temperature": own.temperature_or(temperature),
         "estimator": estimator.name if estimator.name == "exact" else dataclasses.asdict(estimator),
     }

@@ -254,7 +254,7 @@ class _Run:
 
     def _compared(self, name: str) -> tuple[Divergence, float]:
         own = self.panel.own[name]
-        return own.divergence or self.divergence, own.temperature or self.temperature
+        return own.divergence or self.divergence, own.temperature_or(self.temperature)
 
     def _indices(self, positions: Tensor | None) -> Tensor:
         return torch.arange(len(self.hidden), device=self.hidden.device) if positions is None else positions

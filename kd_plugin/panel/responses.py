@@ -23,6 +23,23 @@ def until_end(tokens: Sequence[int], end_tokens: Sequence[int]) -> list[int]:
     return list(tokens[: ends[0] + 1] if ends else tokens)
 
 
+def require_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse prompts without a token, after which there is nothing to go on from.
+
+    Args:
+        prompts: token ids of B prompts.
+
+    Raises:
+        DataError: one is empty.
+    """
+    if not all(map(len, prompts)):
+        raise DataError(
+            f"{sum(not len(ids) for ids in prompts)} of {len(prompts)} prompts have no token: the text is empty, and "
+            "the tokenizer begins it with none. The student cannot go on from nothing. Drop these rows, or use a chat "
+            "template."
+        )
+
+
 def completion_ids(
     tokenizer: Any,
     row: Mapping[str, Any],
@@ -44,7 +61,7 @@ def completion_ids(
         DataError: no completion, or a chat template under which none can follow a prompt.
     """
     completion = row.get("completion")
-    if not completion:
+    if completion is None or completion == []:
         raise DataError(
             "on_policy_fraction is below 1, but a row has no `completion` to fill in. Add the column, or let the "
             "student write all rows."
@@ -67,7 +84,9 @@ def completion_ids(
 def as_written(responses: Sequence[Sequence[int]], end_tokens: Sequence[int]) -> list[Written]:
     """Say of each response whether the limit cut it; the prompt is left empty, decoded only if the row is saved."""
     return [
-        Written("", tuple(row), not row or row[-1] not in end_tokens, number) for number, row in enumerate(responses)
+        # Nothing was cut of a response without tokens
+        Written("", tuple(row), bool(row) and row[-1] not in end_tokens, number)
+        for number, row in enumerate(responses)
     ]
 
 

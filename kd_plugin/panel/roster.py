@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from kd_plugin.divergence.projection import require_temperature
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, DataError, nearest
 from kd_plugin.panel.estimators import Estimator
@@ -45,11 +46,22 @@ class OwnTerms:
         divergence: or None for the run's.
         temperature: divides the logits of both sides, in a mixture the teacher's alone; or None for the run's.
         estimator: or None for the panel's.
+
+    Raises:
+        ConfigError: a temperature that cannot divide logits.
     """
 
     divergence: Divergence | None = None
     temperature: float | None = None
     estimator: Estimator | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None:
+            require_temperature(self.temperature)
+
+    def temperature_or(self, run: float) -> float:
+        """Return the teacher's own temperature, or that of the run where it has none."""
+        return run if self.temperature is None else self.temperature
 
 
 class TeacherPanel:

@@ -92,7 +92,12 @@ class Repeats:
 
 def distances(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return how far log-probabilities of the same tokens are apart, (N,) nats."""
-    return np.abs(np.maximum(mine, _FLOOR) - np.maximum(theirs, _FLOOR))
+    return np.abs(floored(mine) - floored(theirs))
+
+
+def floored(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return log-probabilities without those so low that their differences, or -inf, say nothing."""
+    return np.maximum(logprobs, _FLOOR)
 
 
 def listed_distances(mine: Listed, theirs: Listed) -> NDArray[np.float64]:
@@ -101,8 +106,8 @@ def listed_distances(mine: Listed, theirs: Listed) -> NDArray[np.float64]:
     It is the mean over the likeliest tokens of ``mine``, weighted by their probabilities. A token that ``theirs`` does
     not list has at most the probability of the last one that it lists.
     """
-    ids, logprobs = mine.ids[:, :_COMPARED], np.maximum(mine.logprobs[:, :_COMPARED], _FLOOR)
-    there = np.maximum(theirs.logprobs, _FLOOR)
+    ids, logprobs = mine.ids[:, :_COMPARED], floored(mine.logprobs[:, :_COMPARED])
+    there = floored(theirs.logprobs)
     same = ids[:, :, None] == theirs.ids[:, None, :]
     found = np.where(same, there[:, None, :], -np.inf).max(2)
     at_most = np.minimum(logprobs, there[:, -1:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -52,8 +52,9 @@ class Teacher(Protocol):
     """A model that scores tokens. How it is reached never matters to the loss.
 
     These four members are all that a teacher needs. A class may also have what the functions below look for:
-    ``adopt_vocabulary``, ``end_tokens``, ``identity`` and ``resident``; and, if it computes in this process, ``place``
-    (see :mod:`kd_plugin.teachers.placing`). A teacher that shares the student's weights has ``require_student``.
+    ``adopt_vocabulary``, ``end_tokens``, ``identity``, ``reach`` and ``resident``; and, if it computes in this process,
+    ``place`` (see :mod:`kd_plugin.teachers.placing`). A teacher that shares the student's weights has
+    ``require_student``.
 
     Shape suffixes: B rows, L tokens, N scored positions.
     """
@@ -123,6 +124,19 @@ def identity(teacher: Teacher) -> dict[str, Any]:
     if own is not None:
         return dict(own)
     return {"kind": type(teacher).__name__, "repo": teacher.source.ref, "revision": teacher.source.revision}
+
+
+def reach(teacher: Teacher) -> Sequence[float]:
+    """Have a teacher that computes elsewhere say what it is; one that does not is not asked.
+
+    Returns:
+        Log-probabilities in nats that tell its weights from others, the same on every rank; none of most teachers.
+
+    Raises:
+        ServerError: it is away, or cannot do what is needed of it.
+    """
+    own = getattr(teacher, "reach", None)
+    return () if own is None else own()
 
 
 def resident(teacher: Teacher, device: torch.device | str) -> AbstractContextManager[None]:

@@ -127,7 +127,7 @@ class Asking:
             rows: token ids.
             **sampling: settings in the place of neutral ones.
         """
-        listed = {"logprobs": self._wanted, "return_tokens_as_token_ids": True}
+        listed = {"logprobs": self._wanted, "return_tokens_as_token_ids": True, "ignore_eos": True}
         return self._body(rows, 1) | listed | sampling
 
     def read_next(self, answer: Any, rows: Sequence[Sequence[int]]) -> Listed:

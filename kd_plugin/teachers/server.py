@@ -18,7 +18,7 @@ from torch import Tensor
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import SparseSignal
-from kd_plugin.teachers.agreement import Reference, Repeats, distances, require_alike, require_same_prefixes
+from kd_plugin.teachers.agreement import Reference, Repeats, distances, floored, require_alike, require_same_prefixes
 from kd_plugin.teachers.base import Capabilities, Gives
 from kd_plugin.teachers.client import Client, RefusedRequest
 from kd_plugin.teachers.handshake import Greeting, require_raw, shake_hands
@@ -182,6 +182,11 @@ class ServerTeacher:
             ConfigError: it lists fewer than ``top_k`` tokens.
         """
         return self._greet().served
+
+    def reach(self) -> list[float]:
+        """Do :meth:`check`, and return what the server said of the long probe, in nats."""
+        self.check()
+        return floored(self.reference.long).tolist()
 
     def check_writing(self) -> None:
         """Ask the server once, beside :meth:`check`, for the log-probabilities of what it writes.

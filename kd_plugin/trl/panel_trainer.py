@@ -20,7 +20,14 @@ from kd_plugin.errors import ConfigError, DataError, ServerError
 from kd_plugin.lineage.start import dataset_sources, student_source
 from kd_plugin.panel import Correction, TeacherPanel, correction_loss, score_rows
 from kd_plugin.panel.build import panel_from
-from kd_plugin.panel.checks import check_rows, require_adapters_fit, require_defined_panel, require_one_vocabulary
+from kd_plugin.panel.checks import (
+    check_rows,
+    require_adapters_fit,
+    require_defined_panel,
+    require_one_server,
+    require_one_vocabulary,
+    require_reachable,
+)
 from kd_plugin.panel.combining import scored_positions
 from kd_plugin.panel.identity import panel_identity
 from kd_plugin.panel.metrics import DivergenceTally
@@ -124,6 +131,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
             options["trust_remote_code"] = args.trust_remote_code
             require_adapters_fit(self.panel, model, lambda: AutoConfig.from_pretrained(model, **options))
         require_fitting(warmup_caches, self._vocabulary)
+        require_reachable(self.panel)
 
         super().__init__(
             model=model,
@@ -143,6 +151,7 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
             if self._is_sampled:
                 ask_for_logprobs(self.vllm_generation, self.temperature)
         self.start_rollouts(warmup_caches)
+        require_one_server(self.panel, self.accelerator.device)
         place_teachers(self, self.panel, self._vocabulary)
         self._divergences = {mode: DivergenceTally(self.panel.names) for mode in ("train", "eval")}
         self.add_callback(PanelStateCallback(self._identity))
@@ -198,10 +207,10 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
         self.begin_rollouts(inputs, assignments)
         if self.use_vllm and self._is_sampled:
             with recorded(self.vllm_generation) as found:
-                output = super()._generate_and_score_completions(inputs)
+                output = self.without_stand_ins(super()._generate_and_score_completions(inputs))
             output["behaviour_logprobs"] = padded(found, output["completion_mask"], cut=self.args.repetition_stop > 0)
         else:
-            output = super()._generate_and_score_completions(inputs)
+            output = self.without_stand_ins(super()._generate_and_score_completions(inputs))
         loss_mask = output["completion_mask"]
         if "tool_mask" in output:
             loss_mask = loss_mask * output["tool_mask"]

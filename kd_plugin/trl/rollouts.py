@@ -18,7 +18,7 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.panel import Assignment, TeacherPanel
 from kd_plugin.panel.generation import decode_with, writes_row_by_row
 from kd_plugin.panel.judging import InterleavedSettings, interleaved_responses
-from kd_plugin.panel.responses import completion_ids
+from kd_plugin.panel.responses import completion_ids, require_prompts
 from kd_plugin.panel.rollouts import on_policy_rows
 from kd_plugin.panel.sampling import (
     completed,
@@ -56,6 +56,7 @@ class RolloutMixin(ShardedGenerationMixin):
         self._fraction = args.on_policy_schedule()
         self._rollout_judges: list[Assignment] = []
         self._given: list[list[int] | None] = []
+        self._empty: list[int] = []  # rows of the generation batch whose response has no token
         self._warmup: CacheWarmup | None = None
         if caches:
             self._warmup = CacheWarmup(caches, seed=args.seed, pad_token_id=self._tokenizer.pad_token_id)  # type: ignore[attr-defined]
@@ -78,6 +79,7 @@ class RolloutMixin(ShardedGenerationMixin):
         """Say which rows the next generation is for, and decide which of them the dataset fills."""
         self._rollout_judges = list(judges)
         self._given = [None] * len(rows)
+        self._empty = []
         if not self.model.training:
             return
         fraction = self._fraction.at(self.state.global_step)
@@ -96,11 +98,23 @@ class RolloutMixin(ShardedGenerationMixin):
         )
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, **kwargs: Any) -> Any:
+        require_prompts(prompt_ids)
         given = self._given if len(self._given) == len(prompt_ids) else [None] * len(prompt_ids)
         rows = [row for row, ids in enumerate(given) if ids is None]
         texts = self._write(rows, prompt_ids, images, multimodal_fields, **kwargs) or []
         written = dict(zip(rows, texts, strict=True))
-        return [written[row] if ids is None else ids for row, ids in enumerate(given)]
+        found = [written[row] if ids is None else ids for row, ids in enumerate(given)]
+        if len(self._given) == len(prompt_ids):
+            self._empty = [row for row, ids in enumerate(found) if not ids]
+        # TRL (1.16) looks at the last token of each response, and cannot at that of one without tokens
+        return [ids or [self._tokenizer.pad_token_id] for ids in found]  # type: ignore[attr-defined]
+
+    def without_stand_ins(self, output: dict[str, Any]) -> dict[str, Any]:
+        """Take the tokens that stood for empty responses out of a generation batch; every rank must call it."""
+        output["completion_mask"][self._empty] = 0
+        lost = torch.tensor(float(len(self._empty)), device=self.accelerator.device)
+        output["num_items_in_batch"] = output["num_items_in_batch"] - self.accelerator.gather(lost).sum()
+        return output
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Call tools as the parent does, and take part while other ranks generate: theirs may call more of them."""

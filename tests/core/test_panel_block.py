@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from kd_plugin.cache import TopK, capture
+from kd_plugin.divergence import Divergence
 from kd_plugin.errors import ConfigError
 from kd_plugin.panel.block import panel_from_block
 from kd_plugin.panel.checks import require_defined_panel
@@ -110,6 +111,15 @@ def test_from_a_file(block, tmp_path):
         ({"teachers": {"t": {"model": "x", "divergence": {"nam": "jsd"}}}}, "Did you mean 'name'"),
         ({"teachers": {"t": {"model": "x", "weight": {"start": 1, "end": 0, "step": 3}}}}, "Did you mean 'steps'"),
         ({"teachers": {"t": {"model": "x", "estimator": "sample"}}}, "Did you mean 'sampled'"),
+        (
+            {"teachers": {"t": {"kind": "server", "url": "http://h:1", "temperature": 0.0}}},
+            "'t': temperature is 0.0; it",
+        ),
+        ({"teachers": {"t": {"model": "x", "temperature": 0}}}, "'t': temperature is 0; it divides"),
+        ({"teachers": {"t": {"model": "x", "temperature": -1.0}}}, "'t': temperature is -1.0; it divides"),
+        ({"teachers": {"t": {"model": "x", "temperature": float("nan")}}}, "'t': temperature is nan; it divides"),
+        ({"teachers": {"t": {"model": "x", "temperature": "0.5"}}}, "'t': temperature is '0.5'; it divides"),
+        ({"teachers": {"t": {"model": "x", "temperature": False}}}, "'t': temperature is False; it divides"),
         ({"teachers": {"t": 3}}, "expected a path, a hub id or a mapping"),
         ({"teachers": {}}, "expected a mapping 'teachers'"),
         ({"teachers": {"t": {"kind": "adapter", "adapter": "x", "base": 3}}}, "its base is 3; expected 'student'"),
@@ -118,3 +128,10 @@ def test_from_a_file(block, tmp_path):
 def test_wrong_keys_and_values(change, message):
     with pytest.raises(ConfigError, match=message):
         panel_from_block({"teachers": {"t": "x"}, "combine": "weighted_kl", **change})
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_of_the_run_that_divides_nothing_is_refused(temperature):
+    panel = panel_from_block({"teachers": {"t": {"model": "x", "temperature": 1.5}}})
+    with pytest.raises(ConfigError, match="it divides logits and must be a positive number"):
+        require_defined_panel(panel, Divergence("forward_kl"), temperature)

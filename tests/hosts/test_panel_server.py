@@ -75,7 +75,7 @@ class FakeGeneration:
     def generate(self, prompts, images, num_generations, profiler):
         completions = [[10 + i, 20 + i, 30] for i in range(len(prompts))]
         logprobs = [[[-5.0 + self.shift]] * (2 if self.lost else 3) for _ in prompts]
-        return prompts, completions, logprobs, None
+        return prompts, completions, logprobs, [[[token] for token in row] for row in completions]
 
 
 def test_importance_ratios_come_from_what_vllm_said(local, tmp_path, student_dir):
