@@ -72,6 +72,14 @@ def taught_batch(
     return labels, target
 
 
+def taught_positions(target: Mapping[str, Any]) -> Tensor:
+    """Return which of a batch's N scored positions have a target, (N,) bool; ``target`` is :func:`taught_batch`'s."""
+    taught: Tensor = target["weights"] > 0
+    for other in target.get("others", ()):
+        taught[torch.searchsorted(target["positions"], other["positions"])] = True
+    return taught
+
+
 def mean_over_taught(targets: Iterable[dict[str, Any]], labelled: float, taught: float) -> None:
     """Have what divides a summed loss by the tokens with a label divide the divergence by those with a target.
 

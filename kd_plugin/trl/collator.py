@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,13 +33,21 @@ class TeacherTargetCollator:
     untaught: Untaught
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate ``examples``, and add under ``teacher_target`` what :func:`taught_batch` gathers."""
+        """Collate ``examples``, and add under ``teacher_target`` what :func:`taught_batch` gathers, and ``ends``."""
         batch = self.inner(examples)
         if type(self.inner) is not DataCollatorForLanguageModeling:
             _require_unmoved(batch, examples, type(self.inner).__name__)
         indices = {column: [example[column] for example in examples] for column in self.cache.columns}
         batch["labels"], batch[TARGET] = taught_batch(self.cache, batch["labels"], indices, self.untaught)
+        batch[TARGET]["ends"] = _ends(batch["labels"].shape, examples)
         return batch
+
+
+def _ends(shape: Sequence[int], examples: list[dict[str, Any]]) -> list[int]:
+    """Return where each example ends among the flattened (B * L) positions of its batch."""
+    rows, length = shape
+    padding_free = rows != len(examples)
+    return list(accumulate(len(example["input_ids"]) if padding_free else length for example in examples))
 
 
 def _require_unmoved(batch: Any, examples: list[dict[str, Any]], name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -26,14 +26,23 @@ from transformers.utils import logging
 from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 
-from kd_plugin.cache.completeness import kept_tokens, mean_over_taught, require_complete, survey, untaught_tokens
+from kd_plugin.cache.completeness import (
+    kept_tokens,
+    mean_over_taught,
+    require_complete,
+    survey,
+    taught_positions,
+    untaught_tokens,
+)
 from kd_plugin.cache.joining import TARGET
 from kd_plugin.cache.joint import Caches, JointCache
 from kd_plugin.divergence.finite import require_finite
+from kd_plugin.divergence.sparse import SparseLoss
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.start import dataset_sources, student_source
 from kd_plugin.trl.collator import TeacherTargetCollator
 from kd_plugin.trl.distillation_head import add_distillation_head
+from kd_plugin.trl.evaluation import TokenMeanMixin, TokenMeans
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, with_lineage
 from kd_plugin.trl.offline_config import OfflineKDConfig
 from kd_plugin.trl.own_rows import with_labels
@@ -44,7 +53,7 @@ from kd_plugin.trl.start import load_vocabulary, require_launchable, start_linea
 logger = logging.get_logger(__name__)
 
 
-class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
+class OfflineKDTrainer(LineageSavingMixin, TokenMeanMixin, SFTTrainer):
     """``SFTTrainer`` whose loss is the divergence from a teacher's captured distributions.
 
     Rows are joined to the cache by the hash of their token ids, before truncation and packing; from there a
@@ -206,8 +215,28 @@ class OfflineKDTrainer(LineageSavingMixin, SFTTrainer):
                 "student's forward pass after OfflineKDTrainer was made, such as a kernel that is patched in when "
                 "training starts. Turn it off."
             )
-        require_finite(result[0] if return_outputs else result, "the offline KD loss")
+        loss = result[0] if return_outputs else result
+        require_finite(loss, "the offline KD loss")
+        if self.evaluated is not None:
+            self._count_evaluated(self.evaluated, used, inputs[TARGET], loss)
         return result
+
+    def _count_evaluated(self, sums: TokenMeans, used: SparseLoss, target: Mapping[str, Any], loss: Any) -> None:
+        """Add a batch without the rows that it repeats."""
+        ends, positions = target["ends"], target["positions"].to(used.kd.device)
+        own = self.rows_of_its_own(len(ends))
+        mine = positions < (ends[own - 1] if own else 0)
+        count = mine.sum()
+        if self.args.kd_weight > 0:
+            taught = taught_positions(target).to(mine.device) & mine
+            sums.add("loss", self.args.kd_weight * used.kd[mine].sum(), taught.sum())
+        if self.args.ce_weight > 0 and used.nll is not None:
+            sums.add("loss/cross_entropy", self.args.ce_weight * used.nll[mine].sum(), count)
+        if self.aux_loss_enabled:  # a mean of the batch, not a sum over tokens
+            sums.add("loss/router", (loss - used.loss_sum / max(len(positions), 1)) * count, count)
+        sums.add("entropy", used.entropy[mine].sum(), count)
+        if used.is_top1 is not None:
+            sums.add("mean_token_accuracy", used.is_top1[mine].sum(), count)
 
     def _prepare_dataset(
         self,

@@ -36,6 +36,7 @@ from kd_plugin.panel.spans import left_aligned
 from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import Teacher
+from kd_plugin.trl.evaluation import TokenMeanMixin
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, lineage_callback, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, save_what_was_learnt
@@ -49,7 +50,7 @@ from kd_plugin.zero.sharding import whole_heads
 logger = logging.get_logger(__name__)
 
 
-class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, DistillationTrainer):
+class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, WatchMixin, DistillationTrainer):
     """``DistillationTrainer`` with several teachers, a fused loss, and lineage in every checkpoint.
 
     The student writes completions; each row is judged by the teachers of the panel that its ``teacher_id``
@@ -217,6 +218,9 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
         # Known on the host from here on, so that the training steps wait for nothing
         positions = self.judged_positions(output, loss_mask)
         training = self.model.training
+        if not training:
+            own = self.rows_of_its_own(len(inputs))
+            positions = [scored if row < own else [] for row, scored in enumerate(positions)]
         at_once = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
         output["corrections"] = score_rows(
             self.panel,
@@ -277,6 +281,9 @@ class TeacherPanelTrainer(LineageSavingMixin, RolloutMixin, WatchMixin, Distilla
             self._divergences[self._mode].add(loss.loss_sum, loss.entropy, loss.judgements)
         loss_sum = loss.loss_sum + self.anchor_loss(inputs, scored, head, tokens)
         count = positions.new_full((), positions.numel())
+        if self.evaluated is not None:
+            self.evaluated.add("loss", loss_sum, count)
+            self.evaluated.add("entropy", loss.entropy.sum(), count)
         normaliser = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if isinstance(normaliser, Tensor):
             normaliser = normaliser.to(loss.loss_sum.device)

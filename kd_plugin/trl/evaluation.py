@@ -1,0 +1,87 @@
+"""Evaluation as a mean over tokens, whatever the batches and the ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class TokenMeans:
+    """Sums and counts of an evaluation; they stay on the device until :meth:`read`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[tuple[Tensor, Tensor | int]]] = defaultdict(list)
+
+    def add(self, name: str, total: Tensor, count: Tensor | int) -> None:
+        """Add a batch's sum over ``count`` tokens of this rank."""
+        self._sums[name].append((total.detach(), count))
+
+    def read(self) -> dict[str, float | None]:
+        """Return the mean of each quantity over the tokens of all ranks, None over no token; a collective call."""
+        own = {
+            name: (sum(float(total) for total, _ in parts), sum(int(count) for _, count in parts))
+            for name, parts in self._sums.items()
+        }
+        ranks = gather_object([own])
+        found: dict[str, float | None] = {}
+        for name in dict.fromkeys(name for sums in ranks for name in sums):
+            total, count = (sum(sums.get(name, (0.0, 0))[i] for sums in ranks) for i in range(2))
+            found[name] = total / count if count else None
+        return found
+
+
+class TokenMeanMixin:
+    """Makes of a TRL trainer's ``eval_loss`` the mean over all scored tokens, as the loss of one batch would be.
+
+    transformers (5.23) takes the mean of the batches' means, in which the tokens of small batches count for more, and
+    a batch without any counts as a loss of 0. While :attr:`evaluated` is set the trainer adds to it what each batch
+    sums: the parts of the loss under names that begin with ``loss``, which are added up, and metrics under TRL's names.
+    """
+
+    accelerator: Any
+    evaluated: TokenMeans | None = None
+    _metrics: dict[str, Any]
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Evaluate as the parent does, and give means over tokens."""
+        self.evaluated = TokenMeans()
+        try:
+            output = super().evaluation_loop(  # type: ignore[misc]
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            means = self.evaluated.read()
+        finally:
+            self.evaluated = None
+        losses = {name: mean for name, mean in means.items() if name.startswith("loss")}
+        if losses:
+            defined = [mean for mean in losses.values() if mean is not None]
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(defined) if defined else float("nan")
+            if not defined:
+                logger.warning(f"{description}: no token was scored, so {metric_key_prefix}_loss is NaN.")
+        for name in means.keys() - losses.keys():
+            self._metrics["eval"][name] = [0.0 if means[name] is None else means[name]]  # as TRL does
+        return output
+
+    def rows_of_its_own(self, rows: int) -> int:
+        """Return how many of the ``rows`` of this rank's present batch, from the first on, are not repeats.
+
+        accelerate fills the last batch of all ranks with the first rows again. It cannot tell of a streamed dataset how
+        many they are, and neither can this.
+        """
+        state = self.accelerator.gradient_state
+        if not state.in_dataloader or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
