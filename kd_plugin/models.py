@@ -84,6 +84,21 @@ def language_model_from_config(config: PreTrainedConfig, **kwargs: Any) -> PreTr
     return build(config, **kwargs)  # type: ignore[no-any-return]
 
 
+def output_rows(found: Any) -> int | None:
+    """Return the rows of a model's output head, or those that a configuration promises; None where it says nothing.
+
+    Args:
+        found: a model, sharded or not, or a configuration.
+    """
+    head = getattr(found, "get_output_embeddings", lambda: None)()
+    if head is not None:
+        weight = head.weight
+        return int(getattr(weight, "ds_shape", weight.shape)[0])  # ZeRO-3 leaves an empty tensor in its place
+    config = getattr(found, "config", found)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
 def _config_of(reference: str | Path, revision: str | None, trust_remote_code: bool, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 

@@ -50,7 +50,7 @@ class OutputHead:
             vocab_size: number of real tokens; the rows beyond are padding.
 
         Raises:
-            ConfigError: the model has no output embeddings, or fewer rows than ``vocab_size``.
+            ConfigError: the model has no output embeddings.
         """
         module = model.get_output_embeddings()  # type: ignore[operator]
         if module is None:
@@ -121,6 +121,12 @@ class HiddenSignal:
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
+    def within(self, vocab_size: int) -> HiddenSignal:
+        """Return the distribution over the first ``vocab_size`` tokens."""
+        if self.head.vocab_size == vocab_size:
+            return self
+        return HiddenSignal(self.hidden, replace(self.head, vocab_size=vocab_size))
+
 
 @dataclass(frozen=True)
 class SparseSignal:
@@ -154,6 +160,25 @@ class SparseSignal:
             self.tail_logmass.to(device, non_blocking=True),
             None if self.draws is None else self.draws.to(device, non_blocking=True),
             None if self.written_logprobs is None else self.written_logprobs.to(device, non_blocking=True),
+        )
+
+    def within(self, vocab_size: int) -> SparseSignal:
+        """Return the distribution over the first ``vocab_size`` tokens: listed ones beyond go, the rest is scaled up.
+
+        Of sampled targets the draws of those tokens go; a position that loses all its draws has none left.
+        """
+        gone = (self.ids >= vocab_size) & (self.logprobs != -math.inf)
+        if self.draws is None:
+            lost = torch.where(gone, self.logprobs.exp(), 0.0).sum(-1)
+        else:
+            lost = torch.where(gone, self.draws, 0).sum(-1) / self.draws.sum(-1).clamp(min=1)
+        scale = torch.log1p(-lost.clamp(max=1.0 - 1e-6)).to(self.logprobs.dtype)
+        return SparseSignal(
+            self.ids.masked_fill(gone, 0),
+            (self.logprobs - scale.unsqueeze(-1)).masked_fill(gone, -math.inf),
+            self.tail_logmass - scale,
+            None if self.draws is None else self.draws.masked_fill(gone, 0),
+            None if self.written_logprobs is None else self.written_logprobs - scale,
         )
 
     def split(self, counts: Sequence[int]) -> list[SparseSignal]:

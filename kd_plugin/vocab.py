@@ -2,18 +2,20 @@
 
 Equal sizes do not mean equal vocabularies, and unequal sizes may: Qwen2.5 pads its output rows to 151936 or
 152064 for one and the same tokenizer. So tokenizers are compared token by token, and rows of an output head
-beyond the tokenizer are cut on both sides before the softmax.
+beyond the tokenizer are cut on both sides before the softmax. A head may also be shorter than its tokenizer
+(Gemma-3-1B: 262,144 rows for 262,145 tokens): a token without a row has no probability, and no embedding either, so
+that both sides are cut to the rows that both have, and a text with such a token is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from kd_plugin.errors import VocabularyError
+from kd_plugin.errors import DataError, VocabularyError
 
 _SHOWN = 3  # differing tokens named in an error
 
@@ -26,11 +28,13 @@ class Vocabulary:
         tokens: token string to id, added tokens included.
         special_ids: role (``eos_token`` ...) to id, for the roles that are set.
         chat_template: the Jinja text, or None.
+        rows: of the output heads that speak it, where some are fewer than the tokens; None for as many as needed.
     """
 
     tokens: Mapping[str, int]
     special_ids: Mapping[str, int]
     chat_template: str | None = None
+    rows: int | None = None
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> Vocabulary:
@@ -50,8 +54,42 @@ class Vocabulary:
 
     @cached_property
     def size(self) -> int:
-        """Number of rows that an output head needs: the largest id plus one."""
+        """Number of rows over which a softmax is taken: the largest id plus one, or all that the heads have."""
+        return self._needed if self.rows is None else min(self._needed, self.rows)
+
+    @cached_property
+    def _needed(self) -> int:
         return max(self.tokens.values()) + 1
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether some tokens have no row in an output head."""
+        return self.size < self._needed
+
+    def within(self, rows: int | None) -> Vocabulary:
+        """Return this vocabulary for heads of ``rows`` rows; None, or enough of them, changes nothing."""
+        return self if rows is None or rows >= self.size else replace(self, rows=rows)
+
+    def require_rows(self, texts: Iterable[Sequence[int]], what: str) -> None:
+        """Refuse token lists with a token that an output head has no row for: nothing can read or score it.
+
+        Args:
+            texts: token ids.
+            what: how the message calls them, such as ``"prompt"``.
+
+        Raises:
+            DataError: names the first of them and the token.
+        """
+        if not self.is_cut:
+            return
+        for number, ids in enumerate(texts):
+            largest = max(ids, default=0)
+            if largest >= self.size:
+                raise DataError(
+                    f"{what} {number} holds token {largest} ({_show(_by_id(self.tokens), largest)}), but a model of "
+                    f"this run has {self.size} rows, fewer than its tokenizer has tokens: it can neither read nor "
+                    "score that token. Remove the row, or the token from its text."
+                )
 
     @cached_property
     def fingerprint(self) -> str:

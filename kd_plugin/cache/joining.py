@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.errors import DataError
+from kd_plugin.signals import SparseSignal
 
 # Name under which a batch carries its targets to the student's forward pass
 TARGET = "teacher_target"
@@ -52,9 +53,21 @@ def batch_targets(
     return {
         "positions": positions,
         "labels": next_labels.flatten()[positions].where(next_labels.flatten()[positions] >= 0, -100),
-        "weights": stored.float(),
+        "weights": (fields["draws"].sum(1) > 0 if "draws" in fields else stored).float(),
         **fields,
     }
+
+
+def targets_within(target: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Cut what :func:`batch_targets` gathered to the first ``vocab_size`` tokens, those of other teachers too."""
+    signal = SparseSignal(target["ids"], target["logprobs"], target["tail_logmass"], target.get("draws"))
+    cut = signal.within(vocab_size)
+    found = {**target, "ids": cut.ids, "logprobs": cut.logprobs, "tail_logmass": cut.tail_logmass}
+    if cut.draws is not None:
+        found |= {"draws": cut.draws, "weights": target["weights"] * (cut.draws.sum(1) > 0)}
+    if "others" in target:
+        found["others"] = [targets_within(other, vocab_size) for other in target["others"]]
+    return found
 
 
 def padded_index(shape: Sequence[int], indices: Sequence[Sequence[int]] | Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +146,16 @@ class JointCache:
         """Refuse a student that one of the caches cannot teach; see :meth:`TeacherCache.require_compatible`."""
         for member in self.members:
             member.cache.require_compatible(vocabulary, temperature=temperature)
+
+    def common(self, vocabulary: Vocabulary) -> Vocabulary:
+        """Return a student's vocabulary, cut to the rows that every teacher's head had at the capture."""
+        for member in self.members:
+            vocabulary = vocabulary.within(member.cache.manifest.vocab_size)
+        return vocabulary
+
+    def within(self, vocab_size: int) -> JointCache:
+        """Return the same caches with the targets of the first ``vocab_size`` tokens alone."""
+        return JointCache([replace(member, cache=member.cache.within(vocab_size)) for member in self.members])
 
     def require_aligned(self) -> dict[str, Alignment]:
         """Refuse a cache whose targets are shifted; return what was measured of each."""

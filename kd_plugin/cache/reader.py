@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -60,6 +61,7 @@ class TeacherCache:
     ) -> None:
         self.path = Path(path)
         self._mapped_dir = mapped_dir
+        self._cut: int | None = None
         self.manifest = _read_whole(self.path, allow_partial)
         if not self.manifest.tokens:
             raise CacheError(f"{self.path} holds no targets: all rows were dropped, or no unit is finished yet.")
@@ -160,7 +162,16 @@ class TeacherCache:
             CacheCorruptionError: a byte that was read differs from what was written.
         """
         signal = self._mapped.signal(teacher_index)
-        return signal if signal.draws is not None else _undo_rounding(signal)
+        signal = signal if signal.draws is not None else _undo_rounding(signal)
+        return signal if self._cut is None else signal.within(self._cut)
+
+    def within(self, vocab_size: int) -> TeacherCache:
+        """Return this cache with targets of the first ``vocab_size`` tokens alone, for a head that has no more rows."""
+        if vocab_size >= self.manifest.vocab_size:
+            return self
+        other = copy.copy(self)
+        other._cut = vocab_size
+        return other
 
     def require_compatible(self, vocabulary: Vocabulary, *, temperature: float = 1.0) -> None:
         """Refuse a student that these targets cannot teach; warn where only the chat template differs.
@@ -170,11 +181,12 @@ class TeacherCache:
             temperature: of the loss.
 
         Raises:
-            VocabularyError: the student's token ids mean other tokens, or its vocabulary is of another size.
+            VocabularyError: the student's token ids mean other tokens. A head with fewer rows is no reason:
+                :meth:`within` cuts the targets to it.
             ConfigError: another temperature than was captured.
         """
         settings = self.manifest.settings
-        if (vocabulary.size, vocabulary.fingerprint) != (settings.vocab_size, settings.tokenizer):
+        if vocabulary.fingerprint != settings.tokenizer:
             raise VocabularyError(
                 f"{self.path} was captured with another tokenizer: it has {settings.vocab_size} token ids with "
                 f"fingerprint {settings.tokenizer[:12]}, the student has {vocabulary.size} with fingerprint "

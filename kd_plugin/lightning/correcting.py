@@ -18,6 +18,7 @@ from kd_plugin.panel import TeacherPanel, score_rows
 from kd_plugin.panel.responses import as_written, judged_positions
 from kd_plugin.panel.spans import by_length
 from kd_plugin.panel.warmup import CacheWarmup
+from kd_plugin.vocab import Vocabulary
 
 _ROW = ("prompt", "completion", "teacher_id", "domain", "teacher_weights")
 
@@ -30,6 +31,7 @@ class Corrector:
         settings: what is left out of the loss.
         tokenizer: the student's.
         watch: is shown what training judges; None in a validation without training.
+        vocabulary: of the run.
         groups_by_length: whether rows may change places between the batches of a window.
     """
 
@@ -39,9 +41,11 @@ class Corrector:
         settings: PanelSettings,
         tokenizer: Any,
         watch: PanelWatch | None,
+        vocabulary: Vocabulary,
         *,
         groups_by_length: bool,
     ) -> None:
+        self.vocabulary = vocabulary
         self.panel = panel
         self.groups_by_length = groups_by_length
         self.settings = settings
@@ -78,7 +82,9 @@ class Corrector:
             watch.observe(written, noted or {})
         given = rollouts.input_ids, rollouts.attention_mask, rollouts.completion_start, positions, count_of(batches[0])
         clock = None if watch is None else watch.clock
-        corrections = score_rows(self.panel, [self.panel.assign(row) for row in rows], *given, clock=clock)
+        corrections = score_rows(
+            self.panel, [self.panel.assign(row) for row in rows], *given, clock=clock, vocabulary=self.vocabulary
+        )
         anchor = None if watch is None else watch.anchor
         started = [] if anchor is None else anchor.score(*given)
         lengths = [sum(of_row) for of_row in zip(rollouts.prompt_lengths, rollouts.lengths, strict=True)]

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from kd_plugin.cache.joining import TARGET
+from kd_plugin.cache.joining import TARGET, targets_within
 from kd_plugin.cache.joint import Caches, JointCache
 from kd_plugin.divergence import Divergence, Tail
 from kd_plugin.divergence.objective import OfflineObjective
@@ -21,7 +21,7 @@ from kd_plugin.lightning.callback import StudentCallback
 from kd_plugin.lightning.forward import Call, DistillingForward
 from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.step import WINDOW_TOKENS, DistillingStep, Prepared, require_mapping, without
-from kd_plugin.lightning.student import find_student
+from kd_plugin.lightning.student import find_student, student_rows
 from kd_plugin.lightning.windows import require_whole_windows
 from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.vocab import Vocabulary
@@ -155,8 +155,10 @@ class OfflineKD(StudentCallback):
 
     def _compare_vocabularies(self, module: LightningModule, model: PreTrainedModel | str) -> None:
         tokenizer = self.tokenizer or getattr(module, "tokenizer", None) or load_tokenizer(model)
-        self._vocabulary = Vocabulary.from_tokenizer(tokenizer)
-        self.cache.require_compatible(self._vocabulary, temperature=self.objective.temperature)
+        own = Vocabulary.from_tokenizer(tokenizer).within(student_rows(model))
+        self.cache.require_compatible(own, temperature=self.objective.temperature)
+        self._vocabulary = self.cache.common(own)
+        self.cache = self.cache.within(self._vocabulary.size)
 
     def _check(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel | str) -> None:
         """Pass the license gate and compare vocabularies; neither needs the student's weights."""
@@ -180,12 +182,16 @@ class OfflineKD(StudentCallback):
 
     def _prepare(self, batch: Any) -> Prepared:
         self._require(batch)
+        if self._vocabulary.is_cut:
+            self._vocabulary.require_rows(batch["input_ids"].tolist(), "Row")
         labels = batch.get("labels")
         target = batch.get(TARGET)
         if target is None:
             # A collator that gathers targets in the loader's workers, as KDDataModule's does, saves this copy
             indices = {column: batch[column].cpu() for column in self.cache.columns}
             target = self.cache.targets(None if labels is None else labels.cpu(), indices)
+        elif self._vocabulary.is_cut:
+            target = targets_within(target, self._vocabulary.size)  # the loader does not know the student
         return Prepared(
             without(batch, *self.cache.columns, TARGET, WINDOW_TOKENS),
             target,

@@ -26,7 +26,7 @@ from kd_plugin.lightning.placing import place_teachers, require_placeable
 from kd_plugin.lightning.rollouts import RolloutWriter
 from kd_plugin.lightning.starting import StartKeeper
 from kd_plugin.lightning.step import WINDOW, DistillingStep, Prepared, require_mapping
-from kd_plugin.lightning.student import as_trained, config_of, find_student, shards_the_student
+from kd_plugin.lightning.student import as_trained, config_of, find_student, shards_the_student, student_rows
 from kd_plugin.lightning.watching import PanelWatch
 from kd_plugin.lightning.windows import require_whole_windows, window_end
 from kd_plugin.lightning.writing import pad_token, texts
@@ -146,7 +146,8 @@ class TeacherPanelCorrection(StudentCallback):
         self._require_draws(model)
         require_same_student(self.panel, model)
         if self._caches:
-            self._warmup = CacheWarmup(self._caches, seed=self.seed, pad_token_id=pad_token(self._tokenizer))
+            cut = [cache.within(self._vocabulary.size) for cache in self._caches]
+            self._warmup = CacheWarmup(cut, seed=self.seed, pad_token_id=pad_token(self._tokenizer))
         if self._anchor is not None:
             place_teachers(self._anchor.panel, trainer, pl_module, model, self._vocabulary)
         self._watch = PanelWatch(
@@ -324,8 +325,8 @@ class TeacherPanelCorrection(StudentCallback):
 
     def _compare_vocabularies(self, module: LightningModule, model: PreTrainedModel | str) -> None:
         self._tokenizer = self._given_tokenizer or getattr(module, "tokenizer", None) or load_tokenizer(model)
-        self._vocabulary = Vocabulary.from_tokenizer(self._tokenizer)
-        require_one_vocabulary(self.panel, self._vocabulary)
+        own = Vocabulary.from_tokenizer(self._tokenizer).within(student_rows(model))
+        self._vocabulary = require_one_vocabulary(self.panel, own)
 
     def _keep_start(self, module: LightningModule) -> None:
         model = find_student(module, self.student)
@@ -341,11 +342,11 @@ class TeacherPanelCorrection(StudentCallback):
         sharded = self.settings.shard_teachers
         require_one_server(self.panel, trainer.strategy.root_device)
         place_teachers(self.panel, trainer, module, model, self._vocabulary, shard_teachers=sharded)
-        self._writer = RolloutWriter(self.settings, self.panel, self._tokenizer, self._vocabulary.size, self.seed)
+        self._writer = RolloutWriter(self.settings, self.panel, self._tokenizer, self._vocabulary, self.seed)
         # A loss that the module forms itself is a mean of each micro-batch: short rows must not count for more in it
         grouping = objective.ce_weight == 0.0
         self._corrector = Corrector(
-            self.panel, self.settings, self._tokenizer, objective.watch, groups_by_length=grouping
+            self.panel, self.settings, self._tokenizer, objective.watch, self._vocabulary, groups_by_length=grouping
         )
         self._forward = DistillingForward(model, self._vocabulary.size, objective, module)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from kd_plugin.panel import Assignment, TeacherPanel
 from kd_plugin.panel.judging import InterleavedSettings, interleaved_responses
 from kd_plugin.panel.responses import completion_ids, cut_loops
 from kd_plugin.panel.rollouts import mixed_seed, on_policy_rows
+from kd_plugin.vocab import Vocabulary
 
 
 class RolloutWriter:
@@ -22,19 +24,20 @@ class RolloutWriter:
         settings: who writes, and how.
         panel: at the student's elbow, for ``rollouts="interleaved"``.
         tokenizer: the student's.
-        vocab_size: number of real tokens.
+        vocabulary: of the run.
         seed: of the run; with the step, the rank and the draw it decides all that is written.
     """
 
     def __init__(
-        self, settings: PanelSettings, panel: TeacherPanel, tokenizer: Any, vocab_size: int, seed: int
+        self, settings: PanelSettings, panel: TeacherPanel, tokenizer: Any, vocabulary: Vocabulary, seed: int
     ) -> None:
         self.settings = settings
         self.panel = panel
         self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
+        self.vocabulary = vocabulary
         self.seed = seed
         self._fraction = settings.on_policy_schedule()
+        self._sampling = dataclasses.replace(settings.sampling(), vocabulary=vocabulary)
 
     def train(
         self,
@@ -59,6 +62,7 @@ class RolloutWriter:
         trainer, settings, tokenizer = module.trainer, self.settings, self.tokenizer
         step, rank = trainer.global_step, trainer.global_rank
         prompts = render(tokenizer, [row["prompt"] for row in rows], settings.chat_template_kwargs)
+        self.vocabulary.require_rows(prompts, "The prompt of row")
         fraction = self._fraction.at(step)
         ours = [True] * len(rows)
         if fraction < 1.0:
@@ -75,7 +79,7 @@ class RolloutWriter:
                     judges = [assignments[row] for row in chosen]
                     texts, logged["rollouts/replaced"] = self._interleaved(module, model, asked, judges, rows_at_once)
                 else:
-                    texts = responses(module, model, tokenizer, asked, settings.sampling(), settings.repetition_stop)
+                    texts = responses(module, model, tokenizer, asked, self._sampling, settings.repetition_stop)
             if settings.repetition_stop:
                 texts, logged["rollouts/looping"] = cut_loops(texts, settings.repetition_stop)
             written = dict(zip(chosen, texts, strict=True))
@@ -86,8 +90,9 @@ class RolloutWriter:
         """Return what the student writes alone, as ``seed`` alone decides."""
         settings, tokenizer = self.settings, self.tokenizer
         rendered = render(tokenizer, prompts, settings.chat_template_kwargs)
+        self.vocabulary.require_rows(rendered, "The prompt of row")
         with writing(module, model, seed):
-            texts = responses(module, model, tokenizer, rendered, settings.sampling(), settings.repetition_stop)
+            texts = responses(module, model, tokenizer, rendered, self._sampling, settings.repetition_stop)
         if settings.repetition_stop:
             texts, _ = cut_loops(texts, settings.repetition_stop)
         return assembled(rendered, texts, pad_token(tokenizer), module.device)
@@ -115,7 +120,7 @@ class RolloutWriter:
             judges,
             prompts,
             lambda ids, mask, count: generated(
-                module, model, self.tokenizer, ids, mask, settings.sampling(), max_new_tokens=count
+                module, model, self.tokenizer, ids, mask, self._sampling, max_new_tokens=count
             ),
             InterleavedSettings(
                 max_new_tokens=settings.max_completion_length,
@@ -125,7 +130,7 @@ class RolloutWriter:
                 pad_token_id=pad_token(self.tokenizer),
                 rows_at_once=rows_at_once,
             ),
-            vocab_size=self.vocab_size,
+            vocabulary=self.vocabulary,
             device=module.device,
             step=module.trainer.global_step,
             seed=self.seed,

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.models import output_rows
 from kd_plugin.zero.consolidate import require_resumable
 from kd_plugin.zero.preflight import require_batches, require_filled, require_offload, require_student
 
@@ -194,6 +195,11 @@ def as_trained(module: nn.Module, student: PreTrainedModel) -> Any:
     """Return the student with its adapter, where the module holds it wrapped by PEFT; other PEFT models are others'."""
     adapted = (m for m in module.modules() if hasattr(m, "peft_config") and any(p is student for p in m.modules()))
     return next(adapted, student)
+
+
+def student_rows(model: PreTrainedModel | str) -> int | None:
+    """Return the rows of a student's head, from its configuration where it is not loaded."""
+    return output_rows(config_of(model) if isinstance(model, str) else model)
 
 
 def _is_causal(module: nn.Module) -> bool:

@@ -17,9 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import StoppingCriteriaList
 
 from kd_plugin.lightning.student import shards_the_student
-from kd_plugin.panel.generation import decode_with, writes_row_by_row
+from kd_plugin.panel.generation import decode_with, real_tokens, writes_row_by_row
 from kd_plugin.panel.responses import StopLoops, require_prompts, until_end
 from kd_plugin.panel.rollouts import left_padded
+from kd_plugin.vocab import Vocabulary
 from kd_plugin.zero.teachers import through
 
 
@@ -36,6 +37,7 @@ class Sampling:
         repetition_penalty: 1 for none.
         generation_kwargs: further arguments of ``generate``.
         draws: how a token is drawn, see :func:`kd_plugin.panel.generation.decode`.
+        vocabulary: tokens that may be written; None for all rows of the head.
     """
 
     max_completion_length: int = 256
@@ -46,6 +48,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
     draws: str = "multinomial"
+    vocabulary: Vocabulary | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of ``generate``."""
@@ -174,6 +177,8 @@ def generated(
     config.update(**arguments)
     if not together and writes_row_by_row(config):
         arguments = {"custom_generate": decode_with(sampling.draws), **arguments}
+    if sampling.vocabulary is not None:
+        arguments = {**real_tokens(model, sampling.vocabulary), **arguments}
     write = functools.partial(model.generate, synced_gpus=together, use_cache=True, **arguments)
     if isinstance(module.trainer.strategy, ModelParallelStrategy):
         for unit in _units_around(module, model):

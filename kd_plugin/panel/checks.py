@@ -23,7 +23,7 @@ from kd_plugin.zero.sharding import most_of_any_rank
 logger = logging.getLogger(__name__)
 
 
-def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> None:
+def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> Vocabulary:
     """Refuse teachers whose token ids mean other tokens than the student's, or that never end where it ends.
 
     Another chat template, and an end token of its own beside the student's, are warned of: lengths may change.
@@ -31,6 +31,9 @@ def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> None:
     Args:
         panel: the teachers; their tokenizers are read, not their weights.
         vocabulary: the student's. A loaded model that names no tokenizer is taken to speak it.
+
+    Returns:
+        The tokens that all heads have a row for: the student's vocabulary, cut where a head is shorter.
 
     Raises:
         VocabularyError: names the teacher and the first ids that differ, or the end tokens.
@@ -44,6 +47,15 @@ def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> None:
                 f"The student and teacher {name!r} differ in their {difference}: the teacher may never reward "
                 "the student for stopping, and lengths can explode."
             )
+    common = vocabulary
+    for teacher in panel.teachers.values():
+        common = common.within(teacher.vocabulary.size)
+    if common.is_cut:
+        logger.warning(
+            f"An output head of this run has {common.size} rows, fewer than the tokenizer has tokens. The tokens "
+            "beyond have no probability: they are not generated, and a row that holds one is refused."
+        )
+    return common
 
 
 def _require_common_end(panel: TeacherPanel, name: str, teacher: Teacher, vocabulary: Vocabulary) -> None:

@@ -20,9 +20,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode, logits_process, stopping_criteria
+
+from kd_plugin.models import output_rows
+from kd_plugin.vocab import Vocabulary
 
 Draws = Literal["multinomial", "uniform"]
 
@@ -41,6 +51,27 @@ _ROW_BY_ROW = (
     stopping_criteria.EosTokenCriteria,
 )
 _KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+
+class RealTokens(LogitsProcessor):
+    """Leaves the first ``size`` tokens: rows of a head beyond are padding, or tokens that a teacher has no row for."""
+
+    row_by_row = True
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, input_ids: Any, scores: Any) -> Tensor:  # noqa: D102
+        scores[:, self.size :] = -torch.inf
+        return scores  # type: ignore[no-any-return]
+
+
+def real_tokens(model: Any, vocabulary: Vocabulary) -> dict[str, LogitsProcessorList]:
+    """Return the argument of ``generate`` that keeps a student, whose head may have more rows, to a vocabulary."""
+    rows = output_rows(model)
+    if rows is None or rows <= vocabulary.size:
+        return {}
+    return {"logits_processor": LogitsProcessorList([RealTokens(vocabulary.size)])}
 
 
 def writes_row_by_row(config: GenerationConfig) -> bool:

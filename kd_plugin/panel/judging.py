@@ -14,6 +14,7 @@ from kd_plugin.panel.rollouts import interleave, left_padded, seeded
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import score_rows
 from kd_plugin.signals import HiddenSignal, SparseSignal
+from kd_plugin.vocab import Vocabulary
 from kd_plugin.zero.sharding import most_of_any_rank, whole_heads
 
 _INTERLEAVED = 1 << 20  # added to a rank: keeps its generator apart from that of the on-policy rows
@@ -47,7 +48,7 @@ def interleaved_responses(
     generate: Callable[[Tensor, Tensor, int], Tensor],
     settings: InterleavedSettings,
     *,
-    vocab_size: int,
+    vocabulary: Vocabulary,
     device: torch.device,
     step: int,
     seed: int,
@@ -61,7 +62,7 @@ def interleaved_responses(
         prompts: token ids.
         generate: ``(ids, mask, N) -> ids`` of the prompts and up to N tokens more, all on ``device``.
         settings: see there.
-        vocab_size: V.
+        vocabulary: of the run; V tokens.
         device: of the student and the teachers' inputs.
         step: optimizer step, for weights with a schedule.
         seed: of the run.
@@ -82,7 +83,7 @@ def interleaved_responses(
             [assignments[number] for number in numbers],
             prefixes,
             proposals,
-            vocab_size=vocab_size,
+            vocabulary=vocabulary,
             pad_token_id=settings.pad_token_id,
             device=device,
             rows_at_once=settings.rows_at_once,
@@ -112,7 +113,7 @@ def panel_logprobs(
     prefixes: Sequence[Sequence[int]],
     proposals: Sequence[Sequence[int]],
     *,
-    vocab_size: int,
+    vocabulary: Vocabulary,
     pad_token_id: int,
     device: torch.device,
     rows_at_once: int,
@@ -125,7 +126,7 @@ def panel_logprobs(
         assignments: for each row who judges it.
         prefixes: token ids before the proposal.
         proposals: token ids whose places are judged; at least one a row.
-        vocab_size: V.
+        vocabulary: of the run; V tokens.
         pad_token_id: fills up short rows.
         device: where the teachers take their inputs.
         rows_at_once: rows in a teacher's forward pass.
@@ -149,13 +150,14 @@ def panel_logprobs(
         completion_start=start,
         positions=[range(len(proposal)) for proposal in proposals],
         rows_at_once=rows_at_once,
+        vocabulary=vocabulary,
     )
     found = []
     with whole_heads(panel.teachers.values()):
         for assignment, correction in zip(assignments, corrections, strict=True):
             weights = panel.weights_of(assignment, step)
             terms = [
-                _logprobs(correction.signals[name], vocab_size) + torch.tensor(weight).log()
+                _logprobs(correction.signals[name], vocabulary.size) + torch.tensor(weight).log()
                 for name, weight in zip(assignment.judges, weights, strict=True)
                 if weight > 0
             ]

@@ -16,6 +16,7 @@ from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.spans import Span, by_length, left_aligned, row_spans
 from kd_plugin.signals import HiddenSignal, SparseSignal
 from kd_plugin.teachers.base import Teacher, resident
+from kd_plugin.vocab import Vocabulary
 from kd_plugin.zero.sharding import most_of_any_rank
 
 
@@ -46,6 +47,7 @@ def score_rows(
     positions: Sequence[Sequence[int]],
     rows_at_once: int,
     clock: Callable[[str], AbstractContextManager[None]] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> list[Correction]:
     """Collect the panel's judgement of a generation batch.
 
@@ -62,10 +64,16 @@ def score_rows(
         positions: for each row the offsets c of the completion tokens that are trained on.
         rows_at_once: rows in the forward pass of a teacher in this process; others get all rows at once.
         clock: entered with a teacher's name around all that it does.
+        vocabulary: of the run: what a teacher says of tokens beyond is cut off. None leaves each teacher its own.
+
+    Raises:
+        DataError: a row holds a token that a head of the run has no row for.
 
     Returns:
         One :class:`Correction` a row, in order.
     """
+    if vocabulary is not None and vocabulary.is_cut:
+        vocabulary.require_rows(input_ids.masked_fill(attention_mask == 0, 0).tolist(), "Row")
     collected: list[dict[str, HiddenSignal | SparseSignal]] = [{} for _ in assignments]
     spans = row_spans(attention_mask)
     longest_first = by_length([span.length for span in spans])
@@ -82,6 +90,8 @@ def score_rows(
             for start in range(0, len(rows), at_once):
                 chunk = rows[start : start + at_once]
                 signal = _score(teacher, chunk, input_ids, attention_mask, completion_start, positions, spans)
+                if vocabulary is not None and teacher.vocabulary.size > vocabulary.size:
+                    signal = signal.within(vocabulary.size)
                 counts = [len(positions[b]) for b in chunk]
                 if isinstance(signal, SparseSignal):
                     pieces: Sequence[HiddenSignal | SparseSignal] = signal.split(counts)

@@ -39,6 +39,8 @@ def require_fitting(caches: Sequence[TeacherCache], vocabulary: Vocabulary) -> N
     for cache in caches:
         cache.require_compatible(vocabulary, temperature=caches[0].manifest.settings.temperature)
         require_aligned(cache)
+        if vocabulary.is_cut:
+            vocabulary.require_rows(cache.dataset()["input_ids"], f"In {cache.path}, row")
 
 
 def warmup_loss(

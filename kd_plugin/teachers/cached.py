@@ -94,7 +94,7 @@ class CachedTeacher:
                 ) from error
         vocabulary = Vocabulary.from_tokenizer(found)
         self.cache.require_compatible(vocabulary, temperature=settings.temperature)
-        return vocabulary
+        return vocabulary.within(settings.vocab_size)
 
     def adopt_vocabulary(self, student: Vocabulary) -> None:
         """Take the student's vocabulary for the cache's own, if it has the fingerprint of the capture.
@@ -103,7 +103,7 @@ class CachedTeacher:
             VocabularyError: it has another one.
         """
         self.cache.require_compatible(student, temperature=self.temperature)
-        self.__dict__["vocabulary"] = student
+        self.__dict__["vocabulary"] = student.within(self.cache.manifest.vocab_size)
 
     def score(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> SparseSignal:
         """Look up the targets at ``positions``; see :meth:`~kd_plugin.teachers.base.Teacher.score`.
@@ -130,4 +130,4 @@ class CachedTeacher:
                 f"Teacher {self.name!r}: {int((chosen < 0).sum())} of {len(chosen)} positions have no target in "
                 f"{self.cache.path}; it was captured with another completion mask."
             )
-        return self.cache.signal(chosen).to(input_ids.device)
+        return self.cache.within(self.vocabulary.size).signal(chosen).to(input_ids.device)

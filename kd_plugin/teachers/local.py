@@ -14,7 +14,7 @@ from torch import nn
 
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.sources import Source
-from kd_plugin.models import load_language_model
+from kd_plugin.models import load_language_model, output_rows
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.base import Capabilities
 from kd_plugin.teachers.identity import reference_identity, tensors_digest
@@ -136,7 +136,7 @@ class LocalTeacher(InProcessTeacher):
 
     def assume_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Take ``vocabulary`` for this teacher's own, where it names none that could be checked."""
-        self.__dict__["vocabulary"] = vocabulary
+        self.__dict__["vocabulary"] = vocabulary.within(self._rows)
 
     def adopt_vocabulary(self, student: Vocabulary) -> None:
         """Take the student's vocabulary, and say so, where this model names no tokenizer."""
@@ -150,8 +150,18 @@ class LocalTeacher(InProcessTeacher):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The token ids that this teacher speaks."""
-        return Vocabulary.from_tokenizer(self.tokenizer)
+        """The token ids that this teacher speaks; those that its head has rows for."""
+        return Vocabulary.from_tokenizer(self.tokenizer).within(self._rows)
+
+    @property
+    def _rows(self) -> int | None:
+        """Rows of the head, read from the configuration where no weights are here."""
+        if self._model is not None:
+            return output_rows(self._model)
+        try:
+            return output_rows(self.config)
+        except (OSError, ValueError):
+            return None  # no config.json, as of a GGUF file: its head shows once it is loaded
 
     @property
     def model(self) -> nn.Module:
@@ -172,7 +182,7 @@ class LocalTeacher(InProcessTeacher):
     @cached_property
     def head(self) -> OutputHead:
         """The output head, cut to the tokenizer's vocabulary."""
-        return OutputHead.from_model(self.model, self.vocabulary.size)
+        return OutputHead.from_model(self.model, self.vocabulary.within(output_rows(self.model)).size)
 
     @property
     def reference(self) -> str | None:

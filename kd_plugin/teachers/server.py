@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
+from kd_plugin.models import output_rows
 from kd_plugin.signals import SparseSignal
 from kd_plugin.teachers.agreement import Reference, Repeats, distances, floored, require_alike, require_same_prefixes
 from kd_plugin.teachers.base import Capabilities, Gives
@@ -150,8 +151,19 @@ class ServerTeacher:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The token ids that this teacher speaks."""
-        return Vocabulary.from_tokenizer(self.tokenizer)
+        """The token ids that this teacher speaks; those that its head has rows for, where ``repo`` tells."""
+        return Vocabulary.from_tokenizer(self.tokenizer).within(self._rows)
+
+    @property
+    def _rows(self) -> int | None:
+        from transformers import AutoConfig
+
+        if self._repo is None:
+            return None
+        try:
+            return output_rows(AutoConfig.from_pretrained(self._repo, revision=self._revision))
+        except (OSError, ValueError):
+            return None  # the weights lie elsewhere; the server refuses ids that it does not know
 
     @property
     def listed(self) -> int:

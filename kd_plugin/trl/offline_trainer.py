@@ -45,7 +45,7 @@ from kd_plugin.trl.distillation_head import add_distillation_head
 from kd_plugin.trl.evaluation import TokenMeanMixin, TokenMeans
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, with_lineage
 from kd_plugin.trl.offline_config import OfflineKDConfig
-from kd_plugin.trl.own_rows import with_labels
+from kd_plugin.trl.own_rows import readable_rows, with_labels
 from kd_plugin.trl.rendering import rendered_as_captured, why_not_found
 from kd_plugin.trl.shuffling import shuffle_leanly
 from kd_plugin.trl.start import load_vocabulary, require_launchable, start_lineage
@@ -129,8 +129,10 @@ class OfflineKDTrainer(LineageSavingMixin, TokenMeanMixin, SFTTrainer):
             declared=declared_lineage(callbacks),
         )
         require_launchable(args, model)
-        vocabulary = load_vocabulary(model, processing_class, args)
-        self.teacher_cache.require_compatible(vocabulary, temperature=args.temperature)
+        own = load_vocabulary(model, processing_class, args)
+        self.teacher_cache.require_compatible(own, temperature=args.temperature)
+        self._vocabulary = self.teacher_cache.common(own)
+        self.teacher_cache = self.teacher_cache.within(self._vocabulary.size)
         for path, found in self.teacher_cache.require_aligned().items():
             if args.local_process_index == 0:
                 print(f"{path}: {found}", file=sys.stderr)
@@ -173,7 +175,7 @@ class OfflineKDTrainer(LineageSavingMixin, TokenMeanMixin, SFTTrainer):
         self.data_collator: Any = TeacherTargetCollator(self.data_collator, self.teacher_cache, self._untaught)
         self._used = add_distillation_head(
             self.model.get_base_model() if peft_configs else self.model,
-            vocab_size=vocabulary.size,
+            vocab_size=self._vocabulary.size,
             objective=args.objective(),
         )
 
@@ -258,6 +260,8 @@ class OfflineKDTrainer(LineageSavingMixin, TokenMeanMixin, SFTTrainer):
         splits = packing and args.packing_strategy != "bfd"
         window = _Window(None if splits else args.max_length, args.truncation_mode == "keep_end" and not packing)
         dataset = self._join(dataset, dataset_name, window, why)
+        if self._vocabulary.is_cut:
+            dataset = readable_rows(dataset, self._vocabulary, dataset_name)
         cuts = args.max_length is not None and not (packing and args.packing_strategy == "bfd_split")
         # Each pass over a million rows takes minutes: none where nothing is cut off or left out
         cuts = cuts and _something_to_cut(dataset, args.max_length, dataset_name)

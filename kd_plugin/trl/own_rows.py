@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from kd_plugin.vocab import Vocabulary
+
 
 def with_labels(dataset: Any, columns: list[str], completion_only: bool, name: str) -> Any:
     """Add the labels that TRL 1.16 would build, and leave out the mask that they came from.
@@ -32,6 +34,36 @@ def with_labels(dataset: Any, columns: list[str], completion_only: bool, name: s
         _Labels("completion_mask" if completion_only else None), batched=True, desc=f"Building labels for {name} rows"
     )
     return labelled.with_format(None)
+
+
+def readable_rows(dataset: Any, vocabulary: Vocabulary, name: str) -> Any:
+    """Refuse rows with a token that an output head of the run has no row for; a stream's rows as they come.
+
+    Args:
+        dataset: rows with ``input_ids``.
+        vocabulary: of the run.
+        name: how messages call it.
+
+    Raises:
+        DataError: names the first such row.
+    """
+    what = f"In the {name} dataset, row"
+    if isinstance(dataset, Dataset):
+        vocabulary.require_rows((row["input_ids"] for row in dataset.select_columns("input_ids")), what)
+        return dataset
+    return dataset.map(_Readable(vocabulary, what), with_indices=True)
+
+
+@dataclass(frozen=True)
+class _Readable:
+    """Looks at one row of a stream, and changes nothing."""
+
+    vocabulary: Vocabulary
+    what: str
+
+    def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
+        self.vocabulary.require_rows([row["input_ids"]], f"{self.what} {number}, part")
+        return {}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from kd_plugin.cache import TeacherCache
 from kd_plugin.divergence.finite import require_finite
 from kd_plugin.errors import ConfigError, DataError, ServerError
 from kd_plugin.lineage.start import dataset_sources, student_source
+from kd_plugin.models import output_rows
 from kd_plugin.panel import Correction, TeacherPanel, correction_loss, score_rows
 from kd_plugin.panel.build import panel_from
 from kd_plugin.panel.checks import (
@@ -126,7 +127,7 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
         )
         require_launchable(args, model, self.panel)
         self._vocabulary = load_vocabulary(model, processing_class, args)
-        require_one_vocabulary(self.panel, self._vocabulary)
+        self._vocabulary = require_one_vocabulary(self.panel, self._vocabulary)
         if isinstance(model, str):
             options = {"revision": (args.model_init_kwargs or {}).get("revision")}
             options["trust_remote_code"] = args.trust_remote_code
@@ -151,6 +152,8 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
             share_evenly(self.vllm_generation)
             if self._is_sampled:
                 ask_for_logprobs(self.vllm_generation, self.temperature)
+        # The configuration promised as much; an adapter's directory has none
+        self._vocabulary = self._vocabulary.within(output_rows(self.model))
         self.start_rollouts(warmup_caches)
         require_one_server(self.panel, self.accelerator.device)
         place_teachers(self, self.panel, self._vocabulary)
@@ -230,6 +233,7 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
             positions=positions,
             rows_at_once=at_once,
             clock=self.clock,
+            vocabulary=self._vocabulary,
         )
         self.score_start(output, positions, at_once)
         return output

@@ -16,7 +16,7 @@ from trl.trainer.utils import split_tensor_dict
 from kd_plugin.cache import TeacherCache
 from kd_plugin.errors import ConfigError
 from kd_plugin.panel import Assignment, TeacherPanel
-from kd_plugin.panel.generation import decode_with, writes_row_by_row
+from kd_plugin.panel.generation import decode_with, real_tokens, writes_row_by_row
 from kd_plugin.panel.judging import InterleavedSettings, interleaved_responses
 from kd_plugin.panel.responses import completion_ids, require_prompts
 from kd_plugin.panel.rollouts import on_policy_rows
@@ -59,7 +59,8 @@ class RolloutMixin(ShardedGenerationMixin):
         self._empty: list[int] = []  # rows of the generation batch whose response has no token
         self._warmup: CacheWarmup | None = None
         if caches:
-            self._warmup = CacheWarmup(caches, seed=args.seed, pad_token_id=self._tokenizer.pad_token_id)  # type: ignore[attr-defined]
+            cut = [cache.within(self._vocabulary.size) for cache in caches]  # type: ignore[attr-defined]
+            self._warmup = CacheWarmup(cut, seed=args.seed, pad_token_id=self._tokenizer.pad_token_id)  # type: ignore[attr-defined]
             self._warmup_objective = warmup_objective(caches, args.warmup_divergence)
         if args.rollouts == "interleaved" and getattr(self, "tools", None):
             raise ConfigError("rollouts='interleaved' cannot call tools; let the student write alone.")
@@ -100,6 +101,7 @@ class RolloutMixin(ShardedGenerationMixin):
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, **kwargs: Any) -> Any:
         require_prompts(prompt_ids)
         given = self._given if len(self._given) == len(prompt_ids) else [None] * len(prompt_ids)
+        self._vocabulary.require_rows(prompt_ids, "The prompt of row")  # type: ignore[attr-defined]
         rows = [row for row, ids in enumerate(given) if ids is None]
         texts = self._write(rows, prompt_ids, images, multimodal_fields, **kwargs) or []
         written = dict(zip(rows, texts, strict=True))
@@ -159,7 +161,7 @@ class RolloutMixin(ShardedGenerationMixin):
         model = self.accelerator.unwrap_model(self.model_wrapped)  # type: ignore[attr-defined]
         sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # type: ignore[attr-defined]
         together = sharded and self.accelerator.num_processes > 1  # each token waits for the other ranks' shards
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = dict(real_tokens(model, self._vocabulary))  # type: ignore[attr-defined]
         if not together and writes_row_by_row(self.generation_config):  # type: ignore[attr-defined]
             options["custom_generate"] = decode_with(self.args.rollout_draws)
         with self.accelerator.autocast(), self.gathered_where_they_fit(model), generating(model, **options):
@@ -196,7 +198,7 @@ class RolloutMixin(ShardedGenerationMixin):
                     pad_token_id=self._tokenizer.pad_token_id,  # type: ignore[attr-defined]
                     rows_at_once=self.args.per_device_train_batch_size,
                 ),
-                vocab_size=self._vocabulary.size,  # type: ignore[attr-defined]
+                vocabulary=self._vocabulary,  # type: ignore[attr-defined]
                 device=self.accelerator.device,
                 step=self.state.global_step,
                 seed=self.args.seed,

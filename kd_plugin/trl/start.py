@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import RunLineage, Source, load_record
 from kd_plugin.lineage.start import start_run
+from kd_plugin.models import output_rows
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.vocab import Vocabulary
 from kd_plugin.zero.consolidate import require_resumable
@@ -138,7 +139,7 @@ def _student_config(model: str | PreTrainedModel, args: Any) -> Any:
 
 
 def load_vocabulary(model: str | PreTrainedModel, processing_class: Any, args: Any) -> Vocabulary:
-    """Read the student's vocabulary from its tokenizer, without its weights."""
+    """Read the student's vocabulary from its tokenizer, and its head's rows from its configuration."""
     if processing_class is None:
         reference = model if isinstance(model, str) else model.config._name_or_path
         init_kwargs = args.model_init_kwargs or {}
@@ -147,7 +148,8 @@ def load_vocabulary(model: str | PreTrainedModel, processing_class: Any, args: A
             revision=init_kwargs.get("revision"),
             trust_remote_code=args.trust_remote_code,
         )
-    return Vocabulary.from_tokenizer(processing_class)
+    found = output_rows(model) if isinstance(model, PreTrainedModel) else output_rows(_student_config(model, args))
+    return Vocabulary.from_tokenizer(processing_class).within(found)
 
 
 def refuse_another_run(output_dir: str, run: RunLineage) -> None:
