@@ -50,11 +50,17 @@ class OutputHead:
             vocab_size: number of real tokens; the rows beyond are padding.
 
         Raises:
-            ConfigError: the model has no output embeddings.
+            ConfigError: the model has no output embeddings, or an adapter on them.
         """
         module = model.get_output_embeddings()  # type: ignore[operator]
         if module is None:
             raise ConfigError(f"{type(model).__name__} has no output head; a causal language model is needed.")
+        if hasattr(module, "get_base_layer"):
+            raise ConfigError(
+                "The output head has an adapter (lm_head is among its target_modules). The loss reads the head's own "
+                "weight, so that the adapter would be neither used nor trained. Leave lm_head out of target_modules, "
+                "or train the head as a whole (modules_to_save)."
+            )
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
         head = cls(
             weight=module.weight,

@@ -158,8 +158,8 @@ class Tokenization:
         if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
             raise VocabularyError(
                 f"{where} has token ids from {array.min()} to {array.max()}; the teacher's go from 0 to "
-                f"{self.vocab_size - 1}. Tokenize the dataset with the teacher's tokenizer; if it is that of a head with "
-                "fewer rows, remove the row."
+                f"{self.vocab_size - 1}. Tokenize the dataset with the teacher's tokenizer; if it is that of a head "
+                "with fewer rows, remove the row."
             )
         return array
 

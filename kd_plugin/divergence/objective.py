@@ -116,7 +116,8 @@ def load_balancing_loss(model: Any, outputs: Any, kwargs: dict[str, Any]) -> Ten
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     config = model.config.get_text_config()
+    experts = getattr(config, "num_experts", None) or config.num_local_experts  # the families' two names
     loss = load_balancing_loss_func(
-        outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+        outputs.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask")
     )
     return loss if isinstance(loss, Tensor) else torch.zeros(())

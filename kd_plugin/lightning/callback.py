@@ -11,7 +11,9 @@ from kd_plugin.divergence import require_finite
 from kd_plugin.lightning.forward import DistillingForward
 from kd_plugin.lightning.step import DistillingStep
 from kd_plugin.lightning.student import (
+    as_trained,
     builds_later,
+    config_of,
     find_student,
     require_launchable,
     require_resumable_ranks,
@@ -19,6 +21,7 @@ from kd_plugin.lightning.student import (
     require_supported,
 )
 from kd_plugin.lightning.zero3_building import prepare_for_zero3
+from kd_plugin.limits import refuse_prompt_learning, refuse_router_loss
 
 
 class StudentCallback(Callback):
@@ -27,11 +30,13 @@ class StudentCallback(Callback):
     Attributes:
         brings_lineage: these callbacks start the run's lineage themselves.
         loss_name: how an error calls the loss.
+        objective: what is minimised; its ``ce_weight`` is that of the module's own loss.
         student: attribute path of the student, where the module holds several models.
     """
 
     brings_lineage = True
     loss_name: str
+    objective: Any
 
     def __init__(self, student: str | None) -> None:
         self.student = student
@@ -51,12 +56,21 @@ class StudentCallback(Callback):
         require_returned_loss(pl_module)
         if not builds_later(pl_module):
             student: PreTrainedModel | str = find_student(pl_module, self.student)
+            self._refuse(pl_module, student)
         elif hasattr(pl_module, "student_reference"):
             student = pl_module.student_reference
         else:
             return
         require_launchable(trainer, student)
         self._check(trainer, pl_module, student)
+
+    def _refuse(self, module: LightningModule, student: PreTrainedModel | str) -> None:
+        """Refuse a student that this callback's loss would train otherwise than its module means."""
+        refuse_prompt_learning(student if isinstance(student, str) else as_trained(module, student))
+        if self.objective.ce_weight == 0.0:
+            refuse_router_loss(
+                config_of(student), "The module's own loss has it, and ce_weight=0 leaves that out: set ce_weight."
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

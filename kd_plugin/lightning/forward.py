@@ -181,7 +181,7 @@ class DistillingForward:
             kwargs = {**kwargs, "return_dict": True}  # the loss needs a name; `_leaves` makes the tuple
         objective = self.objective
         joint = objective.ce_weight == 0.0 or (objective.forms_own and _same(labels, call.labels))
-        if not call.joint or not joint:
+        if not call.joint or not joint or self._asks_for_router(given):
             return self._apart(call, args, kwargs, labels)
         inputs = {name: value for name, value in given.items() if name not in _NOT_OF_THE_BACKBONE}
         hidden = self.model.base_model(**{**inputs, "use_cache": False}).last_hidden_state
@@ -195,6 +195,12 @@ class DistillingForward:
         output = StudentOutput(loss=shown, kd_loss=call.trained)
         output.__dict__["logits_from"] = (head, hidden)
         return output
+
+    def _asks_for_router(self, given: Mapping[str, Any]) -> bool:
+        """Whether the model's own loss has a part that no projection gives: the router loss of a mixture of experts."""
+        asked = given.get("output_router_logits")
+        config = self.model.config.get_text_config()
+        return bool(getattr(config, "output_router_logits", False) if asked is None else asked)
 
     def _apart(self, call: Call, args: Any, kwargs: Any, labels: Tensor | None) -> Any:
         """Run the model as it is, and compute the divergence from the hidden states that pass by.

@@ -23,6 +23,7 @@ from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.step import WINDOW_TOKENS, DistillingStep, Prepared, require_mapping, without
 from kd_plugin.lightning.student import find_student, student_rows
 from kd_plugin.lightning.windows import require_whole_windows
+from kd_plugin.limits import refuse_images
 from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.vocab import Vocabulary
 
@@ -109,6 +110,7 @@ class OfflineKD(StudentCallback):
         model = find_student(pl_module, self.student)
         if not self._checked:
             self._check(trainer, pl_module, model)
+        self._refuse(pl_module, model)
         self._join(pl_module, model)
         assert self._forward is not None
         report = functools.partial(self._report, pl_module)
@@ -176,6 +178,7 @@ class OfflineKD(StudentCallback):
 
     def _require(self, batch: Any) -> None:
         require_mapping(batch, "input_ids", _WAY_OUT)
+        refuse_images(batch, "A batch")
         if TARGET not in batch:
             for column in self.cache.columns:
                 require_mapping(batch, column, _WAY_OUT)

@@ -30,6 +30,7 @@ from kd_plugin.lightning.student import as_trained, config_of, find_student, sha
 from kd_plugin.lightning.watching import PanelWatch
 from kd_plugin.lightning.windows import require_whole_windows, window_end
 from kd_plugin.lightning.writing import pad_token, texts
+from kd_plugin.limits import refuse_images, refuse_router_loss
 from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.panel.anchor import Anchor
@@ -143,6 +144,7 @@ class TeacherPanelCorrection(StudentCallback):
         model = find_student(pl_module, self.student)
         if not self._checked:
             self._check(trainer, pl_module, model)
+        self._refuse(pl_module, model)
         self._require_draws(model)
         require_same_student(self.panel, model)
         if self._caches:
@@ -226,6 +228,7 @@ class TeacherPanelCorrection(StudentCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Let the student write and the panel judge, for this batch or for the whole window that begins with it."""
         require_mapping(batch, "prompt", _WAY_OUT)
+        refuse_images(batch, "A batch")
         place = _place(batch)
         if self._warmup is not None and trainer.global_step < self.settings.warmup_cache_steps:
             self._ahead = {place: warmed(self._warmup, trainer, pl_module, batch, batch_idx)}
@@ -315,6 +318,13 @@ class TeacherPanelCorrection(StudentCallback):
         self._require_draws(model)
         require_reachable(self.panel)
         self._checked = True
+
+    def _refuse(self, module: LightningModule, student: PreTrainedModel | str) -> None:
+        super()._refuse(module, student)
+        reason = (
+            "A student that returns router logits cannot generate (transformers 5.23 forms that loss at each token)."
+        )
+        refuse_router_loss(config_of(student), reason)
 
     def _require_draws(self, model: PreTrainedModel | str) -> None:
         """Refuse a student whose own generation configuration biases the sampled estimator."""

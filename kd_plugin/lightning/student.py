@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.limits import deepspeed_splits, refuse_splits
 from kd_plugin.models import output_rows
 from kd_plugin.zero.consolidate import require_resumable
 from kd_plugin.zero.preflight import require_batches, require_filled, require_offload, require_student
@@ -96,13 +97,14 @@ def require_launchable(trainer: Trainer, student: PreTrainedModel | str) -> None
         student: the student, or the reference that it will be loaded from.
 
     Raises:
-        ConfigError: batch sizes contradict, ``auto`` stands where Lightning fills in nothing, the configuration was
-            made for another student, or an offload cannot be.
+        ConfigError: ranks would share rows or layers, batch sizes contradict, ``auto`` stands where Lightning fills in
+            nothing, the configuration was made for another student, or an offload cannot be.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, DeepSpeedStrategy):
         return
     config: dict[str, Any] = strategy.config or {}
+    refuse_splits(deepspeed_splits(config))
     require_filled(config)
     rows = getattr(getattr(trainer, "datamodule", None), "hparams", {}).get("batch_size")
     rows = config.get("train_micro_batch_size_per_gpu", rows)

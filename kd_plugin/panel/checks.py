@@ -13,6 +13,7 @@ import torch
 from kd_plugin.divergence.projection import require_temperature
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
+from kd_plugin.limits import refuse_images
 from kd_plugin.panel.estimators import require_defined
 from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.teachers.agreement import require_alike
@@ -84,11 +85,13 @@ def check_rows(dataset: Any, name: str, panel: TeacherPanel) -> None:
         panel: who judges.
 
     Raises:
-        DataError: no column ``prompt``, or a row names a teacher that is not on the panel, or none where it must.
+        DataError: no column ``prompt``, one of images, or a row names a teacher that is not on the panel, or none
+            where it must.
     """
     from datasets import Dataset
 
     columns = dataset.column_names or list(next(iter(dataset)))
+    refuse_images(columns, name)
     if "prompt" not in columns:
         raise DataError(
             f"{name} has no column 'prompt'; it has {', '.join(map(repr, columns))}. The student writes the "

@@ -110,6 +110,11 @@ def require_sampling(panel: TeacherPanel, args: Any) -> None:
             "would depend on the tokens after it, so that those that are left were not drawn from the student's "
             "distribution. Use another estimator, or a longer max_completion_length in its place."
         )
+    if getattr(args, "neftune_noise_alpha", None):
+        raise ConfigError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} with estimator='sampled' (teacher {name!r}): tokens are "
+            "drawn from another student than the noisy one of the loss. Leave it out, or use another estimator."
+        )
     for other, own in panel.own.items():
         sampled = (own.estimator or panel.estimator).name == "sampled"
         if sampled and own.temperature not in (None, args.temperature):

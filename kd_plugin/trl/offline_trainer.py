@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel, PromptLearningConfig
+from peft import PeftConfig, PeftModel
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -39,6 +39,7 @@ from kd_plugin.cache.joint import Caches, JointCache
 from kd_plugin.divergence.finite import require_finite
 from kd_plugin.divergence.sparse import SparseLoss
 from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.limits import refuse_images, refuse_prompt_learning
 from kd_plugin.lineage.start import dataset_sources, student_source
 from kd_plugin.trl.collator import TeacherTargetCollator
 from kd_plugin.trl.distillation_head import add_distillation_head
@@ -48,7 +49,7 @@ from kd_plugin.trl.offline_config import OfflineKDConfig
 from kd_plugin.trl.own_rows import readable_rows, with_labels
 from kd_plugin.trl.rendering import rendered_as_captured, why_not_found
 from kd_plugin.trl.shuffling import shuffle_leanly
-from kd_plugin.trl.start import load_vocabulary, require_launchable, start_lineage
+from kd_plugin.trl.start import load_vocabulary, named_datasets, require_launchable, start_lineage
 
 logger = logging.get_logger(__name__)
 
@@ -119,6 +120,9 @@ class OfflineKDTrainer(LineageSavingMixin, TokenMeanMixin, SFTTrainer):
                 "the same fields."
             )
         args.require_targets_used(compute_loss_func)
+        refuse_prompt_learning(model, peft_config)
+        for name, dataset in named_datasets(train_dataset, eval_dataset):
+            refuse_images(dataset.column_names or (), name)
         self.teacher_cache = _open_cache(args.teacher_cache if teacher_cache is None else teacher_cache, args)
         run = start_lineage(
             method="offline_kd",
@@ -164,11 +168,7 @@ class OfflineKDTrainer(LineageSavingMixin, TokenMeanMixin, SFTTrainer):
         if self._is_vision_dataset:
             raise DataError("Offline KD does not join images to a cache. Train on text, or use TRL's SFTTrainer.")
         peft_configs = getattr(self.model, "peft_config", {}).values()
-        if any(isinstance(config, PromptLearningConfig) for config in peft_configs):
-            raise ConfigError(
-                "Prompt-learning PEFT methods shift every position by their virtual tokens, so cached targets would "
-                "not fit. Use a weight-based adapter such as LoRA."
-            )
+        refuse_prompt_learning(self.model)  # an adapter of a hub id was not known before
         # Wrapped rows run into each other: a document's first token is trained on, after another's end, and not taught
         partial = args.allow_partial or (args.packing and args.packing_strategy == "wrapped")
         self._untaught = untaught_tokens(partial, args.ce_weight)

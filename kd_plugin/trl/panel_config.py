@@ -40,6 +40,11 @@ class TeacherPanelConfig(WatchFields, RolloutFields, PanelFields, DistillationFi
     def __post_init__(self):
         super().__post_init__()
         self.check_panel()
+        if self.label_smoothing_factor:
+            raise ConfigError(
+                "label_smoothing_factor smooths one-hot labels; the panel has the teachers' distributions in their "
+                "place. Set it to 0."
+            )
         if self.shard_teachers and self.deepspeed is None and self.deepspeed_plugin is None:
             raise ConfigError(
                 "shard_teachers needs DeepSpeed: set `deepspeed` to a configuration file, or launch with an Accelerate "

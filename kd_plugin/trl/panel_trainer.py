@@ -16,7 +16,8 @@ from trl import DistillationTrainer
 
 from kd_plugin.cache import TeacherCache
 from kd_plugin.divergence.finite import require_finite
-from kd_plugin.errors import ConfigError, DataError, ServerError
+from kd_plugin.errors import ConfigError, ServerError
+from kd_plugin.limits import refuse_images, refuse_prompt_learning, refuse_router_loss
 from kd_plugin.lineage.start import dataset_sources, student_source
 from kd_plugin.models import output_rows
 from kd_plugin.panel import Correction, TeacherPanel, correction_loss, score_rows
@@ -43,7 +44,14 @@ from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, save_what_was_learnt
 from kd_plugin.trl.placing import place_teachers
 from kd_plugin.trl.rollouts import RolloutMixin, require_draws
-from kd_plugin.trl.start import load_vocabulary, require_launchable, resumed_checkpoint, start_lineage
+from kd_plugin.trl.start import (
+    load_vocabulary,
+    named_datasets,
+    require_launchable,
+    resumed_checkpoint,
+    start_lineage,
+    student_config,
+)
 from kd_plugin.trl.vllm_generation import ask_for_logprobs, padded, recorded, share_evenly
 from kd_plugin.trl.watch import WatchMixin
 from kd_plugin.zero.sharding import whole_heads
@@ -112,7 +120,8 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
         require_defined_panel(self.panel, self.divergence, args.temperature)
         require_sampling(self.panel, args)
         require_draws(self.panel, args, model)
-        for name, dataset in _named_datasets(train_dataset, eval_dataset):
+        refuse_prompt_learning(model, peft_config)
+        for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_rows(dataset, name, self.panel)
         warmup_caches = [TeacherCache(path) for path in args.warmup_caches()]
 
@@ -126,6 +135,9 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
             declared=declared_lineage(callbacks),
         )
         require_launchable(args, model, self.panel)
+        config = student_config(model, args)
+        if config is not None:
+            refuse_router_loss(config, "The panel's loss has none, as that of TRL's DistillationTrainer.")
         self._vocabulary = load_vocabulary(model, processing_class, args)
         self._vocabulary = require_one_vocabulary(self.panel, self._vocabulary)
         if isinstance(model, str):
@@ -203,10 +215,8 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
                 self._signature_columns.append(column)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if any(row.get("image") is not None or row.get("images") for row in inputs):
-            raise DataError(
-                "The teacher panel does not judge images yet. Train on text, or use TRL's DistillationTrainer."
-            )
+        for row in inputs:
+            refuse_images((name for name, value in row.items() if value), "A row")  # of a stream, or inside its prompt
         assignments = [self.panel.assign(row) for row in inputs]
         self.begin_rollouts(inputs, assignments)
         if self.use_vllm and self._is_sampled:
@@ -315,12 +325,3 @@ def _joined(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return ids and mask of prompts, padded on the left, and completions, padded on the right."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-
-
-def _named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
-    named = [] if train_dataset is None else [("train_dataset", train_dataset)]
-    if isinstance(eval_dataset, dict):
-        named += [(f"eval_dataset[{key!r}]", dataset) for key, dataset in eval_dataset.items()]
-    elif eval_dataset is not None:
-        named.append(("eval_dataset", eval_dataset))
-    return named

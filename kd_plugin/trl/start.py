@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.parallelism_config import ParallelismConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.limits import deepspeed_splits, refuse_splits
 from kd_plugin.lineage import RunLineage, Source, load_record
 from kd_plugin.lineage.start import start_run
 from kd_plugin.models import output_rows
@@ -83,9 +85,11 @@ def require_launchable(
         panel: teachers, whose placement must be possible.
 
     Raises:
-        ConfigError: batch sizes contradict, the DeepSpeed configuration was made for another student, an offload or a
-            placement cannot be, or ``resume_from_checkpoint`` holds another number of ranks' shards.
+        ConfigError: ranks would share rows or layers, batch sizes contradict, the DeepSpeed configuration was made for
+            another student, an offload or a placement cannot be, or ``resume_from_checkpoint`` holds another number of
+            ranks' shards.
     """
+    _refuse_splits(args)
     plugin: Any = args.deepspeed_plugin
     if panel is not None and plugin is None and _uses_fsdp(args):
         _require_no_adapters(panel)
@@ -98,7 +102,7 @@ def require_launchable(
         accumulation=args.gradient_accumulation_steps,
         ranks=args.world_size,
     )
-    student = _student_config(model, args)
+    student = student_config(model, args)
     if student is not None:
         require_student(config, student)
     checkpoint = resumed_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
@@ -112,6 +116,18 @@ def resumed_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     if resume_from_checkpoint is True or str(resume_from_checkpoint).lower() == "true":
         return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
     return str(resume_from_checkpoint) if resume_from_checkpoint else None
+
+
+def _refuse_splits(args: TrainingArguments) -> None:
+    """Refuse context, sequence and tensor parallelism, set here or in an Accelerate YAML or DeepSpeed file."""
+    config: Any = args.parallelism_config
+    if config is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        config = ParallelismConfig()  # reads what the launcher left in the environment
+    if config is not None:
+        refuse_splits(vars(config))
+    plugin: Any = args.deepspeed_plugin
+    if plugin is not None:
+        refuse_splits(deepspeed_splits(plugin.hf_ds_config.config))
 
 
 def _require_no_adapters(panel: TeacherPanel) -> None:
@@ -128,7 +144,7 @@ def _uses_fsdp(args: TrainingArguments) -> bool:
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def _student_config(model: str | PreTrainedModel, args: Any) -> Any:
+def student_config(model: str | PreTrainedModel, args: Any) -> Any:
     """Read the student's configuration; None for a directory that holds an adapter alone."""
     if not isinstance(model, str):
         return model.config
@@ -148,7 +164,7 @@ def load_vocabulary(model: str | PreTrainedModel, processing_class: Any, args: A
             revision=init_kwargs.get("revision"),
             trust_remote_code=args.trust_remote_code,
         )
-    found = output_rows(model) if isinstance(model, PreTrainedModel) else output_rows(_student_config(model, args))
+    found = output_rows(model) if isinstance(model, PreTrainedModel) else output_rows(student_config(model, args))
     return Vocabulary.from_tokenizer(processing_class).within(found)
 
 
@@ -170,3 +186,13 @@ def refuse_another_run(output_dir: str, run: RunLineage) -> None:
         "Go on with it by trainer.train(resume_from_checkpoint=True), or choose another output_dir; nothing was "
         "changed."
     )
+
+
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
+    """List a trainer's datasets, each with the name that messages call it by."""
+    named = [] if train_dataset is None else [("train_dataset", train_dataset)]
+    if isinstance(eval_dataset, dict):
+        named += [(f"eval_dataset[{key!r}]", dataset) for key, dataset in eval_dataset.items()]
+    elif eval_dataset is not None:
+        named.append(("eval_dataset", eval_dataset))
+    return named
