@@ -55,16 +55,17 @@ class Vocabulary:
     @cached_property
     def size(self) -> int:
         """Number of rows over which a softmax is taken: the largest id plus one, or all that the heads have."""
-        return self._needed if self.rows is None else min(self._needed, self.rows)
+        return self.needed if self.rows is None else min(self.needed, self.rows)
 
     @cached_property
-    def _needed(self) -> int:
+    def needed(self) -> int:
+        """Rows that a head with all tokens has: the largest id plus one."""
         return max(self.tokens.values()) + 1
 
     @property
     def is_cut(self) -> bool:
         """Whether some tokens have no row in an output head."""
-        return self.size < self._needed
+        return self.size < self.needed
 
     def within(self, rows: int | None) -> Vocabulary:
         """Return this vocabulary for heads of ``rows`` rows; None, or enough of them, changes nothing."""

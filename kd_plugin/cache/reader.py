@@ -189,7 +189,7 @@ class TeacherCache:
         if vocabulary.fingerprint != settings.tokenizer:
             raise VocabularyError(
                 f"{self.path} was captured with another tokenizer: it has {settings.vocab_size} token ids with "
-                f"fingerprint {settings.tokenizer[:12]}, the student has {vocabulary.size} with fingerprint "
+                f"fingerprint {settings.tokenizer[:12]}, the student has {vocabulary.needed} with fingerprint "
                 f"{vocabulary.fingerprint[:12]}. Stored token ids would mean other tokens. Train a student of the "
                 f"teacher's tokenizer ({settings.teacher or 'unnamed teacher'}), or capture again with a teacher of "
                 "the student's."
