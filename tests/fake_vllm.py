@@ -139,6 +139,12 @@ def _complete(model, body, behaviour):
                 f"Requested prompt logprobs of {asked}, which is greater than max allowed: {behaviour.max_logprobs} "
                 f"(parameter={kind}, value={asked})"
             )
+    if not 0 <= settings["temperature"] <= 2:
+        raise _Refused(f"temperature must be in [0, 2], got {settings['temperature']}.")
+    if not settings["repetition_penalty"] > 0 or not all(
+        abs(settings[f"{k}_penalty"]) <= 2 for k in ("presence", "frequency")
+    ):
+        raise _Refused("a penalty is out of range")
     for tokens in prompts:
         if not tokens:
             raise _Refused("The decoder prompt cannot be empty")

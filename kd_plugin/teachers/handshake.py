@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _PROBED_TOKENS = 512  # of the vocabulary, evenly spread, that both tokenizers must treat alike
 _WRITTEN_AFTER = 8  # prefixes of the long probe after which a token is written
 # Under which no two tokens keep the log-probabilities that they had
-_PROCESSING = {"temperature": 4.0, "top_k": 2, "repetition_penalty": 2.0}
+_PROCESSING = {"temperature": 2.0, "top_k": 2, "repetition_penalty": 2.0}
 _RAW = "Start the server with the default --logprobs-mode raw_logprobs"
 
 

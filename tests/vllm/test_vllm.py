@@ -10,6 +10,7 @@ import torch
 
 from kd_plugin import LocalTeacher, ServerTeacher
 from kd_plugin.cache import Generation, Sampled, TeacherCache, TopK, TopP, capture
+from kd_plugin.cache.draws import uniforms
 from kd_plugin.demo.model import prepare_teacher
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from tests.core.cache_help import live_logprobs, prompt_rows
@@ -22,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif("KD_VLLM_PYTHON" not in os.environ, reason="needs vLLM: make test-vllm"),
 ]
 TOLERANCE = 1e-3  # nats
+ROUNDING = 1e-5  # of cumulative probabilities, between two engines in float32
 
 PROSE = (
     "The licenses for most software are designed to take away your freedom to share and change it. By contrast, "
@@ -58,6 +60,39 @@ def url(smol, tmp_path_factory):
 @pytest.fixture
 def teacher(url, smol):
     return ServerTeacher(url, "served", repo=smol, top_k=64)
+
+
+def assert_same_draws(mine, theirs, teacher):
+    """The same random numbers drew from distributions that differ by rounding.
+
+    So both hold each draw whose number is not within rounding of an edge between two tokens; which side one at an edge
+    falls to depends on the processor. All but some of the positions have no such draw, and are equal.
+    """
+    settings, equal = theirs.manifest.settings, []
+    assert mine.dataset()["example_id"] == theirs.dataset()["example_id"]
+    rows = {row["example_id"]: row for row in theirs.dataset()}
+    for row in mine.dataset():
+        counts, logprobs = [], []
+        for cache, index in ((mine, row["teacher_index"]), (theirs, rows[row["example_id"]]["teacher_index"])):
+            signal = cache.signal(torch.tensor([i for i in index if i >= 0]))
+            held = torch.zeros(len(signal), settings.vocab_size, dtype=torch.int64)
+            counts.append(held.scatter_add_(1, signal.ids.long(), signal.draws.long()))
+            drawn = signal.logprobs.masked_fill(signal.draws == 0, -torch.inf)
+            logprobs.append(torch.full(held.shape, -torch.inf).scatter_reduce_(1, signal.ids.long(), drawn, "amax"))
+        live = live_logprobs(teacher, row["input_ids"])[: len(row["teacher_index"])]
+        edges = live[torch.tensor(row["teacher_index"]) >= 0].exp().cumsum(1)
+        numbers = torch.from_numpy(uniforms(settings.seed, row["example_id"], len(edges), settings.targets.draws))
+        least, most = (torch.searchsorted(edges, numbers + apart, right=True) for apart in (-ROUNDING, ROUNDING))
+        certain = torch.zeros_like(counts[0]).scatter_add_(1, least.clamp(max=258), (least == most).long())
+        for held in counts:
+            assert bool((held >= certain).all()) and bool((held.sum(1) == settings.targets.draws).all())
+        same = (counts[0] == counts[1]).all(1)
+        near = logprobs[1].abs() * 2**-10 + TOLERANCE  # both were rounded to float16
+        compared = same[:, None] & (counts[0] > 0)
+        assert bool(((logprobs[0] - logprobs[1]).abs() <= near)[compared].all())
+        equal += same.tolist()
+    print(f"{equal.count(False)} of {len(equal)} positions have a draw on the other side of an edge")
+    assert sum(equal) / len(equal) > 0.998
 
 
 def by_form(form):
@@ -167,7 +202,6 @@ def test_a_server_killed_in_mid_capture_and_restarted_costs_no_row(tmp_path):
         worker.join(600)
     assert not worker.is_alive() and not failed, failed
     cache = TeacherCache(out)
-    mine, theirs = assert_same(cache, local, TOLERANCE)
-    assert torch.equal(mine.draws, theirs.draws)  # the same random numbers, and distributions that differ by rounding
+    assert_same_draws(cache, local, LocalTeacher(model, dtype="float32"))
     assert len(cache) == len(set(cache.dataset()["example_id"])) == len(local)
     cache.verify()
