@@ -15,15 +15,17 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.zero.architectures import architecture
 from kd_plugin.zero.cluster import Cluster
 from kd_plugin.zero.communication import traffic
-from kd_plugin.zero.cost import Bill, BreakEven, bills, break_even
+from kd_plugin.zero.cost import BreakEven, bills, break_even
 from kd_plugin.zero.fitting import Option, options, recommended
+from kd_plugin.zero.pairs import Pair, pairs
 from kd_plugin.zero.run import PlannedRun, parse_teacher
 from kd_plugin.zero.writers import write_all
 
 _DESCRIPTION = """\
 Says before you rent machines whether a student and its teachers fit, for each ZeRO stage and offload, recommends the
 fastest that does, and with --output writes the files that launch it. Architectures are read from a config.json or
-known by name; no network, no GPU and no weights are needed. Exit codes: 0 something fits, 3 nothing does.
+known by name; no network, no GPU and no weights are needed. Exit codes: 0 something fits, 3 nothing does,
+or training would refuse a teacher for its tokens or terms.
 """
 EXIT_NOTHING_FITS = 3
 
@@ -105,12 +107,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     run, cluster = planned(settings)
     found = options(run, cluster)
-    best = recommended(found)
+    looked = pairs(settings.student, [teacher.name for teacher in run.teachers])
+    best = None if any(pair.refused for pair in looked) else recommended(found)
     if "json" in parsed.flags:
-        print(json.dumps(as_json(settings, run, cluster, found, best), indent=2))
+        print(json.dumps(as_json(settings, run, cluster, found, best, looked), indent=2))
     else:
         even = _break_even(settings, run, cluster)
-        print_plan(run, cluster, found, best, _bills(settings, run, cluster), even, settings.rows, settings.epochs)
+        costs = bills(run, cluster, settings.rows, settings.epochs)
+        print_plan(run, cluster, found, best, looked, costs, even, settings.rows, settings.epochs)
     if settings.plot is not None:
         plot_peaks(run, cluster, found, best, Path(settings.plot))
     if best is not None and settings.output is not None:
@@ -156,7 +160,12 @@ def planned(settings: PlanSettings) -> tuple[PlannedRun, Cluster]:
 
 
 def as_json(
-    settings: PlanSettings, run: PlannedRun, cluster: Cluster, found: Sequence[Option], best: Option | None
+    settings: PlanSettings,
+    run: PlannedRun,
+    cluster: Cluster,
+    found: Sequence[Option],
+    best: Option | None,
+    looked: Sequence[Pair],
 ) -> dict[str, Any]:
     """Return the plan for programs: bytes, seconds, GPU hours."""
     even = _break_even(settings, run, cluster)
@@ -167,7 +176,11 @@ def as_json(
         "usable_bytes": cluster.usable,
         "options": [_option(option, cluster) for option in found],
         "recommended": None if best is None else best.layout.name,
-        "bills": [dataclasses.asdict(bill) | {"hours": bill.hours} for bill in _bills(settings, run, cluster)],
+        "pairs": [dataclasses.asdict(pair) for pair in looked],
+        "bills": [
+            dataclasses.asdict(bill) | {"hours": bill.hours, "tokens_per_second": bill.tokens_per_second}
+            for bill in bills(run, cluster, settings.rows, settings.epochs)
+        ],
         "break_even": None if even is None else dataclasses.asdict(even),
     }
 
@@ -184,11 +197,6 @@ def _option(option: Option, cluster: Cluster) -> dict[str, Any]:
         "fits": option.fits,
         "verdict": option.verdict,
     }
-
-
-def _bills(settings: PlanSettings, run: PlannedRun, cluster: Cluster) -> list[Bill]:
-    """Return the bills; that of a panel only where there are teachers to pay for."""
-    return [b for b in bills(run, cluster, settings.rows, settings.epochs) if b.method == "offline" or run.teachers]
 
 
 def _break_even(settings: PlanSettings, run: PlannedRun, cluster: Cluster) -> BreakEven | None:

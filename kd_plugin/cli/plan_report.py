@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.table import Table
 from kd_plugin.zero.cluster import Cluster
 from kd_plugin.zero.cost import Bill, BreakEven
 from kd_plugin.zero.fitting import Option
+from kd_plugin.zero.pairs import Pair
 from kd_plugin.zero.run import GIB, PlannedRun
 
 # Columns of the table: what each part of Memory is called there
@@ -30,6 +31,7 @@ _PARTS = {
     "peak": "peak",
     "host": "host",
 }
+_CHOSEN = "fits, recommended"
 # What meets at the peak of training, bottom to top of a bar
 _TRAINING = (
     "weights",
@@ -46,54 +48,84 @@ _TRAINING = (
 _WRITING = ("weights", "optimizer", "gradients", "teachers", "generation", "kv_cache", "buckets")
 
 
+# Columns where the table of all parts is wider than the terminal, and what of Memory each adds up
+_BRIEF = {
+    "weights": ("weights",),
+    "grads": ("gradients_peak",),
+    "optim.": ("optimizer",),
+    "teach.": ("teachers",),
+    "peak": ("peak",),
+    "host": ("host",),
+}
+
+
 def print_plan(
     run: PlannedRun,
     cluster: Cluster,
     found: Sequence[Option],
     best: Option | None,
+    pairs: Sequence[Pair],
     bills: Sequence[Bill],
     even: BreakEven | None,
     rows: int,
     epochs: float,
 ) -> None:
-    """Print the plan.
+    """Print the plan, the recommendation first, no wider than the terminal.
 
     Args:
         run: what was planned.
         cluster: for which machines.
         found: every layout, judged.
-        best: the recommended one of them; None where nothing fits.
+        best: the recommended one of them; None where nothing fits, or where training would refuse a teacher.
+        pairs: each teacher beside the student.
         bills: of offline KD, and of the panel where there is one.
         even: own GPUs against a metered API; None leaves it out.
         rows: prompts that the bills are for.
         epochs: how often each is seen.
     """
     console = Console(highlight=False)
-    console.print(f"{_title(run, cluster)}. GiB on each GPU:")
-    table = Table(box=None, pad_edge=False)
-    table.add_column("layout")
-    for title in (*_PARTS.values(), "s/step"):
-        table.add_column(title, justify="right")
-    for option in found:
-        held = option.memory.to_json()
-        cells = [f"{held[part] / GIB:.1f}" for part in _PARTS]
-        style = "bold green" if option is best else "" if option.fits else "dim"
-        table.add_row(option.layout.name, *cells, f"{option.seconds.total:.0f}", style=style)
-    Console(highlight=False, width=max(console.width, 190)).print(table)
-    _print_bars(console, found, best, cluster)
+    _print_advice(console, found, best, pairs)
+    if not pairs:
+        console.print("No teacher is named, so neither its tokens nor its terms were checked.")
+    for pair in pairs:
+        console.print(f"{pair}", markup=False, style="bold red" if pair.refused else "")
+    console.print(f"{_title(run, cluster)}. GiB on each GPU:", markup=False)
+    whole = _table(found, best, {title: (part,) for part, title in _PARTS.items()})
+    fits = Console(width=1000).measure(whole).maximum <= console.width
+    console.print(whole if fits else _table(found, best, _BRIEF))
+    console.print(_bars(found, best, cluster, console.width))
     for bill in bills:
+        capture = f", and {bill.teacher_hours:,.0f} of the capture" if bill.method == "offline" else ""
         console.print(
-            f"{bill.method}: {rows} rows, {epochs:g} epochs: teachers {bill.teacher_flops:.2e} and student "
-            f"{bill.student_flops:.2e} FLOPs; teachers {bill.teacher_hours:.0f} and student {bill.student_hours:.0f} "
-            f"GPU hours, {bill.price:,.0f} at {cluster.price:g} an hour."
+            f"{bill.method}: {rows} rows, {epochs:g} epochs under {bill.layout}: {bill.steps:,.0f} steps of "
+            f"{bill.step_seconds:,.1f} s on {bill.gpus} GPUs ({bill.tokens_per_second:,.0f} tokens/s){capture}; "
+            f"teachers {bill.teacher_flops:.2e} and student {bill.student_flops:.2e} FLOPs; {bill.hours:,.0f} GPU "
+            f"hours, {bill.price:,.0f} at {cluster.price:g} an hour.",
+            markup=False,
         )
+    away = [teacher.name for teacher in run.teachers if teacher.placement in ("server", "cached")]
+    if away:
+        console.print(f"Not in the bills: what serves or filled {', '.join(away)}.", markup=False)
     if even is not None:
         when = "never" if even.tokens is None else f"from {even.tokens:.1f} million completion tokens on"
         console.print(
             f"A million completion tokens: {even.own_per_million:.2f} on own GPUs, {even.api_per_million:.2f} "
             f"from the API; own GPUs are cheaper {when}."
         )
-    _print_advice(console, found, best)
+
+
+def _table(found: Sequence[Option], best: Option | None, columns: Mapping[str, Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layout", overflow="fold", min_width=16)
+    for title in (*columns, "s/step", "fits"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for option in found:
+        held = option.memory.to_json()
+        cells = [f"{sum(held[part] for part in parts) / GIB:.1f}" for parts in columns.values()]
+        style = "bold green" if option is best else "" if option.fits else "dim"
+        fits = "yes" if option.fits else "no"
+        table.add_row(option.layout.name, *cells, f"{option.seconds.total:.0f}", fits, style=style)
+    return table
 
 
 def plot_peaks(run: PlannedRun, cluster: Cluster, found: Sequence[Option], best: Option | None, path: Path) -> None:
@@ -138,7 +170,15 @@ def _title(run: PlannedRun, cluster: Cluster) -> str:
     )
 
 
-def _print_advice(console: Console, found: Sequence[Option], best: Option | None) -> None:
+def _print_advice(console: Console, found: Sequence[Option], best: Option | None, pairs: Sequence[Pair]) -> None:
+    refused = [pair.teacher for pair in pairs if pair.refused]
+    if refused:
+        console.print(
+            f"Training refuses {', '.join(refused)} as a teacher of this student; nothing is recommended.",
+            style="bold red",
+            markup=False,
+        )
+        return
     if best is None:
         nearest = min(found, key=lambda option: option.memory.peak)
         console.print(f"Nothing fits. Nearest: {nearest.layout.name}: {nearest.verdict}.", style="bold red")
@@ -153,15 +193,21 @@ def _print_advice(console: Console, found: Sequence[Option], best: Option | None
         )
 
 
-def _print_bars(console: Console, found: Sequence[Option], best: Option | None, cluster: Cluster) -> None:
+def _bars(found: Sequence[Option], best: Option | None, cluster: Cluster, width: int) -> Table:
     """Draw each layout's peak against what a GPU has."""
-    width = 50
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(overflow="fold", max_width=max(16, width // 4))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold", min_width=len(_CHOSEN))
+    length = max(10, width - max(16, width // 4) - max(len(_CHOSEN), width // 4) - 3)
     most = max(max(option.memory.peak for option in found), cluster.usable)
-    limit = int(width * cluster.usable / most)
+    limit = int(length * cluster.usable / most)
     for option in found:
-        length = max(1, int(width * option.memory.peak / most))
-        bar = "█" * length + " " * (width - length)
+        filled = max(1, int(length * option.memory.peak / most))
+        bar = "█" * filled + " " * (length - filled)
         bar = bar[:limit] + "|" + bar[limit:]
-        mark = "fits, recommended" if option is best else "fits" if option.fits else option.verdict
-        name = f"{option.layout.name[:48]:<48}"
-        console.print(f"{name} {bar} {mark}", style="green" if option.fits else "dim", soft_wrap=True)
+        over = f"{option.memory.peak / GIB:.1f} of {cluster.usable / GIB:.1f} GiB"
+        lacking = over if option.memory.peak > cluster.usable else option.verdict
+        mark = _CHOSEN if option is best else "fits" if option.fits else lacking
+        table.add_row(option.layout.name, bar, mark, style="green" if option.fits else "dim")
+    return table

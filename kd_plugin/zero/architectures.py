@@ -160,6 +160,25 @@ def known_models() -> dict[str, int]:
     return found | {alias: found[name] for alias, name in table["aliases"].items()}
 
 
+def hub_id(name: str) -> str | None:
+    """Return the hub id of a known model, by its full name or by its last part in any case; None for any other."""
+    table = _table()
+    ids = [*table["models"], *table["aliases"]]
+    return next((one for one in ids if name == one or name.lower() == one.split("/")[-1].lower()), None)
+
+
+def known_tokenizer(name: str) -> str | None:
+    """Return what the tokenizer of a known model is called, or None.
+
+    Equal names stand for the same token ids. Behind a slash stands what a family's members may differ in.
+    """
+    found, table = hub_id(name), _table()
+    if found is None:
+        return None
+    family = str(table["models"][table["aliases"].get(found, found)]["tokenizer"])
+    return f"{family.split('/')[0]}/R1-Distill" if "R1-Distill" in found else family
+
+
 @cache
 def _table() -> dict[str, Any]:
     return tomllib.loads(files("kd_plugin.zero").joinpath("known_models.toml").read_text(encoding="utf-8"))

@@ -6,34 +6,52 @@ from dataclasses import dataclass, replace
 
 from kd_plugin.zero.architectures import Architecture
 from kd_plugin.zero.cluster import Cluster
-from kd_plugin.zero.run import PlannedRun
+from kd_plugin.zero.communication import traffic
+from kd_plugin.zero.fitting import Option, options, recommended
+from kd_plugin.zero.run import Method, PlannedRun
 from kd_plugin.zero.time import generation_seconds, score_flops, train_flops
 
 
 @dataclass(frozen=True)
 class Bill:
-    """What a method takes for the whole training set.
+    """What a method takes for the whole training set, under the layout that is recommended for it.
 
     Attributes:
         method: ``offline`` or ``panel``.
-        teacher_flops: of the teachers' passes over the text.
-        student_flops: of the student's training.
-        teacher_hours: GPU hours of the teachers.
-        student_hours: GPU hours of training the student, its own generation included.
+        layout: name of that layout.
+        teacher_flops: of the teachers' passes over the text; servers not counted.
+        student_flops: of the student's training, with activations computed again, whatever the layout.
+        teacher_hours: GPU hours of the teachers. Panel: the part of each step in which they score. Offline: the
+            capture, before training.
+        student_hours: GPU hours of the rest of all steps.
         price: of all GPU hours.
+        steps: optimizer steps, not rounded.
+        step_seconds: of a step under ``layout``.
+        gpus: that a step keeps busy.
+        tokens: that all steps train on, prompts included.
     """
 
     method: str
+    layout: str
     teacher_flops: float
     student_flops: float
     teacher_hours: float
     student_hours: float
     price: float
+    steps: float
+    step_seconds: float
+    gpus: int
+    tokens: float
 
     @property
     def hours(self) -> float:
-        """All GPU hours."""
+        """All GPU hours: of a panel its steps times their time times its GPUs; of offline KD the capture's too."""
         return self.teacher_hours + self.student_hours
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that training goes through in a second, on all GPUs together."""
+        return self.tokens / (self.steps * self.step_seconds)
 
 
 @dataclass(frozen=True)
@@ -52,30 +70,57 @@ class BreakEven:
     tokens: float | None
 
 
-def bills(run: PlannedRun, cluster: Cluster, rows: int, epochs: float) -> tuple[Bill, Bill]:
+def bills(run: PlannedRun, cluster: Cluster, rows: int, epochs: float) -> list[Bill]:
     """Return the bills of offline KD and of the panel, over ``rows`` prompts seen ``epochs`` times.
 
     Offline: each teacher writes and scores each row once, then the student trains for all epochs. Panel: in each
-    epoch the student writes, the teachers score what it wrote, and it trains.
+    epoch the student writes, the teachers score what it wrote, and it trains. What training takes is the number of its
+    steps times the time of one under the layout that is recommended for the method, so that the bill and the plan's
+    table cannot disagree.
+
+    Returns:
+        Offline first; a method of which no layout fits has no bill, nor has a panel without teachers.
     """
-    speed = cluster.tflops * 1e12 * cluster.utilization
-    tokens = rows * (run.prompt_length + run.completion_length)
-    training = train_flops(run, tokens * epochs)
-    scoring = score_flops(run, tokens)
+    methods: tuple[Method, ...] = ("offline", "panel") if run.teachers else ("offline",)
+    planned = [(method, recommended(options(replace(run, method=method), cluster))) for method in methods]
+    return [_bill(option, cluster, rows, epochs) for _, option in planned if option is not None]
+
+
+def _bill(option: Option, cluster: Cluster, rows: int, epochs: float) -> Bill:
+    run, seconds = option.run, option.seconds
+    steps = rows * epochs / (run.rows_generated * cluster.ranks)
+    tokens = rows * epochs * (run.prompt_length + run.completion_length)
+    hours_of_a_second = steps * cluster.ranks / 3600
+    if run.method == "panel":
+        scoring = score_flops(run, tokens)
+        sent = traffic(run, option.layout.stage, cluster.ranks)
+        teachers = (seconds.score + sent.teachers / cluster.link) * hours_of_a_second
+        student = seconds.total * hours_of_a_second - teachers
+    else:
+        scoring = score_flops(run, rows * (run.prompt_length + run.completion_length))
+        teachers = _capture_hours(run, cluster, rows, scoring)
+        student = seconds.total * hours_of_a_second
+    return Bill(
+        method=run.method,
+        layout=option.layout.name,
+        teacher_flops=scoring,
+        student_flops=train_flops(run, tokens),
+        teacher_hours=teachers,
+        student_hours=student,
+        price=(teachers + student) * cluster.price,
+        steps=steps,
+        step_seconds=seconds.total,
+        gpus=cluster.ranks,
+        tokens=tokens,
+    )
+
+
+def _capture_hours(run: PlannedRun, cluster: Cluster, rows: int, scoring: float) -> float:
+    """Return the GPU hours in which the teachers write and score ``rows`` rows once, ``scoring`` FLOPs of it."""
     written = sum(_writing_hours(run, teacher.shape, cluster, rows) for teacher in run.teachers if teacher.shape)
     if run.teachers and not run.judged_by_all:
         written /= len(run.teachers)
-    student_writes = _writing_hours(run, run.student, cluster, rows) * epochs
-    hour = speed * 3600
-    found = []
-    for method, teacher_flops, teacher_hours, extra in (
-        ("offline", scoring, scoring / hour + written, 0.0),
-        ("panel", scoring * epochs, scoring * epochs / hour, student_writes),
-    ):
-        student_hours = training / hour + extra
-        price = (teacher_hours + student_hours) * cluster.price
-        found.append(Bill(method, teacher_flops, training, teacher_hours, student_hours, price))
-    return found[0], found[1]
+    return scoring / (cluster.tflops * 1e12 * cluster.utilization * 3600) + written
 
 
 def break_even(

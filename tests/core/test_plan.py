@@ -182,7 +182,7 @@ def test_what_does_not_fit_exits_3_and_what_fits_writes_files(capsys, tmp_path):
 
 
 def test_the_table_names_the_recommendation_and_warns_of_slow_generation(capsys):
-    argv = ["plan", "--student", LLAMA_70B, "--teachers", f"[{QWEN_32B}:sharded]", "--nodes", "4"]
+    argv = ["plan", "--student", LLAMA_70B, "--teachers", f"[{LLAMA_70B}:sharded]", "--nodes", "4"]
     assert main(argv) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "Recommended: ZeRO-3" in shown
