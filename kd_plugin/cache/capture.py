@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from kd_plugin.cache.targets import Targets, TopK
 from kd_plugin.cache.templates import fingerprint, marks_assistant, pinned_time, prints_time, with_template
 from kd_plugin.cache.work import Job, do_units
 from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.lineage.sources import Source
 from kd_plugin.teachers.base import reach
 from kd_plugin.vocab import Vocabulary
 
@@ -31,13 +32,45 @@ class Prepared:
         teacher: as it is asked; a server has been reached.
         job: the rows, and what turns them into examples.
         settings: of the cache, without the weights' digest and dtype.
-        lineage: nodes and edges of who teaches.
+        gate: what judged the teacher and the rows.
     """
 
     teacher: Any
     job: Job
     settings: Settings
-    lineage: Mapping[str, Any]
+    gate: CaptureGate
+
+    @property
+    def lineage(self) -> Mapping[str, Any]:
+        """Nodes and edges of who teaches and what is shown; of a server, with its own word once it is asked."""
+        return self.gate.record
+
+
+class CaptureGate:
+    """The license gate of a capture: passed before anything is loaded, and again by the names that a server gives.
+
+    Args:
+        teacher: who teaches.
+        dataset: the rows.
+        lineage: the user's declarations.
+
+    Raises:
+        LicenseRefusedError: the terms of the teacher or of the rows forbid training on its outputs.
+    """
+
+    def __init__(self, teacher: Source, dataset: Any, lineage: Mapping[str, Any] | str | Path | None) -> None:
+        from kd_plugin.lineage.data import dataset_sources
+
+        self._teacher, self._lineage = teacher, lineage
+        self._rows = dataset_sources(dataset)
+        self.admit(())
+
+    def admit(self, served: Sequence[str]) -> None:
+        """Judge the teacher by these names as well; raises LicenseRefusedError."""
+        from kd_plugin.lineage import outputs_record
+
+        teacher = replace(self._teacher, served=tuple(dict.fromkeys(served)))
+        self.record: Mapping[str, Any] = outputs_record(teacher, self._rows, config=self._lineage)
 
 
 def capture(
@@ -101,7 +134,7 @@ def capture(
         append: add ``dataset`` to the finished cache of other data that is in ``output_dir``.
 
     Raises:
-        LicenseRefusedError: the teacher's terms forbid training on its outputs; nothing was loaded.
+        LicenseRefusedError: the terms of the teacher or of the rows forbid training on its outputs; nothing was loaded.
         ConfigError: a setting is wrong, or the directory holds a capture with other settings.
         VocabularyError: the tokenizer's tokens are not the teacher's.
         DataError: a row has no form that can be scored, or nothing is left to store.
@@ -167,11 +200,11 @@ def prepare(
     lineage: Mapping[str, Any] | str | Path | None = None,
 ) -> Prepared:
     """Check what can be checked before the teacher's weights are loaded, and reach a server; see :func:`capture`."""
-    from kd_plugin.lineage import outputs_record
-
     _require_positive(temperature=temperature, shard_rows=shard_rows, batch_tokens=batch_tokens)
     require_teacher(teacher)
-    record = outputs_record(teacher.source, config=lineage)
+    gate = CaptureGate(teacher.source, dataset, lineage)
+    if hasattr(teacher, "gate"):
+        teacher.gate(gate.admit)
     require_targets(teacher, targets, temperature)
     if generate is not None and teacher.capabilities.generates is None:
         raise ConfigError(
@@ -230,7 +263,7 @@ def prepare(
         rendered_with=fingerprint(template),
         rendered_at=rendered_at,
     )
-    return Prepared(teacher, Job(rows, tokenization, kept).rendered_at(rendered_at), settings, record)
+    return Prepared(teacher, Job(rows, tokenization, kept).rendered_at(rendered_at), settings, gate)
 
 
 def _template(tokenizer: Any, given: str | Callable[[Any], str | None] | None, assistant_only: bool) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.errors import DataError
+from kd_plugin.lineage.data import with_origin
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -46,4 +47,4 @@ def load_rows(reference: str, *, split: str = "train", name: str | None = None, 
         if split not in loaded:
             raise DataError(f"{reference} has no split {split!r}; it has {', '.join(loaded)}.")
         loaded = loaded[split]
-    return loaded
+    return with_origin(loaded, path) if path.exists() else loaded

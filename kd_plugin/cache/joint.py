@@ -18,6 +18,7 @@ from kd_plugin.cache.joining import batch_targets, labels_of_targets, not_in_cac
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.cache.together import is_together, open_members
 from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.lineage.data import CACHE, with_origin
 from kd_plugin.lineage.sources import Source
 from kd_plugin.vocab import Vocabulary
 
@@ -177,7 +178,7 @@ class JointCache:
         shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
         twins = [twin for part in parts for twin in _occurrences(part["example_id"])]
         whole = datasets.concatenate_datasets([part.select_columns(shared) for part in parts])
-        whole = whole.add_column("twin", twins)
+        whole = with_origin(whole.add_column("twin", twins), *(f"{CACHE}{c.manifest.content_digest}" for c in taught))
         return whole.map(lambda row: self.indices(row["input_ids"], row["twin"]), remove_columns="twin")
 
     def indices(self, input_ids: Sequence[int], twin: int = 0) -> dict[str, list[int]]:

@@ -14,6 +14,7 @@ from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.cache.schema import read_row_groups
 from kd_plugin.cache.store import Store
 from kd_plugin.errors import ConfigError
+from kd_plugin.lineage.outputs import joined_records
 
 
 def merge(caches: Sequence[str | Path], output_dir: str | Path) -> TeacherCache:
@@ -51,7 +52,8 @@ def merge(caches: Sequence[str | Path], output_dir: str | Path) -> TeacherCache:
             parts.append(part)
         plan += [(cache, unit.index) for unit in cache.manifest.units]
     parts = _renumbered(parts, first)
-    store = Store.create_or_join(Path(output_dir), first.settings, parts, first.lineage, first.engine)
+    lineage = joined_records(*(cache.manifest.lineage for cache in opened))
+    store = Store.create_or_join(Path(output_dir), first.settings, parts, lineage, first.engine)
     if store.manifest.parts != tuple(parts):
         raise ConfigError(f"{output_dir} holds a merge of other caches. Nothing was changed; choose another directory.")
     for index in store.missing():

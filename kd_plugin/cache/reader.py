@@ -22,6 +22,7 @@ from kd_plugin.cache.store import gather
 from kd_plugin.cache.targets import Sampled, describe
 from kd_plugin.cache.templates import pinned_tokenizer
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError, VocabularyError
+from kd_plugin.lineage.data import CACHE, with_origin
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import SparseSignal
 from kd_plugin.vocab import Vocabulary
@@ -108,7 +109,8 @@ class TeacherCache:
         """
         import datasets
 
-        return datasets.Dataset.from_file(str(self._mapped.rows_path()))
+        rows = datasets.Dataset.from_file(str(self._mapped.rows_path()))
+        return with_origin(rows, f"{CACHE}{self.manifest.content_digest}")
 
     def teacher_index(self, input_ids: Sequence[int], twin: int = 0) -> list[int] | None:
         """Return the ``teacher_index`` column of a sequence that was tokenized elsewhere.

@@ -26,6 +26,7 @@ from kd_plugin.cache.manifest import Manifest, Part, Settings, Unit, read_manife
 from kd_plugin.cache.owners import claim_text, read_claim, remove_leftovers, temporary_name, this_process
 from kd_plugin.cache.schema import write_shard
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError
+from kd_plugin.lineage.outputs import joined_records
 
 _HEARTBEAT_SECONDS, _STALE_SECONDS = 20.0, 90.0
 _WAY_OUT = "No finished unit is affected. Make room or fix the permissions, and run the same command again."
@@ -84,7 +85,7 @@ class Store:
                 publish_new(temporary, directory / "manifest.json")
             require_same(directory, settings, parts[-1], ignored, append=append)
             if append:
-                _extend(directory, parts[-1])
+                _extend(directory, parts[-1], lineage)
             store = cls(directory, read_manifest(directory))
             for name in ("claims", "tmp"):
                 (directory / name).mkdir(exist_ok=True)
@@ -255,15 +256,16 @@ def require_same(
         )
 
 
-def _extend(directory: Path, part: Part) -> None:
+def _extend(directory: Path, part: Part, lineage: Mapping[str, Any]) -> None:
     """Add ``part`` to the manifest, unless it is the last one already; several workers write the same."""
     there = read_manifest(directory)
     last = there.parts[-1]
     if last == replace(part, first_unit=last.first_unit):
         return
     parts = (*there.parts, replace(part, first_unit=there.unit_count))
+    joined = joined_records(there.lineage, lineage)
     temporary = temporary_name(directory / "tmp", "manifest.json")
-    temporary.write_bytes(seal(replace(there, parts=parts, units=(), finished=None).to_json()))
+    temporary.write_bytes(seal(replace(there, parts=parts, units=(), finished=None, lineage=joined).to_json()))
     publish(temporary, directory / "manifest.json")
 
 

@@ -13,6 +13,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 from kd_plugin.cli.training_help import Introduction, asked_for, help_text
 from kd_plugin.errors import ConfigError, DataError, nearest
+from kd_plugin.lineage.data import with_origin
 
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -58,15 +59,16 @@ def load_rows(script: ScriptArguments, split: str) -> Any:
         return None
     path = Path(name)
     if path.suffix in _SUFFIXES and path.is_file():
-        return load_dataset(_SUFFIXES[path.suffix], data_files=str(path), split="train")
+        return with_origin(load_dataset(_SUFFIXES[path.suffix], data_files=str(path), split="train"), path)
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         loaded = load_from_disk(name)
-        if not isinstance(loaded, DatasetDict):
-            return loaded
-        if split not in loaded:
-            raise DataError(f"{name} has no split {split!r}; it has {', '.join(map(repr, loaded))}.")
-        return loaded[split]
-    return load_dataset(name, name=script.dataset_config, split=split, streaming=script.dataset_streaming)
+        if isinstance(loaded, DatasetDict):
+            if split not in loaded:
+                raise DataError(f"{name} has no split {split!r}; it has {', '.join(map(repr, loaded))}.")
+            loaded = loaded[split]
+        return with_origin(loaded, path)
+    rows = load_dataset(name, name=script.dataset_config, split=split, streaming=script.dataset_streaming)
+    return with_origin(rows, path) if path.exists() else rows
 
 
 def train(

@@ -18,6 +18,7 @@ from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lightning.loader import ResumableLoader
 from kd_plugin.lightning.step import SAMPLES, WINDOW, WINDOW_TOKENS
 from kd_plugin.lightning.windows import served, window_end
+from kd_plugin.lineage.data import with_origin
 
 logger = logging.getLogger(__name__)
 _WINDOWS = itertools.count()  # what tells one window from another
@@ -203,4 +204,4 @@ def _prompts(name: str, split: str) -> Any:
             f"{name} has no column 'prompt'; it has {', '.join(map(repr, rows.column_names))}. The student writes the "
             "completions itself, so each row needs the prompt alone, as text or as messages."
         )
-    return rows
+    return with_origin(rows, path) if path.exists() else rows

@@ -15,6 +15,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from kd_plugin.errors import KDError
 from kd_plugin.lightning.student import builds_later, find_student, resumed_from
 from kd_plugin.lineage import RunLineage
+from kd_plugin.lineage.carried import Carried, take_over
+from kd_plugin.lineage.data import dataset_sources
 from kd_plugin.lineage.place import lineage_directory
 from kd_plugin.lineage.record import RECORD
 from kd_plugin.lineage.start import start_run, student_source
@@ -57,6 +59,7 @@ class LicenseLineage(Callback):
         self.student = student
         self.method = method
         self.run: RunLineage | None = None
+        self._carried: Carried | None = None
         self._restore: Callable[[], None] = lambda: None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -77,8 +80,20 @@ class LicenseLineage(Callback):
             self._run.resume(checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wait until all that the run rests on is proven, before the first batch."""
+        """Judge the rows that are trained on, and wait until all that the run rests on is proven."""
+        self._run.add_datasets(dataset_sources(trainer.train_dataloader))
         self._run.settle()
+        self._carried = take_over(find_student(pl_module, self.student), self._run)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Let the student carry how far it is."""
+        if self._carried is not None:
+            self._carried.step = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From now on the student speaks for itself as it is."""
+        if self._carried is not None:
+            self._carried.close(find_student(pl_module, self.student))
 
     def _start(self, module: LightningModule) -> None:
         model = find_student(module, self.student)

@@ -32,7 +32,7 @@ from kd_plugin.lightning.windows import require_whole_windows, window_end
 from kd_plugin.lightning.writing import pad_token, texts
 from kd_plugin.limits import refuse_images, refuse_router_loss
 from kd_plugin.lineage import RunLineage
-from kd_plugin.lineage.start import start_run, student_source
+from kd_plugin.lineage.start import gate_servers, start_run, student_source
 from kd_plugin.panel.anchor import Anchor
 from kd_plugin.panel.build import panel_from
 from kd_plugin.panel.checks import (
@@ -311,6 +311,7 @@ class TeacherPanelCorrection(StudentCallback):
             declared=declared,
         )
         lineage_of(trainer, self._run, module)
+        gate_servers(self._run, self.panel.teachers.values())
         self._compare_vocabularies(module, model)
         reference = model if isinstance(model, str) else model.config._name_or_path or None
         require_adapters_fit(self.panel, reference, lambda: config_of(model))

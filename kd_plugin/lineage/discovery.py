@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import hashing
+from kd_plugin.lineage.carried import IN_MEMORY_MODEL
 from kd_plugin.lineage.directory import DirectoryFacts, read_directory
 from kd_plugin.lineage.endpoints import host_of
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Evidence, Graph, Node
@@ -20,8 +21,9 @@ from kd_plugin.lineage.readings import IN_PROSE, IN_ROWS, ITS_NAME, OWN_SERVER, 
 from kd_plugin.lineage.recheck import judged_again
 from kd_plugin.lineage.record import RECORD, SCHEMA, load_record
 from kd_plugin.lineage.registry import UNKNOWN, UNREAD_API, Registry
-from kd_plugin.lineage.sources import Source
+from kd_plugin.lineage.sources import RowFacts, Source
 from kd_plugin.lineage.voice import DECLARED, KNOWN_REPOSITORY, OWN
+from kd_plugin.lineage.writers import prose_of, writers_in_columns
 
 _MAX_DEPTH = 16  # bases of bases; deeper is a loop or a prank
 _HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
@@ -83,7 +85,7 @@ def discover(
     if source.kind == "teacher_outputs":
         return _from_outputs(source, registry)
     if source.record is not None and source.record.get("schema") == SCHEMA:
-        return _from_checkpoint(source.record, source, source.name, registry)
+        return _from_checkpoint(source.record, source, IN_MEMORY_MODEL, registry)
     directory, hub = _directory(source), None
     if (directory is None or not (directory / "README.md").is_file()) and _is_hub_id(source.ref):
         hub = ask_hub(str(source.ref), source.revision, "dataset" if source.kind == "dataset" else "model")
@@ -110,8 +112,8 @@ def discover(
     below = Graph.of([], [])
     edges: list[tuple[Node, EdgeKind]] = []
     overrides: tuple[Override, ...] = ()
-    trail = (*seen, source.ref or "")
-    for parent, kind, answered in _behind(source, facts, bases, _vouch(source, evidence, vouch)):
+    trail, mine = (*seen, source.ref or ""), _vouch(source, evidence, vouch)
+    for parent, kind, answered in _behind(source, facts, bases, mine, registry):
         if parent.ref in (*trail, repo) or len(trail) > _MAX_DEPTH:
             continue
         found = discover(parent, registry, vouch=answered, seen=trail, proofs=proofs)
@@ -128,7 +130,7 @@ def discover(
     if source.named_in is not None:
         evidence += (Evidence("a dataset's card", printable(source.named_in), ()),)
     if source.kind == "dataset":
-        evidence += _questions(source, facts)
+        evidence += _questions(source, facts, registry)
     evidence += server
     in_memory = source.kind == "dataset" and (source.ref is None or source.found_beside)
     undeclared = not ids and not services and (in_memory or vouch is not None)
@@ -171,7 +173,7 @@ def _vouch(source: Source, evidence: tuple[Evidence, ...], given: Vouch | None) 
 
 
 def _behind(
-    source: Source, facts: DirectoryFacts, known_bases: Sequence[str], vouch: Vouch | None
+    source: Source, facts: DirectoryFacts, known_bases: Sequence[str], vouch: Vouch | None, registry: Registry
 ) -> list[tuple[Source, EdgeKind, Vouch | None]]:
     """List what a source was made from: its bases, and the models that wrote it."""
     bases = list(facts.bases)
@@ -179,9 +181,10 @@ def _behind(
     behind: list[tuple[Source, EdgeKind, Vouch | None]] = [
         (Source(base, "model", base), kind, vouch) for base, kind in dict.fromkeys(bases)
     ]
+    rows = source.rows or RowFacts()
     written_by = [*(Source(name, "model", name) for name in source.generated_by), *source.generators]
     if source.kind == "dataset":
-        named = [*facts.writers, *(source.rows.writers if source.rows is not None else ())]
+        named = [*facts.writers, *writers_in_columns(rows.named, registry)[0]]
         said = {one.ref for one in written_by}
         written_by += [Source(n, "model", n, named_in=words) for n, words in dict(named).items() if n not in said]
     return [*behind, *((one, "trained_on_outputs", None) for one in written_by)]
@@ -204,15 +207,14 @@ def _against_its_name(
     return (Evidence(ITS_NAME, said, (UNKNOWN,)),)
 
 
-def _questions(source: Source, facts: DirectoryFacts) -> tuple[Evidence, ...]:
+def _questions(source: Source, facts: DirectoryFacts, registry: Registry) -> tuple[Evidence, ...]:
     """Return what is asked about a dataset: prose that names closed models, and generators that no one can look up."""
     if source.writers_declared:
         return ()
-    unread = source.rows.unread if source.rows is not None else ()
-    return (
-        *(Evidence(IN_PROSE, words, ()) for words in facts.prose),
-        *(Evidence(IN_ROWS, words, ()) for words in unread),
-    )
+    rows = source.rows or RowFacts()
+    prose = dict.fromkeys([*facts.prose, *prose_of(rows.words, registry)])
+    unread = writers_in_columns(rows.named, registry)[1]
+    return (*(Evidence(IN_PROSE, words, ()) for words in prose), *(Evidence(IN_ROWS, words, ()) for words in unread))
 
 
 def _expression(evidence: tuple[Evidence, ...], ids: tuple[str, ...], registry: Registry) -> str | None:

@@ -63,3 +63,27 @@ def outputs_record(
     refuse(verdict.refusals, "Capturing is refused by the terms of its sources", remedy)
     record: dict[str, Any] = graph.to_json()
     return {**record, "overrides": [o.to_json() for o in overrides]} if overrides else record
+
+
+def joined_records(first: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the lineage of a cache that holds what several captures stored: all that taught and all that was shown.
+
+    Args:
+        first: record of a cache.
+        others: further ones; their outputs become the first one's.
+
+    Raises:
+        LineageError: a record is malformed.
+    """
+    graph, overrides = Graph.from_json(first), list(first.get("overrides", ()))
+    root = graph.root("teacher_outputs")
+    for record in others:
+        other = Graph.from_json(record)
+        old = other.root("teacher_outputs").id
+        nodes = [node for node in other.nodes.values() if node.id != old]
+        graph = graph.merged(
+            Graph.of(nodes, [replace(e, source=root.id) if e.source == old else e for e in other.edges])
+        )
+        overrides += [one for one in record.get("overrides", ()) if one not in overrides]
+    joined: dict[str, Any] = graph.to_json()
+    return {**joined, "overrides": overrides} if overrides else joined

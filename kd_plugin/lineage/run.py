@@ -19,6 +19,7 @@ from kd_plugin.lineage.background import is_large
 from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.config import LineageConfig, load_config
+from kd_plugin.lineage.data import CACHE, IN_MEMORY
 from kd_plugin.lineage.declared import (
     Declared,
     match_datasets,
@@ -81,8 +82,8 @@ class RunLineage:
         self.student = Declared.of(student, self.config.student)
         self.outputs, answered = match_outputs(outputs, self.config)
         self.teachers = match_teachers(teachers, self.config, answered)
-        self._given_datasets = list(datasets)
-        self.datasets = match_datasets(datasets, self.config)
+        self._given_datasets = self._not_cached(datasets)
+        self.datasets = match_datasets(self._given_datasets, self.config)
         self.resumed: Mapping[str, Any] | None = None
         self._resumed_name = ""
         self.changes: list[str] = []
@@ -128,10 +129,22 @@ class RunLineage:
         Raises:
             LicenseRefusedError: the terms of a dataset forbid training.
         """
-        new = [one for one in datasets if one not in self._given_datasets]
+        known = {one.ref for one in self._given_datasets}
+        new = [one for one in self._not_cached(datasets) if one.ref not in known]
         if new:
             self._given_datasets += new
             self.datasets = match_datasets(self._given_datasets, self.config)
+            self._rediscover()
+        self.require_trainable()
+
+    def adopt(self, record: Mapping[str, Any]) -> None:
+        """Start from a model in memory that another run made, whose record this is, and judge again.
+
+        Raises:
+            LicenseRefusedError: what it was made from may not be trained on under these declarations.
+        """
+        if (self.student.source.record or {}).get("digest") != record["digest"]:
+            self.student = replace(self.student, source=replace(self.student.source, record=record))
             self._rediscover()
         self.require_trainable()
 
@@ -151,6 +164,16 @@ class RunLineage:
                 self.teachers[i] = replace(one, source=replace(one.source, served=names))
                 self._rediscover()
         self.require_trainable()
+
+    def _not_cached(self, datasets: Sequence[Source]) -> list[Source]:
+        """Leave out the rows of this run's own caches, for which the caches' records speak."""
+        digests = {(one.record or {}).get("outputs", {}).get("digest") for one in self.outputs}
+        marks = {f"{CACHE}{digest}" for digest in digests}
+        return [
+            one if not one.name.startswith(CACHE) else replace(one, name=IN_MEMORY)
+            for one in datasets
+            if one.name not in marks
+        ]
 
     def _rediscover(self) -> None:
         self._roots = self._discover()

@@ -12,17 +12,17 @@ Signal = Literal["logits", "text"]
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What rows, or the description that travels with them, say of themselves: a stranger's word.
+    """What rows, and the description that travels with them, say of themselves: a stranger's word.
 
     Attributes:
-        writers: models that a column names as generators, each with the words that name it.
-        unread: values of such a column that name no model that can be looked up.
+        named: distinct values of columns that name generators, each with its column.
         licenses: licences that the description names, each with where.
+        words: the description.
     """
 
-    writers: tuple[tuple[str, str], ...] = ()
-    unread: tuple[str, ...] = ()
+    named: tuple[tuple[str, str], ...] = ()
     licenses: tuple[tuple[str, str], ...] = ()
+    words: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_plugin.lineage.carried import carried_by
 from kd_plugin.lineage.run import RunLineage
 from kd_plugin.lineage.sources import Source
 
@@ -15,27 +17,17 @@ from kd_plugin.lineage.sources import Source
 def student_source(model: Any, revision: str | None = None) -> Source:
     """Name the student's initialisation: a path, a hub id, or where a loaded model says that it came from.
 
+    A model that a run of this process trained carries that run's lineage.
+
     Args:
         model: a path, a hub id, or a loaded transformers model.
         revision: branch, tag or commit, for a hub id.
     """
     if isinstance(model, str | Path):
         return Source(name="student", ref=str(model), revision=revision)
-    return Source(name="student", ref=getattr(model.config, "_name_or_path", None) or None)
-
-
-def dataset_sources(*datasets: Any) -> list[Source]:
-    """Name the hub datasets among ``datasets``; what was made in memory is for the user to declare."""
-    from datasets import Dataset
-
-    found: dict[str, Source] = {}
-    for dataset in datasets:
-        downloads = dataset.info.download_checksums if isinstance(dataset, Dataset) else None
-        for url in downloads or {}:
-            if url.startswith("hf://datasets/"):
-                repo, _, revision = "/".join(url.removeprefix("hf://datasets/").split("/")[:2]).partition("@")
-                found[repo] = Source(name=repo, kind="dataset", ref=repo, revision=revision or None, signal="text")
-    return list(found.values())
+    carried = carried_by(model)
+    record = None if carried is None else carried.record()
+    return Source(name="student", ref=getattr(model.config, "_name_or_path", None) or None, record=record)
 
 
 def start_run(
@@ -74,3 +66,15 @@ def start_run(
     )
     run.require_trainable()
     return run
+
+
+def gate_servers(run: RunLineage, teachers: Iterable[Any]) -> None:
+    """Let the run judge the names that teachers' servers give, before the first prompt is sent to one.
+
+    Args:
+        run: has passed its gate.
+        teachers: of the run.
+    """
+    for teacher in teachers:
+        if hasattr(teacher, "gate"):
+            teacher.gate(functools.partial(run.admit, teacher.source.name))

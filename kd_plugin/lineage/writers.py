@@ -44,23 +44,21 @@ def writers_of(card: Mapping[str, Any], registry: Registry) -> tuple[tuple[str, 
 
 
 def writers_in_columns(
-    columns: Mapping[str, Iterable[Any]], registry: Registry
+    named: Iterable[tuple[str, str]], registry: Registry
 ) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
     """Return the models that columns of rows name as generators, and the values that name none that is known.
 
     Args:
-        columns: distinct values of the columns in :data:`COLUMNS`.
+        named: distinct values of columns in :data:`COLUMNS`, each with its column.
         registry: knows the models of closed APIs.
     """
     found: dict[str, str] = {}
     unread: dict[str, None] = {}
-    for column, values in sorted(columns.items()):
-        for value in values:
-            for name in _names(value):
-                if is_writer(name, registry):
-                    found.setdefault(printable(name), printable(f"column {column}: {name}"))
-                else:
-                    unread.setdefault(printable(f"{column}: {name}"))
+    for column, name in named:
+        if is_writer(name, registry):
+            found.setdefault(printable(name), printable(f"column {column}: {name}"))
+        else:
+            unread.setdefault(printable(f"{column}: {name}"))
     closed = sorted(found.items(), key=lambda item: registry.service_of_model(item[0]) is None)
     return tuple(closed[:_MAX_WRITERS]), tuple(list(unread)[:_MAX_WRITERS])
 

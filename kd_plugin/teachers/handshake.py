@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +40,9 @@ class Greeting:
     listed: Listed
 
 
-def shake_hands(client: Client, asking: Asking, tokenizer: Any, name: str) -> Greeting:
+def shake_hands(
+    client: Client, asking: Asking, tokenizer: Any, name: str, admit: Callable[[Sequence[str]], None] | None = None
+) -> Greeting:
     """Refuse a server that is not what was configured.
 
     Args:
@@ -48,14 +50,18 @@ def shake_hands(client: Client, asking: Asking, tokenizer: Any, name: str) -> Gr
         asking: what will be asked; its model may be None for the only one.
         tokenizer: the teacher's, as configured.
         name: how messages call the teacher.
+        admit: told of the names that the server gives for the model, before anything is sent to it; refuses by raising.
 
     Raises:
+        LicenseRefusedError: what it serves by its own word may not teach.
         ServerError: it is away, does not serve the model, has no log-probabilities, or has two for one token.
         VocabularyError: its tokenizer is another one.
         ConfigError: it lists fewer tokens than will be asked for.
     """
     with client.said(name):
         served = _find_model(client, asking.model)
+        if admit is not None:
+            admit(names_of(served))
         asking = replace(asking, model=str(served["id"]))
         _compare_tokenizers(client, asking, tokenizer, name)
         limit = served.get("max_model_len")
@@ -99,6 +105,15 @@ def _written_after(client: Client, asking: Asking, greeting: Greeting, **samplin
     """Return how far the distributions of tokens that are written are from those of tokens that are given, (P,)."""
     answer = client.post("/v1/completions", asking.next_request(greeting.prefixes, **sampling))
     return listed_distances(greeting.listed, asking.read_next(answer, greeting.prefixes))
+
+
+def names_of(served: Mapping[str, Any]) -> list[str]:
+    """Return the names that a server gives for a model: its id, what it was loaded from, an adapter's base.
+
+    Of a path on the server its last part is kept.
+    """
+    said = [str(served[key]) for key in ("id", "root", "parent") if served.get(key)]
+    return [name if not name.startswith((".", "/", "~")) else name.rstrip("/").rsplit("/", 1)[-1] for name in said]
 
 
 def _find_model(client: Client, wanted: str | None) -> Mapping[str, Any]:

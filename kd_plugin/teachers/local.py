@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.lineage.carried import carried_by
 from kd_plugin.lineage.sources import Source
 from kd_plugin.models import load_language_model, output_rows
 from kd_plugin.signals import OutputHead
@@ -88,7 +89,9 @@ class LocalTeacher(InProcessTeacher):
     @cached_property
     def source(self) -> Source:
         """What this teacher is; see :class:`~kd_plugin.lineage.sources.Source`."""
-        return Source(name=self.name, ref=self._ref, revision=self._revision, license=self._license)
+        carried = None if self._model is None else carried_by(self._model)  # a run of this process trained it
+        record = None if carried is None else carried.record()
+        return Source(self.name, ref=self._ref, revision=self._revision, license=self._license, record=record)
 
     @property
     def capabilities(self) -> Capabilities:

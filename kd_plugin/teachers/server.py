@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -89,6 +89,7 @@ class ServerTeacher:
         self._greeting: Greeting | None = None
         self._repeats = Repeats()
         self._is_raw = False
+        self._admit: Callable[[Sequence[str]], None] | None = None
 
     def __repr__(self) -> str:
         return f"ServerTeacher({self.client.root!r}, {self._model!r}, name={self.name!r}, top_k={self.top_k!r})"
@@ -96,7 +97,7 @@ class ServerTeacher:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be copied; a copy asks the server again."""
         kept = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_repeats")}
-        return {**kept, "_greeting": None, "_is_raw": False}
+        return {**kept, "_greeting": None, "_is_raw": False, "_admit": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock(), _repeats=Repeats())
@@ -182,6 +183,15 @@ class ServerTeacher:
         limit = self.check().get("max_model_len")
         return None if limit is None else int(limit) - 1
 
+    def gate(self, admit: Callable[[Sequence[str]], None]) -> None:
+        """Let a run judge the names that the server gives for the model, before the first prompt is sent.
+
+        Args:
+            admit: called with the names; raises where the model may not teach.
+        """
+        with self._lock:
+            self._admit, self._greeting = admit, None
+
     def check(self) -> Mapping[str, Any]:
         """Ask the server once what it serves, and refuse it unless that is what was configured.
 
@@ -189,6 +199,7 @@ class ServerTeacher:
             The server's own description of the model.
 
         Raises:
+            LicenseRefusedError: by the name that it gives, it serves what may not teach.
             ServerError: it is away, does not serve the model, has no log-probabilities, or has two for one token.
             VocabularyError: its tokenizer is another one.
             ConfigError: it lists fewer than ``top_k`` tokens.
@@ -221,7 +232,8 @@ class ServerTeacher:
     def _greet(self) -> Greeting:
         with self._lock:
             if self._greeting is None:
-                self._greeting = shake_hands(self.client, self._asking(self._model), self.tokenizer, self.name)
+                asking = self._asking(self._model)
+                self._greeting = shake_hands(self.client, asking, self.tokenizer, self.name, self._admit)
         return self._greeting
 
     def score(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> SparseSignal:
@@ -395,7 +407,7 @@ class ServerTeacher:
     def listing(self, top_k: int | Literal["all"]) -> ServerTeacher:
         """Return this teacher with another number of tokens listed a position; it asks the server anew."""
         other = copy.copy(self)
-        other.top_k = top_k
+        other.top_k, other._admit = top_k, self._admit
         return other
 
     def _asking(self, model: str | None) -> Asking:

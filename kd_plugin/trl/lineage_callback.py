@@ -12,11 +12,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.utils import logging
 
 from kd_plugin.errors import KDError
-from kd_plugin.lineage import RunLineage, Source, load_record
+from kd_plugin.lineage import RunLineage, load_record
 from kd_plugin.lineage.background import Background, is_large
 from kd_plugin.lineage.card import update_card
+from kd_plugin.lineage.carried import Carried, carried_by, take_over
+from kd_plugin.lineage.data import dataset_sources
 from kd_plugin.lineage.record import RECORD
 from kd_plugin.lineage.shares import Place, hash_share
+from kd_plugin.lineage.start import student_source
 from kd_plugin.trl.start import refuse_another_run, resumed_checkpoint
 from kd_plugin.zero.consolidate import require_resumable
 
@@ -64,6 +67,8 @@ class LicenseLineageCallback(TrainerCallback):
         self._step = 0
         self._training = False
         self._publishing = False
+        self._asks_for_rows = False
+        self._carried: Carried | None = None
         self._pending: dict[Path, int] = {}
         self._thread = Background()
 
@@ -72,21 +77,23 @@ class LicenseLineageCallback(TrainerCallback):
     ) -> None:
         """Pass the gate, and wrap the model's ``save_pretrained``."""
         if self.run is None:
-            reference = getattr(model.config, "_name_or_path", None) or None
-            self.run = RunLineage(
-                method=self.method, student=Source(name="student", ref=reference), config=self.lineage
-            )
+            self.run = RunLineage(method=self.method, student=student_source(model), config=self.lineage)
+            self._asks_for_rows = True
             self.run.require_trainable()
-        if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
-            self._follow_saves(model, is_writer=args.should_save)
-        if hasattr(model, "peft_config"):  # what merge_and_unload() returns
-            self._follow_saves(model.get_base_model(), is_writer=args.should_save)
+        if carried_by(model) is None:  # else it speaks for itself until this run trains it
+            self._follow(model, is_writer=args.should_save)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take over the identity of the run that is resumed, once all that it rests on is proven."""
+        """Take over the model, and the identity of the run that is resumed, once all that it rests on is proven."""
+        model, loader = kwargs.get("model"), kwargs.get("train_dataloader")
+        if self._asks_for_rows:
+            self._run.add_datasets(dataset_sources(getattr(loader, "dataset", None)))
         self._run.settle()
+        if model is not None:
+            self._carried = take_over(model, self._run)
+            self._follow(model, is_writer=args.should_save)
         self._step = state.global_step
         self._training = True
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
@@ -96,6 +103,8 @@ class LicenseLineageCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remember the step, for saves that the user asks for."""
         self._step = state.global_step
+        if self._carried is not None:
+            self._carried.step = max(self._step, 1)
         self._publishing = False
         if control.should_save:
             self._before_a_save(args, state)
@@ -140,8 +149,10 @@ class LicenseLineageCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Wait for lineage that is being written."""
+        """Wait for lineage that is being written; from now on the model speaks for itself as it is."""
         self._training = False
+        if self._carried is not None:
+            self._carried.close(kwargs["model"])
         self._thread.wait()
         self._complete_pending(may_wait=False)
 
@@ -226,11 +237,23 @@ class LicenseLineageCallback(TrainerCallback):
             raise KDError("LicenseLineageCallback has no run yet: give it to a trainer before using it.")
         return self.run
 
+    def _follow(self, model: Any, *, is_writer: bool) -> None:
+        """Wrap ``save_pretrained`` of this model, and of what ``merge_and_unload()`` returns of a PEFT model."""
+        if isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+            self._follow_saves(model, is_writer=is_writer)
+        if hasattr(model, "peft_config"):
+            self._follow_saves(model.get_base_model(), is_writer=is_writer)
+
     def _follow_saves(self, model: Any, *, is_writer: bool) -> None:
         """Wrap ``save_pretrained`` of this one model; a deep copy of the model rebinds the method to the copy."""
-        if not is_writer or isinstance(getattr(model.save_pretrained, "__func__", None), _Following):
+        if not is_writer:
             return
         model.save_pretrained = types.MethodType(_Following(self, type(model).save_pretrained), model)
+
+    def speaks_for(self, model: Any) -> bool:
+        """Whether the weights of ``model`` are this run's: no other run, and nothing else, changed them since."""
+        carried = carried_by(model)
+        return self._training or carried is None or (carried.run is self.run and not carried.is_changed)
 
 
 class _Following:
@@ -244,6 +267,14 @@ class _Following:
     def __call__(self, model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         self.callback.save_begins(Path(save_directory))
         result = self.original(model, save_directory, *args, **kwargs)
+        if not self.callback.speaks_for(model):
+            model.__dict__.pop("save_pretrained", None)  # this run has ended, and the weights are not its own any more
+            logger.warning(
+                f"The weights in {save_directory} were changed after run {self.callback._run.run_id} had ended, by "
+                "something that keeps no lineage, so none is written beside them. Train with LicenseLineageCallback, "
+                "or write it with kd_plugin.lineage.RunLineage."
+            )
+            return result
         # Under ZeRO-3 without consolidation transformers saves an empty state first, and then the shards
         self.callback.save_ends(Path(save_directory), is_dummy=kwargs.get("state_dict") == {})
         return result

@@ -40,7 +40,8 @@ from kd_plugin.divergence.finite import require_finite
 from kd_plugin.divergence.sparse import SparseLoss
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.limits import refuse_images, refuse_prompt_learning
-from kd_plugin.lineage.start import dataset_sources, student_source
+from kd_plugin.lineage.data import dataset_sources
+from kd_plugin.lineage.start import student_source
 from kd_plugin.trl.collator import TeacherTargetCollator
 from kd_plugin.trl.distillation_head import add_distillation_head
 from kd_plugin.trl.evaluation import TokenMeanMixin, TokenMeans

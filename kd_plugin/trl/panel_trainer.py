@@ -18,7 +18,8 @@ from kd_plugin.cache import TeacherCache
 from kd_plugin.divergence.finite import require_finite
 from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.limits import refuse_images, refuse_prompt_learning, refuse_router_loss
-from kd_plugin.lineage.start import dataset_sources, student_source
+from kd_plugin.lineage.data import dataset_sources
+from kd_plugin.lineage.start import gate_servers, student_source
 from kd_plugin.models import output_rows
 from kd_plugin.panel import Correction, TeacherPanel, correction_loss, score_rows
 from kd_plugin.panel.build import panel_from
@@ -134,6 +135,7 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
             args=args,
             declared=declared_lineage(callbacks),
         )
+        gate_servers(run, self.panel.teachers.values())
         require_launchable(args, model, self.panel)
         config = student_config(model, args)
         if config is not None:
