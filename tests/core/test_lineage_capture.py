@@ -38,7 +38,7 @@ def test_a_hub_datasets_terms_stop_a_capture_before_anything_is_loaded(teacher_d
     with pytest.raises(LicenseRefusedError, match="acme/x: Unknown licence"):
         stored(tmp_path / "c", teacher_dir, hub_rows())
     declared = {**COMMERCIAL, "datasets": [{"repo": "acme/x", "license": "cc-by-nc-4.0"}]}
-    with pytest.raises(LicenseRefusedError, match="acme/x: .*NonCommercial"):
+    with pytest.raises(LicenseRefusedError, match=r"acme/x: .*NonCommercial"):
         stored(tmp_path / "c", teacher_dir, hub_rows(), lineage=declared)
     assert not (tmp_path / "c").exists()
     declared = {**COMMERCIAL, "datasets": [{"repo": "acme/x", "license": "cc-by-4.0"}]}
@@ -51,7 +51,7 @@ def test_who_trains_on_a_cache_trains_on_its_rows(teacher_dir, tmp_path):
     cache = stored(tmp_path / "c", teacher_dir, hub_rows(), lineage={**declared, "use": {"commercial": False}})
     student = Source("student", ref=model_dir(tmp_path, "s", "mit"))
     run = RunLineage(method="offline_kd", student=student, outputs=[cache.source], config=COMMERCIAL)
-    with pytest.raises(LicenseRefusedError, match="acme/x: .*NonCommercial"):
+    with pytest.raises(LicenseRefusedError, match=r"acme/x: .*NonCommercial"):
         run.require_trainable()
 
 
