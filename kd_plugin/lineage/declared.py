@@ -8,6 +8,7 @@ from typing import Any
 
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.config import Declaration, LineageConfig
+from kd_plugin.lineage.data import CACHE, IN_MEMORY
 from kd_plugin.lineage.registry import UNKNOWN, Registry, default_registry, load_registry
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.verdict import Student
@@ -123,3 +124,15 @@ def match_datasets(datasets: Sequence[Source], config: LineageConfig) -> list[De
     # Rows in memory have no name by which a declaration could find them: any that is left speaks for them
     bare = [] if spoken_for else [Declared(one) for one in in_memory if one.rows is None]
     return [*matched, *spoken_for, *bare]
+
+
+def not_cached(datasets: Sequence[Source], outputs: Sequence[Source]) -> list[Source]:
+    """Leave out the rows of a run's own caches, for which the caches' records speak.
+
+    Args:
+        datasets: as :func:`~kd_plugin.lineage.data.dataset_sources` names them.
+        outputs: the run's caches.
+    """
+    own = {f"{CACHE}{(one.record or {}).get('outputs', {}).get('digest')}" for one in outputs}
+    others = [one for one in datasets if one.name not in own]
+    return [replace(one, name=IN_MEMORY) if one.name.startswith(CACHE) else one for one in others]

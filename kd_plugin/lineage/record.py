@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ _ROWS: Mapping[str, tuple[str, ...]] = {
     "duties": ("terms", "cite", "kind", "says", "node", "basis", "status"),
     "findings": ("code", "severity", "trigger", "node", "subject", "clause", "evidence", "remedy"),
 }
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Return the versions of what trains and of this package; None for what is not installed."""
+    return {name: _version(name) for name in ("torch", "transformers", "trl", "lightning", "kd-plugin")}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def digest_of(record: Mapping[str, Any]) -> str:

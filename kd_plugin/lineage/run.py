@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from kd_plugin.lineage.background import is_large
 from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.config import LineageConfig, load_config
-from kd_plugin.lineage.data import CACHE, IN_MEMORY
 from kd_plugin.lineage.declared import (
     Declared,
     match_datasets,
     match_outputs,
     match_teachers,
+    not_cached,
     registry_of,
     shipped_student,
 )
@@ -34,15 +33,15 @@ from kd_plugin.lineage.overrides import Override, in_force
 from kd_plugin.lineage.place import lineage_directory
 from kd_plugin.lineage.policy import RULES, evaluate
 from kd_plugin.lineage.proof import Proofs
-from kd_plugin.lineage.record import RECORD, SCHEMA, load_record, sealed
+from kd_plugin.lineage.record import RECORD, SCHEMA, installed_versions, load_record, sealed
 from kd_plugin.lineage.registry import Registry
+from kd_plugin.lineage.remedies import remedy_of
 from kd_plugin.lineage.shares import Place, Shares
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.terms import Terms
 from kd_plugin.lineage.verdict import NO_ADVICE, Finding, Student, Verdict, refuse
 
 logger = logging.getLogger(__name__)
-_VERSIONS = ("torch", "transformers", "trl", "lightning", "kd-plugin")
 
 
 class RunLineage:
@@ -82,7 +81,7 @@ class RunLineage:
         self.student = Declared.of(student, self.config.student)
         self.outputs, answered = match_outputs(outputs, self.config)
         self.teachers = match_teachers(teachers, self.config, answered)
-        self._given_datasets = self._not_cached(datasets)
+        self._given_datasets = not_cached(datasets, self.outputs)
         self.datasets = match_datasets(self._given_datasets, self.config)
         self.resumed: Mapping[str, Any] | None = None
         self._resumed_name = ""
@@ -124,13 +123,9 @@ class RunLineage:
             self.require_trainable()
 
     def add_datasets(self, datasets: Sequence[Source]) -> None:
-        """Take in what a trainer turns out to train on, and judge again; what is known already changes nothing.
-
-        Raises:
-            LicenseRefusedError: the terms of a dataset forbid training.
-        """
+        """Take in what a trainer turns out to train on, and judge again; raises LicenseRefusedError."""
         known = {one.ref for one in self._given_datasets}
-        new = [one for one in self._not_cached(datasets) if one.ref not in known]
+        new = [one for one in not_cached(datasets, self.outputs) if one.ref not in known]
         if new:
             self._given_datasets += new
             self.datasets = match_datasets(self._given_datasets, self.config)
@@ -164,16 +159,6 @@ class RunLineage:
                 self.teachers[i] = replace(one, source=replace(one.source, served=names))
                 self._rediscover()
         self.require_trainable()
-
-    def _not_cached(self, datasets: Sequence[Source]) -> list[Source]:
-        """Leave out the rows of this run's own caches, for which the caches' records speak."""
-        digests = {(one.record or {}).get("outputs", {}).get("digest") for one in self.outputs}
-        marks = {f"{CACHE}{digest}" for digest in digests}
-        return [
-            one if not one.name.startswith(CACHE) else replace(one, name=IN_MEMORY)
-            for one in datasets
-            if one.name not in marks
-        ]
 
     def _rediscover(self) -> None:
         self._roots = self._discover()
@@ -390,27 +375,7 @@ class RunLineage:
         return graph.merged(before, Graph.of([], [Edge(SELF, node.id, "resumed_from")]))
 
     def _remedy(self, finding: Finding) -> str:
-        """Put the run's own name of a source into the line of config that cures an unknown licence."""
-        edge = next((e for e, found in self._roots if finding.node in found.graph.nodes), None)
-        if finding.code != "unknown_license" or edge is None or self._is_contract(finding):
-            return finding.remedy
-        if edge.kind == "initialized_from":
-            line = "student: {license: apache-2.0}"
-        elif edge.kind == "merged_from":
-            line = f"student: {{merged_from: [{{repo: .../{edge.role}, license: apache-2.0}}]}}"
-        elif edge.target in self.graph.nodes and self.graph.nodes[edge.target].kind == "teacher_outputs":
-            return "capture these outputs again, with a kd-plugin that records who taught"
-        elif edge.kind == "trained_on" and edge.target != finding.node:
-            writer = f"{{model: {finding.subject}, license: apache-2.0}}"
-            line = f"datasets: [{{repo: {edge.role}, generated_by: [{writer}]}}]"
-        elif edge.kind == "trained_on":
-            line = f"datasets: [{{repo: {edge.role}, license: cc-by-4.0}}]"
-        else:
-            line = f"teachers: {{{edge.role}: {{license: apache-2.0}}}}"
-        return f"declare its licence, `own` if it is yours: `lineage: {{{line}}}`"
-
-    def _is_contract(self, finding: Finding) -> bool:
-        return self.registry.terms[finding.terms].kind == "service"
+        return remedy_of(finding, self._roots, self.graph, self.registry)
 
     def _parent(self, parent: str | Path | None) -> dict[str, Any] | None:
         if parent is not None:
@@ -429,13 +394,6 @@ class RunLineage:
             "method": self.method,
             "source": {"repo": run.get("repo"), "commit": run.get("commit")},
             "config_hash": self.config_hash,
-            "versions": {name: _version(name) for name in _VERSIONS},
+            "versions": installed_versions(),
             **({"changes": list(self.changes)} if self.changes else {}),
         }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
