@@ -65,7 +65,7 @@ exit codes:
   1  violation: the files are whole, and the terms forbid something, or a duty is not met; or the key or the registry
      that was given cannot be read
   2  tampered: a weight file, a text or the record was changed, is missing or is extra
-  3  incomplete: lineage.json is missing, so the checkpoint was not finished"""
+  3  incomplete: lineage.json is missing, so the checkpoint was not finished; or weights of such a one lie below"""
 _DIFF = """List what changed from checkpoint A to checkpoint B: sources, duties, findings, facts, decision.
 
 exit codes: 0 nothing, 1 something, 2 a record is damaged, 3 it is missing"""

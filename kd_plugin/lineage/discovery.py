@@ -121,7 +121,7 @@ def discover(
         edges.append((found.node, kind))
     if source.kind == "model" and not known:
         carried = {*(vouch.ids if vouch is not None and not ids else ids), *(i for n, _ in edges for i in n.licenses)}
-        names = (repo, source.model, *source.served, source.ref if directory is None else None)
+        names = (repo, source.model, *source.served, source.ref if _is_hub_id(source.ref) else None)
         reason = source.reason or (vouch.reason if vouch is not None else None)
         evidence += _against_its_name(names, carried, reason, registry)
         ids, evidence = decide(evidence, registry)
