@@ -49,6 +49,9 @@ for name, make in {
     "inside a torch dataset": lambda d, h: Held(h),
     "a stream": lambda d, h: h.to_iterable_dataset(),
     "a stream, mapped": lambda d, h: h.to_iterable_dataset().map(lambda row: row),
+    "a stream, interleaved": lambda d, h: interleave_datasets(
+        [h.to_iterable_dataset(), Dataset.from_list(ROWS).to_iterable_dataset()]
+    ),
     "joined with itself": lambda d, h: concatenate_datasets([h, h]),
 }.items():
     attack(ORIGIN, f"a hub dataset, {name}", "unknown", lambda d, m=make: judged(d, m(d, hub())))
@@ -56,9 +59,6 @@ for name, make in {
     "concatenated with rows in memory": lambda d, h: concatenate_datasets([h, Dataset.from_list(ROWS)]),
     "concatenated the other way round": lambda d, h: concatenate_datasets([Dataset.from_list(ROWS), h]),
     "interleaved": lambda d, h: interleave_datasets([h, Dataset.from_list(ROWS)]),
-    "a stream, interleaved": lambda d, h: interleave_datasets(
-        [h.to_iterable_dataset(), Dataset.from_list(ROWS).to_iterable_dataset()]
-    ),
     "from_list(list(...))": lambda d, h: Dataset.from_list(list(h)),
     "a list of its rows": lambda d, h: list(h),
     "from_dict": lambda d, h: Dataset.from_dict(h.to_dict()),
