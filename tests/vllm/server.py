@@ -1,5 +1,6 @@
 """A real vLLM server in a process of its own, which tests start, kill and start again."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -49,13 +50,18 @@ class VllmServer:
                 self._command, stdout=log, stderr=log, env=environment, cwd=self._log.parent, start_new_session=True
             )
         deadline = time.monotonic() + _UP_SECONDS
-        while not self._answers():
-            assert self._process.poll() is None and time.monotonic() < deadline, self._log.read_text()[-3000:]
-            time.sleep(0.5)
+        try:
+            while not self._answers():
+                assert self._process.poll() is None and time.monotonic() < deadline, self._log.read_text()[-3000:]
+                time.sleep(0.5)
+        except BaseException:
+            self.kill()  # nobody else will: it is not entered yet
+            raise
 
     def kill(self) -> None:
         """SIGKILL the server with its workers."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _answers(self) -> bool:
