@@ -158,9 +158,12 @@ class JointCache:
         """Return the same caches with the targets of the first ``vocab_size`` tokens alone."""
         return JointCache([replace(member, cache=member.cache.within(vocab_size)) for member in self.members])
 
-    def require_aligned(self) -> dict[str, Alignment]:
-        """Refuse a cache whose targets are shifted; return what was measured of each."""
-        return {str(member.cache.path): require_aligned(member.cache) for member in self.members}
+    def require_aligned(self, *, allow_misaligned: bool = False) -> dict[str, Alignment]:
+        """Refuse a cache whose targets are shifted, or warn of it; return what was measured of each."""
+        return {
+            str(member.cache.path): require_aligned(member.cache, allow_misaligned=allow_misaligned)
+            for member in self.members
+        }
 
     def dataset(self) -> Dataset:
         """Return the examples of all caches, each once, with the columns of :attr:`columns`."""

@@ -56,6 +56,7 @@ class OfflineKD(StudentCallback):
         kd_weight: weight of the divergence.
         ce_weight: weight of the module's own loss.
         allow_partial: train on a cache whose capture was interrupted.
+        allow_misaligned: train on a cache whose targets seem to belong to the token beside, with a warning.
         lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
 
     Raises:
@@ -82,6 +83,7 @@ class OfflineKD(StudentCallback):
         kd_weight: float = 1.0,
         ce_weight: float = 0.0,
         allow_partial: bool = False,
+        allow_misaligned: bool = False,
         lineage: Mapping[str, Any] | str | Path | None = None,
     ) -> None:
         if kd_weight <= 0:
@@ -91,6 +93,7 @@ class OfflineKD(StudentCallback):
         )
         self.cache = JointCache.open(cache, allow_partial=allow_partial)
         super().__init__(student)
+        self._allow_misaligned = allow_misaligned
         self.tokenizer = tokenizer
         self.lineage = lineage
 
@@ -102,7 +105,7 @@ class OfflineKD(StudentCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the cache, the trainer, the module and the licenses."""
         if stage == "fit":
-            self.cache.require_aligned()
+            self.cache.require_aligned(allow_misaligned=self._allow_misaligned)
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -27,6 +27,7 @@ class OfflineKDModule(StudentModule):
         kd_weight: weight of the divergence.
         ce_weight: weight of the cross-entropy.
         allow_partial: train on a cache whose capture was interrupted.
+        allow_misaligned: train on a cache whose targets seem to belong to the token beside, with a warning.
         lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
         **kwargs: of :class:`StudentModule`.
     """
@@ -43,6 +44,7 @@ class OfflineKDModule(StudentModule):
         kd_weight: float = 1.0,
         ce_weight: float = 0.0,
         allow_partial: bool = False,
+        allow_misaligned: bool = False,
         lineage: dict[str, Any] | str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -58,7 +60,7 @@ class OfflineKDModule(StudentModule):
             raise ConfigError("No teacher cache is given: set model.cache or data.cache.")
         names = (
             "divergence", "jsd_beta", "skew_alpha", "temperature", "tail", "kd_weight", "ce_weight", "allow_partial",
-            "lineage",
+            "allow_misaligned", "lineage",
         )  # fmt: skip
         self._kd = OfflineKD(cache, **{name: hp[name] for name in names})
         return [self._kd]

@@ -315,7 +315,7 @@ class TeacherPanelCorrection(StudentCallback):
         self._compare_vocabularies(module, model)
         reference = model if isinstance(model, str) else model.config._name_or_path or None
         require_adapters_fit(self.panel, reference, lambda: config_of(model))
-        require_fitting(self._caches, self._vocabulary)
+        require_fitting(self._caches, self._vocabulary, allow_misaligned=self.settings.allow_misaligned)
         self._require_draws(model)
         require_reachable(self.panel)
         self._checked = True

@@ -44,6 +44,7 @@ class TeacherPanelModule(StudentModule):
         warmup_cache: teacher cache, or several with commas between, that the first steps fit offline.
         warmup_cache_steps: how many steps.
         warmup_divergence: divergence of those steps.
+        allow_misaligned: warm up on a cache whose targets seem to belong to the token beside, with a warning.
         watch_positions: positions of a micro-batch whose full distributions are compared at logging steps; 0
             for none.
         save_rollouts: rows of each logging step and rank that are kept for ``kd-plugin trace``.
@@ -105,6 +106,7 @@ class TeacherPanelModule(StudentModule):
         warmup_cache: str | None = None,
         warmup_cache_steps: int = 0,
         warmup_divergence: str = "forward_kl",
+        allow_misaligned: bool = False,
         watch_positions: int = 64,
         save_rollouts: int = 0,
         save_rollouts_top_k: int = 5,

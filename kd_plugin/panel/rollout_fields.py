@@ -61,6 +61,12 @@ class RolloutFields:
         default="forward_kl",
         metadata={"help": "Divergence of the steps on `warmup_cache`, at the captured temperature."},
     )
+    allow_misaligned: bool = field(
+        default=False,
+        metadata={
+            "help": "Warm up on a `warmup_cache` whose targets seem to belong to the token beside, with a warning."
+        },
+    )
 
     def check_rollouts(self) -> None:
         """Refuse values that cannot be meant.

@@ -29,7 +29,7 @@ def warmup_objective(caches: Sequence[TeacherCache], divergence: str) -> Offline
     return OfflineObjective(Divergence(divergence), temperature=caches[0].manifest.settings.temperature)
 
 
-def require_fitting(caches: Sequence[TeacherCache], vocabulary: Vocabulary) -> None:
+def require_fitting(caches: Sequence[TeacherCache], vocabulary: Vocabulary, *, allow_misaligned: bool = False) -> None:
     """Refuse caches of other tokens, of several temperatures, or whose targets stand at the wrong places.
 
     Raises:
@@ -38,7 +38,7 @@ def require_fitting(caches: Sequence[TeacherCache], vocabulary: Vocabulary) -> N
     """
     for cache in caches:
         cache.require_compatible(vocabulary, temperature=caches[0].manifest.settings.temperature)
-        require_aligned(cache)
+        require_aligned(cache, allow_misaligned=allow_misaligned)
         if vocabulary.is_cut:
             vocabulary.require_rows(cache.dataset()["input_ids"], f"In {cache.path}, row")
 

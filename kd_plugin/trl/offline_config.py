@@ -60,6 +60,10 @@ class OfflineKDConfig(DistillationFields, SFTConfig):
             "divergence is a mean over the tokens that have a target."
         },
     )
+    allow_misaligned: bool = field(
+        default=False,
+        metadata={"help": "Train on a cache whose targets seem to belong to the token beside, with a warning."},
+    )
 
     def __post_init__(self):
         super().__post_init__()

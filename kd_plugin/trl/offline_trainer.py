@@ -138,7 +138,7 @@ class OfflineKDTrainer(LineageSavingMixin, TokenMeanMixin, SFTTrainer):
         self.teacher_cache.require_compatible(own, temperature=args.temperature)
         self._vocabulary = self.teacher_cache.common(own)
         self.teacher_cache = self.teacher_cache.within(self._vocabulary.size)
-        for path, found in self.teacher_cache.require_aligned().items():
+        for path, found in self.teacher_cache.require_aligned(allow_misaligned=args.allow_misaligned).items():
             if args.local_process_index == 0:
                 print(f"{path}: {found}", file=sys.stderr)
         if train_dataset is None:

@@ -146,7 +146,7 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
             options = {"revision": (args.model_init_kwargs or {}).get("revision")}
             options["trust_remote_code"] = args.trust_remote_code
             require_adapters_fit(self.panel, model, lambda: AutoConfig.from_pretrained(model, **options))
-        require_fitting(warmup_caches, self._vocabulary)
+        require_fitting(warmup_caches, self._vocabulary, allow_misaligned=args.allow_misaligned)
         require_reachable(self.panel)
 
         super().__init__(
