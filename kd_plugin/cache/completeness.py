@@ -89,7 +89,7 @@ def mean_over_taught(targets: Iterable[dict[str, Any]], labelled: float, taught:
         taught: those of them that have a target.
     """
     for target in targets:
-        target["kd_factor"] = labelled / max(taught, 1.0)
+        target["kd_factor"] = labelled / taught if taught > 0 else 1.0
 
 
 @dataclass(frozen=True)

@@ -174,9 +174,12 @@ class JointCache:
         # A row that one cache keeps whole and another cut is one example: the longer form comes first
         taught = [member.cache for member in self.members if member.weight > 0]
         parts: list[Dataset] = []
+        lengths: list[int | None] = []
         for cache in sorted(taught, key=lambda c: -(c.manifest.settings.max_length or sys.maxsize)):
-            rows = cache.dataset()
-            seen = {name for part in parts for name in _names(part, cache.manifest.settings.max_length)}
+            rows, length = cache.dataset(), cache.manifest.settings.max_length
+            cut = [None if other == length else length for other in lengths]
+            seen = {name for part, at in zip(parts, cut, strict=True) for name in _names(part, at)}
+            lengths.append(length)
             parts.append(rows.select([i for i, name in enumerate(rows["example_id"]) if name not in seen]))
         shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
         twins = [twin for part in parts for twin in _occurrences(part["example_id"])]
@@ -250,10 +253,13 @@ def _held(target: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _names(rows: Dataset, max_length: int | None) -> Iterator[str]:
-    """Yield the id of each row as a capture with ``max_length`` would cut it."""
+    """Yield the id of each row as a capture with ``max_length`` would cut it; None cuts nothing."""
+    if max_length is None:
+        yield from rows["example_id"]
+        return
     for batch in rows.select_columns(["example_id", "input_ids"]).iter(1000):
         for name, ids in zip(batch["example_id"], batch["input_ids"], strict=True):
-            yield name if max_length is None or len(ids) <= max_length else example_id(ids[:max_length])
+            yield name if len(ids) <= max_length else example_id(ids[:max_length])
 
 
 def _occurrences(names: Iterable[str]) -> Iterator[int]:

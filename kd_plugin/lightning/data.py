@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from kd_plugin.cache.completeness import taught_batch
 from kd_plugin.cache.joining import TARGET
 from kd_plugin.cache.joint import JointCache
 from kd_plugin.errors import ConfigError, DataError
@@ -158,7 +159,8 @@ class KDDataModule(LightningDataModule):
         labels = torch.where(trained == 1, input_ids, -100)
         assert self._cache is not None
         indices = {column: [row[column][cut] for row in rows] for column in self._cache.columns}
-        target = self._cache.targets(labels, indices)
+        # Rows of a cache have a target for each token of theirs that is trained on
+        labels, target = taught_batch(self._cache, labels, indices, "refuse")
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, TARGET: target}
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from kd_plugin.cache.completeness import Untaught, taught_batch
 from kd_plugin.cache.joining import TARGET, targets_within
 from kd_plugin.cache.joint import Caches, JointCache
 from kd_plugin.divergence import Divergence, Tail
@@ -55,7 +56,8 @@ class OfflineKD(StudentCallback):
         tail: what stands for the tokens that top-k targets leave out: ``bucket``, ``keep`` or ``renormalise``.
         kd_weight: weight of the divergence.
         ce_weight: weight of the module's own loss.
-        allow_partial: train on a cache whose capture was interrupted.
+        allow_partial: train on a cache whose capture was interrupted, and on tokens with a label and no target: the
+            divergence is then a mean over those that have one.
         allow_misaligned: train on a cache whose targets seem to belong to the token beside, with a warning.
         lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
 
@@ -64,7 +66,7 @@ class OfflineKD(StudentCallback):
             ``training_step`` that leaves no loss to add to, a strategy that is not supported.
         LicenseRefusedError: at setup, the terms of the teacher forbid training.
         VocabularyError: at setup, a cache was captured with another tokenizer.
-        DataError: before the first step, batches have no ``teacher_index``.
+        DataError: before the first step, batches have no ``teacher_index``; a token has a label and no target.
     """
 
     loss_name = "the offline KD loss"
@@ -92,6 +94,7 @@ class OfflineKD(StudentCallback):
             Divergence(divergence, beta=jsd_beta, alpha=skew_alpha), temperature, tail, kd_weight, ce_weight
         )
         self.cache = JointCache.open(cache, allow_partial=allow_partial)
+        self._untaught: Untaught = "keep" if allow_partial else "refuse"
         super().__init__(student)
         self._allow_misaligned = allow_misaligned
         self.tokenizer = tokenizer
@@ -138,19 +141,20 @@ class OfflineKD(StudentCallback):
         with self._forward.step(call):
             run(prepared.batch)
         found, tokens = call.found, max(call.found.kd.numel(), 1)
-        values = {"val/loss": found.loss_sum.detach() / tokens, "val/divergence": found.kd.sum() / tokens}
+        taught = max(prepared.target["taught"], 1)
+        values = {"val/loss": found.loss_sum.detach() / tokens, "val/divergence": found.kd.sum() / taught}
         if found.nll is not None:
             values["val/cross_entropy"] = found.nll.sum() / tokens
         module.log_dict(values, batch_size=tokens, sync_dist=True, add_dataloader_idx=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the first rows, where the loader allows it, so that a missing column shows before any step."""
+        """Look at the first row, where the loader allows it, so that what it lacks shows before any step."""
         require_whole_windows(trainer)
         loader: Any = trainer.train_dataloader
         dataset: Any = getattr(loader, "dataset", None)
         collate = getattr(loader, "collate_fn", None)
         if collate is not None and hasattr(dataset, "__len__") and len(dataset):
-            self._require(collate([dataset[0]]))
+            self._prepare(collate([dataset[0]]))
 
     def _join(self, module: LightningModule, model: PreTrainedModel) -> None:
         """Patch the student's forward pass."""
@@ -191,11 +195,15 @@ class OfflineKD(StudentCallback):
         if self._vocabulary.is_cut:
             self._vocabulary.require_rows(batch["input_ids"].tolist(), "Row")
         labels = batch.get("labels")
-        target = batch.get(TARGET)
+        target, taught = batch.get(TARGET), None
         if target is None:
             # A collator that gathers targets in the loader's workers, as KDDataModule's does, saves this copy
             indices = {column: batch[column].cpu() for column in self.cache.columns}
-            target = self.cache.targets(None if labels is None else labels.cpu(), indices)
+            if labels is None:
+                target = self.cache.targets(None, indices)
+            else:
+                _, target = taught_batch(self.cache, labels.cpu(), indices, self._untaught)
+                taught = target["taught"] if self._untaught == "keep" else None
         elif self._vocabulary.is_cut:
             target = targets_within(target, self._vocabulary.size)  # the loader does not know the student
         return Prepared(
@@ -205,13 +213,15 @@ class OfflineKD(StudentCallback):
             tuple(batch["input_ids"].shape[:2]),
             tokens=target["positions"].numel(),
             window_tokens=batch.get(WINDOW_TOKENS),
+            taught=taught,
         )
 
     @staticmethod
     def _report(module: LightningModule, call: Call, total: Tensor) -> None:
         found = call.found
         tokens = max(found.kd.numel(), 1)
-        values = {"kd/loss": total.detach(), "kd/divergence": found.kd.sum() / tokens}
+        taught = max(call.target.get("taught", tokens), 1)
+        values = {"kd/loss": total.detach(), "kd/divergence": found.kd.sum() / taught}
         values["kd/entropy"] = found.entropy.sum() / tokens
         if found.nll is not None:
             values["kd/cross_entropy"] = found.nll.sum() / tokens

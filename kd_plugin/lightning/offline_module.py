@@ -26,7 +26,7 @@ class OfflineKDModule(StudentModule):
         tail: what stands for the tokens that top-k targets leave out: ``bucket``, ``keep`` or ``renormalise``.
         kd_weight: weight of the divergence.
         ce_weight: weight of the cross-entropy.
-        allow_partial: train on a cache whose capture was interrupted.
+        allow_partial: train on a cache whose capture was interrupted, and on tokens with a label and no target.
         allow_misaligned: train on a cache whose targets seem to belong to the token beside, with a warning.
         lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
         **kwargs: of :class:`StudentModule`.

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from kd_plugin.cache.completeness import mean_over_taught
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lightning.forward import Call, DistillingForward, beside
 from kd_plugin.lightning.student import loss_of, shards_the_student
@@ -34,6 +35,7 @@ class Prepared:
         shape: (B, L) of the batch.
         tokens: scored tokens of this rank's micro-batch; a number, or a tensor on the device.
         window_tokens: those of this rank's whole accumulation window, where the loader knows them.
+        taught: those of ``tokens`` that have a target, where some may have none; on all ranks, or on none.
     """
 
     batch: Any
@@ -42,6 +44,7 @@ class Prepared:
     shape: tuple[int, ...]
     tokens: int | Tensor
     window_tokens: float | Tensor | None = None
+    taught: int | None = None
 
 
 class DistillingStep:
@@ -93,6 +96,9 @@ class DistillingStep:
         prepared = self._prepare(batch)
         weight = self.forward.objective.ce_weight
         normaliser = self._normaliser(prepared)
+        if prepared.taught is not None:
+            taught = self._share(prepared.taught, window_tokens=None)
+            mean_over_taught([prepared.target], float(normaliser), float(taught))
         call, output, own = self._run(prepared, rest, normaliser)
         formed = call.own is not None
         if formed and weight != 0.0 and not call.is_own(own):
@@ -125,16 +131,21 @@ class DistillingStep:
 
     def _normaliser(self, prepared: Prepared) -> Tensor:
         """Return the divisor of this rank's sum; Lightning averages over ranks and over the accumulation window."""
-        window, trainer = prepared.window_tokens, self.trainer
-        tokens = prepared.tokens if window is None else window
-        total = torch.zeros((), device=self.module.device) + tokens
+        total = self._share(prepared.tokens, prepared.window_tokens)
+        if self.trainer.world_size > 1:
+            return total.clamp(min=1e-9)
+        return total.clamp(min=1.0 / self.trainer.accumulate_grad_batches)
+
+    def _share(self, tokens: int | Tensor, window_tokens: float | Tensor | None) -> Tensor:
+        """Return a rank's share of a number of tokens over all ranks and the accumulation window."""
+        window, trainer = window_tokens, self.trainer
+        total = torch.zeros((), device=self.module.device) + (tokens if window is None else window)
         world = trainer.world_size
         if world > 1:
             total = trainer.strategy.reduce(total, reduce_op="sum") / world
         # Lightning divides by the batches of a full window, and an epoch's last may have fewer
         batches = 1 if window is not None else window_size(trainer, trainer.fit_loop.batch_idx)
-        total = total * (batches / trainer.accumulate_grad_batches)
-        return total.clamp(min=1e-9) if world > 1 else total.clamp(min=1.0 / self.trainer.accumulate_grad_batches)
+        return total * (batches / trainer.accumulate_grad_batches)
 
 
 def without(batch: Any, *names: str) -> Any:

@@ -118,10 +118,12 @@ class CachedTeacher:
         for row in torch.unique(wanted // length).tolist():
             found = self.cache.teacher_index(ids[row][mask[row]].tolist())
             if found is None:
+                printed = self.cache.manifest.settings.rendered_at
                 raise DataError(
                     f"Teacher {self.name!r}: a row of {int(mask[row].sum())} tokens is not in the cache "
                     f"{self.cache.path}. A cache judges the rows that it was captured from, not what the student "
-                    "writes: route only rows with fixed completions to it, tokenized and truncated as in the capture."
+                    "writes: route only rows with fixed completions to it, tokenized and truncated as in the capture"
+                    + (f", whose chat template printed the time {printed}." if printed else ".")
                 )
             index[row][mask[row]] = torch.tensor(found, dtype=index.dtype)
         chosen = index.reshape(-1).index_select(0, wanted)
