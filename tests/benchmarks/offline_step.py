@@ -41,6 +41,7 @@ from tests.tiny import byte_tokenizer
 SIDES = {"sft": None, "top-64": TopK(64), "50 draws": Sampled(50)}
 TIME_LIMIT, MEMORY_LIMIT = 1.10, 1.15
 DISTINCT = 21  # of 50 draws from a distribution of 3.4 nats
+OWN = {"student": {"license": "own"}, "teachers": {"synthetic": {"license": "own"}}}
 
 
 def student(arguments: argparse.Namespace, tokenizer: Any) -> LlamaForCausalLM:
@@ -111,7 +112,7 @@ def trainer(side: str, arguments: argparse.Namespace, scratch: Path) -> tuple[An
     else:
         stored = cache(scratch / f"cache-{side}", targets, texts, tokenizer)
         made = OfflineKDTrainer(
-            model, OfflineKDConfig(**common, lineage={"student": {"license": "own"}}), train_dataset=data,
+            model, OfflineKDConfig(**common, lineage=OWN), train_dataset=data,
             processing_class=tokenizer, teacher_cache=stored,
         )  # fmt: skip
     return made, [made.train_dataset[i] for i in range(len(texts))]

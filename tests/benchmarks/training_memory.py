@@ -39,6 +39,9 @@ class Highest(TrainerCallback):
         self.megabytes = max(self.megabytes, private_megabytes())
 
 
+OWN = {"student": {"license": "own"}, "teachers": {"synthetic": {"license": "own"}}}
+
+
 def train(directory: Path, examples: int, steps: int) -> dict[str, float]:
     """Fill, open and train; return seconds and MB."""
     tokenizer = byte_tokenizer()
@@ -51,9 +54,7 @@ def train(directory: Path, examples: int, steps: int) -> dict[str, float]:
     opened = time.perf_counter() - begun
     trainer = OfflineKDTrainer(
         model=model,
-        args=OfflineKDConfig(
-            **settings(directory / "run", max_steps=steps, lineage={"student": {"license": "own"}}, logging_steps=1000)
-        ),
+        args=OfflineKDConfig(**settings(directory / "run", max_steps=steps, lineage=OWN, logging_steps=1000)),
         teacher_cache=cache,
         processing_class=tokenizer,
         callbacks=[highest],

@@ -12,9 +12,16 @@ from kd_plugin.errors import LicenseRefusedError
 from kd_plugin.lineage import load_record, verify
 from kd_plugin.lineage.carried import carried_by
 from kd_plugin.lineage.start import student_source
-from kd_plugin.teachers import LocalTeacher
-from kd_plugin.trl import LicenseLineageCallback, OfflineKDConfig, OfflineKDTrainer
-from tests.hosts.runs import settings
+from kd_plugin.teachers import LocalTeacher, ServerTeacher
+from kd_plugin.trl import (
+    LicenseLineageCallback,
+    OfflineKDConfig,
+    OfflineKDTrainer,
+    TeacherPanelConfig,
+    TeacherPanelTrainer,
+)
+from tests.fake_vllm import Behaviour, fake_vllm
+from tests.hosts.runs import prompts, settings
 from tests.tiny import byte_tokenizer, save_tiny
 
 ROWS = [{"prompt": "a?", "completion": f" b{i}"} for i in range(4)]
@@ -144,3 +151,32 @@ def test_the_callback_on_another_trainer_looks_at_its_rows(model, tmp_path):
     rows = Dataset.from_list([{**row, "model": "gpt-4o"} for row in TOKENS])
     with pytest.raises(LicenseRefusedError, match="OpenAI"):
         plain(model, tmp_path / "2", [LicenseLineageCallback()], rows=rows).train()
+
+
+@pytest.mark.parametrize("host", ["trl", "lightning"])
+def test_a_server_that_says_it_serves_a_closed_model_gets_no_prompt(host, student_dir, teacher_dir, tmp_path):
+    from kd_plugin.lightning import KDDataModule, TeacherPanelModule
+    from tests.lightning.help import trainer as lightning_trainer
+
+    local, tokenizer = LocalTeacher(teacher_dir, dtype="float32"), byte_tokenizer()
+    with fake_vllm(local.model, tokenizer, Behaviour(name="gpt-4o")) as (url, behaviour):
+        teacher = {"url": url, "repo": teacher_dir, "top_k": 8}
+        (tmp_path / "rows.jsonl").write_text("\n".join(f'{{"prompt": "q{i}"}}' for i in range(4)))
+        with pytest.raises(LicenseRefusedError, match="OpenAI"):
+            if host == "trl":
+                TeacherPanelTrainer(
+                    model=student_dir,
+                    teacher_models={"t": ServerTeacher(**teacher, name="t")},
+                    args=TeacherPanelConfig(
+                        **settings(tmp_path / "o", max_steps=1), max_completion_length=4, estimator="topk_tail"
+                    ),
+                    train_dataset=prompts(),
+                ).train()
+            else:
+                module = TeacherPanelModule(
+                    student_dir, teacher_models={"t": ServerTeacher(**teacher, name="t")}, max_completion_length=4,
+                    estimator="topk_tail",
+                )  # fmt: skip
+                data = KDDataModule(prompts=str(tmp_path / "rows.jsonl"), batch_size=2)
+                lightning_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)
+        assert {path for path, _, _ in behaviour.requests} == {"/v1/models"}
