@@ -72,3 +72,15 @@ def test_teachers_are_sharded_beside_a_student_that_is_not(stage, students, teac
         assert cut["losses"] == pytest.approx(whole["losses"], rel=1e-4)
         assert cut["sharded"] == ["a", "b"]
         assert whole["sharded"] == []
+
+
+@pytest.mark.zero
+def test_a_rank_whose_rows_call_fewer_tools_does_not_leave_the_others_waiting(student_dir, teacher_dir, tmp_path):
+    panel = {"method": "panel", "stage": 3, "steps": 2, "completion": 4, "teachers": {"a": teacher_dir}}
+    panel["tool_rounds"] = [[2, 1, 1], []]
+    jobs = {
+        str(gather): job(student_dir, tmp_path, **panel, arguments={"ds3_gather_for_generation": gather})
+        for gather in (True, False)
+    }
+    for name, ranks in run_all(jobs, tmp_path / "job").items():
+        assert [rank["steps"] for rank in ranks] == [2, 2], name

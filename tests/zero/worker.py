@@ -146,9 +146,24 @@ def start_fsdp() -> None:
     PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
 
 
+def call_tools(trainer, rounds: list[int]) -> None:
+    """Stand for a tool loop in which this rank generates anew once for each of ``rounds``, for so many rows."""
+    from trl import DistillationTrainer
+
+    def loop(self, prompts, prompt_ids, completion_ids, completions, images, multimodal_fields):
+        for rows in rounds:
+            assert len(self._generate_single_turn(prompt_ids[:rows], None, {})) == rows
+        return [[1] * len(ids) for ids in completion_ids], completions, completion_ids, 0, 0, []
+
+    DistillationTrainer._tool_call_loop = loop
+    trainer.tools = [print]
+
+
 def train(job: dict, rank: int, counting) -> dict:
     args = arguments(job, rank)
     trainer = (build_panel if job["method"] == "panel" else build_offline)(job, args)
+    if job.get("tool_rounds"):
+        call_tools(trainer, job["tool_rounds"][rank])
     if job.get("die_at") and rank == job.get("die_rank", 1):
         from transformers import TrainerCallback
 
