@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from kd_plugin.lightning.student import require_trained_head
 from kd_plugin.signals import OutputHead
 
 _NOT_OF_THE_BACKBONE = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict")
@@ -124,9 +125,13 @@ class DistillingForward:
         vocab_size: number of real tokens; output rows beyond are padding.
         objective: what is minimised.
         within: the module that holds the student. Its parts around the student are wrappers, set up already.
+
+    Raises:
+        ConfigError: an adapter changes the student's output head.
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, objective: Objective, within: nn.Module) -> None:
+        require_trained_head(model)
         self.model = model
         self.vocab_size = vocab_size
         self.objective = objective

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from kd_plugin.cache.joining import TARGET, batch_targets
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
@@ -223,6 +223,13 @@ class TestBadInput:
 
         module = Elsewhere(student_dir)
         with pytest.raises(ConfigError, match=r"did not run the student over the batch's input_ids of shape \(4, "):
+            run(tmp_path, module, cache)
+
+    def test_an_adapter_on_the_output_head(self, tmp_path, student_dir, cache):
+        module = Plain(student_dir)
+        config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+        module.model = get_peft_model(module.model, config)
+        with pytest.raises(ConfigError, match=r"An adapter changes the student's output head .*modules_to_save"):
             run(tmp_path, module, cache)
 
     def test_another_vocabulary(self, tmp_path, student_dir, cache):
