@@ -16,7 +16,9 @@ from tests.zero.worker import deepspeed_config
 
 
 @pytest.mark.zero
-def test_a_killed_run_ends_and_resumes_to_the_same_weights(student_dir, teacher_dir, tmp_path, capsys):
+@pytest.mark.parametrize("student", ["student_dir", "untied_student_dir"])
+def test_a_killed_run_ends_and_resumes_to_the_same_weights(student, request, teacher_dir, tmp_path, capsys):
+    student_dir = request.getfixturevalue(student)
     saving = {"save_strategy": "steps", "save_steps": 2}
     base = {"method": "panel", "stage": 3, "steps": 6, "student": student_dir, "teachers": {"a": teacher_dir}}
     base |= {"arguments": saving, "completion": 4, "zero": {"stage3_gather_16bit_weights_on_model_save": False}}
@@ -42,12 +44,15 @@ def test_a_killed_run_ends_and_resumes_to_the_same_weights(student_dir, teacher_
 
 
 @pytest.mark.zero
-def test_another_number_of_ranks_goes_on_from_the_universal_format(student_dir, cache, tmp_path, capsys):
+def test_another_number_of_ranks_goes_on_from_the_universal_format(
+    student_dir, untied_student_dir, cache, tmp_path, capsys
+):
     """Two ranks save; one and four go on, with the same rows in each step, to the losses and weights of the two.
 
     Another number of ranks adds gradients in another order, and Adam makes much of small ones.
     """
     kinds = {"full": {"stage": 3}, "lora": {"stage": 3, "lora": True}, "cut": {"stage": 2}}
+    kinds["untied"] = {"stage": 3, "student": untied_student_dir}
     base = {"method": "offline", "steps": 4, "student": student_dir, "cache": cache}
 
     def jobs(ranks, **more):

@@ -23,19 +23,33 @@ def test_a_cut_teacher_scores_as_a_whole_one(teacher_dir, other_teacher_dir, tmp
             assert score["largest"] > 0.01 and score["apart"] < 1e-5 * score["largest"], name
 
 
-def test_student_and_teachers_under_fsdp2_train_as_one_process(student_dir, teacher_dir, other_teacher_dir, tmp_path):
+def test_student_and_teachers_under_fsdp2_train_as_one_process(
+    student_dir, untied_student_dir, teacher_dir, other_teacher_dir, cache, tmp_path
+):
     teachers = {"a": teacher_dir, "b": other_teacher_dir}
     offloaded = {name: {"path": path, "placement": "offload"} for name, path in teachers.items()}
-    common = {"method": "panel", "stage": None, "steps": 2, "student": student_dir, "arguments": GREEDY}
-    common["output_dir"] = str(tmp_path / "out")
-    jobs = {
-        "cut": {**common, "teachers": teachers, "fsdp": {"reshard_after_forward": True}},
-        "offloaded": {**common, "teachers": offloaded, "fsdp": {"reshard_after_forward": True}},
+    common = {"stage": None, "steps": 2, "arguments": GREEDY, "output_dir": str(tmp_path / "out")}
+    told = {
+        "panel": {"method": "panel", "teachers": teachers},
+        "offloaded": {"method": "panel", "teachers": offloaded},
+        "offline": {"method": "offline", "cache": cache, "arguments": {"gradient_checkpointing": False}},
+        "offline, ce": {
+            "method": "offline",
+            "cache": cache,
+            "arguments": {"gradient_checkpointing": False, "ce_weight": 0.3},
+        },
     }
-    (alone,) = run_all({"one": {**common, "teachers": teachers, "rows": 4}}, tmp_path / "alone", ranks=1)["one"]
-    found = run_all(jobs, tmp_path / "two", timeout=600)
-    for name, ranks in found.items():
+    jobs = {
+        f"{kind}, {name}": {**common, **one, "student": student}
+        for name, student in {"tied": student_dir, "untied": untied_student_dir}.items()
+        for kind, one in told.items()
+    }
+    alone = run_all({name: {**one, "rows": 4} for name, one in jobs.items()}, tmp_path / "alone", ranks=1, timeout=600)
+    cut = {name: {**one, "fsdp": {"reshard_after_forward": True}} for name, one in jobs.items()}
+    for name, ranks in run_all(cut, tmp_path / "two", timeout=900).items():
+        expected = alone[name][0]
         for rank in ranks:
-            assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-4), name
-            assert rank["norm"] == pytest.approx(alone["norm"], rel=1e-4), name
-            assert rank["sharded"] == (["a", "b"] if name == "cut" else [])
+            assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-4), name
+            assert rank["norm"] == pytest.approx(expected["norm"], rel=1e-4), name
+            if not name.startswith("offline"):
+                assert rank["sharded"] == ([] if name.startswith("offloaded") else ["a", "b"])
