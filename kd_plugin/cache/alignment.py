@@ -5,9 +5,9 @@ error. It shows in the data alone: a neighbour of the text's next token is likel
 token is. That alone proves nothing, though: an untrained teacher over text that is not its own says little about the
 next token, and may well favour a token that it has just read. So three things are asked, each against chance:
 
-1. The neighbour is likelier than the next token, by 4 standard errors (1 in 30,000).
+1. The neighbour is likelier than the next token, by 4 standard errors (1 in 30,000) and by half a nat.
 2. The next token is less likely than a draw from the target would be, by as much. A teacher's own text never is.
-3. By +1: the advantage is half a nat. An aligned target has read neither token, so that only chance prefers the later.
+3. By +1 nothing more: an aligned target has read neither token, so that only chance prefers the later one.
    By -1 the target may have read the token and repeat it. So either the teacher must know the text: give the token two
    ahead of it more than a token of another row, by 3 standard errors, where neither is a repetition. Or, untrained, it
    must not follow that token. What a causal teacher says depends most on the last token that it has read: targets after
@@ -16,7 +16,7 @@ next token, and may well favour a token that it has just read. So three things a
    nats likelier, and yet like a draw within half a nat: one that is repeated is far likelier than a draw, or certain.
 
 An untrained teacher's aligned targets follow the last token by 8 standard errors and more (draws: 3), so that the last
-alternatives need an accident as rare as the others. What is promised is a false alarm in at most 1 of 1,000 caches; the
+alternatives need an accident as rare as the others. The aim is a false alarm in at most 1 of 1,000 caches; the
 tests count over architectures, scales, texts and kinds of targets.
 """
 
@@ -102,10 +102,11 @@ class Alignment:
         best = max(self.logprob, key=self.logprob.__getitem__)
         if best == 0 or self.positions < _FEWEST:
             return 0
-        if not (self.ahead[best].beyond(_LIKELIER) and self.beyond_draw[0].beyond(-_LIKELIER)):
+        likelier = self.ahead[best].beyond(_LIKELIER) and self.ahead[best].value > _MARGIN
+        if not (likelier and self.beyond_draw[0].beyond(-_LIKELIER)):
             return 0
         if best == 1:
-            return 1 if self.ahead[1].value > _MARGIN or self.follows.beyond(_FOLLOWS) else 0
+            return 1
         drawn = not (self.beyond_draw[-1].beyond(_LIKELIER) or self.beyond_draw[-1].beyond(-_LIKELIER))
         undecided = self.follows.error < torch.inf and not self.follows.beyond(-_FOLLOWS)
         untrained = self.follows.beyond(_FOLLOWS) or (undecided and (drawn or not self.sampled))
