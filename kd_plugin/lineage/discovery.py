@@ -319,7 +319,8 @@ def _from_outputs(source: Source, registry: Registry) -> Found:
         raise LineageError(f"The record of {source.name!r} has 'outputs' {outputs!r}; expected a mapping.")
     details = {str(k): _recordable(v) for k, v in outputs.items() if k != "digest" and v is not None}
     before = graph.nodes[ids[bare.id]]
-    node = replace(_vouched(before, source), digest=outputs.get("digest"), details=details)
+    said = replace(before, evidence=())  # what a record says of itself is no word of the user's
+    node = replace(_vouched(said, source), digest=outputs.get("digest"), details=details)
     edges = [replace(e, source=node.id) if e.source == before.id else e for e in graph.edges]
     nodes = [node, *(n for n in graph.nodes.values() if n.id != before.id)]
     return Found(node, Graph.of(nodes, edges), record_overrides(source.record))
@@ -329,7 +330,7 @@ def _vouched(node: Node, source: Source) -> Node:
     """Add the user's word to a checkpoint or a cache that is declared as ``own``: then what it calls own is theirs."""
     if source.license is None or source.license.strip().lower() != OWN:
         return node
-    return replace(node, licenses=(*node.licenses, OWN), evidence=(Evidence(DECLARED, OWN, (OWN,)), *node.evidence))
+    return replace(node, evidence=(Evidence(DECLARED, OWN, (OWN,)), *node.evidence))
 
 
 def _recordable(value: Any) -> Any:

@@ -162,7 +162,7 @@ def _judge_declaration(node: Node, path: Path, tally: _Tally) -> None:
 
 def _judge_words(node: Node, path: Path, graph: Graph, tally: _Tally) -> None:
     """Note where one voice alone speaks, and what is to be asked about a dataset."""
-    said = [e for e in node.evidence if e.ids]
+    said = [e for e in node.evidence if e.ids and node.kind in ("model", "dataset")]
     if said and all(e.voice == "user" for e in said) and not {OWN, "unknown"} & set(node.licenses):
         remedy = "keep what you read of its terms beside it: a LICENSE file, or a card that names its licence"
         seen = "; ".join(f"{e.where}: {e.value}" for e in said)

@@ -49,6 +49,6 @@ def others_own(graph: Graph) -> set[str]:
             node = graph.nodes[target]
             spoken_for.add(target)
             is_record = node.kind in ("checkpoint", "teacher_outputs") and kind != "resumed_from"
-            if not is_record or OWN in node.licenses:
+            if not is_record or any(e.voice == "user" and OWN in e.ids for e in node.evidence):
                 frontier.append(target)
     return {i for i, node in graph.nodes.items() if OWN in node.licenses and i not in spoken_for}

@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_plugin.lineage.graph import SELF, Edge, Graph, Node
+from kd_plugin.lineage.graph import SELF, Edge, Evidence, Graph, Node
 from kd_plugin.lineage.policy import evaluate
 from kd_plugin.lineage.registry import default_registry
 from kd_plugin.lineage.verdict import DECISIONS, FACTS
@@ -19,6 +19,9 @@ sources = st.lists(
 )
 
 
+MINE = (Evidence("declared", "own", ("own",)),)  # the user vouches for what a record calls own
+
+
 def graph_of(student, taught, wrap=None):
     base = Node("model", "student", repo="org/student", licenses=(student,))
     nodes, edges = [base], [Edge(SELF, base.id, "initialized_from")]
@@ -27,14 +30,14 @@ def graph_of(student, taught, wrap=None):
         node = Node(node_kind, f"n{i}", repo=f"org/n{i}", licenses=(licence,), services=(service,) if service else ())
         nodes.append(node)
         if wrap == "cache" and kind != "trained_on":
-            cache = Node("teacher_outputs", f"cache{i}")
+            cache = Node("teacher_outputs", f"cache{i}", evidence=MINE)
             nodes.append(cache)
             edges += [Edge(SELF, cache.id, kind), Edge(cache.id, node.id, kind)]
         else:
             edges.append(Edge(SELF, node.id, kind))
     graph = Graph.of(nodes, edges)
     if wrap == "checkpoint":
-        parent = Node("checkpoint", "parent", digest="sha256:0")
+        parent = Node("checkpoint", "parent", digest="sha256:0", evidence=MINE)
         return graph.rooted_at(parent).merged(Graph.of([parent], [Edge(SELF, parent.id, "initialized_from")]))
     return graph
 

@@ -1,12 +1,14 @@
 """A: whose word is it? A stranger's file never counts as the user's own declaration."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
-from kd_plugin.lineage import Source, outputs_record
+from kd_plugin.lineage import RunLineage, Source, outputs_record
+from kd_plugin.lineage.graph import Evidence, Graph
 from kd_plugin.lineage.registry import default_registry
-from tests.core.lineage_help import model_dir
-from tests.lineage_attacks.attack import attack, gate
+from tests.core.lineage_help import checkpoint, model_dir
+from tests.lineage_attacks.attack import attack, gate, verdict
 
 TEXTS = default_registry()
 
@@ -65,9 +67,6 @@ def cache_of(place: Path) -> Source:
 
 
 def on_cache(place: Path, config=None) -> str:
-    from kd_plugin.lineage import RunLineage
-    from tests.lineage_attacks.attack import verdict
-
     student = Source("student", ref=model_dir(place, "s", "mit"))
     return verdict(lambda: RunLineage(method="x", student=student, outputs=[cache_of(place)], config=config))
 
@@ -75,14 +74,26 @@ def on_cache(place: Path, config=None) -> str:
 attack(OWN, "a cache's record calls its teacher own", "unknown", on_cache)
 attack(OWN, "and the user says that it is theirs", "allow", lambda d: on_cache(
     d, {"teachers": {"expert": {"license": "own"}}, "datasets": [{"name": "rows", "license": "own"}]}))  # fmt: skip
+
+
+def vouching_for_itself(place: Path) -> str:
+    """Put the user's word into the record of a cache that somebody else made."""
+    graph = Graph.from_json(cache_of(place).record)
+    root = graph.root("teacher_outputs")
+    forged = replace(root, evidence=(Evidence("declared", "own", ("own",)),))
+    edges = [replace(e, source=forged.id) if e.source == root.id else e for e in graph.edges]
+    nodes = [forged if node is root else node for node in graph.nodes.values()]
+    cache = Source("cache", "teacher_outputs", record=Graph.of(nodes, edges).to_json())
+    student = Source("student", ref=model_dir(place, "s", "mit"))
+    return verdict(lambda: RunLineage(method="x", student=student, outputs=[cache]))
+
+
+attack(OWN, "a cache's record says that it is the user's own", "unknown", vouching_for_itself)
 attack(OWN, "and the user names another teacher", "unknown", lambda d: on_cache(
     d, {"teachers": {"other": {"license": "own"}}}))  # fmt: skip
 
 
 def after_own(place: Path, licence: str | None) -> str:
-    from kd_plugin.lineage import RunLineage
-    from tests.core.lineage_help import checkpoint
-
     saved = checkpoint(place)
     first = Source("student", ref=model_dir(place, "base"), license="own")
     RunLineage(method="x", student=first).write(saved, step=1)
