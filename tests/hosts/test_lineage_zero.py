@@ -14,8 +14,10 @@ pytest.importorskip("deepspeed")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("student", ["student_dir", "untied_student_dir"])
 @pytest.mark.parametrize("gather", ["consolidated", "sharded"])
-def test_zero_3_on_two_ranks(gather, tmp_path, student_dir):
+def test_zero_3_on_two_ranks(gather, student, request, tmp_path):
+    student_dir = request.getfixturevalue(student)
     worker = Path(__file__).with_name("zero_saving_worker.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -28,6 +28,7 @@ def main(student: str, output: str, gather: str) -> None:
         "zero_optimization": {
             "stage": 3,
             "overlap_comm": False,
+            "stage3_param_persistence_threshold": 0,
             "stage3_gather_16bit_weights_on_model_save": gather == "consolidated",
         },
         "zero_allow_untested_optimizer": True,

@@ -25,13 +25,13 @@ FILES = CHECKOUT / "integrations"
 
 
 @pytest.fixture
-def run(student_dir, teacher_dir, tmp_path):
+def run(untied_student_dir, teacher_dir, tmp_path):
     """Run a shipped command in a directory with ``integrations/`` and ``train.yaml``, as a user has them."""
     (tmp_path / "integrations").symlink_to(FILES)
     rows = [{"prompt": f"{i}?", "completion": f" {i}"} for i in range(16)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {
-        "model_name_or_path": student_dir, "output_dir": str(tmp_path / "out"), "max_steps": 2,
+        "model_name_or_path": untied_student_dir, "output_dir": str(tmp_path / "out"), "max_steps": 2,
         "per_device_train_batch_size": 2, "bf16": False, "save_strategy": "steps", "save_steps": 2,
         "report_to": "none", "logging_steps": 1, "accelerator_config": {"use_configured_state": True},
         "dataset_name": str(tmp_path / "prompts.jsonl"),

@@ -12,12 +12,17 @@ pytestmark = pytest.mark.zero
 GREEDY = {"top_k": 1, "gradient_checkpointing": False}
 
 
+@pytest.fixture(scope="module", params=["student_dir", "untied_student_dir"])
+def student(request):
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory, student_dir, teacher_dir):
+def adapters(tmp_path_factory, student, teacher_dir):
     """An adapter on the student's base, and two on a base of their own."""
     root, other = tmp_path_factory.mktemp("adapters"), LoraConfig(r=2, target_modules=["k_proj"], task_type="CAUSAL_LM")
     return {
-        "own": {"adapter": save_adapter(student_dir, root / "own", LORA, 1), "base": "student"},
+        "own": {"adapter": save_adapter(student, root / "own", LORA, 1), "base": "student"},
         "math": {"adapter": save_adapter(teacher_dir, root / "math", LORA, 2), "base": teacher_dir},
         "code": {"adapter": save_adapter(teacher_dir, root / "code", other, 3), "base": teacher_dir},
     }
@@ -28,9 +33,7 @@ def panel(student_dir, where, teachers, stage, *, rows=2, lora=True, **arguments
     return told | {"student": student_dir, "output_dir": str(where), "arguments": {**GREEDY, **arguments}}
 
 
-def test_adapters_and_offloaded_teachers_at_every_stage(
-    adapters, student_dir, teacher_dir, other_teacher_dir, tmp_path
-):
+def test_adapters_and_offloaded_teachers_at_every_stage(adapters, student, teacher_dir, other_teacher_dir, tmp_path):
     panels = {
         "adapters": {**adapters, "whole": other_teacher_dir},
         "offloaded": {
@@ -40,23 +43,23 @@ def test_adapters_and_offloaded_teachers_at_every_stage(
     }
     jobs, alone = {}, {}
     for name, teachers in panels.items():
-        alone[name] = panel(student_dir, tmp_path / name, teachers, None, rows=4)
+        alone[name] = panel(student, tmp_path / name, teachers, None, rows=4)
         for stage in (1, 2, 3):
-            jobs[f"{name}{stage}"] = panel(student_dir, tmp_path / name, teachers, stage)
-        jobs[f"{name}2cut"] = panel(student_dir, tmp_path / name, teachers, 2, shard_teachers=True)
+            jobs[f"{name}{stage}"] = panel(student, tmp_path / name, teachers, stage)
+        jobs[f"{name}2cut"] = panel(student, tmp_path / name, teachers, 2, shard_teachers=True)
     expected = run_all(alone, tmp_path / "alone", ranks=1)
     found = run_all(jobs, tmp_path / "two", timeout=600)
     for name in jobs:
         assert found[name][0]["losses"] == pytest.approx(expected[name.rstrip("123cut")][0]["losses"], rel=1e-3), name
 
 
-def test_interleaved_rollouts_at_every_stage(adapters, student_dir, teacher_dir, other_teacher_dir, tmp_path):
+def test_interleaved_rollouts_at_every_stage(adapters, student, teacher_dir, other_teacher_dir, tmp_path):
     """The panel replaces what is not its first token: ranks need different numbers of rounds for the same text."""
     teachers = {"own": adapters["own"], "a": teacher_dir, "b": {"path": other_teacher_dir, "placement": "offload"}}
     writing = {"rollouts": "interleaved", "interleaved_top_k": 1, "interleaved_block": 3}
 
     def job(stage, **further):
-        return panel(student_dir, tmp_path / "out", teachers, stage, **writing, **further)
+        return panel(student, tmp_path / "out", teachers, stage, **writing, **further)
 
     expected = run_all({"": {**job(None), "rows": 4}}, tmp_path / "alone", ranks=1)[""][0]["losses"]
     jobs = {str(stage): job(stage) for stage in (1, 2, 3)}

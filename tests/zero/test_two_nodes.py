@@ -38,8 +38,8 @@ def slurm(rank, tmp_path):
 
 
 @pytest.mark.parametrize("launcher", [torchrun, accelerate, slurm])
-def test_two_nodes_train_one_student(launcher, nodes, student_dir, teacher_dir, tmp_path):
-    job = {"method": "panel", "stage": 3, "steps": 2, "completion": 4, "student": student_dir}
+def test_two_nodes_train_one_student(launcher, nodes, untied_student_dir, teacher_dir, tmp_path):
+    job = {"method": "panel", "stage": 3, "steps": 2, "completion": 4, "student": untied_student_dir}
     job |= {"teachers": {"a": teacher_dir}, "output_dir": str(tmp_path / "out")}
     job["arguments"] = {"save_strategy": "steps", "save_steps": 2}
     if launcher is accelerate:
