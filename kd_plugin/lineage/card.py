@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.lineage.config import parse_yaml
+from kd_plugin.lineage.card_front import with_keys
 from kd_plugin.lineage.frontmatter import FRONT
 from kd_plugin.lineage.graph import SELF, Graph
+from kd_plugin.lineage.strict_yaml import parse_yaml
 from kd_plugin.lineage.traces import SECTION_BEGIN as _BEGIN
 from kd_plugin.lineage.traces import SECTION_END as _END
 from kd_plugin.lineage.verdict import NO_ADVICE
@@ -27,6 +28,7 @@ _HUB_EXPRESSIONS = frozenset(
         "bigcode-openrail-m", "bigscience-bloom-rail-1.0", "creativeml-openrail-m",
     )
 )  # fmt: skip
+_TAG = "distillation"
 _INITIALISED = ("resumed_from", "initialized_from", "adapter_of")
 _TEACHING = {"distilled_logits": "distributions", "trained_on_outputs": "text", "corrected_by": "corrections"}
 
@@ -34,55 +36,76 @@ _TEACHING = {"distilled_logits": "distributions", "trained_on_outputs": "text", 
 def update_card(directory: Path, record: Mapping[str, Any]) -> None:
     """Write the lineage into ``README.md`` of a checkpoint, whose own words stay as they are.
 
+    A card under another spelling, such as ``readme.md``, is that file.
+
     Raises:
         LineageError: the file cannot be written.
     """
-    path = directory / "README.md"
+    spelled = sorted(path for path in directory.iterdir() if path.name.lower() == "readme.md")
+    path = next((one for one in spelled if one.name == "README.md"), spelled[0] if spelled else directory / "README.md")
     # Bytes that are no UTF-8 pass through unchanged
     text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
     write_file(path, card_text(text, record).encode("utf-8", "surrogateescape"))
 
 
 def card_text(text: str, record: Mapping[str, Any]) -> str:
-    """Return a card with the record's front matter and section in the place of older ones."""
+    """Return a card with the record's keys and section in the place of older ones, and all else as it was."""
+    mark = "\ufeff" if text.startswith("\ufeff") else ""
+    text = text.removeprefix("\ufeff")
     match = FRONT.match(text)
-    front: Any = {}
+    written = None
     if match is not None:
         try:
             front = parse_yaml(match[1].encode("utf-8", "surrogateescape"), "README.md")
+            written = _with_record(match[1], front if isinstance(front, Mapping) else {}, record)
         except ConfigError:
             match = None  # what cannot be read as front matter stays in the card as text
     body = text[match.end() :] if match else text
-    merged = front_matter(front if isinstance(front, Mapping) else {}, record)
-    written = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=120)
+    written = _with_record("", {}, record) if written is None else written
     body = re.sub(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", "\n", body, flags=re.DOTALL).strip("\n")
     title = "" if body else f"# {_text(record['student'].get('name') or 'Checkpoint')}"
-    return f"---\n{written}---\n\n{body or title}\n\n{_BEGIN}\n{section(record)}\n{_END}\n"
+    return f"{mark}---\n{written}---\n\n{body or title}\n\n{_BEGIN}\n{section(record)}\n{_END}\n"
 
 
-def front_matter(front: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the hub's metadata: ``license``, ``base_model``, ``tags`` and a ``distillation`` block.
+def _with_record(text: str, front: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """Return front matter with the record's keys; other keys keep their very words, where those stand line by line."""
+    own = own_keys(record)
+    stale = [key for key in ("licence", "license_name", "license_link") if key not in own]
+    wanted = {key: value for key, value in front.items() if key not in stale} | own
+    written = with_keys(text, own, drop=stale, add_tag=_TAG)
+    try:
+        found = parse_yaml(written.encode("utf-8", "surrogateescape"), "README.md")
+    except ConfigError:
+        found = None
+    if isinstance(found, Mapping) and {k: v for k, v in found.items() if k != "tags"} == {
+        k: v for k, v in wanted.items() if k != "tags"
+    }:
+        return written
+    tags = wanted.get("tags")  # front matter in braces, on one line: written anew
+    kept = [tags] if isinstance(tags, str) else tags if isinstance(tags, list) else []
+    whole = wanted | {"tags": list(dict.fromkeys([*kept, _TAG]))}
+    return str(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=120))
+
+
+def own_keys(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hub's metadata that the lineage decides: ``license``, ``base_model`` and a ``distillation`` block.
 
     ``base_model`` is the student's own initialisation: a list there would mean a merge, and the hub knows no
     relation for teachers. TRL 1.16 writes ``licence: license``, which is dropped.
     """
     graph = Graph.from_json(record)
-    merged = {key: value for key, value in front.items() if key != "licence"}
-    merged |= _license_fields(graph, record)
+    own = _license_fields(graph, record)
     base = _hub_base(graph)
     if base is not None:
         is_adapter = any(item["path"].startswith("adapter_model.") for item in record["subjects"])
-        merged |= {"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"}
-    tags = merged.get("tags")
-    kept = [tags] if isinstance(tags, str) else tags if isinstance(tags, list) else []
-    merged["tags"] = list(dict.fromkeys([*kept, "distillation"]))
-    merged["distillation"] = {
+        own |= {"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"}
+    own["distillation"] = {
         "method": record["run"]["method"],
         "decision": record["effective"]["decision"],
         "lineage": "lineage.json",
         "teachers": _teachers(graph),
     }
-    return merged
+    return own
 
 
 def license_problem(text: str, record: Mapping[str, Any]) -> str | None:

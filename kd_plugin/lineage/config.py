@@ -11,21 +11,22 @@ from typing import Any
 import yaml
 
 from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.lineage.overrides import Override, read_overrides
+from kd_plugin.lineage.overrides import Override, read_overrides, require_date
 from kd_plugin.lineage.sources import Source
+from kd_plugin.lineage.strict_yaml import MAX_BYTES, parse_yaml
 from kd_plugin.lineage.verdict import FACTS
 
 _KEYS = ("student", "teachers", "datasets", "use", "overrides", "run", "registry")
+_LICENSE_KEYS = ("license", "license_name", "license_link")  # the hub's own convention: `other`, a name and a link
 _SOURCE_KEYS = (
-    "repo", "revision", "license", "reason", "endpoint", "endpoint_terms", "model", "signal", "generated_by", "name",
+    "repo", "revision", *_LICENSE_KEYS, "reason", "endpoint", "endpoint_terms", "model", "signal", "generated_by",
+    "name",
 )  # fmt: skip
-_STUDENT_KEYS = ("repo", "revision", "license", "reason", "name", "declared_license", "merged_from")
-_PARENT_KEYS = ("repo", "revision", "license", "reason")
-_DATASET_KEYS = ("repo", "revision", "license", "reason", "generated_by", "name")
-_WRITER_KEYS = ("model", "license", "reason", "revision", "endpoint", "endpoint_terms")
+_STUDENT_KEYS = ("repo", "revision", *_LICENSE_KEYS, "reason", "name", "declared_license", "merged_from")
+_PARENT_KEYS = ("repo", "revision", *_LICENSE_KEYS, "reason")
+_DATASET_KEYS = ("repo", "revision", *_LICENSE_KEYS, "reason", "generated_by", "name")
+_WRITER_KEYS = ("model", *_LICENSE_KEYS, "reason", "revision", "endpoint", "endpoint_terms")
 _RUN_KEYS = ("id", "date", "repo", "commit")
-_MAX_BYTES = 1 << 20
-_MAX_DEPTH = 64  # deeper flow collections cost a YAML parser quadratic time
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -122,12 +123,15 @@ def _load(config: Any, where: str, folder: Path) -> LineageConfig:
     datasets = data.get("datasets") or []
     if not isinstance(datasets, Sequence) or isinstance(datasets, str):
         raise ConfigError(f"{where}.datasets must be a list of mappings, got {datasets!r}.")
+    run = {k: str(v) for k, v in _mapping(data.get("run") or {}, f"{where}.run", _RUN_KEYS).items()}
+    if "date" in run:
+        require_date(run["date"], f"{where}.run.date")
     return LineageConfig(
         student=_declaration(data.get("student") or {}, f"{where}.student", _STUDENT_KEYS),
         teachers={str(k): _declaration(v or {}, f"{where}.teachers.{k}", _SOURCE_KEYS) for k, v in teachers.items()},
         datasets=tuple(_declaration(d, f"{where}.datasets[{i}]", _DATASET_KEYS) for i, d in enumerate(datasets)),
         use=_facts(data.get("use") or {}, f"{where}.use"),
-        run={k: str(v) for k, v in _mapping(data.get("run") or {}, f"{where}.run", _RUN_KEYS).items()},
+        run=run,
         overrides=read_overrides(overrides, f"{where}.overrides"),
         registry=None if registry is None else folder / registry,
     )
@@ -141,30 +145,10 @@ def read_yaml(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
+            raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"The lineage file {str(path)!r} cannot be read: {error.strerror}.") from error
     return parse_yaml(raw, str(path))
-
-
-def parse_yaml(raw: bytes, where: str) -> Any:
-    """Parse YAML that may come from strangers: bounded, no tags beyond the plain ones, no aliases."""
-    if len(raw) > _MAX_BYTES:
-        raise ConfigError(f"{where} is larger than {_MAX_BYTES} bytes; that is no lineage declaration.")
-    try:
-        text = raw.decode("utf-8")
-        if _depth(text) > _MAX_DEPTH:
-            raise ConfigError(f"{where} is nested deeper than {_MAX_DEPTH} levels; that is no declaration.")
-        # An alias can make a small file stand for billions of nodes, and no declaration needs one.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_LOADER)):
-            raise ConfigError(f"{where} uses YAML aliases (*name), which are not read here; write the value out.")
-        return yaml.load(text, Loader=_LOADER)  # a safe loader either way
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown place"
-        raise ConfigError(f"{where} is not valid YAML at {place}: {error.problem}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}.") from error
 
 
 def _with_line(message: str, path: Path) -> str:
@@ -189,17 +173,12 @@ def _with_line(message: str, path: Path) -> str:
     return f"{about} (line {line}){message.removeprefix(about)}"
 
 
-def _depth(text: str) -> int:
-    """Return how deep brackets nest, as an upper bound: brackets inside strings count too."""
-    depth = deepest = 0
-    for bracket in re.findall(r"[\[{\]}]", text):
-        depth = depth + 1 if bracket in "[{" else max(0, depth - 1)
-        deepest = max(deepest, depth)
-    return deepest
-
-
 def _declaration(value: Any, where: str, keys: tuple[str, ...]) -> Declaration:
-    data = dict(_mapping(value, where, keys))
+    data = _licensed(_mapping(value, where, keys), where)
+    declared = data.get("declared_license")
+    if isinstance(declared, Mapping):
+        place = f"{where}.declared_license"
+        data["declared_license"] = _licensed(_mapping(declared, place, _LICENSE_KEYS), place).get("license")
     generated = data.pop("generated_by", None)
     parents = _parents(data.pop("merged_from", None) or [], f"{where}.merged_from")
     for key, item in data.items():
@@ -221,13 +200,29 @@ def _declaration(value: Any, where: str, keys: tuple[str, ...]) -> Declaration:
     return Declaration(**data, generated_by=tuple(g for g in items if isinstance(g, str)), generators=tuple(writers))
 
 
+def _licensed(value: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a mapping in which ``license: other`` with a name and a link, as the hub has it, is that name."""
+    data = {key: item for key, item in value.items() if key not in ("license_name", "license_link")}
+    name, link = value.get("license_name"), value.get("license_link")
+    is_other = isinstance(data.get("license"), str) and data["license"].strip().lower() == "other"
+    if name is None and link is None and not is_other:
+        return data
+    if not is_other or not all(isinstance(one, str) and one.strip() for one in (name, link)):
+        raise ConfigError(
+            f"{where}.license is {data.get('license')!r} with license_name {name!r} and license_link {link!r}; "
+            "expected `license: other` with both a name and a link, or a licence alone."
+        )
+    return {**data, "license": name}
+
+
 def _parents(value: Any, where: str) -> tuple[Source, ...]:
     """Read the models or adapters that the student's weights were merged from: references, or mappings with terms."""
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{where} must be a list of paths or hub ids, got {value!r}.")
     parents = []
     for i, item in enumerate(value):
-        data = _mapping({"repo": item} if isinstance(item, str | Path) else item, f"{where}[{i}]", _PARENT_KEYS)
+        place = f"{where}[{i}]"
+        data = _licensed(_mapping({"repo": item} if isinstance(item, str | Path) else item, place, _PARENT_KEYS), place)
         if not data.get("repo") or not all(isinstance(v, str | Path | None) for v in data.values()):
             raise ConfigError(f"{where}[{i}] must be a path, a hub id or {{repo: ..., license: ...}}; got {item!r}.")
         ref = str(data["repo"])
@@ -239,7 +234,7 @@ def _parents(value: Any, where: str) -> tuple[Source, ...]:
 
 def _writer(item: Mapping[str, Any], where: str) -> Source:
     """Read a model that wrote a dataset: its name, and what is declared of it."""
-    data = _mapping(item, where, _WRITER_KEYS)
+    data = _licensed(_mapping(item, where, _WRITER_KEYS), where)
     if not isinstance(data.get("model"), str) or not all(isinstance(v, str | None) for v in data.values()):
         raise ConfigError(f"{where} must say which model, as in {{model: org/name, license: mit}}; got {item!r}.")
     name = data["model"]

@@ -9,30 +9,39 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.errors import ConfigError, LineageError
-from kd_plugin.lineage.config import parse_yaml
+from kd_plugin.errors import ConfigError
+from kd_plugin.lineage.bases import MERGE_FILES, Bases, bases_of
 from kd_plugin.lineage.frontmatter import front_of, has_begun
-from kd_plugin.lineage.graph import EdgeKind, Evidence
+from kd_plugin.lineage.graph import Evidence
 from kd_plugin.lineage.hashing import sha256_text
 from kd_plugin.lineage.readings import printable, read_licence
 from kd_plugin.lineage.registry import UNKNOWN, Registry
+from kd_plugin.lineage.strict_yaml import parse_yaml
 from kd_plugin.lineage.texts import copyright_lines, recognise
 from kd_plugin.lineage.traces import traces_in
 from kd_plugin.lineage.writers import prose_of, writers_of
 
 _MAX_TEXT = 1 << 20  # bytes
+_MAX_NOTICE = 8 << 20  # bytes; notices of many components are long, and must travel whole
 _MAX_FILES = 20  # licence files that are read in one directory, and licences that one card may name
 _MAX_LISTED = 1000
-_LICENSE_FILE = re.compile(r"^(licen[cs]e|copying)([-_. ].*)?$", re.IGNORECASE)
-# What of a hub repository speaks of its terms
-HUB_FILES = re.compile(
-    r"^(readme\.md|lineage\.json|notice(\.txt)?|adapter_config\.json|(licen[cs]e|copying)([-_. ].*)?)$", re.IGNORECASE
+# LICENSE, LICENCE.txt, COPYING, UNLICENSE; and with a word before it, LLAMA_LICENSE.txt, MODEL-LICENSE, if it is a text
+_LICENSE_FILE = re.compile(
+    r"^(?:(?:un)?licen[cs]e|copying)(?:[-_. ].*)?$|^.*[-_. ](?:licen[cs]e|copying)(?:[-_ ].*)?(?:\.(?:txt|md|rst))?$",
+    re.IGNORECASE,
 )
-_HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
+_NOTICE_FILE = re.compile(r"^notices?(?:\.(?:txt|md|rst))?$", re.IGNORECASE)
+_CARD_FILE = re.compile(r"^readme\.md$", re.IGNORECASE)
+_OTHERS = re.compile("|".join(map(re.escape, ("lineage.json", "adapter_config.json", *MERGE_FILES))), re.IGNORECASE)
+
+
+def speaks_of_terms(name: str) -> bool:
+    """Whether a file of a hub repository, by its name, speaks of the repository's terms."""
+    return bool(_OTHERS.fullmatch(name) or any(p.match(name) for p in (_CARD_FILE, _NOTICE_FILE, _LICENSE_FILE)))
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class DirectoryFacts:
         readings: licences, each with the file that names it.
         text_sha256: digest of the licence texts found.
         copyright: copyright lines of those texts.
-        notice: contents of its NOTICE file.
+        notice: contents of its NOTICE files.
         unmatched_text: a licence text that no registry entry matches.
         bases: models that it was made from, with the kind of edge.
         writers: models that fields of a dataset's card name as its writers, each with the words that name it.
@@ -56,7 +65,7 @@ class DirectoryFacts:
     copyright: tuple[str, ...] = ()
     notice: str | None = None
     unmatched_text: str | None = None
-    bases: tuple[tuple[str, EdgeKind], ...] = field(default=())
+    bases: Bases = ()
     writers: tuple[tuple[str, str], ...] = ()
     prose: tuple[str, ...] = ()
     trace: str | None = None
@@ -72,10 +81,9 @@ def read_directory(directory: Path, registry: Registry) -> DirectoryFacts:
     copyrights: list[str] = []
     texts: list[str] = []
     unmatched: list[str] = []
-    licence_files = [path for path in sorted(directory.iterdir()) if _LICENSE_FILE.match(path.name)]
-    for path in licence_files[:_MAX_FILES]:
-        if path.is_dir():
-            continue
+    names = sorted(path for path in directory.iterdir() if not path.is_dir())
+    linked: dict[str, str] = {}
+    for path in [path for path in names if _LICENSE_FILE.match(path.name)][:_MAX_FILES]:
         text = _read_text(path, directory)
         if text is None:
             readings.append(Evidence(printable(path.name), "a file that is too large or leads elsewhere", (UNKNOWN,)))
@@ -86,29 +94,41 @@ def read_directory(directory: Path, registry: Registry) -> DirectoryFacts:
         texts.append(text)
         if found.id is None:
             unmatched.append(text)
-    card_text = _card_text(directory)
+        else:
+            linked[path.name] = found.id
+    # The hub shows README.md; a card that is written otherwise is read as well
+    card_files = sorted((path for path in names if _CARD_FILE.match(path.name)), key=lambda p: p.name != "README.md")
+    card_texts = [_card_text(path, directory) for path in card_files[:_MAX_FILES]] or [""]
+    card_text = card_texts[0]
     card = _front_matter(card_text)
-    readings += _card_readings(card, registry)
+    for other in card_texts:
+        readings += _card_readings(_front_matter(other), registry, linked)
     readings += _config_readings(directory, registry)
-    notices = (_read_text(directory / name, directory) for name in ("NOTICE", "NOTICE.txt", "Notice", "Notice.txt"))
+    merges = {name: _read_text(directory / name, directory) for name in MERGE_FILES if (directory / name).exists()}
+    bases, unread = bases_of(card, _read_text(directory / "adapter_config.json", directory), merges, directory.name)
+    readings += unread
+    notices: list[str] = []
+    for path in [path for path in names if _NOTICE_FILE.match(path.name)][:_MAX_FILES]:
+        text = _read_text(path, directory, _MAX_NOTICE)
+        if text is None:
+            readings.append(Evidence(printable(path.name), "a file that is too large or leads elsewhere", (UNKNOWN,)))
+        elif text.strip():
+            notices.append(text)
     return DirectoryFacts(
         readings=tuple(readings),
         text_sha256=sha256_text("\n".join(texts)) if texts else None,
         copyright=tuple(dict.fromkeys(copyrights)),
-        notice=next((notice for notice in notices if notice), None),
+        notice="\n\n".join(dict.fromkeys(notices)) or None,
         unmatched_text="\n\n".join(unmatched) or None,
-        bases=_bases(directory, card),
+        bases=bases,
         writers=writers_of(card, registry),
         prose=prose_of(card_text, registry),
         trace=traces_in(directory, card, card_text),
     )
 
 
-def _card_text(directory: Path) -> str:
-    """Return the beginning of README.md; a card that leads elsewhere reads as one that cannot be read."""
-    path = directory / "README.md"
-    if not path.is_file():
-        return ""
+def _card_text(path: Path, directory: Path) -> str:
+    """Return the beginning of a card; one that leads elsewhere reads as one that cannot be read."""
     if path.is_symlink() and not _stays_home(path, directory):
         return "---\n"
     with path.open("rb") as file:
@@ -133,7 +153,8 @@ def _front_matter(text: str) -> Mapping[str, Any]:
     return data if isinstance(data, Mapping) else {}
 
 
-def _card_readings(card: Mapping[str, Any], registry: Registry) -> list[Evidence]:
+def _card_readings(card: Mapping[str, Any], registry: Registry, linked: Mapping[str, str]) -> list[Evidence]:
+    """Read the licences of a card; ``linked`` has the files of the directory whose texts were recognised."""
     written = [value for key, value in card.items() if str(key).strip().lower() in ("license", "licence")]
     listed = [one for value in written for one in (value if isinstance(value, list) else [value])]
     readings = []
@@ -143,7 +164,12 @@ def _card_readings(card: Mapping[str, Any], registry: Registry) -> list[Evidence
         # "other" is something only with both a name and a link
         name = card.get("license_name") if str(one).lower() == "other" and card.get("license_link") else None
         value = printable(str(name if isinstance(name, str) else one), 100)
-        readings.append(read_licence("README.md", value, "stranger", registry))
+        reading = read_licence("README.md", value, "stranger", registry)
+        link = str(card.get("license_link") or "").strip().split("#")[0].split("?")[0].rstrip("/").rsplit("/", 1)[-1]
+        if UNKNOWN in reading.ids and isinstance(name, str) and link in linked:
+            # A name that nobody knows, for a text that is here and was read: the text says which licence it is
+            reading = Evidence("README.md", f"{value}, whose text is {link}", (linked[link],), "stranger")
+        readings.append(reading)
     found = list(dict.fromkeys(readings))
     if len(found) > _MAX_FILES:
         return [Evidence("README.md", f"{len(found)} licences, more than a card can mean", (UNKNOWN,))]
@@ -165,33 +191,15 @@ def _config_readings(directory: Path, registry: Registry) -> list[Evidence]:
     return readings
 
 
-def _bases(directory: Path, card: Mapping[str, Any]) -> tuple[tuple[str, EdgeKind], ...]:
-    """Return the models behind this one; several bases of one card are a merge."""
-    text = _read_text(directory / "adapter_config.json", directory)
-    if text is not None:
-        try:
-            adapter = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise LineageError(f"adapter_config.json in {directory.name!r} is not valid JSON: {error}.") from error
-        base = adapter.get("base_model_name_or_path") if isinstance(adapter, Mapping) else None
-        if isinstance(base, str) and base:
-            return ((printable(base), "adapter_of"),)
-    written = card.get("base_model")
-    names = [written] if isinstance(written, str) else written if isinstance(written, list) else []
-    bases = [name for name in names if isinstance(name, str) and _HUB_ID.match(name)]
-    kind: EdgeKind = "merged_from" if len(bases) > 1 else "initialized_from"
-    return tuple((base, kind) for base in dict.fromkeys(bases))
-
-
-def _read_text(path: Path, inside: Path) -> str | None:
-    """Read a text of at most 1 MiB, or None where there is none: nobody's licence is longer."""
+def _read_text(path: Path, inside: Path, limit: int = _MAX_TEXT) -> str | None:
+    """Read a text of at most ``limit`` bytes, or None where there is none: nobody's licence is longer than 1 MiB."""
     if not path.is_file():
         return None
     if path.is_symlink() and not _stays_home(path, inside):
         return None
     with path.open("rb") as file:
-        raw = file.read(_MAX_TEXT + 1)
-    return None if len(raw) > _MAX_TEXT else raw.decode("utf-8", "replace")
+        raw = file.read(limit + 1)
+    return None if len(raw) > limit else raw.decode("utf-8", "replace")
 
 
 def _stays_home(path: Path, directory: Path) -> bool:

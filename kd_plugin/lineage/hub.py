@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kd_plugin.lineage.directory import HUB_FILES, printable
+from kd_plugin.lineage.directory import printable, speaks_of_terms
 
 _TIMEOUT = 5.0  # seconds; a gate must not hang
 _MAX_BYTES = 1 << 20
@@ -54,7 +54,7 @@ def ask_hub(repo: str, revision: str | None, kind: Literal["model", "dataset"]) 
         places = [
             Path(hf_hub_download(repo, file.rfilename, revision=info.sha, repo_type=kind))
             for file in getattr(info, "siblings", None) or []
-            if HUB_FILES.match(file.rfilename) and (file.size or 0) <= _MAX_BYTES
+            if speaks_of_terms(file.rfilename) and (file.size or 0) <= _MAX_BYTES
         ]
     except HfHubHTTPError as error:
         return HubAnswer(problem=printable(f"no answer for this repository: {type(error).__name__}"))

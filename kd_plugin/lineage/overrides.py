@@ -62,10 +62,7 @@ class Override:
         if values["basis"] not in BASES:
             raise ConfigError(f"{where}.basis is {values['basis']!r}; expected one of {', '.join(BASES)}.")
         for key in ("approved_on", "expires"):
-            try:
-                date.fromisoformat(values[key])
-            except ValueError as error:
-                raise ConfigError(f"{where}.{key} is {values[key]!r}; expected a date such as 2027-01-31.") from error
+            require_date(values[key], f"{where}.{key}")
         if values["expires"] < values["approved_on"]:
             raise ConfigError(f"{where} expires on {values['expires']}, before it was approved.")
         return cls(**values)
@@ -73,6 +70,20 @@ class Override:
     def to_json(self) -> dict[str, str]:
         """Return the exception as it stands in ``lineage.json``."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def require_date(written: str, where: str) -> None:
+    """Refuse what is no date in the one form that is compared as text: four, two and two digits.
+
+    Raises:
+        ConfigError: another form of ISO 8601, or no day of any calendar.
+    """
+    try:
+        real = date.fromisoformat(written).isoformat() == written
+    except ValueError:
+        real = False
+    if not real:
+        raise ConfigError(f"{where} is {written!r}; expected a date such as 2027-01-31.")
 
 
 def read_overrides(items: Iterable[Mapping[str, Any]], where: str) -> tuple[Override, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
+from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,6 @@ LICENSES = "LICENSES"
 SCHEMA = "kd-plugin/lineage/1"
 MAX_RECORD = 64 << 20  # bytes; a record of a thousand sources stays far below
 _OUTSIDE_DIGEST = ("saved_at", "signature", "digest")
-_SHAPE: Mapping[str, type] = {
-    "schema": str, "digest": str, "saved_at": dict, "run": dict, "checkpoint": dict, "subjects": list, "files": list,
-    "nodes": list, "edges": list, "terms": dict, "policy": dict, "student": dict, "effective": dict, "overrides": list,
-}  # fmt: skip
-_ROWS: Mapping[str, tuple[str, ...]] = {
-    "duties": ("terms", "cite", "kind", "says", "node", "basis", "status"),
-    "findings": ("code", "severity", "trigger", "node", "subject", "clause", "evidence", "remedy"),
-}
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -69,7 +63,7 @@ def read_record(path: Path) -> tuple[dict[str, Any], bytes]:
     """Read a record and its bytes, checking its shape but not its digest.
 
     Raises:
-        LineageError: missing, too large, no JSON, of another schema, or a field is missing or of the wrong type.
+        LineageError: missing, too large, no JSON, of another schema, or it does not fit ``lineage.schema.json``.
     """
     try:
         with path.open("rb") as file:
@@ -88,27 +82,21 @@ def read_record(path: Path) -> tuple[dict[str, Any], bytes]:
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         seen = record.get("schema") if isinstance(record, dict) else type(record).__name__
         raise LineageError(f"{path} has schema {seen!r}; expected {SCHEMA!r}. Use the kd-plugin that wrote it.")
-    for key, kind in _SHAPE.items():
-        if not isinstance(record.get(key), kind):
-            raise LineageError(f"{path}: field {key!r} is missing or no {kind.__name__}; the record was edited.")
-    for section, key, kind in (("run", "id", str), ("checkpoint", "step", int)):
-        if not isinstance(record[section].get(key), kind):
-            raise LineageError(f"{path}: field {section}.{key} is missing or no {kind.__name__}; it was edited.")
-    _check_effective(record["effective"], path)
+    problem = next(iter(_validator().iter_errors(record)), None)
+    if problem is not None:
+        where = ".".join(str(step) for step in problem.absolute_path) or "the record"
+        said = problem.message if len(problem.message) <= 200 else f"{problem.message[:199]}…"
+        raise LineageError(f"{path}: {where} does not fit the schema of a lineage record ({said}); it was edited.")
     return record, raw
 
 
-def _check_effective(effective: Mapping[str, Any], path: Path) -> None:
-    """Check what is shown to people, so that a forged record is an error and no crash."""
-    good = all(isinstance(effective.get(key), str) for key in ("decision", "license_expression"))
-    for section, keys in _ROWS.items():
-        rows = effective.get(section)
-        good = good and isinstance(rows, list)
-        for row in rows if isinstance(rows, list) else []:
-            good = good and isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)
-            good = good and isinstance(row.get("path"), list) and all(isinstance(i, str) for i in row["path"])
-    if not good:
-        raise LineageError(f"{path}: field 'effective' is malformed; the record was edited.")
+@cache
+def _validator() -> Any:
+    """Return what checks a record against ``lineage.schema.json``, which is published with the package."""
+    from jsonschema import Draft202012Validator
+
+    schema = json.loads(resources.files("kd_plugin.lineage").joinpath("lineage.schema.json").read_text("utf-8"))
+    return Draft202012Validator(schema)
 
 
 def load_record(directory: str | Path) -> dict[str, Any]:

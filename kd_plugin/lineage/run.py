@@ -232,6 +232,10 @@ class RunLineage:
         if not weights.exists():
             raise LineageError(f"{str(weights)!r} is not there; lineage is written beside weights that are there.")
         directory.mkdir(exist_ok=True)
+        with files.alone(directory):
+            self._place(weights, directory, step, parent)
+
+    def _place(self, weights: Path, directory: Path, step: int, parent: str | Path | None) -> None:
         stale = files.retract(directory)
         subjects = self._subjects(weights)
         if not subjects:
@@ -317,8 +321,9 @@ class RunLineage:
             LineageError: the checkpoint's record is missing or damaged, or ``directory`` is not writable.
         """
         record = load_record(checkpoint)
-        files.copy_lineage(Path(checkpoint), record, Path(directory))
-        update_card(Path(directory), record)
+        with files.alone(Path(directory)):
+            files.copy_lineage(Path(checkpoint), record, Path(directory))
+            update_card(Path(directory), record)
 
     @cached_property
     def _recorded_graph(self) -> Graph:

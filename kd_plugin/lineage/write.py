@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from kd_plugin.errors import LineageError
 from kd_plugin.lineage import hashing
 from kd_plugin.lineage.record import BOM, LICENSES, NOTICE, RECORD, canonical, read_record
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Let one writer at a time, of all threads and processes of this user and machine, place files in a directory."""
+    place = Path(tempfile.gettempdir(), f"kd-plugin-locks-{os.getuid() if hasattr(os, 'getuid') else 'user'}")
+    place.mkdir(mode=0o700, exist_ok=True)
+    with FileLock(place / hashlib.sha256(str(directory.resolve()).encode()).hexdigest()):
+        yield
 
 
 def retract(directory: Path) -> list[str]:
@@ -40,6 +54,7 @@ def place_files(
     Licence texts that only an older record placed are dropped.
     """
     texts = {NOTICE: notice, BOM: bom} | {f"{LICENSES}/{name}": text for name, text in licenses.items()}
+    _refuse_link(directory / LICENSES)
     if licenses:
         (directory / LICENSES).mkdir(exist_ok=True)
     for old in set(stale) - set(texts):
@@ -61,13 +76,29 @@ def place_record(directory: Path, record: Mapping[str, Any]) -> None:
 
 def copy_lineage(checkpoint: Path, record: Mapping[str, Any], directory: Path) -> None:
     """Copy the files that ``record`` lists, and then the record itself, from a checkpoint to ``directory``."""
+    _refuse_link(checkpoint / LICENSES)
+    _refuse_link(directory / LICENSES)
     retract(directory)
     for name in [str(entry["path"]) for entry in record["files"]]:
         if name not in (NOTICE, BOM) and (not name.startswith(f"{LICENSES}/") or "/" in name[len(LICENSES) + 1 :]):
             raise LineageError(f"{checkpoint / RECORD} lists {name!r}, which is no lineage file; it was edited.")
+        _refuse_link(checkpoint / name)
         (directory / name).parent.mkdir(exist_ok=True)
         write_file(directory / name, (checkpoint / name).read_bytes())
     place_record(directory, record)
+
+
+def _refuse_link(path: Path) -> None:
+    """Refuse a link in the place of a file or folder of ours: nothing outside a checkpoint is read, written or deleted.
+
+    Raises:
+        LineageError: there is one.
+    """
+    if path.is_symlink():
+        raise LineageError(
+            f"{path} is a link to {os.readlink(path)!r}; lineage files are not followed out of a checkpoint. The "
+            "weights are untouched. Remove the link, or put a folder in its place, and save again."
+        )
 
 
 def write_file(path: Path, content: bytes) -> None:
