@@ -56,8 +56,9 @@ def card_text(text: str, record: Mapping[str, Any]) -> str:
     written = None
     if match is not None:
         try:
-            front = parse_yaml(match[1].encode("utf-8", "surrogateescape"), "README.md")
-            written = _with_record(match[1], front if isinstance(front, Mapping) else {}, record)
+            text_of_front = f"{match[1]}\n"
+            front = parse_yaml(text_of_front.encode("utf-8", "surrogateescape"), "README.md")
+            written = _with_record(text_of_front, front if isinstance(front, Mapping) else {}, record)
         except ConfigError:
             match = None  # what cannot be read as front matter stays in the card as text
     body = text[match.end() :] if match else text

@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any
@@ -28,6 +28,7 @@ _WEIGHTS = re.compile(
     r"(?:^|[-.])(?:\d+(?:\.\d+)?[bm]|gguf|gptq|awq|exl[23]|mlx|bnb|fp8|int[48]|[48]bit|hf|q?lora|distil(?:l|led)?|"
     r"llama|qwen|mistral|mixtral|phi|gemma|vicuna|alpaca|falcon|pythia|bert|t5)(?:$|[-.\d])"
 )
+_MAX_NAME, _MAX_PARTS = 500, 16  # characters and parts of a name that are looked at
 _TABLES = ("version", "groups", "license", "service", "known")
 
 
@@ -175,21 +176,39 @@ class Registry:
         than a vendor may begin so too: it counts unless it says that it is weights of another kind (a size, a format,
         the base that it was made from).
         """
-        organisation, parts = model_parts(name)
-        for part in parts:
+        organisation, parts = model_parts(name[:_MAX_NAME])
+        for part in parts[:_MAX_PARTS]:
             own = without_vendor(part)
-            if any(re.match(pattern, text) for pattern in self.open for text in (part, own, f"{organisation}/{part}")):
+            if any(self._opens.match(text) for text in (part, own, f"{organisation}/{part}")):
                 continue
-            for pattern, service in self.models.items():
-                if re.fullmatch(pattern, own):
-                    return service
-            if organisation and not is_vendor(organisation) and _WEIGHTS.search(own):
-                continue
-            for pattern, service in self.closed.items():
-                if re.match(rf"(?:{pattern})(?![a-z])", own):
-                    return service
-        before = [without_vendor(part) for part in normalised(name).split("/")[:-1]]  # gateways may go on behind it
-        return next((s for part in before for pattern, s in self.models.items() if re.fullmatch(pattern, part)), None)
+            found = self._whole.fullmatch(own)
+            if found is None and not (organisation and not is_vendor(organisation) and _WEIGHTS.search(own)):
+                found = self._closes.match(own)
+            if found is not None:
+                return self._service(found)
+        for part in normalised(name[:_MAX_NAME]).split("/")[:-1][-_MAX_PARTS:]:  # gateways may go on behind the name
+            found = self._whole.fullmatch(without_vendor(part))
+            if found is not None:
+                return self._service(found)
+        return None
+
+    @cached_property
+    def _opens(self) -> re.Pattern[str]:
+        return re.compile("|".join(f"(?:{pattern})" for pattern in self.open) or r"(?!)")
+
+    @cached_property
+    def _whole(self) -> re.Pattern[str]:
+        return re.compile("|".join(f"(?P<m{n}>{pattern})" for n, pattern in enumerate(self.models)) or r"(?!)")
+
+    @cached_property
+    def _closes(self) -> re.Pattern[str]:
+        patterns = "|".join(f"(?P<c{n}>{pattern})" for n, pattern in enumerate(self.closed)) or r"(?!)"
+        return re.compile(rf"(?:{patterns})(?![a-z])")
+
+    def _service(self, found: re.Match[str]) -> str:
+        """Return the service of the pattern that matched, by the name of its group."""
+        group = next(name for name, value in found.groupdict().items() if value is not None)
+        return list((self.models if group[0] == "m" else self.closed).values())[int(group[1:])]
 
     def families_of(self, name: str) -> tuple[str, ...]:
         """Return the licences of the families of models that a name seems to belong to; this can raise doubt only."""

@@ -1,6 +1,6 @@
 """All rows."""
 
-from tests.lineage_attacks import rows_data, rows_records, rows_voice  # noqa: F401
+from tests.lineage_attacks import rows_data, rows_files, rows_names, rows_records, rows_voice  # noqa: F401
 from tests.lineage_attacks.attack import ROWS, Attack
 
 __all__ = ["ROWS", "lines"]
