@@ -51,10 +51,10 @@ def bases_of(
         for name in names[:_MAX_BASES]:
             found.setdefault(printable(base_name(name) or name), "merged_from")
     listed = list(_listed(card.get("base_model"), 0))
-    names = list(dict.fromkeys(name for one in listed if isinstance(one, str) and (name := base_name(one))))
+    names = list(dict.fromkeys(base for one in listed if isinstance(one, str) and (base := base_name(one))))
     kind: EdgeKind = "merged_from" if len(names) > 1 else "initialized_from"
-    for name in names[:_MAX_BASES]:
-        found.setdefault(name, kind)
+    for one in names[:_MAX_BASES]:
+        found.setdefault(one, kind)
     for one in listed:
         if not isinstance(one, str) or base_name(one) is None:
             unread.append(Evidence("README.md", printable(f"base_model that cannot be read: {one!r}", 100), (UNKNOWN,)))

@@ -35,9 +35,9 @@ def with_keys(front: str, values: Mapping[str, Any], *, drop: Sequence[str] = ()
         if key in drop and key not in values:
             # Comments and blank lines behind it belong to what comes next
             written.append("".join(re.findall(r"^(?:[ \t]*#.*|[ \t]*)(?:\n|\Z)", text, re.MULTILINE)))
-        elif key in values and _says(text, key, values[key]):
+        elif key is not None and key in values and _says(text, key, values[key]):
             written.append(text if text.endswith("\n") else f"{text}\n")
-        elif key in values:
+        elif key is not None and key in values:
             written.append(_dumped(key, values[key]) + _trailing(text))
         elif key == "tags" and add_tag is not None:
             written.append(_with_tag(text, add_tag))
@@ -49,7 +49,7 @@ def with_keys(front: str, values: Mapping[str, Any], *, drop: Sequence[str] = ()
     return "".join(written)
 
 
-def _says(text: str, key: str | None, value: Any) -> bool:
+def _says(text: str, key: str, value: Any) -> bool:
     """Whether a block says this value already, in whatever words."""
     try:
         return bool(yaml.safe_load(text) == {key: value})

@@ -79,8 +79,8 @@ def _require_plain(events: Iterator[Any], where: str) -> None:
             mapping[1][0] = not is_key
             if is_key and isinstance(event, yaml.ScalarEvent):
                 if event.value in keys:
-                    line = event.start_mark.line + 1
-                    raise ConfigError(f"{where} says {event.value[:80]!r} twice, again in line {line}; say it once.")
+                    again = f", again in line {event.start_mark.line + 1}" if event.start_mark else ""
+                    raise ConfigError(f"{where} says {event.value[:80]!r} twice{again}; say it once.")
                 keys.add(event.value)
         if isinstance(event, yaml.ScalarEvent):
             if len(event.value) > _MAX_NUMBER and event.implicit[0] and _NUMBER.fullmatch(event.value):
