@@ -59,6 +59,26 @@ def test_every_stage_gives_the_same_losses(method, lora, students, teacher_dir, 
 
 
 @pytest.mark.zero
+@pytest.mark.parametrize("method", ["panel", "offline"])
+def test_other_kinds_of_student_and_teacher_train_alike_under_zero_3(method, variant_dir, cache, tmp_path):
+    """A padded, soft-capped, scaled, biased and MoE student, the panel's teacher of its kind: nothing is kept whole."""
+    kinds = ("padded", "softcapped", "scaled", "biased", "moe")
+    jobs = {}
+    for kind in kinds:
+        teachers = {"a": variant_dir(kind, seed=2, hidden=48)}
+        more = {"method": method, "teachers": teachers, "cache": cache, "steps": 2}
+        jobs |= {
+            f"{kind}{stage}": job(variant_dir(kind), tmp_path / f"{kind}{stage}", stage=stage, **more)
+            for stage in (0, 3)
+        }
+    found = run_all(jobs, tmp_path / "job", timeout=900)
+    for kind in kinds:
+        whole, cut = found[f"{kind}0"][0], found[f"{kind}3"][0]
+        assert cut["losses"] == pytest.approx(whole["losses"], rel=1e-3), kind
+        assert cut["norm"] == pytest.approx(whole["norm"], rel=1e-3), kind
+
+
+@pytest.mark.zero
 @pytest.mark.parametrize("stage", [1, 2])
 def test_teachers_are_sharded_beside_a_student_that_is_not(stage, students, teacher_dir, other_teacher_dir, tmp_path):
     panel = {"method": "panel", "stage": stage, "teachers": {"a": teacher_dir, "b": other_teacher_dir}}
