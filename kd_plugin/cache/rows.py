@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from kd_plugin.cache.examples import PASS_THROUGH, USED_COLUMNS
 from kd_plugin.errors import DataError
+from kd_plugin.limits import refuse_images
 
 _FINGERPRINT_ROWS = 1000  # rows hashed at a time
 
@@ -41,7 +42,7 @@ def open_rows(dataset: Any, unit_rows: int, more: Sequence[str] | None = ()) -> 
         more: columns that are used beside those of TRL's forms, such as a reference answer; None uses all.
 
     Raises:
-        DataError: the dataset is empty, or is none of these.
+        DataError: the dataset is empty or none of these, or its rows hold images.
     """
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, Mapping):
         return Rows(dataset, more)
@@ -73,6 +74,8 @@ class Rows:
         if not len(dataset):
             raise DataError("The dataset to capture has no rows.")
         self._dataset = dataset
+        if hasattr(dataset, "column_names"):
+            refuse_images(dataset.column_names, "The dataset to capture")
         if hasattr(dataset, "column_names") and more is not None:
             keep = [name for name in dataset.column_names if name in USED_COLUMNS or name in more]
             self._dataset = dataset.select_columns(keep) if keep else dataset
@@ -183,6 +186,7 @@ class StreamedRows:
 def _as_row(row: Any, index: int) -> Row:
     if not isinstance(row, Mapping):
         raise DataError(f"Row {index} of the dataset is {type(row).__name__}; expected a mapping of columns.")
+    refuse_images(row, f"Row {index} of the dataset to capture")
     return row
 
 

@@ -163,3 +163,11 @@ def test_streaming_from_the_command_line(teacher_dir, teacher, tmp_path, monkeyp
     captured(prompt_rows(9), teacher, tmp_path / "d")
     assert shards_of(tmp_path / "c") == shards_of(tmp_path / "d")
     assert not list((tmp_path / "hf").rglob("*.arrow"))  # nothing was converted beforehand
+
+
+@pytest.mark.parametrize("form", [list, Dataset.from_list, stream])
+def test_rows_with_images_are_not_captured_as_their_text_alone(form, teacher, tmp_path):
+    rows = form([{**row, "images": ["a.png"]} for row in prompt_rows(3)])
+    with pytest.raises(DataError, match=r"column 'images': teachers score text, and no cache holds images"):
+        captured(rows, teacher, tmp_path / "c")
+    assert not (tmp_path / "c").exists()

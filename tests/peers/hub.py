@@ -28,7 +28,8 @@ DATASETS = ("zen", "harmony", "toolcall", "zen_image", "zen_multi_image")
 WORDS = re.compile(r"[\w' .,?!*-]+")
 # Repositories from which a test takes the tokenizer alone
 TOKENIZERS = ("Qwen/Qwen3-4B",)
-LICENSE = "---\nlicense: apache-2.0\n---\n\nA random model that stands in for one of the hub's.\n"
+# What the families' own cards say; the others say apache-2.0, MIT or the like
+LICENSES = {"Gemma": "gemma", "Llama": "llama3.2"}
 
 
 def main(checkout: Path, cache: Path) -> None:
@@ -110,7 +111,9 @@ def _store(hub: Path, repo: str, model: Any, tokenizer: Any, generation: Any) ->
     else:
         (snapshot / "config.json").write_text('{"model_type": "qwen3"}')
     tokenizer.save_pretrained(snapshot)
-    (snapshot / "README.md").write_text(LICENSE)
+    license = next((own for family, own in LICENSES.items() if family in repo), "apache-2.0")
+    card = f"---\nlicense: {license}\n---\n\nA random model that stands in for one of the hub's.\n"
+    (snapshot / "README.md").write_text(card)
     (directory / "refs").mkdir()
     (directory / "refs" / "main").write_text(revision)
 
