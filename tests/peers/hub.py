@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
@@ -74,6 +75,7 @@ def main(checkout: Path, cache: Path) -> None:
         for script in sorted((checkout / "scripts" / "generate_tiny_models" / folder).glob("*.py")):
             named = re.search(r'^MODEL_ID = "(.+)"', script.read_text(), re.MULTILINE)
             if named and named[1] in names:
+                torch.manual_seed(0)
                 importlib.import_module(f"scripts.generate_tiny_models.{folder}.{script.stem}")
 
 

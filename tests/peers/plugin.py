@@ -99,7 +99,7 @@ class Outcomes:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note a report; a failure outside of the test's body counts as one."""
-        name = report.nodeid.split("/")[-1]
+        name = report.nodeid.removeprefix("trl_tests/")  # a parameter may have a slash too
         if report.when == "call" or report.outcome != "passed":
             self.found[name] = {"outcome": report.outcome, "why": _why(report)}
 
