@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 from kd_plugin.lineage.registry import Registry
 
@@ -64,10 +65,27 @@ def recognise(text: str, registry: Registry) -> Match:
     if best is None or best_score < _RESEMBLES:
         return Match(None, "a text that no registry entry matches")
     differing = _differing(words, _words(registry.text(best) or ""))
-    if best_score >= _SAME and not _OPERATIVE & set(differing):
+    if best_score >= _SAME and not _OPERATIVE & set(differing) and _asks_the_same(text, best, registry):
         return Match(best, registry.terms[best].name)
     shown = " ".join(differing[:12])
     return Match(None, f"a text that resembles {registry.terms[best].name} and differs by: {shown}")
+
+
+def _asks_the_same(text: str, terms_id: str, registry: Registry) -> bool:
+    """Whether a text has the amounts of an entry's text, and in quotation marks what the entry says is to be shown."""
+    reference = registry.text(terms_id) or ""
+    shown = [clause.value for clause in registry.terms[terms_id].clauses if clause.value]
+    kept = all(_quotes(text, value) for value in shown if _quotes(reference, value))
+    return kept and _amounts(_words(text)) == _amounts(_words(reference))
+
+
+def _quotes(text: str, value: str) -> bool:
+    pattern = r"\s+".join(re.escape(word) for word in value.split())
+    return re.search(rf"{pattern}\s*[\"\u201d\u2019']", text, re.IGNORECASE) is not None
+
+
+def _amounts(words: tuple[str, ...]) -> Counter[tuple[str, str]]:
+    return Counter(pair for pair in pairwise(words) if pair[1] in ("million", "billion"))
 
 
 def _differing(mine: tuple[str, ...], reference: tuple[str, ...]) -> list[str]:

@@ -24,6 +24,34 @@ FACTS: Mapping[str, str] = {
     "over_100m_mau_or_20m_usd_a_month": (
         "has a product with it over 100 million monthly active users, or over 20 million US dollars of revenue a month?"
     ),
+    "over_100m_mau_or_30m_usd_a_year": (
+        "has a product with it over 100 million monthly active users, or over 30 million US dollars of annual "
+        "recurring revenue?"
+    ),
+    "mau_over_100m_at_release": (
+        "had all products of the licensee over 100 million monthly active users in the month before its release?"
+    ),
+    "mau_over_10m_at_release": (
+        "had licensee and affiliates over 10 million monthly active users in the month before the model's release?"
+    ),
+    "over_1m_usd_a_year": "have you and your affiliates over 1 million US dollars of annual revenue?",
+    "commercial_and_over_10m_usd_a_year": (
+        "is the use commercial, by a legal entity (with all under common control) of 10 million US dollars or more of "
+        "annual revenue?"
+    ),
+    "over_20m_usd_a_month": (
+        "had your company, or your employer, over 20 million US dollars of revenue worldwide in the preceding month?"
+    ),
+    "model_service_and_over_20m_usd_a_year": (
+        "do you or affiliates run a model-as-a-service business, with over 20 million US dollars of revenue in all in "
+        "12 months, and is the use commercial?"
+    ),
+    "distributed_commercially": "are the weights given or made available to others for commercial purposes?",
+    "in_eu_uk_or_south_korea": (
+        "is it, or what is made with it, used or distributed in the European Union, the United Kingdom or South Korea?"
+    ),
+    "competes_with_naver": "do you or affiliates offer a product or service that competes with one of NAVER's?",
+    "nvidia_cosmos": "is the NVIDIA model a Cosmos (multimodal) model?",
 }
 
 

@@ -226,3 +226,17 @@ def test_a_merged_parent_without_terms_is_refused_until_they_are_declared(tmp_pa
     with pytest.raises(LicenseRefusedError, match=r"merged_from: \[\{repo: \.\.\./adapter, license: apache-2.0\}\]"):
         gate(parent)
     gate({"repo": parent, "license": "own"})
+
+
+def test_what_an_entry_asks_to_be_shown_stands_in_its_own_text():
+    for entry in REGISTRY.terms.values():
+        text = " ".join((REGISTRY.text(entry.id) or "").split())
+        for clause in entry.clauses if text else ():
+            assert clause.value is None or clause.value in text, (entry.id, clause.value)
+
+
+@pytest.mark.parametrize("old, new", [("100 million", "10 million"), ("20 million", "30 million"), ("K2.5", "K2.9")])
+def test_a_text_with_another_amount_or_another_name_to_show_is_another_licence(old, new):
+    changed = text_of("kimi-k2.5").replace(old, new)
+    assert recognise(changed, REGISTRY).id is None
+    assert recognise(text_of("kimi-k2.5").replace("2026", "2027"), REGISTRY).id == "kimi-k2.5"

@@ -37,6 +37,8 @@ def test_each_page_says_that_this_is_no_advice(page):
 def test_the_lawyers_page_names_what_was_only_quoted():
     page = (DOCS / "lineage-for-lawyers.md").read_text()
     quoted = {i for i, entry in default_registry().terms.items() if "quoted" in entry.read}
-    assert quoted == {"openai-terms", "anthropic-terms", "xai-terms", "qwen-research", "grok2-community"}
-    for words in ("OpenAI", "Anthropic", "xAI", "Qwen research licence", "Grok 2"):
+    assert quoted == {
+        "openai-terms", "anthropic-terms", "xai-terms", "qwen-research", "grok2-community", "mistral-modified-mit",
+    }  # fmt: skip
+    for words in ("OpenAI", "Anthropic", "xAI", "Qwen research licence", "Grok 2", "Devstral 2"):
         assert words in page

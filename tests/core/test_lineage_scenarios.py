@@ -3,7 +3,8 @@
 
 Shorthand. A teacher is a licence with ``:text`` where only text is used, else distributions are. Duties name a
 licence and a reach: ``w`` weights, ``l`` distributions, ``o`` text, ``d`` data; the sets are spelled out below from
-the clauses. Uses: ``com``, ``dist``, ``eu``, ``huge`` (700M users at release), ``100m``, ``kimi``; ``!`` is "no".
+the clauses. Uses: ``com``, ``dist``, ``eu``, ``huge`` (700M users at release), ``100m``, and short names of single
+licences' questions; ``!`` is "no".
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,11 @@ from kd_plugin.lineage.registry import default_registry
 
 FACTS = {
     "com": "commercial", "dist": "distribute", "eu": "eu_domiciled", "huge": "mau_over_700m_at_release",
-    "100m": "mau_over_100m", "kimi": "over_100m_mau_or_20m_usd_a_month",
+    "100m": "mau_over_100m", "kimi": "over_100m_mau_or_20m_usd_a_month", "k3": "model_service_and_over_20m_usd_a_year",
+    "m2": "over_100m_mau_or_30m_usd_a_year", "cosmos": "nvidia_cosmos", "lfm": "commercial_and_over_10m_usd_a_year",
+    "mistral": "over_20m_usd_a_month", "territory": "in_eu_uk_or_south_korea", "100m-then": "mau_over_100m_at_release",
+    "10m-then": "mau_over_10m_at_release", "naver": "competes_with_naver", "rich": "over_1m_usd_a_year",
+    "sold": "distributed_commercially",
 }  # fmt: skip
 # "?" marks what is kept as a precaution
 NOTICE = {"w": "notice license_text", "l": "notice? license_text?", "o": "notice? license_text?"}
@@ -57,7 +62,31 @@ DUTIES = {
     "mistral-research": {"w": "non_commercial notice license_text state_changes", "l": "non_commercial notice? license_text?",
                          "o": "non_commercial notice? license_text?"},
     "exaone": {"l": "non_commercial notice? license_text?", "o": "non_commercial notice? license_text?"},
-    "nvidia-open-model-license": {"w": "license_text notice guardrails", "l": "", "o": ""},
+    "nvidia-open-model-license": {"w": "license_text notice guardrails display", "l": "display", "o": "display"},
+    "nvidia-nemotron-open-model-license": {"l": "", "o": ""},
+    "tencent-hunyuan-community": {
+        "w": "use_restrictions license_text notice state_changes territory monthly_active_users",
+        "l": "use_restrictions license_text notice territory monthly_active_users",
+        "o": "use_restrictions license_text notice territory monthly_active_users"},
+    "lfm1.0": {"w": "license_text notice state_changes commercial_threshold",
+               "o": "license_text? notice? commercial_threshold"},
+    "exaone-1.2": {"o": "non_commercial notice? license_text? attribution?"},
+    "k-exaone": {"w": "license_text name_prefix commercial_distribution acceptable_use",
+                 "o": "license_text? acceptable_use?"},
+    "minimax-m2": {"l": "display? notice? license_text?"}, "minimax-m2.1": {"o": "display? notice? license_text?"},
+    "minimax-model-license": {"o": "license_text? notice? acceptable_use?"},
+    "minimax-m2.7": {"o": "non_commercial display? notice? license_text? acceptable_use?"},
+    "kimi-k2.5": {"l": "display? notice? license_text?"},
+    "kimi-k3": {"l": "model_service display? notice? license_text?"},
+    "openmdw-1.1": {"w": "license_text notice", "l": "", "o": ""},
+    "databricks-open-model-license": {
+        "w": "license_text notice state_changes acceptable_use monthly_active_users",
+        "l": "license_text? notice? acceptable_use monthly_active_users"},
+    "hyperclova-x-seed": dict.fromkeys("lo", "name_prefix display use_restrictions license_text notice "
+                                       "monthly_active_users competing_product"),
+    "falcon-llm-license": {"o": "use_restrictions? license_text? notice? acceptable_use display?"},
+    "stabilityai-ai-community": {"o": "revenue_limit registration license_text notice display acceptable_use"},
+    "mistral-modified-mit": {"l": "revenue_limit notice? license_text?"},
     "kimi-k2": {"w": "display notice license_text", "l": "display? notice? license_text?",
                 "o": "display? notice? license_text?"},
     "openmdw-1.0": {"w": "license_text notice", "l": "", "o": ""},
@@ -180,11 +209,53 @@ ROWS = [
     Row("except for derivatives of itself", "tongyi-qianwen", "tongyi-qianwen", "", "!100m", D,
         "tongyi-qianwen.w tongyi-qianwen.l", "LicenseRef-tongyi-qianwen"),
     Row("EXAONE §3.1", "mit", "exaone", "", "!com", B, "mit.w exaone.l", "MIT", "forbidden"),
-    Row("NVIDIA §1: outputs are no derivatives", "mit", "nvidia-open-model-license", "", "", D,
+    Row("NVIDIA §1.1: outputs are no derivatives", "mit", "nvidia-open-model-license", "", "!cosmos", D,
         "mit.w nvidia-open-model-license.l", "MIT"),
-    Row("a NVIDIA base brings text, notice and guardrails", "nvidia-open-model-license", "", "", "", D,
+    Row("NVIDIA §3.2: outputs of a Cosmos model are said", "mit", "nvidia-open-model-license:text", "", "", C,
+        "mit.w nvidia-open-model-license.o", "MIT", "fact_missing"),
+    Row("a NVIDIA base brings text, notice and guardrails", "nvidia-open-model-license", "", "", "!cosmos", D,
         "nvidia-open-model-license.w", "LicenseRef-nvidia-open-model"),
+    Row("Nemotron's licence asks nothing of outputs", "mit", "nvidia-nemotron-open-model-license", "", "", D,
+        "mit.w nvidia-nemotron-open-model-license.l", "MIT"),
     Row("OpenMDW asks nothing of outputs", "mit", "openmdw-1.0", "", "", D, "mit.w openmdw-1.0.l", "MIT"),
+    Row("nor does its 1.1", "mit", "openmdw-1.1:text", "", "", D, "mit.w openmdw-1.1.o", "MIT"),
+    Row("Hunyuan §5.b", "mit", "tencent-hunyuan-community:text", "", "!territory !100m-then", B,
+        "mit.w tencent-hunyuan-community.o", "LicenseRef-tencent-hunyuan-community AND MIT", "forbidden"),
+    Row("Hunyuan §5.c: nor in the EU, the UK and South Korea", "tencent-hunyuan-community",
+        "tencent-hunyuan-community", "", "territory !100m-then", B, "tencent-hunyuan-community.w tencent-hunyuan-community.l",
+        "LicenseRef-tencent-hunyuan-community", "forbidden", without="territory"),
+    Row("DBRX §2.3", "mit", "databricks-open-model-license", "", "!huge", B,
+        "mit.w databricks-open-model-license.l", "MIT", "forbidden"),
+    Row("except for derivatives of itself: DBRX", "databricks-open-model-license", "databricks-open-model-license", "",
+        "!huge", D, "databricks-open-model-license.w databricks-open-model-license.l", "LicenseRef-databricks-open-model"),
+    Row("EXAONE 1.2 §3.1: models that compete", "mit", "exaone-1.2:text", "", "!com", B, "mit.w exaone-1.2.o", "MIT",
+        "forbidden"),
+    Row("Stability §IV.b", "mit", "stabilityai-ai-community:text", "", "!com !rich", B,
+        "mit.w stabilityai-ai-community.o", "LicenseRef-stabilityai-community AND MIT", "forbidden"),
+    Row("K-EXAONE §2.2: who sells it is asked", "k-exaone", "k-exaone:text", "", "!dist", C, "k-exaone.w k-exaone.o",
+        "LicenseRef-k-exaone", "fact_missing", name="K-EXAONE-x"),
+    # scale, and who sells
+    Row("LFM §5: commercial above a revenue", "apache-2.0", "lfm1.0:text", "", "", C, "apache-2.0.w lfm1.0.o",
+        "Apache-2.0", "fact_missing"),
+    Row("LFM below it: as Apache", "lfm1.0", "", "", "!lfm", D, "lfm1.0.w", "LicenseRef-lfm1.0"),
+    Row("MiniMax M2 is shown above a scale", "mit", "minimax-m2", "", "!m2", D, "mit.w minimax-m2.l", "MIT"),
+    Row("M2.1 in every commercial product", "mit", "minimax-m2.1:text", "", "", C, "mit.w minimax-m2.1.o", "MIT",
+        "fact_missing"),
+    Row("M2.5 has a policy", "mit", "minimax-model-license:text", "", "", D, "mit.w minimax-model-license.o", "MIT"),
+    Row("M2.7 is not for commerce", "mit", "minimax-m2.7:text", "", "com", B, "mit.w minimax-m2.7.o", "MIT", "forbidden",
+        without="non_commercial"),
+    Row("Kimi K2.5 is shown by its own name", "mit", "kimi-k2.5", "", "!kimi", D, "mit.w kimi-k2.5.l", "MIT"),
+    Row("Kimi K3 §2: who runs a model service is asked", "mit", "kimi-k3", "", "!kimi", C, "mit.w kimi-k3.l", "MIT",
+        "fact_missing"),
+    Row("HyperCLOVA X §3.1: the name, also for outputs", "mit", "hyperclova-x-seed:text", "",
+        "dist !10m-then !naver", D, "mit.w hyperclova-x-seed.o", "LicenseRef-hyperclova-x-seed AND MIT",
+        name="HyperCLOVA X Mini"),
+    Row("without it there is a violation", "mit", "hyperclova-x-seed", "", "dist !10m-then !naver", D,
+        "mit.w hyperclova-x-seed.l", "LicenseRef-hyperclova-x-seed AND MIT", "name_prefix", name="mini"),
+    Row("Falcon §5: outputs under its policy", "apache-2.0", "falcon-llm-license:text", "", "", D,
+        "apache-2.0.w falcon-llm-license.o", "Apache-2.0", "text_missing"),
+    Row("Mistral's modified MIT above a revenue, as quoted", "mit", "mistral-modified-mit", "", "mistral", B,
+        "mit.w mistral-modified-mit.l", "MIT", "forbidden text_missing", without="revenue_limit"),
     # non-commercial
     Row("research only, and whether this is commercial is not said", "mit", "qwen-research", "", "", C,
         "mit.w qwen-research.l", "MIT", "fact_missing text_missing"),

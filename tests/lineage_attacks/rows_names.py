@@ -100,3 +100,31 @@ attack(HUB, "declared_license by name and link", "allow", lambda d: gate(
 attack(HUB, "declared_license by an unknown name", "error", lambda d: gate(
     d, config={"student": {"declared_license": {
         "license": "other", "license_name": "acme", "license_link": "LICENSE"}}}))  # fmt: skip
+
+NEW = "D registry"
+for name, expect in (
+    ("tencent-hunyuan-community", "block"), ("databricks-open-model-license", "block"), ("exaone-1.2", "block"),
+    ("stabilityai-ai-community", "block"), ("minimax-m2.7", "conditional"), ("lfm1.0", "conditional"),
+    ("nvidia-open-model-license", "conditional"), ("kimi-k2.5", "conditional"), ("kimi-k3", "conditional"),
+    ("minimax-m2", "conditional"), ("minimax-m2.1", "conditional"), ("hyperclova-x-seed", "conditional"),
+    ("minimax-model-license", "allow"), ("nvidia-nemotron-open-model-license", "allow"), ("openmdw-1.1", "allow"),
+    ("falcon-2-11b", "allow"), ("k-exaone", "allow"),
+):  # fmt: skip
+    attack(NEW, f"the text of {name} beside a card that names none", expect, lambda d, n=name: gate(
+        d, teacher=directory(d, "library_name: x", LICENSE=TEXTS.text(n))))  # fmt: skip
+for repo, expect in (
+    ("tencent/Hunyuan-A13B-Instruct", "block"), ("databricks/dbrx-instruct", "block"),
+    ("LGAI-EXAONE/EXAONE-4.0-32B", "block"), ("mistralai/Devstral-2-123B-Instruct-2512", "conditional"),
+    ("LiquidAI/LFM2-1.2B", "conditional"), ("google/gemma-4-31B-it", "allow"), ("openai/gpt-oss-20b", "allow"),
+    ("zai-org/GLM-4.5-Air", "allow"), ("ibm-granite/granite-4.0-h-small", "allow"), ("microsoft/phi-4", "allow"),
+    ("01-ai/Yi-34B", "allow"), ("ai21labs/AI21-Jamba-Large-1.5", "unknown"),
+    ("baichuan-inc/Baichuan2-7B-Base", "unknown"),
+):  # fmt: skip
+    attack(NEW, f"an MIT badge over a base {repo}", expect, lambda d, r=repo: gate(
+        d, teacher=directory(d, f"license: mit\nbase_model: {r}")))  # fmt: skip
+for told, (old, new) in {
+    "10 million users in place of 100": ("100 million", "10 million"),
+    "another name to show": ("Kimi K2.5", "Kimi K2.9"),
+}.items():
+    attack(NEW, f"the text of Kimi K2.5 with {told}", "unknown", lambda d, a=old, b=new: gate(
+        d, teacher=directory(d, "library_name: x", LICENSE=str(TEXTS.text("kimi-k2.5")).replace(a, b))))  # fmt: skip
