@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from kd_plugin.cli.lineage_registry import add_commands as add_registry_commands
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import NO_ADVICE, Problem, load_record, verify
 
@@ -20,6 +21,7 @@ _ABOUT = f"""Who taught a checkpoint, under which terms, and what whoever ships 
 
 before a run:
   check CONFIG   the verdict from declarations and what is on disk, before anything runs
+  registry       what is known of each licence and provider's terms, and how old it is: list, or show ID
 
 on a checkpoint:
   show DIR       the lineage as a tree, with decision, findings and duties
@@ -30,6 +32,12 @@ on a checkpoint:
   sign DIR       sign it with a local key; verify DIR --key checks that
 
 {NO_ADVICE}"""
+_REGISTRY = """Print what the registry knows of licences and of providers' terms, and how old each reading is.
+
+  list       every entry, one a line
+  show ID    one entry with its clauses; exit code 1 where there is none
+
+exit codes: 0 printed, 1 there is no such entry, or the registry that was given cannot be read"""
 _CHECK = """Print the verdict that a run with these declarations would get. Loads no model, needs no network.
 
 example (lineage.yaml):
@@ -127,6 +135,10 @@ def main(argv: Sequence[str]) -> int:
     export.add_argument("--format", choices=("cyclonedx", "spdx", "markdown"), required=True)
     for command in (export, add("graph", _GRAPH, _graph, "DIR")):
         command.add_argument("--output", type=Path, help="file to write; without it, standard output")
+    registry = commands.add_parser(
+        "registry", description=_REGISTRY, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_registry_commands(registry)
     arguments = parser.parse_args(argv)
     run_command: _Run = arguments.run
     try:

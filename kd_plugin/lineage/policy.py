@@ -15,6 +15,7 @@ from kd_plugin.lineage.terms import Clause, Terms
 from kd_plugin.lineage.verdict import DECISIONS, FACTS, Decision, Duty, Finding, Student, Verdict
 from kd_plugin.lineage.voice import OWN, others_own
 
+_STEP = 1000  # from one decision to the next in a severity; below it, what tells readings of one decision apart
 RULES = 2  # version of the rules below; a record says by which it was judged
 
 
@@ -96,7 +97,12 @@ def severity_of(terms: Terms) -> int:
     for finding in tally.findings:
         if finding.severity in DECISIONS:  # a violation, such as a name not given here, is none
             tally.raise_to(finding.severity)  # type: ignore[arg-type]
-    return tally.severity * 1000 + len(tally.findings) * 50 + len(terms.clauses)
+    return tally.severity * _STEP + len(tally.findings) * 50 + len(terms.clauses)
+
+
+def decision_of(terms: Terms) -> Decision:
+    """Return what an entry alone says of a teacher of distributions and of weights, with no fact declared."""
+    return DECISIONS[severity_of(terms) // _STEP]
 
 
 def _first_hit(node: Node, terms: Terms, clause: Clause, paths: list[Path]) -> Hit | None:
