@@ -45,7 +45,7 @@ def bases_of(
         try:
             names = list(_merged(parse_yaml((text or "").encode("utf-8", "replace"), file), 0))
         except ConfigError:
-            names = []
+            names = []  # malformed, or deeper than is read
         if text is None or not names or len(names) > _MAX_BASES:
             unread.append(Evidence(file, "a merge whose models cannot be read", (UNKNOWN,)))
         for name in names[:_MAX_BASES]:
@@ -55,6 +55,8 @@ def bases_of(
     kind: EdgeKind = "merged_from" if len(names) > 1 else "initialized_from"
     for one in names[:_MAX_BASES]:
         found.setdefault(one, kind)
+    if len(names) > _MAX_BASES:
+        unread.append(Evidence("README.md", f"{len(names)} models as base_model, more than are read", (UNKNOWN,)))
     for one in listed:
         if not isinstance(one, str) or base_name(one) is None:
             unread.append(Evidence("README.md", printable(f"base_model that cannot be read: {one!r}", 100), (UNKNOWN,)))
@@ -91,22 +93,29 @@ def _adapter_bases(text: str | None, where: str) -> Iterator[str]:
 
 def _listed(value: Any, depth: int) -> Iterator[Any]:
     """Yield what a field lists: a name, a list of names, or mappings that hold one; whatever else as it is."""
-    if value is None or depth > _MAX_DEPTH:
+    if value is None:
         return
-    if isinstance(value, list | tuple):
-        for item in value[: _MAX_BASES + 1]:
+    if isinstance(value, list | tuple) and depth < _MAX_DEPTH:
+        for item in value:
             yield from _listed(item, depth + 1)
     elif isinstance(value, Mapping):
-        inner = [value[key] for key in ("name", "model", "id", "repo", "path") if isinstance(value.get(key), str)]
-        yield inner[0] if inner else dict(value)
+        inner = [value[key] for key in ("name", "model", "id", "repo", "path") if value.get(key) is not None]
+        if inner and all(isinstance(one, str) for one in inner):
+            yield from inner
+        else:
+            yield dict(value)
     else:
         yield value
 
 
 def _merged(value: Any, depth: int) -> Iterator[str]:
-    """Yield the models that a merge's configuration names, whatever its method; ``base+lora`` are two."""
+    """Yield the models that a merge's configuration names, whatever its method; ``base+lora`` are two.
+
+    Raises:
+        ConfigError: it is so deep that models in it would be missed.
+    """
     if depth > _MAX_DEPTH:
-        return
+        raise ConfigError(f"A merge that is nested deeper than {_MAX_DEPTH} levels.")
     if isinstance(value, Mapping):
         for key, item in value.items():
             if key in ("model", "base_model", "source_model", "lora", "path") and isinstance(item, str):

@@ -12,7 +12,7 @@ import yaml
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage.card_front import with_keys
-from kd_plugin.lineage.frontmatter import FRONT
+from kd_plugin.lineage.frontmatter import find_front, front_of
 from kd_plugin.lineage.graph import SELF, Graph
 from kd_plugin.lineage.strict_yaml import parse_yaml
 from kd_plugin.lineage.traces import SECTION_BEGIN as _BEGIN
@@ -52,16 +52,16 @@ def card_text(text: str, record: Mapping[str, Any]) -> str:
     """Return a card with the record's keys and section in the place of older ones, and all else as it was."""
     mark = "\ufeff" if text.startswith("\ufeff") else ""
     text = text.removeprefix("\ufeff")
-    match = FRONT.match(text)
+    found = find_front(text)
     written = None
-    if match is not None:
+    if found is not None:
         try:
-            text_of_front = f"{match[1]}\n"
+            text_of_front = f"{found.yaml}\n"
             front = parse_yaml(text_of_front.encode("utf-8", "surrogateescape"), "README.md")
             written = _with_record(text_of_front, front if isinstance(front, Mapping) else {}, record)
         except ConfigError:
-            match = None  # what cannot be read as front matter stays in the card as text
-    body = text[match.end() :] if match else text
+            found = None  # what cannot be read as front matter stays in the card as text
+    body = text[found.end :] if found else text
     written = _with_record("", {}, record) if written is None else written
     body = re.sub(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", "\n", body, flags=re.DOTALL).strip("\n")
     title = "" if body else f"# {_text(record['student'].get('name') or 'Checkpoint')}"
@@ -114,9 +114,9 @@ def license_problem(text: str, record: Mapping[str, Any]) -> str | None:
 
     Front matter that names no licence, or cannot be read, says nothing wrong.
     """
-    match = FRONT.match(text)
+    written = front_of(text) or ""
     try:
-        front = parse_yaml(match[1].encode("utf-8", "surrogateescape"), "README.md") if match else {}
+        front = parse_yaml(written.encode("utf-8", "surrogateescape"), "README.md")
     except ConfigError:
         return None
     if not isinstance(front, Mapping) or front.get("license") is None:

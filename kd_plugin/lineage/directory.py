@@ -29,6 +29,7 @@ _MAX_TEXT = 1 << 20  # bytes
 _MAX_NOTICE = 8 << 20  # bytes; notices of many components are long, and must travel whole
 _MAX_FILES = 20  # licence files that are read in one directory, and licences that one card may name
 _MAX_LISTED = 1000
+_UNREAD_CARD = {"license": "front matter that cannot be read"}
 # LICENSE, LICENCE.txt, COPYING, UNLICENSE; and with a word before it, LLAMA_LICENSE.txt, MODEL-LICENSE, if it is a text
 _LICENSE_FILE = re.compile(
     r"^(?:(?:un)?licen[cs]e|copying)(?:[-_. ].*)?$|^.*[-_. ](?:licen[cs]e|copying)(?:[-_ ].*)?(?:\.(?:txt|md|rst))?$",
@@ -145,12 +146,14 @@ def _front_matter(text: str) -> Mapping[str, Any]:
     """
     front = front_of(text)
     if front is None:
-        return {"license": "front matter that cannot be read"} if has_begun(text) else {}
+        return _UNREAD_CARD if has_begun(text) else {}
     try:
         data = parse_yaml(front.encode("utf-8", "replace"), "README.md")
     except ConfigError:
-        return {"license": "front matter that cannot be read"}
-    return data if isinstance(data, Mapping) else {}
+        return _UNREAD_CARD
+    if data is None:  # blank lines and comments
+        return {}
+    return data if isinstance(data, Mapping) else _UNREAD_CARD
 
 
 def _card_readings(card: Mapping[str, Any], registry: Registry, linked: Mapping[str, str]) -> list[Evidence]:

@@ -16,6 +16,7 @@ from kd_plugin.lineage.endpoints import host_of
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Evidence, Graph, Node
 from kd_plugin.lineage.hub import ask_hub
 from kd_plugin.lineage.overrides import Override, read_overrides
+from kd_plugin.lineage.place import is_directory
 from kd_plugin.lineage.proof import Proofs
 from kd_plugin.lineage.readings import IN_PROSE, IN_ROWS, ITS_NAME, OWN_SERVER, decide, printable, read_licence
 from kd_plugin.lineage.recheck import judged_again
@@ -114,7 +115,11 @@ def discover(
     overrides: tuple[Override, ...] = ()
     trail, mine = (*seen, source.ref or ""), _vouch(source, evidence, vouch)
     for parent, kind, answered in _behind(source, facts, bases, mine, registry):
-        if parent.ref in (*trail, repo) or len(trail) > _MAX_DEPTH:
+        if parent.ref in (*trail, repo):
+            continue
+        if len(trail) > _MAX_DEPTH:
+            evidence += (Evidence("its bases", f"more than {_MAX_DEPTH} models deep", (UNKNOWN,)),)
+            ids, evidence = decide(evidence, registry)
             continue
         found = discover(parent, registry, vouch=answered, seen=trail, proofs=proofs)
         below, overrides = below.merged(found.graph), (*overrides, *found.overrides)
@@ -250,7 +255,7 @@ def _directory(source: Source) -> Path | None:
     """Return the local directory of a source: its own, or the hub's cached snapshot."""
     if source.ref is None:
         return None
-    if Path(source.ref).is_dir():
+    if is_directory(source.ref):
         return Path(source.ref)
     if not _HUB_ID.match(source.ref):
         return None
@@ -269,7 +274,7 @@ def _directory(source: Source) -> Path | None:
 
 
 def _is_hub_id(ref: str | None) -> bool:
-    return ref is not None and _HUB_ID.match(ref) is not None and not Path(ref).is_dir()
+    return ref is not None and _HUB_ID.match(ref) is not None and not is_directory(ref)
 
 
 def _identity(source: Source, directory: Path | None) -> tuple[str | None, str | None]:
@@ -277,7 +282,7 @@ def _identity(source: Source, directory: Path | None) -> tuple[str | None, str |
     snapshot = _SNAPSHOT.search(directory.absolute().as_posix()) if directory is not None else None
     if snapshot:
         return f"{snapshot[1]}/{snapshot[2]}", snapshot[3]
-    if source.ref is None or Path(source.ref).is_dir() or not _HUB_ID.match(source.ref):
+    if source.ref is None or is_directory(source.ref) or not _HUB_ID.match(source.ref):
         return None, source.revision
     return source.ref, source.revision
 
@@ -286,7 +291,7 @@ def _name(source: Source, directory: Path | None) -> str:
     """Return a name without the path that led to it: where a user keeps files is nobody's business."""
     if source.ref is None:
         return printable(source.model or source.name)
-    if _HUB_ID.match(source.ref) and not Path(source.ref).is_dir():
+    if _HUB_ID.match(source.ref) and not is_directory(source.ref):
         return source.ref
     return printable((directory.resolve() if directory else PurePath(source.ref)).name or source.name)
 
@@ -297,7 +302,7 @@ def with_weights(found: Found, source: Source) -> Found:
     What was found before training stays: only the digests are new, so that the record rests on what the gate saw.
     """
     node = found.node
-    if node.kind != "model" or node.revision or source.ref is None or not Path(source.ref).is_dir():
+    if node.kind != "model" or node.revision or source.ref is None or not is_directory(source.ref):
         return found
     weights = {subject.path: subject.sha256 for subject in hashing.subjects(Path(source.ref))}
     named = replace(node, weights=weights)

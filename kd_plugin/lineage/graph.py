@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import rfc8785
@@ -41,6 +42,8 @@ REACH: Mapping[str, Reach] = {
     "corrected_by": "outputs",
     "trained_on": "data",
 }
+# Of one record. A run that was resumed a thousand times stays below
+_MAX_NODES, _MAX_EDGES, _MAX_LENGTH = 4096, 16_384, 1100
 SELF = "self"  # the checkpoint that a graph describes
 
 
@@ -123,7 +126,7 @@ class Node:
     undeclared: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Kind and the first 16 hex digits of the sha256 of the content: equal content is one node."""
         return f"{self.kind}:{hashlib.sha256(rfc8785.dumps(self._content())).hexdigest()[:16]}"
@@ -288,11 +291,17 @@ class Graph:
             raise LineageError("A lineage record needs the lists 'nodes' and 'edges'.")
         if not all(isinstance(item, Mapping) for item in [*nodes, *edges]):
             raise LineageError("The nodes and edges of a lineage record must be mappings.")
+        if len(nodes) > _MAX_NODES or len(edges) > _MAX_EDGES:
+            raise LineageError(
+                f"A lineage record has {len(nodes)} nodes and {len(edges)} edges; at most {_MAX_NODES} and "
+                f"{_MAX_EDGES} are read."
+            )
         graph = cls.of(map(Node.from_json, nodes), map(Edge.from_json, edges))
         for edge in graph.edges:
-            for end in (edge.source, edge.target):
-                if end not in graph.nodes and end != SELF:
-                    raise LineageError(f"A lineage edge names node {end!r}, which the record does not hold.")
+            if edge.source not in graph.nodes and edge.source != SELF:
+                raise LineageError(f"A lineage edge names node {edge.source!r}, which the record does not hold.")
+            if edge.target not in graph.nodes:  # nothing was made from the checkpoint that the record describes
+                raise LineageError(f"A lineage edge leads to node {edge.target!r}, which the record does not hold.")
         return graph
 
     def root(self, kind: str) -> Node:
@@ -304,7 +313,11 @@ class Graph:
         return roots[0]
 
     def paths(self) -> dict[str, list[Path]]:
-        """Return, for every node that reaches the checkpoint, its shortest path of each reach."""
+        """Return, for every node that reaches the checkpoint, its shortest path of each reach.
+
+        Raises:
+            LineageError: a node is farther away than any that a run leads to.
+        """
         outgoing: dict[str, list[Edge]] = {}
         for edge in self.edges:
             outgoing.setdefault(edge.source, []).append(edge)
@@ -317,6 +330,8 @@ class Graph:
                 for edge in outgoing.get(node_id, []):
                     follow = self._follow(node_id, reach, remote, REACH[edge.kind])
                     key, path = (edge.target, *follow), (*found[state], edge.target)
+                    if len(path) > _MAX_LENGTH:
+                        raise LineageError(f"A lineage has more than {_MAX_LENGTH} steps from a source to its end.")
                     if key not in found and (key not in reached or path < reached[key]):
                         reached[key] = path
             found |= reached

@@ -19,9 +19,13 @@ def normalised(name: str) -> str:
     What cannot be seen (zero-width characters, soft hyphens) is left out, and letters of other scripts that look like
     Latin ones become those.
     """
-    text = unicodedata.normalize("NFKC", name).lower()
-    text = "".join("-" if c in _HYPHENS[:-1] else c for c in text if unicodedata.category(c) not in ("Cf", "Cc", "Mn"))
-    return re.sub(r"-+", "-", re.sub(r"[\s_]+", "-", text.translate(_LOOKALIKES))).strip("-/ ")
+    if name.isascii():  # the same as below, at a tenth of its cost: cards have many words
+        text = re.sub(r"[\x00-\x1f\x7f]", "", name.lower())
+    else:
+        text = unicodedata.normalize("NFKC", name).lower()
+        seen = (c for c in text if unicodedata.category(c) not in ("Cf", "Cc", "Mn"))
+        text = "".join("-" if c in _HYPHENS[:-1] else c for c in seen).translate(_LOOKALIKES)
+    return re.sub(r"[\s_-]+", "-", text).strip("-/ ")
 
 
 def model_parts(name: str) -> tuple[str, list[str]]:

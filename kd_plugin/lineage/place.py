@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 SIDECAR = ".lineage"
@@ -18,6 +19,16 @@ def lineage_directory(checkpoint: str | Path) -> Path:
     if path.is_symlink():
         path = path.resolve()
     return path.with_name(path.name + SIDECAR) if path.is_file() else path
+
+
+def is_directory(name: str) -> bool:
+    """Whether a name that a stranger may have written is a directory's; no file system has one that is too long."""
+    return os.path.isdir(name)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is a file's, as :func:`is_directory` says it; ``Path.is_file`` raises OSError for long names."""
+    return os.path.isfile(path)
 
 
 def weights_of(directory: Path) -> Path:

@@ -57,11 +57,12 @@ def evaluate(
     paths = graph.paths()
     own = {i for n, ps in paths.items() for p in ps if p.reach == "weights" for i in graph.nodes[n].licenses}
     hits: list[Hit] = []
+    with_rows = {edge.source for edge in graph.edges if graph.nodes[edge.target].kind == "dataset"}
     for node_id in sorted(paths):
         node = graph.nodes[node_id]
         _judge_declaration(node, paths[node_id][0], tally)
         if rules > 1:
-            _judge_words(node, paths[node_id][0], graph, tally)
+            _judge_words(node, paths[node_id][0], node_id in with_rows, tally)
         for terms_id in (*node.licenses, *node.services):
             if terms_id not in terms:
                 raise LineageError(f"Lineage names terms {terms_id!r}, which neither registry nor record holds.")
@@ -167,7 +168,7 @@ def _judge_declaration(node: Node, path: Path, tally: _Tally) -> None:
         tally.findings.append(_note("sources_disagree", node, path, clause, seen, remedy))
 
 
-def _judge_words(node: Node, path: Path, graph: Graph, tally: _Tally) -> None:
+def _judge_words(node: Node, path: Path, rows: bool, tally: _Tally) -> None:
     """Note where one voice alone speaks, and what is to be asked about a dataset."""
     said = [e for e in node.evidence if e.ids and node.kind in ("model", "dataset")]
     if said and all(e.voice == "user" for e in said) and not {OWN, "unknown"} & set(node.licenses):
@@ -187,7 +188,6 @@ def _judge_words(node: Node, path: Path, graph: Graph, tally: _Tally) -> None:
         )
         clause = "its own words leave open which models wrote it"
         tally.findings.append(_note("writers_not_declared", node, path, clause, asked, remedy))
-    rows = any(e.source == node.id and graph.nodes[e.target].kind == "dataset" for e in graph.edges)
     if node.kind == "teacher_outputs" and not rows and node.licenses != ("unknown",):
         remedy = "capture again with a kd-plugin that records the rows, or declare them: `lineage: {datasets: [...]}`"
         evidence = "its record names no dataset"

@@ -25,7 +25,7 @@ def read_licence(where: str, written: str, voice: Voice, registry: Registry, lim
         registry: licences.
         limit: characters of the words that are kept.
     """
-    resolution = registry.resolve(written[:1000], voice)
+    resolution = registry.resolve(written, voice)
     hint = f" ({resolution.hint.strip()})" if resolution.hint and voice == "user" else ""
     return Evidence(where, printable(written + hint, limit), resolution.ids, voice)
 

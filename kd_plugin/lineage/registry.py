@@ -29,6 +29,7 @@ _WEIGHTS = re.compile(
     r"llama|qwen|mistral|mixtral|phi|gemma|vicuna|alpaca|falcon|pythia|bert|t5)(?:$|[-.\d])"
 )
 _MAX_NAME, _MAX_PARTS = 500, 16  # characters and parts of a name that are looked at
+_MAX_WRITTEN = 1000  # characters of a licence's name or expression
 _TABLES = ("version", "groups", "license", "service", "known")
 
 
@@ -104,6 +105,8 @@ class Registry:
             voice: whose they are; only the user's own can say ``own``.
         """
         text = written.strip()
+        if len(text) > _MAX_WRITTEN:  # no licence is called so; and what is cut could be the half that forbids
+            return Resolution((UNKNOWN,))
         direct = self._named(text, voice)
         if direct is not None:
             return Resolution((direct,), self.terms[direct].spdx)

@@ -46,6 +46,8 @@ def parse_yaml(raw: bytes, where: str) -> Any:
         raise ConfigError(f"{where} is not valid YAML at {place}: {error.problem}.") from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError, OverflowError) as error:
         raise ConfigError(f"{where} is not valid YAML: {error}.") from error
+    except (LookupError, AttributeError, TypeError) as error:  # how PyYAML meets `!!bool x` and `!!int ''`
+        raise ConfigError(f"{where} is not valid YAML: a value does not fit its tag ({error}).") from error
 
 
 def _require_shallow_lines(text: str, where: str) -> None:

@@ -52,6 +52,7 @@ def recognise(text: str, registry: Registry) -> Match:
     """
     words = _words(text)
     runs = _runs(words)
+    total = runs.total()
     best, best_score = None, 0.0
     for terms_id in sorted(registry.terms):
         known = registry.text(terms_id)
@@ -59,7 +60,10 @@ def recognise(text: str, registry: Registry) -> Match:
             continue
         if words == _words(known):
             return Match(terms_id, registry.terms[terms_id].name)
-        score = _share(runs, _runs(_words(known)))
+        other = _runs(_words(known))
+        if 2 * min(total, other.total()) < _RESEMBLES * (total + other.total()):
+            continue  # of such different lengths that they cannot resemble each other
+        score = _share(runs, other)
         if score > best_score:
             best, best_score = terms_id, score
     if best is None or best_score < _RESEMBLES:

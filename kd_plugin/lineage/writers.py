@@ -22,6 +22,7 @@ _COLUMNS_ONLY = frozenset({"engine", "annotator", "annotator_model", "response_m
 COLUMNS = _KEYS | _COLUMNS_ONLY | (_LOOSE_KEYS - {"tags"})  # of rows
 _HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
 _PROVIDERS = frozenset({"openai", "anthropic", "chatgpt"})
+_LINK = re.compile(r"\]\((?:[^)\s\]]|\](?!\())*+\)")  # ends where the next one begins, so that none is read twice
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _MAX_WRITERS = 20
 _MAX_DEPTH = 8
@@ -74,7 +75,7 @@ def prose_of(text: str, registry: Registry) -> tuple[str, ...]:
     Prose is weak evidence: it may deny, compare or praise. So it decides nothing; it makes the gate ask.
     """
     plain = unicodedata.normalize("NFKC", text[:_MAX_PROSE])
-    plain = re.sub(r"\]\([^)\s]*\)", "]", re.sub(r"[\u2010-\u2015\u2212]", "-", plain))
+    plain = _LINK.sub("]", re.sub(r"[\u2010-\u2015\u2212]", "-", plain))
     known: dict[str, bool] = {}
     found = []
     for sentence in _SENTENCE.split(plain):

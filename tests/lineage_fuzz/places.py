@@ -1,0 +1,42 @@
+"""What the targets read, made once a process in a temporary folder: models, checkpoints, a cache."""
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from kd_plugin.lineage import RunLineage, Source
+from tests.core.lineage_help import RUN, checkpoint, model_dir
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="kd-fuzz-")
+ROOT = Path(_FOLDER.name)
+
+
+@cache
+def student() -> Path:
+    return Path(model_dir(ROOT, "student", "mit"))
+
+
+@cache
+def _card_place(kind: str) -> Path:
+    made = Path(model_dir(ROOT, f"card-{kind}"))
+    if kind == "dataset":
+        (made / "model.safetensors").unlink()
+        (made / "config.json").unlink()
+    return made
+
+
+def card_dir(card: bytes, kind: str = "model") -> Path:
+    """Return a directory with this card and nothing else that speaks of terms."""
+    place = _card_place(kind)
+    (place / "README.md").write_bytes(card)
+    return place
+
+
+@cache
+def taught(licence: str) -> Path:
+    """Return a checkpoint that a teacher of this licence taught, with its record."""
+    saved = checkpoint(ROOT / licence)
+    teacher = Source("t", ref=model_dir(ROOT, f"teacher-{licence}", licence))
+    base = Source("student", ref=str(student()))
+    RunLineage(method="x", student=base, teachers=[teacher], config={"run": RUN}).write(saved, step=1)
+    return saved
