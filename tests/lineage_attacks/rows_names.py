@@ -108,7 +108,7 @@ for name, expect in (
     ("nvidia-open-model-license", "conditional"), ("kimi-k2.5", "conditional"), ("kimi-k3", "conditional"),
     ("minimax-m2", "conditional"), ("minimax-m2.1", "conditional"), ("hyperclova-x-seed", "conditional"),
     ("minimax-model-license", "allow"), ("nvidia-nemotron-open-model-license", "allow"), ("openmdw-1.1", "allow"),
-    ("falcon-2-11b", "allow"), ("k-exaone", "allow"),
+    ("falcon-2-11b", "allow"), ("k-exaone", "allow"), ("gemma-2026-04-01", "allow"),
 ):  # fmt: skip
     attack(NEW, f"the text of {name} beside a card that names none", expect, lambda d, n=name: gate(
         d, teacher=directory(d, "library_name: x", LICENSE=TEXTS.text(n))))  # fmt: skip
