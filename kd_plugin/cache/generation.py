@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kd_plugin.cache.fields import fitting
 from kd_plugin.errors import ConfigError
 
 
@@ -50,5 +51,5 @@ class Generation:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Generation:
-        """Build from the values of :meth:`to_json`."""
-        return cls(**values)
+        """Build from the values of :meth:`to_json`; raises CacheError or ConfigError where they are none."""
+        return cls(**fitting(cls, values, "generation"))

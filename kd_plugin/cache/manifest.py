@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from kd_plugin.cache.fields import fitting
 from kd_plugin.cache.generation import Generation
 from kd_plugin.cache.targets import Sampled, Targets, describe, from_description
 from kd_plugin.errors import CacheCorruptionError, CacheError
@@ -21,6 +22,7 @@ from kd_plugin.errors import CacheCorruptionError, CacheError
 FORMAT = "kd-plugin teacher cache"
 # The first keeps each log-probability of sampled targets, the second names neither a template nor a time; both are read
 FORMAT_VERSION = 3
+_MAX_UNITS = 10_000_000  # ten billion rows at the usual size; missing ones are listed one by one
 NOTHING_TO_SCORE = "nothing to score"
 _LATER = ("generation", "filter", "assistant_only", "rendered_with", "rendered_at")  # left out where not used
 POSITION_CONVENTION = "the target at position t is the distribution over token t+1"
@@ -81,11 +83,14 @@ class Settings:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Settings:
-        """Build from the values of :meth:`to_json`."""
-        made: dict[str, Any] = {"targets": from_description(values["targets"]), "passed": tuple(values["passed"])}
+        """Build from the values of :meth:`to_json`; raises CacheError or ConfigError where they are none."""
+        made = fitting(cls, values, "settings", ignored=("targets", "generation"))
+        made["targets"] = from_description(values["targets"])
         if "generation" in values:
             made["generation"] = Generation.from_json(values["generation"])
-        return cls(**{**values, **made})
+        if not made["shard_rows"] or not made["vocab_size"] or made["temperature"] <= 0:
+            raise CacheError("settings: shard_rows, vocab_size and temperature must be above 0; it was edited.")
+        return cls(**made)
 
     @property
     def scored(self) -> str:
@@ -278,16 +283,29 @@ class Manifest:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Manifest:
-        """Build from the values of :meth:`to_json`."""
-        return cls(
-            settings=Settings.from_json(values["settings"]),
-            parts=tuple(Part(**part) for part in values["parts"]),
-            units=tuple(Unit(**unit) for unit in values["units"]),
-            lineage=values["lineage"],
-            engine=values["engine"],
-            created=values["created"],
-            finished=values["finished"],
-        )
+        """Build from the values of :meth:`to_json`; raises CacheError or ConfigError where they are none."""
+        names = {f.name for f in fields(cls)}
+        given = {name: value for name, value in values.items() if name in names}
+        made = fitting(cls, given, "manifest", ignored=("settings", "parts", "units"))
+        for name in ("parts", "units"):
+            if not isinstance(values[name], list):
+                raise CacheError(f"manifest.{name} is a {type(values[name]).__name__}; expected a list.")
+        made["settings"] = Settings.from_json(values["settings"])
+        made["parts"] = tuple(Part(**fitting(Part, part, "a part of the manifest")) for part in values["parts"])
+        made["units"] = tuple(Unit(**fitting(Unit, unit, "a unit of the manifest")) for unit in values["units"])
+        manifest = cls(**made)
+        manifest._require_parts()
+        return manifest
+
+    def _require_parts(self) -> None:
+        """Refuse parts whose units are not numbered on from one to the next, or are more than any cache has."""
+        first = 0
+        for part in self.parts:
+            if part.first_unit != first:
+                raise CacheError(f"A part of the manifest begins at unit {part.first_unit}; expected {first}.")
+            first += -(-part.rows // self.settings.shard_rows)
+        if not self.parts or first > _MAX_UNITS:
+            raise CacheError(f"The manifest has {len(self.parts)} parts and {first} units; no cache has so many.")
 
 
 def seal(values: Mapping[str, Any]) -> bytes:
@@ -310,7 +328,7 @@ def unseal(path: Path, way_out: str) -> dict[str, Any]:
         values = json.loads(data)
         stored = values.pop("digest")
         intact = stored == _digest(values) and seal(values) == data
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise CacheCorruptionError(f"{path} is not as it was written: its digest does not match. {way_out}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kd_plugin.cache.fields import fitting
 from kd_plugin.cache.files import sha256_file
 from kd_plugin.cache.flat import BLOCK_BYTES, FlatFile
 from kd_plugin.cache.index import bucket_bits
@@ -29,6 +31,11 @@ from kd_plugin.errors import CacheCorruptionError, DataError
 from kd_plugin.signals import SparseSignal
 
 _TORCH = {"<i4": torch.int32, "<f2": torch.float16, "<f4": torch.float32, "<i8": torch.int64, "<i2": torch.int16}
+_DTYPES = {
+    "ids.bin": "<i4", "tail.bin": "<f4", "draws.bin": "<i2", "mean_logprob.bin": "<f4", "logprobs.bin": "<f2",
+    "offsets.bin": "<i8", "index_keys.bin": "<u8", "index_rows.bin": "<i8", "index_buckets.bin": "<i8",
+}  # fmt: skip
+_NEEDED = {"ids.bin", "tail.bin", "index_keys.bin", "index_rows.bin", "index_buckets.bin"}
 
 
 class CheckedFile:
@@ -114,10 +121,10 @@ class Mapped:
         self.directory = directory
         self._way_out = f"Nothing is lost: delete {directory} and it is built again from the shards."
         record = unseal(directory / "mapped.json", self._way_out)
-        if record["version"] != MAPPED_VERSION or record["content"] != manifest.content_digest:
+        if record.get("version") != MAPPED_VERSION or record.get("content") != manifest.content_digest:
             raise CacheCorruptionError(f"{directory} was built from other shards. {self._way_out}")
-        self._rows_sha256 = record["rows_sha256"]
-        files = {file["name"]: FlatFile(**file) for file in record["files"]}
+        self._rows_sha256 = str(record.get("rows_sha256"))
+        files = self._files_of(record)
         opened = {
             name: CheckedFile(directory, file, self._way_out) for name, file in files.items() if "index" not in name
         }
@@ -133,6 +140,16 @@ class Mapped:
         self.tokens = files["tail.bin"].items
         # Top-k lists equally many everywhere, so a target is found without offsets.
         self._width = files["ids.bin"].items // max(self.tokens, 1)
+
+    def _files_of(self, record: Mapping[str, Any]) -> dict[str, FlatFile]:
+        """Read the list of files: all that are needed, and none but those, each of its own type."""
+        listed = record.get("files")
+        where = f"a file of {self.directory / 'mapped.json'}"
+        found = [FlatFile(**fitting(FlatFile, one, where)) for one in (listed if isinstance(listed, list) else [])]
+        files = {one.name: one for one in found if _DTYPES.get(one.name) == one.dtype}
+        if len(files) != len(found) or not files.keys() >= _NEEDED:
+            raise CacheCorruptionError(f"{self.directory} does not list its files as they were built. {self._way_out}")
+        return files
 
     def signal(self, index: Tensor) -> SparseSignal:
         """Gather the targets of number ``index`` (N,); see :meth:`TeacherCache.signal`."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from kd_plugin.cache.fields import fitting
 from kd_plugin.cache.files import explained, publish, publish_new, sha256_file
 from kd_plugin.cache.manifest import Manifest, Part, Settings, Unit, read_manifest, seal, unseal
 from kd_plugin.cache.owners import claim_text, read_claim, remove_leftovers, temporary_name, this_process
@@ -289,10 +290,11 @@ def read_record(path: Path, settings: Settings) -> UnitRecord:
     """
     way_out = f"Delete {path} and run the same capture again: that one unit is done anew."
     values = unseal(path, way_out)
-    finished = values.pop("finished")
-    if values.pop("settings") != settings.digest or f"{values['index']:05d}" != path.stem:
+    finished, belongs = values.pop("finished", None), values.pop("settings", None)
+    unit = Unit(**fitting(Unit, values, str(path)))
+    if belongs != settings.digest or f"{unit.index:05d}" != path.stem or not isinstance(finished, str):
         raise CacheCorruptionError(f"{path} belongs to another capture. {way_out}")
-    return UnitRecord(Unit(**values), finished)
+    return UnitRecord(unit, finished)
 
 
 def card(manifest: Manifest) -> bytes:

@@ -98,6 +98,8 @@ def from_description(description: Mapping[str, Any]) -> Targets:
     Raises:
         ConfigError: unknown kind, or fields that the kind does not have.
     """
+    if not isinstance(description, Mapping) or not isinstance(description.get("kind"), str):
+        raise ConfigError(f"Targets are {description!r:.80}; expected a mapping with their kind.")
     fields = dict(description)
     kind = fields.pop("kind", None)
     if kind == "sampled":

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd_plugin.cache.fields import fitting
 from kd_plugin.cache.files import explained, publish_new, sync
 from kd_plugin.cache.manifest import seal, unseal
 from kd_plugin.cache.owners import temporary_name
@@ -21,6 +22,15 @@ RECORD = "panel.json"
 _FORMAT, _VERSION = "kd-plugin teacher caches together", 1
 _SHARED = ("tokenizer", "vocab_size", "temperature")
 _NOT_COPIED = shutil.ignore_patterns("mapped", "claims", "tmp")
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A cache as the record names it: its directory below, its weight, and its content digest."""
+
+    path: str
+    weight: float
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ def read_together(directory: str | Path) -> Together:
 
     Raises:
         CacheCorruptionError: it was changed.
-        CacheError: it is of a later version.
+        CacheError: it is of a later version, or was not written by kd-plugin.
     """
     root = Path(directory)
     values = unseal(
@@ -54,8 +64,14 @@ def read_together(directory: str | Path) -> Together:
     )
     if (values.get("format"), values.get("version")) != (_FORMAT, _VERSION):
         raise CacheError(f"{root / RECORD} is of a format that this kd-plugin does not read. Use a newer one.")
-    members = {str(root / member["path"]): float(member["weight"]) for member in values["members"]}
-    return Together(members, {str(root / member["path"]): str(member["digest"]) for member in values["members"]})
+    listed = values.get("members")
+    if not isinstance(listed, list) or not listed:
+        raise CacheError(f"{root / RECORD} names no caches. Merge again.")
+    members = [_Member(**fitting(_Member, one, f"a cache of {root / RECORD}")) for one in listed]
+    if min(member.weight for member in members) < 0:
+        raise CacheError(f"{root / RECORD} has a weight below 0. Merge again.")
+    weights = {str(root / member.path): float(member.weight) for member in members}
+    return Together(weights, {str(root / member.path): member.digest for member in members})
 
 
 def open_members(directory: str | Path, allow_partial: bool = False) -> dict[TeacherCache, float]:

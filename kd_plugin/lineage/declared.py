@@ -9,6 +9,7 @@ from typing import Any
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.config import Declaration, LineageConfig
 from kd_plugin.lineage.data import CACHE, IN_MEMORY
+from kd_plugin.lineage.graph import Graph
 from kd_plugin.lineage.registry import UNKNOWN, Registry, default_registry, load_registry
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.verdict import Student
@@ -57,10 +58,13 @@ def match_outputs(outputs: Sequence[Source], config: LineageConfig) -> tuple[lis
     Returns:
         The caches, as ``own`` where the user declares all that their record calls so; and the names so declared,
         which are no further teachers of the run.
+
+    Raises:
+        LineageError: a cache's record is malformed.
     """
     matched, answered = [], set()
     for source in outputs:
-        roles = _own_roles(source.record or {})
+        roles = _own_roles(source.record) if source.record is not None else set()
         mine = {name for name in roles if (d := config.teachers.get(name)) is not None and d.license == OWN}
         answered |= mine
         matched.append(replace(source, license=OWN) if roles and mine == roles else source)
@@ -69,14 +73,12 @@ def match_outputs(outputs: Sequence[Source], config: LineageConfig) -> tuple[lis
 
 def _own_roles(record: Mapping[str, Any]) -> set[str]:
     """Name the teachers of a cache's record that its writer calls own."""
-    nodes = {n.get("id"): n for n in record.get("nodes", ()) if isinstance(n, Mapping)}
-    edges = [e for e in record.get("edges", ()) if isinstance(e, Mapping)]
+    graph = Graph.from_json(record)
+    made = [(edge, graph.nodes[edge.target]) for edge in graph.edges if edge.source in graph.nodes]
     return {
-        str(edge.get("role") or nodes[edge["to"]].get("name"))
-        for edge in edges
-        if nodes.get(edge.get("from"), {}).get("kind") == "teacher_outputs"
-        and nodes.get(edge.get("to"), {}).get("kind") == "model"
-        and OWN in nodes[edge["to"]].get("licenses", ())
+        edge.role or node.name
+        for edge, node in made
+        if graph.nodes[edge.source].kind == "teacher_outputs" and node.kind == "model" and OWN in node.licenses
     }
 
 

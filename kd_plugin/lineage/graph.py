@@ -195,7 +195,7 @@ class Node:
                     raise TypeError(f"{key} is no string")
             node = cls(evidence=evidence, **fields)
             found = node.id
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise LineageError(f"A lineage node cannot be read: {error}. Seen: {str(dict(data))[:200]}") from error
         if node.kind not in get_args(NodeKind):
             raise LineageError(f"A lineage node has kind {node.kind!r}; expected one of {get_args(NodeKind)}.")

@@ -4,8 +4,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from kd_plugin.cache import capture
 from kd_plugin.lineage import RunLineage, Source
+from kd_plugin.teachers import LocalTeacher
 from tests.core.lineage_help import RUN, checkpoint, model_dir
+from tests.tiny import save_tiny
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="kd-fuzz-")
 ROOT = Path(_FOLDER.name)
@@ -40,3 +43,13 @@ def taught(licence: str) -> Path:
     base = Source("student", ref=str(student()))
     RunLineage(method="x", student=base, teachers=[teacher], config={"run": RUN}).write(saved, step=1)
     return saved
+
+
+@cache
+def captured() -> Path:
+    """Return a teacher cache of a tiny model under the MIT licence."""
+    rows = [{"prompt": f"Say {i}: ", "completion": "red"} for i in range(5)]
+    teacher = LocalTeacher(save_tiny(ROOT / "tiny-teacher", "mit", seed=2), dtype="float32")
+    declared = {"datasets": [{"name": "rows", "license": "mit", "generated_by": []}]}
+    capture(rows, teacher, ROOT / "cache", shard_rows=3, lineage=declared, progress=False)
+    return ROOT / "cache"
