@@ -17,8 +17,9 @@ export TOKENIZERS_PARALLELISM := false
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 ARGS ?=
+SECONDS ?= 600
 
-.PHONY: help install demo test test-all test-zero libaio test-vllm test-peers lint format types bench wheel-test clean
+.PHONY: help install demo test test-all test-zero libaio test-vllm test-peers fuzz lint format types bench wheel-test clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -86,6 +87,10 @@ test-vllm: $(STAMP) ## Compare with a real vLLM server. Makes .venv-vllm (3.4 GB
 test-peers: $(STAMP) ## Run TRL's own trainer tests on TRL's classes and on ours: make test-peers TRL=PATH; takes half an hour.
 	@test -n "$(TRL)" || { echo "Name a checkout or archive of TRL's repository: make test-peers TRL=path/to/trl"; exit 1; }
 	@$(TEST_ENV) $(PY) -m tests.peers.run "$(abspath $(TRL))" $(ARGS)
+
+# Every target in turn until the time is over. What it finds stays in .hypothesis/lineage_fuzz and comes first next time.
+fuzz: $(STAMP) ## Fuzz what lineage reads from strangers: make fuzz SECONDS=600
+	@$(TEST_ENV) $(PY) -m tests.lineage_fuzz $(SECONDS)
 
 wheel-test: $(STAMP) ## Build the wheel, install it alone with [trl], and run the demo's first minute from it.
 	@$(PY) -m pytest tests/hosts/test_demo_wheel.py -m wheel -v $(ARGS)

@@ -154,7 +154,7 @@ def read_yaml(path: Path) -> Any:
 def _with_line(message: str, path: Path) -> str:
     """Say in which line the key stands that a message is about; messages begin with the key's place."""
     places = {str(path): 1}
-    stack = [(str(path), yaml.compose(path.read_text(), Loader=_LOADER))]
+    stack = [(str(path), yaml.compose(path.read_text("utf-8"), Loader=_LOADER))]
     while stack:
         where, node = stack.pop()
         if isinstance(node, yaml.MappingNode):

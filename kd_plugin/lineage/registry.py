@@ -252,8 +252,9 @@ def load_registry(path: Path) -> Registry:
     base = default_registry()
     try:
         raw = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"The registry {str(path)!r} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: no name that a file can have
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"The registry {str(path)!r} cannot be read: {why}.") from error
     mine = parse_registry(raw, path.name, lambda name: (path.parent / PurePath(name).name).read_bytes(), base)
     _refuse_exemptions(mine, base, path.name)
     return replace(
