@@ -78,6 +78,8 @@ class Evidence:
         voice = data.get("voice")
         if voice is not None and voice not in get_args(Voice):
             raise ValueError(f"unknown voice {voice!r}")
+        if data.keys() - {"where", "value", "ids", "voice"}:
+            raise ValueError(f"evidence that holds {sorted(data)}")
         return cls(str(data["where"]), str(data["value"]), _strings(data["ids"]), voice)
 
 
@@ -231,7 +233,8 @@ class Edge:
     def from_json(cls, data: Mapping[str, Any]) -> Edge:
         """Read an edge back; raises LineageError where it is malformed."""
         values = {key: data.get(key) for key in ("from", "to", "kind")} | {"role": data.get("role", "")}
-        if not all(isinstance(v, str) for v in values.values()) or values["kind"] not in REACH:
+        known = data.keys() <= values.keys() and all(isinstance(v, str) for v in values.values())
+        if not known or values["kind"] not in REACH:
             raise LineageError(f"A lineage edge cannot be read: {str(dict(data))[:200]}. Kinds: {', '.join(REACH)}.")
         return cls(values["from"], values["to"], values["kind"], values["role"])  # type: ignore[arg-type]
 

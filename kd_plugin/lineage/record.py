@@ -76,7 +76,7 @@ def read_record(path: Path) -> tuple[dict[str, Any], bytes]:
     if len(raw) > MAX_RECORD:
         raise LineageError(f"{path} is larger than {MAX_RECORD} bytes; that is no lineage record.")
     try:
-        record = json.loads(raw)
+        record = json.loads(raw, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise LineageError(f"{path} is not valid JSON ({error}); it was damaged or edited.") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
@@ -88,6 +88,14 @@ def read_record(path: Path) -> tuple[dict[str, Any], bytes]:
         said = problem.message if len(problem.message) <= 200 else f"{problem.message[:199]}…"
         raise LineageError(f"{path}: {where} does not fit the schema of a lineage record ({said}); it was edited.")
     return record, raw
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse an object that says a key twice: other readers would take the other value."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a key that is said twice")
+    return made
 
 
 @cache
