@@ -67,7 +67,7 @@ def evaluate(
             if terms_id not in terms:
                 raise LineageError(f"Lineage names terms {terms_id!r}, which neither registry nor record holds.")
             for clause in terms[terms_id].clauses:
-                hit = _first_hit(node, terms[terms_id], clause, paths[node_id])
+                hit = _first_hit(node, terms[terms_id], clause, paths[node_id], rules)
                 if hit is not None and not own & set(clause.unless_student):
                     hits.append(hit)
                     _apply(hit, facts, student, tally)
@@ -83,7 +83,7 @@ def evaluate(
         decision=DECISIONS[tally.severity],
         findings=tuple(sorted(findings, key=lambda f: (order[f.severity], f.code, f.node, f.clause, f.path))),
         obligations=tuple(sorted(set(tally.duties), key=lambda d: (d.terms, d.cite, d.kind, d.node, d.path))),
-        license_expression=_expression(graph, terms, paths, student),
+        license_expression=_expression(graph, terms, paths, student, rules),
     )
 
 
@@ -106,14 +106,21 @@ def decision_of(terms: Terms) -> Decision:
     return DECISIONS[severity_of(terms) // _STEP]
 
 
-def _first_hit(node: Node, terms: Terms, clause: Clause, paths: list[Path]) -> Hit | None:
+def _reaches(node: Node, path: Path, rules: int) -> set[str]:
+    """Return how a node's terms touch the checkpoint: rows under the terms of a model are that model's outputs too."""
+    as_outputs = rules > 1 and node.kind == "dataset" and path.reach == "data"
+    return {path.reach, "outputs"} if as_outputs else {path.reach}
+
+
+def _first_hit(node: Node, terms: Terms, clause: Clause, paths: list[Path], rules: int = RULES) -> Hit | None:
     """Return the clause's firmest touch: explicit before precautionary, then the shortest path."""
     if node.repo is not None and node.repo in clause.unless_repo:
         return None
     hits = []
     for path in paths:
-        derivative = path.reach in terms.inherits  # terms that make outputs derivatives bind again, however far
-        if path.reach in clause.reach:
+        reaches = _reaches(node, path, rules)
+        derivative = bool(reaches & set(terms.inherits))  # terms that make outputs derivatives bind again, however far
+        if reaches & set(clause.reach):
             hits.append(Hit(node, terms, clause, path, explicit=not path.remote or derivative))
         elif path.reach in clause.precaution:
             hits.append(Hit(node, terms, clause, path, explicit=False))
@@ -239,13 +246,15 @@ def _duty(hit: Hit, status: Any) -> Duty:
     )  # fmt: skip
 
 
-def _expression(graph: Graph, terms: Mapping[str, Terms], paths: Mapping[str, list[Path]], student: Student) -> str:
+def _expression(
+    graph: Graph, terms: Mapping[str, Terms], paths: Mapping[str, list[Path]], student: Student, rules: int
+) -> str:
     """AND together the licences that bind the weights: initialisation, and terms that a student inherits."""
     binding = {
         terms[i].spdx
         for node_id, ways in paths.items()
         for i in graph.nodes[node_id].licenses
-        if any(way.reach in terms[i].inherits for way in ways)
+        if any(_reaches(graph.nodes[node_id], way, rules) & set(terms[i].inherits) for way in ways)
     }
     binding |= {terms[i].spdx for i in student.declared_license}
     return " AND ".join(sorted(s for s in binding if s)) or "NONE"

@@ -93,6 +93,8 @@ def test_a_duty_whose_reach_does_not_match_never_appears(student, taught, use):
     paths = graph.paths()
     for duty in judged(graph, use).obligations:
         reaches = {path.reach for path in paths[duty.node]}
+        if "data" in reaches and graph.nodes[duty.node].kind == "dataset":
+            reaches.add("outputs")  # rows under the terms of a model are what the model wrote
         clauses = [c for c in REGISTRY.terms[duty.terms].clauses if (c.cite, c.kind) == (duty.cite, duty.kind)]
         allowed = "reach" if duty.basis == "explicit" else "precaution"
         assert any(reaches & set(getattr(clause, allowed)) for clause in clauses)
