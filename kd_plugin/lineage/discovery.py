@@ -183,6 +183,8 @@ def _behind(
     """List what a source was made from: its bases, and the models that wrote it."""
     bases = list(facts.bases)
     bases += [(base, "initialized_from") for base in known_bases if base not in {name for name, _ in bases}]
+    if source.kind == "dataset":  # rows have no weights: a model that their card calls a base wrote them
+        bases = [(base, "trained_on_outputs") for base, _ in bases]
     behind: list[tuple[Source, EdgeKind, Vouch | None]] = [
         (Source(base, "model", base), kind, vouch) for base, kind in dict.fromkeys(bases)
     ]

@@ -93,6 +93,8 @@ def test_fields(card, around, kind):
 
 @PROFILE
 @given(st.one_of(mutated(SEEDS), mutated(SEEDS), raw()), st.sampled_from(["model", "dataset"]))
+@example(b"---\nlicense: llama2\n---\n", "dataset")
+@example(SEEDS[2], "dataset")
 @example(b"---\nlicense: !!bool x\n---\n", "model")
 @example(b"---\nlicense: !!int ''\n---\n", "model")
 @example(b"---\nlicense: !!timestamp x\n---\n", "dataset")
