@@ -58,7 +58,9 @@ def bases_of(
     if len(names) > _MAX_BASES:
         unread.append(Evidence("README.md", f"{len(names)} models as base_model, more than are read", (UNKNOWN,)))
     for one in listed:
-        if not isinstance(one, str) or base_name(one) is None:
+        # PEFT writes the path of an adapter's base into both files
+        said = isinstance(one, str) and (base_name(one) is not None or printable(one.strip()) in found)
+        if not said:
             unread.append(Evidence("README.md", printable(f"base_model that cannot be read: {one!r}", 100), (UNKNOWN,)))
     return tuple(found.items()), unread[:_MAX_BASES]
 

@@ -132,4 +132,6 @@ class CachedTeacher:
                 f"Teacher {self.name!r}: {int((chosen < 0).sum())} of {len(chosen)} positions have no target in "
                 f"{self.cache.path}; it was captured with another completion mask."
             )
-        return self.cache.within(self.vocabulary.size).signal(chosen).to(input_ids.device)
+        adopted = self.__dict__.get("vocabulary")  # a student's head may have fewer rows; none is read for it
+        cache = self.cache if adopted is None else self.cache.within(adopted.size)
+        return cache.signal(chosen).to(input_ids.device)

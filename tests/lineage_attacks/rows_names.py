@@ -48,6 +48,9 @@ attack(BASE, "base_model: nothing", "allow", lambda d: gate(d, teacher=directory
 attack(BASE, "adapter_config.json names a base, the card another", "unknown", lambda d: gate(
     d, teacher=directory(d, "license: mit\nbase_model: nobody/closed-weights", adapter_config__json=json.dumps(
         {"base_model_name_or_path": model_dir(d, "base", "mit")}))))  # fmt: skip
+attack(BASE, "the card repeats the path of the adapter's base, as PEFT writes it", "allow", lambda d: gate(
+    d, teacher=directory(d, f"license: mit\nbase_model: {model_dir(d, 'base', 'mit')}", adapter_config__json=json.dumps(
+        {"base_model_name_or_path": str(d / "base")}))))  # fmt: skip
 attack(BASE, "both name the same base", "allow", lambda d: gate(
     d, teacher=directory(d, "license: mit", adapter_config__json=json.dumps(
         {"base_model_name_or_path": model_dir(d, "base", "mit")}))))  # fmt: skip
