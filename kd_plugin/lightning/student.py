@@ -181,9 +181,9 @@ def require_trained_head(student: PreTrainedModel) -> None:
     kinds = [kind for kind in type(head).__mro__ if kind.__module__.startswith("peft.")]
     if kinds and not any(kind.__name__ == "ModulesToSaveWrapper" for kind in kinds):
         raise ConfigError(
-            f"An adapter changes the student's output head (lm_head is a {kinds[0].__module__}.{kinds[0].__name__}), and "
-            "the loss would leave it out. Take the head out of target_modules and trainable_token_indices; modules_to_save "
-            "trains it whole."
+            f"An adapter changes the student's output head (lm_head is a {kinds[0].__module__}.{kinds[0].__name__}), "
+            "and the loss would leave it out. Take the head out of target_modules and trainable_token_indices; "
+            "modules_to_save trains it whole."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -51,18 +52,23 @@ def bases_of(
         for name in names[:_MAX_BASES]:
             found.setdefault(printable(base_name(name) or name), "merged_from")
     listed = list(_listed(card.get("base_model"), 0))
-    names = list(dict.fromkeys(base for one in listed if isinstance(one, str) and (base := base_name(one))))
+    names = list(dict.fromkeys(base for one in listed if isinstance(one, str) and (base := _base(one))))
     kind: EdgeKind = "merged_from" if len(names) > 1 else "initialized_from"
     for one in names[:_MAX_BASES]:
         found.setdefault(one, kind)
     if len(names) > _MAX_BASES:
         unread.append(Evidence("README.md", f"{len(names)} models as base_model, more than are read", (UNKNOWN,)))
     for one in listed:
-        # PEFT writes the path of an adapter's base into both files
-        said = isinstance(one, str) and (base_name(one) is not None or printable(one.strip()) in found)
-        if not said:
+        if not isinstance(one, str) or _base(one) is None:
             unread.append(Evidence("README.md", printable(f"base_model that cannot be read: {one!r}", 100), (UNKNOWN,)))
     return tuple(found.items()), unread[:_MAX_BASES]
+
+
+def _base(written: str) -> str | None:
+    """Return what a card calls its base: a directory of this machine, a hub id, or a name; None for anything else."""
+    text = written.strip()
+    is_here = text.startswith(("/", "./", "../")) and Path(text).is_dir()
+    return text if is_here else base_name(text)
 
 
 def base_name(written: str) -> str | None:
