@@ -155,14 +155,19 @@ class LicenseLineage(Callback):
             write()
 
 
-def lineage_of(trainer: Trainer, run: RunLineage, module: LightningModule) -> LicenseLineage:
-    """Bind ``run`` to the trainer's lineage callback; where it has none, add one that is set up already."""
+def lineage_of(trainer: Trainer, run: RunLineage, student: str | None) -> LicenseLineage:
+    """Bind ``run`` to the trainer's lineage callback; where it has none, add one that is set up already.
+
+    Args:
+        trainer: the trainer.
+        run: the run.
+        student: attribute path of the student, where the module holds several models.
+    """
     own = next((c for c in trainer.callbacks if isinstance(c, LicenseLineage)), None)  # type: ignore[attr-defined]
     if own is None:
         own = LicenseLineage()
-        own.run = run
         trainer.callbacks.append(own)  # type: ignore[attr-defined]
-    own.run = run
+    own.run, own.student = run, own.student or student
     return own
 
 

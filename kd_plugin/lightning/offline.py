@@ -179,7 +179,7 @@ class OfflineKD(StudentCallback):
             settings={**dict(module.hparams), **self.settings},
             declared=declared,
         )
-        lineage_of(trainer, run, module)
+        lineage_of(trainer, run, self.student)
         self._compare_vocabularies(module, model)
         self._checked = True
 

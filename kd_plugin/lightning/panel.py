@@ -310,7 +310,7 @@ class TeacherPanelCorrection(StudentCallback):
             settings={**dict(module.hparams), "panel": self.settings, "ce_weight": self.objective.ce_weight},
             declared=declared,
         )
-        lineage_of(trainer, self._run, module)
+        lineage_of(trainer, self._run, self.student)
         gate_servers(self._run, self.panel.teachers.values())
         self._compare_vocabularies(module, model)
         reference = model if isinstance(model, str) else model.config._name_or_path or None
