@@ -27,6 +27,7 @@ from kd_plugin.cache.flat import BLOCK_BYTES, FlatFile
 from kd_plugin.cache.index import bucket_bits
 from kd_plugin.cache.manifest import Manifest, unseal
 from kd_plugin.cache.mapping import MAPPED_VERSION
+from kd_plugin.cache.targets import Sampled, Targets, TopK
 from kd_plugin.errors import CacheCorruptionError, DataError
 from kd_plugin.signals import SparseSignal
 
@@ -35,7 +36,15 @@ _DTYPES = {
     "ids.bin": "<i4", "tail.bin": "<f4", "draws.bin": "<i2", "mean_logprob.bin": "<f4", "logprobs.bin": "<f2",
     "offsets.bin": "<i8", "index_keys.bin": "<u8", "index_rows.bin": "<i8", "index_buckets.bin": "<i8",
 }  # fmt: skip
-_NEEDED = {"ids.bin", "tail.bin", "index_keys.bin", "index_rows.bin", "index_buckets.bin"}
+
+
+def _names_of(targets: Targets) -> set[str]:
+    """Return the files of a mapped form, as :func:`~kd_plugin.cache.mapping.build` writes them."""
+    names = {"ids.bin", "tail.bin", "index_keys.bin", "index_rows.bin", "index_buckets.bin"}
+    means = isinstance(targets, Sampled) and targets.logprobs == "mean"
+    names |= {"mean_logprob.bin" if means else "logprobs.bin"}
+    names |= {"draws.bin"} if isinstance(targets, Sampled) else set()
+    return names if isinstance(targets, TopK) else names | {"offsets.bin"}
 
 
 class CheckedFile:
@@ -124,7 +133,7 @@ class Mapped:
         if record.get("version") != MAPPED_VERSION or record.get("content") != manifest.content_digest:
             raise CacheCorruptionError(f"{directory} was built from other shards. {self._way_out}")
         self._rows_sha256 = str(record.get("rows_sha256"))
-        files = self._files_of(record)
+        files = self._files_of(record, manifest.settings.targets)
         opened = {
             name: CheckedFile(directory, file, self._way_out) for name, file in files.items() if "index" not in name
         }
@@ -141,13 +150,13 @@ class Mapped:
         # Top-k lists equally many everywhere, so a target is found without offsets.
         self._width = files["ids.bin"].items // max(self.tokens, 1)
 
-    def _files_of(self, record: Mapping[str, Any]) -> dict[str, FlatFile]:
-        """Read the list of files: all that are needed, and none but those, each of its own type."""
+    def _files_of(self, record: Mapping[str, Any], targets: Targets) -> dict[str, FlatFile]:
+        """Read the list of files: all that these targets need, and none but those, each of its own type."""
         listed = record.get("files")
         where = f"a file of {self.directory / 'mapped.json'}"
         found = [FlatFile(**fitting(FlatFile, one, where)) for one in (listed if isinstance(listed, list) else [])]
         files = {one.name: one for one in found if _DTYPES.get(one.name) == one.dtype}
-        if len(files) != len(found) or not files.keys() >= _NEEDED:
+        if len(files) != len(found) or files.keys() != _names_of(targets):
             raise CacheCorruptionError(f"{self.directory} does not list its files as they were built. {self._way_out}")
         return files
 

@@ -209,9 +209,15 @@ def _check_verdict(record: Mapping[str, Any], registry: Registry) -> tuple[Verdi
             if registry.terms.get(terms_id) != entry:
                 problems.append(Problem("tampered", RECORD, f"its copy of terms {terms_id!r} is not the registry's"))
         promised = {entry["path"]: entry["sha256"] for entry in record["files"]}
-        texts = {f"{LICENSES}/{n}": t for n, t in obligations.license_files(graph, terms, registry).items()}
-        for name, text in {NOTICE: notice, BOM: bom_text(record), **texts}.items():
-            if promised.get(name) != hashing.sha256_text(text):
+        try:
+            texts = {f"{LICENSES}/{n}": t for n, t in obligations.license_files(graph, terms, registry).items()}
+            wanted = {NOTICE: notice, BOM: bom_text(record), **texts}
+            digests = {name: hashing.sha256_text(text) for name, text in wanted.items()}
+        except (LookupError, ValueError, TypeError) as error:  # texts that the registry does not have, surrogates
+            problems.append(Problem("tampered", RECORD, f"its files cannot be made again: {error}"))
+            digests = {}
+        for name, digest in digests.items():
+            if promised.get(name) != digest:
                 problems.append(Problem("tampered", name, "it is not what the lineage asks for"))
     else:
         named = {i for node in judged.nodes.values() for i in (*node.licenses, *node.services)}

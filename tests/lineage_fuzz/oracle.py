@@ -70,17 +70,21 @@ def denies_text(card: str) -> bool:
 
 
 def holds(exception: Mapping[str, Any], wanted: Mapping[str, str], today: date) -> bool:
-    """Whether an exception covers what it must: every field, word for word, and today between its two days."""
+    """Whether an exception covers what it must: every field, word for word, and today between its two days.
+
+    Blanks around a value are no part of it.
+    """
+    exception = {key: "" if value is None else str(value).strip() for key, value in exception.items()}
     if set(exception) != {*wanted, "basis", "approved_by", "approved_on", "expires", "scope", "reason"}:
         return False
-    if any(not str(value).strip() for value in exception.values()):
+    if not all(exception.values()):
         return False
     if exception["basis"] not in ("written_authorisation", "contract", "permitted_exception", "risk_accepted"):
         return False
-    days = [_day(str(exception[key])) for key in ("approved_on", "expires")]
+    days = [_day(exception[key]) for key in ("approved_on", "expires")]
     if None in days or not days[0] <= today <= days[1]:
         return False
-    return all(str(exception[key]) == value for key, value in wanted.items())
+    return all(exception[key] == value for key, value in wanted.items())
 
 
 def _day(written: str) -> date | None:

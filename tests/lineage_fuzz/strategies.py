@@ -116,7 +116,7 @@ def changed(draw: Any, value: Any, all_places: tuple[tuple[Any, ...], ...]) -> A
             holder = at(made, path[:-1])
             match draw(st.sampled_from(["junk", "junk", "swap", "drop", "double", "key"])):
                 case "junk":
-                    holder[path[-1]] = draw(junk)
+                    holder[path[-1]] = copy.deepcopy(draw(junk))
                 case "swap":
                     holder[path[-1]] = copy.deepcopy(at(value, other))
                 case "drop":
@@ -126,7 +126,7 @@ def changed(draw: Any, value: Any, all_places: tuple[tuple[Any, ...], ...]) -> A
                 case "key" if isinstance(holder, dict):
                     holder[
                         draw(st.sampled_from(["x", "signature", "voice", "undeclared", "sure", "overrides", ""]))
-                    ] = draw(junk)
+                    ] = copy.deepcopy(draw(junk))
         except (KeyError, IndexError, TypeError):
             continue  # an earlier change took that place away
     return made

@@ -108,6 +108,14 @@ def test_values(data, forbids):
     assert not (forbids and is_allowed(seen))
 
 
+def test_what_was_found():
+    """A mapped form that leaves out one of its files."""
+    values, _ = values_of("mapped")
+    for i in range(len(values["files"])):
+        less = [one for j, one in enumerate(values["files"]) if j != i]
+        assert isinstance(look("cache values", mapped=seal({**values, "files": less})), CacheError)
+
+
 @PROFILE
 @given(st.data(), st.sampled_from(["unit", "mapped"]))
 def test_parts(data, which):

@@ -78,14 +78,20 @@ def look(target, raw_record, licence):
         (taught(licence) / "lineage.json").write_bytes(original(licence))
 
 
-def test_a_key_twice_and_a_key_more():
-    """Both were found: other readers take the other value, and evidence may hold what no digest covers."""
+def test_what_was_found():
+    """A key twice, of which other readers take the other value; evidence that no digest covers; a key less."""
     twice = original("mit").replace(b'"step":1', b'"step":1,"step":1')
     assert look("record bytes", twice, "mit") == (2, None)
     record, _ = record_of("mit")
     node = {**record["nodes"][0], "evidence": [{**record["nodes"][0]["evidence"][0], "x": None}]}
     more = {**record, "nodes": [node, *record["nodes"][1:]]}
     assert look("record values", bytes_of(more, "resealed"), "mit") == (2, None)
+    for key in record:
+        less = {name: value for name, value in record.items() if name != key}
+        assert look("record values", bytes_of(less, "plain"), "mit") == (2, None)
+    attached = {**record["terms"]["mit"], "attachments": {"a": "b.txt"}}
+    other = {**record, "terms": {"mit": attached}}
+    assert look("record values", bytes_of(other, "resealed"), "mit")[0] == 2
 
 
 @PROFILE
