@@ -300,6 +300,8 @@ class Graph:
                 f"{_MAX_EDGES} are read."
             )
         graph = cls.of(map(Node.from_json, nodes), map(Edge.from_json, edges))
+        if (len(graph.nodes), len(graph.edges)) != (len(nodes), len(edges)):
+            raise LineageError("A lineage record says a node or an edge twice; it was edited.")
         for edge in graph.edges:
             if edge.source not in graph.nodes and edge.source != SELF:
                 raise LineageError(f"A lineage edge names node {edge.source!r}, which the record does not hold.")

@@ -124,7 +124,8 @@ def test_parts(data, which):
     written = sealed(other) if isinstance(other, dict) else None
     if written is not None:
         seen = look("cache values", **{which: written})
-        assert which == "mapped" or written == original()[place_of("unit")] or isinstance(seen, KDError)
+        told = {**other, "finished": values.get("finished")} != values  # when it was done is not compared
+        assert which == "mapped" or not told or isinstance(seen, KDError)
 
 
 @PROFILE

@@ -86,6 +86,8 @@ def test_what_was_found():
     node = {**record["nodes"][0], "evidence": [{**record["nodes"][0]["evidence"][0], "x": None}]}
     more = {**record, "nodes": [node, *record["nodes"][1:]]}
     assert look("record values", bytes_of(more, "resealed"), "mit") == (2, None)
+    again = {**record, "nodes": [*record["nodes"], record["nodes"][0]]}
+    assert look("record values", bytes_of(again, "resealed"), "mit") == (2, None)
     for key in record:
         less = {name: value for name, value in record.items() if name != key}
         assert look("record values", bytes_of(less, "plain"), "mit") == (2, None)
