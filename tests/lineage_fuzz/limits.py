@@ -23,7 +23,7 @@ _COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "phases
 PROFILE = (
     settings(max_examples=200, database=DirectoryBasedExampleDatabase(FOLDER), print_blob=True, **_COMMON)
     if LONG
-    else settings(max_examples=40, derandomize=True, database=None, **_COMMON)
+    else settings(max_examples=30, derandomize=True, database=None, **_COMMON)
 )
 
 
