@@ -127,7 +127,7 @@ def measure_alignment(cache: TeacherCache, rows: int = 64) -> Alignment:
     texts = [torch.as_tensor(example["input_ids"]).long() for example in chosen]
     for number, (example, tokens) in enumerate(zip(chosen, texts, strict=True)):
         index = torch.as_tensor(example["teacher_index"])
-        inner = torch.arange(1, len(tokens) - 2)
+        inner = torch.arange(1, max(len(tokens) - 2, 1))
         inner = inner[index[inner] >= 0]
         if len(inner):
             parts.append(

@@ -188,3 +188,8 @@ def test_few_rows_decide_nothing():
     assert alignment._mean([torch.ones(50) + 0.1 * torch.randn(50) for _ in range(4)]).beyond(4)
     alike = [torch.full((500,), value) for value in (1.0, -1.0, 2.0, 0.5)]  # rows differ, their positions do not
     assert not alignment._mean(alike).beyond(4)
+
+
+def test_rows_of_a_few_tokens_are_no_evidence_and_no_error(tmp_path, teacher_dir):
+    rows = [{"input_ids": ids, "labels": ids} for ids in ([10, 20], [30, 40, 50], [60, 70, 80, 90])]
+    require_aligned(capture(rows, LocalTeacher(teacher_dir), tmp_path / "c", progress=False))
