@@ -99,6 +99,16 @@ def test_a_capture_of_it_stores_what_a_capture_of_the_packages_own_does(kind, tm
     stored(KINDS[kind](teacher_dir), "mine", tokenizer=byte_tokenizer())
 
 
+def test_one_teacher_serves_two_trainers_in_one_process(tmp_path, student_dir, teacher_dir):
+    """The second run finds nothing of the first one in it: same seeds, same losses."""
+    teacher = InProcessStranger(teacher_dir)
+    first = trl(tmp_path / "first", student_dir, teacher, "in process", num_train_epochs=2)
+    first.train()
+    second = trl(tmp_path / "second", student_dir, teacher, "in process", num_train_epochs=2)
+    second.train()
+    assert losses(second) == pytest.approx(losses(first), rel=1e-6)
+
+
 class TestRefusals:
     def test_what_lacks_a_member_is_named(self, teacher_dir):
         class Older:
