@@ -20,11 +20,12 @@ _EXPORTS = {
     "ServerTeacher": "kd_plugin.teachers",
     "TeacherCache": "kd_plugin.cache",
     "TeacherPanel": "kd_plugin.panel",
-    "capture": "kd_plugin.cache",
+    "capture": "kd_plugin.capturing",
 }
 
 if TYPE_CHECKING:
-    from kd_plugin.cache import TeacherCache, capture  # type: ignore[no-redef]
+    from kd_plugin.cache import TeacherCache
+    from kd_plugin.capturing import capture
     from kd_plugin.divergence import Divergence
     from kd_plugin.panel import TeacherPanel
     from kd_plugin.teachers import AdapterTeacher, CachedTeacher, LocalTeacher, ServerTeacher

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.zero.sharding import gathering, whole_now
+from kd_plugin.sharding.gathering import gathering, whole_now
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class OutputHead:
 
         DeepSpeed ZeRO-3 parameters are gathered for the duration of the block; FSDP2 DTensors are gathered
         through ``full_tensor()``, whose backward scatters the gradient again. Inside
-        :func:`~kd_plugin.zero.sharding.whole_heads` a teacher's head is whole already, and nothing is gathered.
+        :func:`~kd_plugin.sharding.gathering.whole_heads` a teacher's head is whole already, and nothing is gathered.
         """
         with gathering([self.weight, self.bias]):
             weight, bias = whole_now(self.weight), whole_now(self.bias)

@@ -35,7 +35,7 @@ class Settings:
     Attributes:
         teacher: hub id of the teacher or the name of its directory, None for a model that names none.
         revision: its revision, as asked for.
-        weights: digest of a sample of the teacher's weights (see :func:`~kd_plugin.cache.engines.weights_digest`).
+        weights: digest of a sample of the teacher's weights (see :func:`~kd_plugin.capturing.engines.weights_digest`).
         dtype: of the teacher's weights, such as ``bfloat16``; this and ``weights`` are None before they are loaded.
         tokenizer: fingerprint of the token-to-id map.
         chat_template: fingerprint of the chat template, or None.

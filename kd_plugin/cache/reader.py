@@ -34,7 +34,7 @@ _HASHED_AT_OPENING = 4 << 30  # bytes of shards: a few seconds; beyond it their 
 
 
 class TeacherCache:
-    """What a teacher said about a dataset, stored by :func:`~kd_plugin.cache.capture.capture`.
+    """What a teacher said about a dataset, stored by :func:`~kd_plugin.capturing.capture.capture`.
 
     Opening verifies the manifest, the records of the units and the shards (whole up to 4 GiB, beyond that their
     sizes; :meth:`verify` reads everything). The first use of the data builds a memory-mapped form, from shards

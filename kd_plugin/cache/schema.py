@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kd_plugin.cache.examples import Example
-from kd_plugin.cache.extract import Extracted
-from kd_plugin.cache.targets import Sampled, Targets
+from kd_plugin.cache.targets import Extracted, Sampled, Targets
 from kd_plugin.errors import CacheCorruptionError
 
 METADATA_SETTINGS, METADATA_UNIT = b"kd_plugin.settings", b"kd_plugin.unit"

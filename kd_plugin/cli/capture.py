@@ -148,8 +148,8 @@ def main(argv: Sequence[str], append: bool = False) -> int:
         if not getattr(config, name):
             raise ConfigError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
     targets, generation, teacher = make_targets(config), make_generation(config), make_teacher(config)
-    from kd_plugin.cache import capture
-    from kd_plugin.cache.datafiles import load_rows
+    from kd_plugin.capturing import capture
+    from kd_plugin.capturing.datafiles import load_rows
 
     rows = load_rows(config.dataset, split=config.split, name=config.dataset_name, streaming=config.streaming)
     options: dict[str, Any] = {
@@ -169,7 +169,7 @@ def main(argv: Sequence[str], append: bool = False) -> int:
         "lineage": config.lineage,
     }
     if "dry_run" in parsed.flags:
-        from kd_plugin.cache.plan import estimate
+        from kd_plugin.capturing.plan import estimate
 
         found = estimate(rows, teacher, **options)
         print(

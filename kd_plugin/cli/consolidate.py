@@ -25,8 +25,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--universal", action="store_true", help="keep the optimizer, for a run with other ranks")
     parser.add_argument("--workers", type=int, default=1, help="processes that convert, with --universal (1)")
     arguments = parser.parse_args(argv)
-    from kd_plugin.zero.consolidate import consolidate
-    from kd_plugin.zero.universal import to_universal
+    from kd_plugin.launch.consolidate import consolidate
+    from kd_plugin.launch.universal import to_universal
 
     directory = arguments.directory
     kind = "universal" if arguments.universal else "consolidated"

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from kd_plugin.cli.config import as_yaml, parse_settings
 from kd_plugin.errors import ConfigError
-from kd_plugin.zero.launch_check import LaunchSettings, check_launch, own_problems, with_plan
+from kd_plugin.launch.doctor import LaunchSettings, check_launch, own_problems, with_plan
 
 _DESCRIPTION = """\
 Alone it checks this machine: servers, memory, disk, and locks that a killed build of a DeepSpeed op left behind.

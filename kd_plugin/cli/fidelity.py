@@ -12,7 +12,7 @@ from kd_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from kd_plugin.cache import Targets
-    from kd_plugin.cache.fidelity import Fidelity
+    from kd_plugin.capturing.fidelity import Fidelity
 
 _DESCRIPTION = """\
 Score some sequences with the teacher, and compare the gradient that the student would get from stored targets with the
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     found = _probe(config)
     print(table(found))
     if config.output is not None:
-        from kd_plugin.cache.fidelity_plot import plot
+        from kd_plugin.capturing.fidelity_plot import plot
 
         directory = Path(config.output)
         directory.mkdir(parents=True, exist_ok=True)
@@ -111,8 +111,8 @@ def _probe(config: FidelityConfig) -> Fidelity:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from kd_plugin.cache import Sampled, TopK
-    from kd_plugin.cache.datafiles import load_rows
-    from kd_plugin.cache.fidelity import fidelity
+    from kd_plugin.capturing.datafiles import load_rows
+    from kd_plugin.capturing.fidelity import fidelity
     from kd_plugin.teachers import LocalTeacher
 
     settings: list[Targets] = [*(TopK(k) for k in config.k), *(Sampled(draws) for draws in config.draws)]

@@ -12,7 +12,8 @@ from typing import Any
 from datasets import Dataset
 from rich.console import Console
 
-from kd_plugin.cache import TeacherCache, TopK, capture
+from kd_plugin.cache import TeacherCache, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.demo.config import DemoConfig
 from kd_plugin.demo.evaluate import Answer, Measurement, answer, held_out_kl, open_model
 from kd_plugin.demo.model import Prepared, cut_student

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, get_scheduler
 from kd_plugin.errors import ConfigError
 from kd_plugin.lightning.writing import Sampling, render, texts, write
 from kd_plugin.models import load_language_model
+from kd_plugin.sharding.inference import shard_with_fsdp2
 from kd_plugin.verifying import verifier
-from kd_plugin.zero.teachers import shard_with_fsdp2
 
 logger = logging.getLogger(__name__)
 

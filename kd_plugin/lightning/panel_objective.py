@@ -17,8 +17,8 @@ from kd_plugin.panel.anchor import Anchor
 from kd_plugin.panel.loss import Judgement, correction_loss
 from kd_plugin.panel.trace import Written
 from kd_plugin.panel.warmup import WarmupBatch, warmup_loss
+from kd_plugin.sharding.gathering import whole_heads
 from kd_plugin.signals import OutputHead
-from kd_plugin.zero.sharding import whole_heads
 
 
 @dataclass(frozen=True)

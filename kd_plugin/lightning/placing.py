@@ -11,9 +11,9 @@ from torch import nn
 from kd_plugin.errors import ConfigError
 from kd_plugin.lightning.student import as_trained
 from kd_plugin.panel import TeacherPanel
+from kd_plugin.sharding.inference import shard_for_inference, shard_with_fsdp2
 from kd_plugin.teachers.placing import Placement, place
 from kd_plugin.vocab import Vocabulary
-from kd_plugin.zero.teachers import shard_for_inference, shard_with_fsdp2
 
 
 def place_teachers(

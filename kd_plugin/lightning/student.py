@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.launch.consolidate import require_resumable
+from kd_plugin.launch.preflight import require_batches, require_filled, require_offload, require_student
 from kd_plugin.limits import deepspeed_splits, refuse_splits
 from kd_plugin.models import output_rows
-from kd_plugin.zero.consolidate import require_resumable
-from kd_plugin.zero.preflight import require_batches, require_filled, require_offload, require_student
 
 SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)  # DeepSpeedStrategy is a DDPStrategy
 

@@ -20,8 +20,8 @@ from kd_plugin.lightning.student import shards_the_student
 from kd_plugin.panel.generation import decode_with, real_tokens, writes_row_by_row
 from kd_plugin.panel.responses import StopLoops, require_prompts, until_end
 from kd_plugin.panel.rollouts import left_padded
+from kd_plugin.sharding.inference import through
 from kd_plugin.vocab import Vocabulary
-from kd_plugin.zero.teachers import through
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.limits import refuse_images
 from kd_plugin.panel.estimators import require_defined
 from kd_plugin.panel.roster import TeacherPanel
+from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.teachers.agreement import require_alike
 from kd_plugin.teachers.base import Teacher, adopt_vocabulary, end_tokens, reach
 from kd_plugin.vocab import Vocabulary
-from kd_plugin.zero.sharding import most_of_any_rank
 
 logger = logging.getLogger(__name__)
 

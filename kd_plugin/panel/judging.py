@@ -13,9 +13,9 @@ from kd_plugin.panel.responses import until_end
 from kd_plugin.panel.rollouts import interleave, left_padded, seeded
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import score_rows
+from kd_plugin.sharding.gathering import most_of_any_rank, whole_heads
 from kd_plugin.signals import HiddenSignal, SparseSignal
 from kd_plugin.vocab import Vocabulary
-from kd_plugin.zero.sharding import most_of_any_rank, whole_heads
 
 _INTERLEAVED = 1 << 20  # added to a rank: keeps its generator apart from that of the on-policy rows
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage.sources import Source
+from kd_plugin.sharding.gathering import gather_as_it_runs, is_sharded, move
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.adapter_check import read_adapter, require_base
 from kd_plugin.teachers.base import Capabilities, Teacher, resident
@@ -34,7 +35,6 @@ from kd_plugin.teachers.trees import (
     without_adapters,
 )
 from kd_plugin.vocab import Vocabulary
-from kd_plugin.zero.sharding import gather_as_it_runs, is_sharded, move
 
 STUDENT = "student"
 

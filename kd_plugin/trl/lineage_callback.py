@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.utils import logging
 
 from kd_plugin.errors import KDError
+from kd_plugin.launch.consolidate import require_resumable
 from kd_plugin.lineage import RunLineage, load_record
 from kd_plugin.lineage.background import Background, is_large
 from kd_plugin.lineage.card import update_card
@@ -21,7 +22,6 @@ from kd_plugin.lineage.record import RECORD
 from kd_plugin.lineage.shares import Place, hash_share
 from kd_plugin.lineage.start import student_source
 from kd_plugin.trl.start import refuse_another_run, resumed_checkpoint
-from kd_plugin.zero.consolidate import require_resumable
 
 logger = logging.get_logger(__name__)
 

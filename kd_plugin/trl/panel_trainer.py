@@ -37,6 +37,7 @@ from kd_plugin.panel.metrics import DivergenceTally
 from kd_plugin.panel.sampling import require_sampling
 from kd_plugin.panel.spans import left_aligned
 from kd_plugin.panel.warmup import require_fitting
+from kd_plugin.sharding.gathering import whole_heads
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import Teacher
 from kd_plugin.trl.evaluation import TokenMeanMixin
@@ -55,7 +56,6 @@ from kd_plugin.trl.start import (
 )
 from kd_plugin.trl.vllm_generation import ask_for_logprobs, padded, recorded, share_evenly
 from kd_plugin.trl.watch import WatchMixin
-from kd_plugin.zero.sharding import whole_heads
 
 logger = logging.get_logger(__name__)
 

@@ -8,9 +8,9 @@ from torch import nn
 from trl.models import prepare_deepspeed
 
 from kd_plugin.panel import TeacherPanel
+from kd_plugin.sharding.inference import shard_for_inference, shard_with_fsdp2
 from kd_plugin.teachers.placing import Placement, place
 from kd_plugin.vocab import Vocabulary
-from kd_plugin.zero.teachers import shard_for_inference, shard_with_fsdp2
 
 
 def place_teachers(trainer: Any, panel: TeacherPanel, vocabulary: Vocabulary) -> None:

@@ -29,11 +29,11 @@ from kd_plugin.panel.sampling import (
 )
 from kd_plugin.panel.spans import by_length
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
+from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.signals import OutputHead
 from kd_plugin.trl.generating import generating
 from kd_plugin.trl.vllm_generation import ranks_together
 from kd_plugin.trl.zero_generation import ShardedGenerationMixin
-from kd_plugin.zero.sharding import most_of_any_rank
 
 
 class RolloutMixin(ShardedGenerationMixin):

@@ -12,14 +12,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainingArg
 from transformers.trainer_utils import get_last_checkpoint
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.launch.consolidate import require_resumable
+from kd_plugin.launch.preflight import require_batches, require_offload, require_student
 from kd_plugin.limits import deepspeed_splits, refuse_splits
 from kd_plugin.lineage import RunLineage, Source, load_record
 from kd_plugin.lineage.start import start_run
 from kd_plugin.models import output_rows
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.vocab import Vocabulary
-from kd_plugin.zero.consolidate import require_resumable
-from kd_plugin.zero.preflight import require_batches, require_offload, require_student
 
 # Where a run is written and how it reports is no part of what it does
 _NOT_IN_THE_HASH = frozenset(

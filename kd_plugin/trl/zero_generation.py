@@ -9,9 +9,9 @@ from typing import Any
 from transformers import StoppingCriteriaList
 from transformers.utils import logging
 
+from kd_plugin.sharding.gathering import most_of_any_rank
+from kd_plugin.sharding.generation import Progress, free_bytes, missing_bytes, slow_notice
 from kd_plugin.trl.generating import generating
-from kd_plugin.zero.generation import Progress, free_bytes, missing_bytes, slow_notice
-from kd_plugin.zero.sharding import most_of_any_rank
 
 logger = logging.get_logger(__name__)
 

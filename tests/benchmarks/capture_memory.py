@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.teachers import LocalTeacher
 from tests.benchmarks.teacher_cache import private_megabytes
 from tests.tiny import byte_tokenizer, tiny_llama

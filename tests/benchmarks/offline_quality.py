@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kd_plugin.cache import Sampled, TeacherCache, TopK, capture
-from kd_plugin.cache.fidelity import target_bytes
+from kd_plugin.cache import Sampled, TeacherCache, TopK
+from kd_plugin.capturing import capture
+from kd_plugin.capturing.fidelity import target_bytes
 from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence
 from kd_plugin.divergence.sparse import fused_sparse_divergence
 from kd_plugin.signals import HiddenSignal, OutputHead

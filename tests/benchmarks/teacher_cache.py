@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from kd_plugin.cache import Sampled, TeacherCache, TopK, capture, example_id
+from kd_plugin.cache import Sampled, TeacherCache, TopK, example_id
 from kd_plugin.cache.examples import Example, scored_positions
-from kd_plugin.cache.extract import Extracted, extract
 from kd_plugin.cache.manifest import Part, Settings
 from kd_plugin.cache.schema import CapturedRow, to_table
 from kd_plugin.cache.store import Store
+from kd_plugin.cache.targets import Extracted
+from kd_plugin.capturing import capture
+from kd_plugin.capturing.extract import extract
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.vocab import Vocabulary
 

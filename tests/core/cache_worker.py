@@ -4,7 +4,8 @@ import os
 
 import torch
 
-from kd_plugin.cache import Generation, Sampled, capture
+from kd_plugin.cache import Generation, Sampled
+from kd_plugin.capturing import capture
 from kd_plugin.teachers import LocalTeacher
 from tests.core.cache_help import prompt_rows
 

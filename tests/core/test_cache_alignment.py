@@ -10,8 +10,9 @@ import transformers
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from kd_plugin.cache import Sampled, TeacherCache, TopK, alignment, capture
+from kd_plugin.cache import Sampled, TeacherCache, TopK, alignment
 from kd_plugin.cache.alignment import measure_alignment, require_aligned
+from kd_plugin.capturing import capture
 from kd_plugin.errors import CacheError
 from kd_plugin.teachers import LocalTeacher
 from tests.core.cache_help import WORDS

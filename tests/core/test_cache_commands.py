@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kd_plugin.cache import Sampled, TeacherCache, TopK, TopP, capture
+from kd_plugin.cache import Sampled, TeacherCache, TopK, TopP
 from kd_plugin.cache.merge import merge
+from kd_plugin.capturing import capture
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError
 from kd_plugin.teachers import LocalTeacher

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from kd_plugin.cache import Sampled, TeacherCache, TopK, capture
+from kd_plugin.cache import Sampled, TeacherCache, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.errors import CacheCorruptionError, CacheError
 from kd_plugin.teachers import LocalTeacher
 from tests.core.cache_help import files_of, flip, prompt_rows

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kd_plugin.cache import Sampled, TopK
-from kd_plugin.cache.fidelity import fidelity
+from kd_plugin.capturing.fidelity import fidelity
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError
 from kd_plugin.teachers import LocalTeacher

@@ -9,12 +9,13 @@ import torch
 import yaml
 
 from kd_plugin import LocalTeacher
-from kd_plugin.cache import Generation, Sampled, TeacherCache, TopK, capture
+from kd_plugin.cache import Generation, Sampled, TeacherCache, TopK
 from kd_plugin.cache import store as store_module
 from kd_plugin.cache.examples import Tokenization
-from kd_plugin.cache.filters import make_filter
 from kd_plugin.cache.generation import Generation as Settings
-from kd_plugin.cache.writing import Request, write_locally
+from kd_plugin.capturing import capture
+from kd_plugin.capturing.filters import make_filter
+from kd_plugin.capturing.writing import Request, write_locally
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError, DataError, NonFiniteError
 from tests.core.cache_help import files_of, live_logprobs, prompt_rows, shards_of

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.teachers import LocalTeacher
 
 PARTS = [("ab", "cd"), ("abc", "d"), ("ab", "cd")]

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kd_plugin.cache import TeacherCache, TopK, capture, mapping, owners
+from kd_plugin.cache import TeacherCache, TopK, mapping, owners
 from kd_plugin.cache import store as store_module
+from kd_plugin.capturing import capture
 from kd_plugin.lineage import shares
 from kd_plugin.teachers import LocalTeacher
 from tests.core.cache_help import files_of, prompt_rows

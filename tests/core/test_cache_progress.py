@@ -1,6 +1,6 @@
 """Progress without a terminal: one line a minute, and one at the end."""
 
-from kd_plugin.cache import progress
+from kd_plugin.capturing import progress
 
 
 class Clock:

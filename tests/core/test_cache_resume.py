@@ -13,8 +13,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from kd_plugin.cache import TeacherCache, TopK, capture
+from kd_plugin.cache import TeacherCache, TopK
 from kd_plugin.cache import store as store_module
+from kd_plugin.capturing import capture
 from kd_plugin.errors import CacheError, ConfigError
 from kd_plugin.teachers import LocalTeacher
 from tests.core.cache_help import files_of, prompt_rows, shards_of

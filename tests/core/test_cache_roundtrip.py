@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kd_plugin.cache import Sampled, TeacherCache, TopK, capture, example_id
+from kd_plugin.cache import Sampled, TeacherCache, TopK, example_id
+from kd_plugin.capturing import capture
 from kd_plugin.errors import CacheError, ConfigError, DataError, NonFiniteError, VocabularyError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.teachers import LocalTeacher

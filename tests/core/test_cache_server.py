@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from kd_plugin import LocalTeacher, ServerTeacher
-from kd_plugin.cache import Generation, Sampled, TeacherCache, TopK, TopP, capture
+from kd_plugin.cache import Generation, Sampled, TeacherCache, TopK, TopP
+from kd_plugin.capturing import capture
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.teachers import client

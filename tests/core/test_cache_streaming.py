@@ -7,9 +7,10 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from kd_plugin import LocalTeacher
-from kd_plugin.cache import Generation, TopK, capture
-from kd_plugin.cache.datafiles import load_rows
-from kd_plugin.cache.rows import Rows, StreamedRows, open_rows
+from kd_plugin.cache import Generation, TopK
+from kd_plugin.capturing import capture
+from kd_plugin.capturing.datafiles import load_rows
+from kd_plugin.capturing.rows import Rows, StreamedRows, open_rows
 from kd_plugin.cli.main import main
 from kd_plugin.errors import DataError
 from tests.core.cache_help import files_of, prompt_rows, shards_of

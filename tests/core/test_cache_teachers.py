@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from kd_plugin import AdapterTeacher, LocalTeacher
-from kd_plugin.cache import Generation, TopK, capture
+from kd_plugin.cache import Generation, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.errors import ConfigError
 from tests.core.cache_help import prompt_rows
 from tests.tiny import byte_tokenizer, save_tiny, tiny_llama

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 
-from kd_plugin.cache import Generation, TeacherCache, TopK, capture
+from kd_plugin.cache import Generation, TeacherCache, TopK
 from kd_plugin.cache.examples import Tokenization
 from kd_plugin.cache.merge import merge
-from kd_plugin.cache.plan import estimate
 from kd_plugin.cache.templates import pinned, pinned_tokenizer, prints_time, read_template
+from kd_plugin.capturing import capture
+from kd_plugin.capturing.plan import estimate
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.teachers import LocalTeacher
 from tests.clock import set_today
@@ -152,7 +153,7 @@ def test_workers_that_begin_on_both_sides_of_midnight_render_one_date(teacher_di
     """The second one prepares before the first one's manifest is there."""
     teacher, directory = dated_teacher(teacher_dir), tmp_path / "c"
     options = {"targets": TopK(4), "shard_rows": 2, "progress": False}
-    module = sys.modules["kd_plugin.cache.capture"]
+    module = sys.modules["kd_plugin.capturing.capture"]
     open_engine = module.open_engine
 
     def slow(*args):

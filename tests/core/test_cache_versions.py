@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_plugin.cache import Sampled, TeacherCache, capture
+from kd_plugin.cache import Sampled, TeacherCache
 from kd_plugin.cache.manifest import read_manifest, seal
 from kd_plugin.cache.targets import describe, from_description
+from kd_plugin.capturing import capture
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.sparse import fused_sparse_divergence
 from kd_plugin.errors import CacheError, ConfigError

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from kd_plugin.cache.draws import uniforms
-from kd_plugin.cache.extract import extract, from_logits
-from kd_plugin.cache.rounded import candidates
 from kd_plugin.cache.targets import Sampled, TopK, TopP
+from kd_plugin.capturing.draws import uniforms
+from kd_plugin.capturing.extract import extract, from_logits
+from kd_plugin.capturing.rounded import candidates
 from kd_plugin.divergence.extract import with_written
 from kd_plugin.divergence.projection import exact_logits
 from kd_plugin.errors import NonFiniteError

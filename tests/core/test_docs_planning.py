@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kd_plugin.cli.main import main
-from kd_plugin.zero.run import GIB
+from kd_plugin.planner.run import GIB
 
 PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
 # A command, and everything up to the next one

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from kd_plugin.cache import Sampled, TopK, capture
+from kd_plugin.cache import Sampled, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.extract import joined_ids, listed_from
 from kd_plugin.divergence.reference import divergence_from_logits, from_logprobs

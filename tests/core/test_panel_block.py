@@ -7,7 +7,8 @@ from typing import get_args
 import pytest
 import yaml
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.divergence import Divergence
 from kd_plugin.errors import ConfigError
 from kd_plugin.panel.block import panel_from_block

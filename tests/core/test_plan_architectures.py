@@ -6,7 +6,7 @@ from importlib.resources import files
 import pytest
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.zero.architectures import architecture, known_models
+from kd_plugin.planner.architectures import architecture, known_models
 from tests.hosts.runs import LORA
 from tests.tiny import save_tiny, tiny_llama
 
@@ -17,7 +17,7 @@ def test_parameter_counts_equal_the_published_ones(name, published):
 
 
 def test_every_count_names_its_source():
-    table = tomllib.loads(files("kd_plugin.zero").joinpath("known_models.toml").read_text())
+    table = tomllib.loads(files("kd_plugin.planner").joinpath("known_models.toml").read_text())
     for name, entry in table["models"].items():
         assert entry["source"].startswith(f"https://huggingface.co/{name}/blob/main/model.safetensors")
         assert entry.get("total_size", 2 * entry["parameters"]) == 2 * architecture(name).total

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from kd_plugin.cli.main import main
-from kd_plugin.zero.architectures import architecture
-from kd_plugin.zero.cluster import Cluster
-from kd_plugin.zero.cost import bills
-from kd_plugin.zero.fitting import options, recommended
-from kd_plugin.zero.run import PlannedRun, parse_teacher
+from kd_plugin.planner.architectures import architecture
+from kd_plugin.planner.cluster import Cluster
+from kd_plugin.planner.cost import bills
+from kd_plugin.planner.fitting import options, recommended
+from kd_plugin.planner.run import PlannedRun, parse_teacher
 
 GRID = [
     (student, teachers, nodes, combine, lora)

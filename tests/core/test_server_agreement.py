@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kd_plugin import LocalTeacher, ServerTeacher
-from kd_plugin.cache import Generation, TeacherCache, TopK, capture
+from kd_plugin.cache import Generation, TeacherCache, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.errors import ConfigError, KDError, ServerError
 from kd_plugin.teachers import client
 from kd_plugin.teachers.agreement import Repeats

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kd_plugin import LocalTeacher, ServerTeacher
-from kd_plugin.cache import capture
+from kd_plugin.capturing import capture
 from kd_plugin.errors import (
     ConfigError,
     DataError,

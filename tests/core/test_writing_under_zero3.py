@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from kd_plugin.sharding import generation
+from kd_plugin.sharding.generation import Progress, missing_bytes, slow_notice, whole_bytes
 from kd_plugin.trl.generating import generating
-from kd_plugin.zero import generation
-from kd_plugin.zero.generation import Progress, missing_bytes, slow_notice, whole_bytes
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from kd_plugin.cache import TeacherCache, TopK, capture
+from kd_plugin.cache import TeacherCache, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.reference import divergence_from_logits
 from kd_plugin.signals import SparseSignal

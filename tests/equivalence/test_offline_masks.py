@@ -5,7 +5,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.reference import divergence_from_logits
 from kd_plugin.teachers import LocalTeacher

@@ -14,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import flash_attention_mask
 
-from kd_plugin.cache import Sampled, TopK, capture
+from kd_plugin.cache import Sampled, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
 from tests.hosts.runs import TOPICS, Trace, assert_same, losses, settings

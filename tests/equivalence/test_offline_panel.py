@@ -3,7 +3,8 @@
 import pytest
 from datasets import Dataset
 
-from kd_plugin.cache import Sampled, TeacherCache, TopK, capture
+from kd_plugin.cache import Sampled, TeacherCache, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.teachers import LocalTeacher

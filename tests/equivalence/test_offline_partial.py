@@ -5,7 +5,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from kd_plugin.cache import Sampled, TopK, capture
+from kd_plugin.cache import Sampled, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.reference import divergence_from_logits
 from kd_plugin.errors import DataError

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_plugin.cache import Sampled, TeacherCache, TopK, capture
+from kd_plugin.cache import Sampled, TeacherCache, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.teachers import LocalTeacher
 from tests.equivalence.test_offline_packing import COMPLETIONS, TEXTS
 from tests.hosts.runs import assert_same

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from datasets import Dataset
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
 from kd_plugin.cache.manifest import seal
+from kd_plugin.capturing import capture
 from kd_plugin.errors import (
     CacheCorruptionError,
     CacheError,

@@ -12,15 +12,16 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import DistillationTrainer
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError
+from kd_plugin.launch.configs import deepspeed_config as planned_config
+from kd_plugin.launch.preflight import require_batches, require_filled, require_offload, require_student
+from kd_plugin.planner.memory import Layout
+from kd_plugin.planner.run import PlannedRun, architecture
 from kd_plugin.teachers import AdapterTeacher, LocalTeacher
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
-from kd_plugin.zero.memory import Layout
-from kd_plugin.zero.preflight import require_batches, require_filled, require_offload, require_student
-from kd_plugin.zero.run import PlannedRun, architecture
-from kd_plugin.zero.writers import deepspeed_config as planned_config
 from tests.hosts.runs import prompts, settings
 from tests.zero.worker import deepspeed_config
 

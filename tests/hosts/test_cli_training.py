@@ -9,7 +9,8 @@ import yaml
 from datasets import Dataset
 from trl import ModelConfig, ScriptArguments
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.cli import panel
 from kd_plugin.cli.main import main
 from kd_plugin.cli.training import parse

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.teachers import LocalTeacher
 from tests.hosts.eval_worker import measured, offline, panel
 from tests.hosts.runs import prompts

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.cli.main import main
 from kd_plugin.lineage import verify
 from kd_plugin.teachers import LocalTeacher

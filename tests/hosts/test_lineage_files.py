@@ -9,7 +9,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.errors import LicenseRefusedError, LineageError
 from kd_plugin.lineage import verify
 from kd_plugin.teachers import LocalTeacher

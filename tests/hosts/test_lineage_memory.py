@@ -7,7 +7,8 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.errors import LicenseRefusedError
 from kd_plugin.lineage import load_record, verify
 from kd_plugin.lineage.carried import carried_by

@@ -2,7 +2,8 @@
 
 import pytest
 
-from kd_plugin.cache import TopK, alignment, capture
+from kd_plugin.cache import TopK, alignment
+from kd_plugin.capturing import capture
 from kd_plugin.errors import CacheError
 from kd_plugin.lightning import OfflineKD, TeacherPanelCorrection
 from kd_plugin.panel.warmup import require_fitting

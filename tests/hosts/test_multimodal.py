@@ -7,7 +7,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig
 from trl import DistillationConfig, DistillationTrainer
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.lightning import KDDataModule, OfflineKDModule, TeacherPanelModule
 from kd_plugin.models import language_model_class
 from kd_plugin.teachers import LocalTeacher

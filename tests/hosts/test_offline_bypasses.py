@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
 from kd_plugin.cache.joining import TARGET
+from kd_plugin.capturing import capture
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer

@@ -3,7 +3,8 @@
 import pytest
 from datasets import Dataset
 
-from kd_plugin.cache import Generation, Sampled, TeacherCache, TopK, capture
+from kd_plugin.cache import Generation, Sampled, TeacherCache, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.errors import DataError
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer

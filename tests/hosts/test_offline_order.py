@@ -9,7 +9,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
 from kd_plugin.trl.shuffling import LeanRandomSampler, shuffle_leanly

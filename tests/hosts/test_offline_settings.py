@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kd_plugin.cache import TeacherCache, TopK, capture
+from kd_plugin.cache import TeacherCache, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.sparse import fused_sparse_divergence
 from kd_plugin.signals import OutputHead

@@ -7,7 +7,8 @@ import pytest
 import trl
 from datasets import Dataset
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.teachers import LocalTeacher
@@ -67,7 +68,7 @@ def test_the_next_day_the_rows_still_join(streamed, tmp_path, monkeypatch, teach
 def test_a_cache_that_knows_no_date_says_so(tmp_path, monkeypatch, teacher_dir, student_dir):
     """As captures of an earlier version were."""
     set_today(monkeypatch, MONDAY)
-    monkeypatch.setattr(sys.modules["kd_plugin.cache.capture"], "prints_time", lambda tokenizer: False)
+    monkeypatch.setattr(sys.modules["kd_plugin.capturing.capture"], "prints_time", lambda tokenizer: False)
     cache = make(tmp_path / "cache", teacher_dir, DATED)
     monkeypatch.undo()
     assert cache.manifest.settings.rendered_at is None

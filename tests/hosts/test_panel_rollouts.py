@@ -6,7 +6,8 @@ from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from trl import DistillationConfig, DistillationTrainer
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.reference import divergence_from_logits
 from kd_plugin.errors import ConfigError, DataError

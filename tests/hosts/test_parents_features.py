@@ -5,7 +5,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from kd_plugin.cache import Sampled, TopK, capture
+from kd_plugin.cache import Sampled, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig, TeacherPanelTrainer

@@ -7,7 +7,8 @@ import pydoc
 import pytest
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.errors import ConfigError
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.teachers import LocalTeacher

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 
-from kd_plugin.cache import TeacherCache, TopK, capture
+from kd_plugin.cache import TeacherCache, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lightning import OfflineKD, TeacherPanelCorrection
 from kd_plugin.lightning.student import require_launchable

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from kd_plugin import LocalTeacher, ServerTeacher
-from kd_plugin.cache import Generation, TopK, capture
+from kd_plugin.cache import Generation, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.lineage import load_record
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
 from tests.fake_vllm import fake_vllm

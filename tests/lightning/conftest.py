@@ -1,7 +1,8 @@
 import pytest
 from datasets import Dataset
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.teachers import LocalTeacher
 from tests.lightning.help import ROWS
 

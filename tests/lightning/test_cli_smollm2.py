@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.demo.model import prepare_teacher
 from kd_plugin.lineage import verify
 from kd_plugin.teachers import LocalTeacher

@@ -4,8 +4,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from kd_plugin.cache import Sampled, capture
+from kd_plugin.cache import Sampled
 from kd_plugin.cache.joint import JointCache
+from kd_plugin.capturing import capture
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.lightning import KDDataModule, OfflineKD, OfflineKDModule
 from kd_plugin.teachers import LocalTeacher

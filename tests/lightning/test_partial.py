@@ -5,7 +5,8 @@ import functools
 import pytest
 from torch.utils.data import DataLoader
 
-from kd_plugin.cache import TopK, capture
+from kd_plugin.cache import TopK
+from kd_plugin.capturing import capture
 from kd_plugin.errors import DataError
 from kd_plugin.lightning import OfflineKD
 from kd_plugin.teachers import LocalTeacher

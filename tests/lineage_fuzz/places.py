@@ -4,7 +4,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from kd_plugin.cache import capture
+from kd_plugin.capturing import capture
 from kd_plugin.lineage import RunLineage, Source
 from kd_plugin.teachers import LocalTeacher
 from tests.core.lineage_help import RUN, checkpoint, model_dir

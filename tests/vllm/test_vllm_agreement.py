@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kd_plugin import ServerTeacher
-from kd_plugin.cache import Generation, TopK, capture
+from kd_plugin.cache import Generation, TopK
+from kd_plugin.capturing import capture
 from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.teachers.agreement import distances
 from tests.core.cache_help import prompt_rows

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from kd_plugin import LocalTeacher
-from kd_plugin.zero.sharding import whole_heads, whole_now
-from kd_plugin.zero.teachers import shard_with_fsdp2, through
+from kd_plugin.sharding.gathering import whole_heads, whole_now
+from kd_plugin.sharding.inference import shard_with_fsdp2, through
 
 # Pinning asks for a GPU
 POLICIES = {"on the device": OffloadPolicy(), "in host memory": CPUOffloadPolicy(pin_memory=False)}

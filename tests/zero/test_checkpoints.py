@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError
+from kd_plugin.launch.consolidate import require_resumable
 from kd_plugin.lineage import load_record, verify
-from kd_plugin.zero.consolidate import require_resumable
 from tests.zero.ranks import run, run_all
 from tests.zero.worker import deepspeed_config
 

@@ -9,7 +9,7 @@ import pytest
 
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError
-from kd_plugin.zero.launch_check import LaunchSettings, disagreements, with_plan
+from kd_plugin.launch.doctor import LaunchSettings, disagreements, with_plan
 from tests.zero.cluster import ADDRESSES
 from tests.zero.ranks import CHECKOUT, environment, free_port
 

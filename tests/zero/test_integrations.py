@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.launch.preflight import require_offload
 from kd_plugin.lineage import verify
-from kd_plugin.zero.preflight import require_offload
 from tests.tiny import save_tiny
 from tests.zero.cluster import NODES, install, rank_environment
 from tests.zero.ranks import CHECKOUT, free_port

@@ -194,7 +194,7 @@ def train(job: dict, rank: int, counting) -> dict:
 @torch.no_grad()
 def weight_norm(trainer) -> float:
     """Return the sum of the trained weights' squares, gathered where they are sharded."""
-    from kd_plugin.zero.sharding import whole_now
+    from kd_plugin.sharding.gathering import whole_now
 
     total = 0.0
     for parameter in trainer.model.parameters():

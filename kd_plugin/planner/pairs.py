@@ -20,8 +20,8 @@ from kd_plugin.lineage.policy import evaluate
 from kd_plugin.lineage.registry import default_registry
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.verdict import Student
+from kd_plugin.planner.architectures import hub_id, known_tokenizer
 from kd_plugin.vocab import Vocabulary
-from kd_plugin.zero.architectures import hub_id, known_tokenizer
 
 Answer = Literal["yes", "no", "not checked"]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from kd_plugin.zero.architectures import Architecture
-from kd_plugin.zero.run import PlannedRun
-from kd_plugin.zero.workspace import activations, cached_hidden, kv_cache, loss_workspace
+from kd_plugin.planner.architectures import Architecture
+from kd_plugin.planner.run import PlannedRun
+from kd_plugin.planner.workspace import activations, cached_hidden, kv_cache, loss_workspace
 
 # DeepSpeed gathers ahead: the layer that computes and the one that is fetched
 _LAYERS_GATHERED = 2

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.zero.op_locks import require_unlocked
+from kd_plugin.launch.op_locks import require_unlocked
 
 # A key of ours in a DeepSpeed configuration, which DeepSpeed leaves alone: what `kd-plugin plan` made the file for
 MADE_FOR = "kd_plugin"

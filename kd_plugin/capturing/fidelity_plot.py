@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kd_plugin.cache.fidelity import Fidelity
 from kd_plugin.cache.targets import Sampled
+from kd_plugin.capturing.fidelity import Fidelity
 
 
 def plot(found: Fidelity, path: str | Path, budget_bytes: float | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kd_plugin.divergence.projection import chunk_rows
-from kd_plugin.zero.run import PlannedRun
+from kd_plugin.planner.run import PlannedRun
 
 _STATISTICS = 4  # softmax statistics and gradient sums are float32
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from kd_plugin.cache.engines import Engine
 from kd_plugin.cache.examples import Example, Tokenization
-from kd_plugin.cache.extract import Extracted
-from kd_plugin.cache.filters import Filter
 from kd_plugin.cache.manifest import NOTHING_TO_SCORE, Settings
-from kd_plugin.cache.progress import Progress
-from kd_plugin.cache.rows import Row, Source
 from kd_plugin.cache.schema import CapturedRow, to_table
 from kd_plugin.cache.store import Store
-from kd_plugin.cache.writing import Request
+from kd_plugin.cache.targets import Extracted
+from kd_plugin.capturing.engines import Engine
+from kd_plugin.capturing.filters import Filter
+from kd_plugin.capturing.progress import Progress
+from kd_plugin.capturing.rows import Row, Source
+from kd_plugin.capturing.writing import Request
 
 logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5

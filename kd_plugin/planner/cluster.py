@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.zero.run import GIB
+from kd_plugin.planner.run import GIB
 
 
 @dataclass(frozen=True)

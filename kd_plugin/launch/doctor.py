@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.zero.op_locks import abandoned_locks
+from kd_plugin.launch.op_locks import abandoned_locks
 
 PACKAGES = ("kd-plugin", "torch", "transformers", "trl", "lightning", "accelerate", "deepspeed", "peft", "datasets")
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from kd_plugin.divergence.spec import NAMES as DIVERGENCES
 from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.zero.architectures import Architecture, architecture
+from kd_plugin.planner.architectures import Architecture, architecture
 
 Method = Literal["offline", "panel"]
 Placement = Literal["sharded", "resident", "offload", "adapter", "server", "cached"]

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.launch.consolidate import UNIVERSAL_MARKER, shard_tag
 from kd_plugin.lineage import RunLineage, Source, load_record
-from kd_plugin.zero.consolidate import UNIVERSAL_MARKER, shard_tag
 
 # Weights by rank or whole, which the universal form replaces; and what lineage writes anew
 _LEFT_BEHIND = (

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cache.engines import as_asked, open_engine, require_targets, require_teacher
 from kd_plugin.cache.examples import Tokenization, is_conversation
-from kd_plugin.cache.filters import Check, make_filter, reference
 from kd_plugin.cache.generation import Generation
 from kd_plugin.cache.manifest import Manifest, Part, Settings, read_manifest
 from kd_plugin.cache.reader import TeacherCache
-from kd_plugin.cache.rows import open_rows, passed_columns
 from kd_plugin.cache.store import Store, require_same
 from kd_plugin.cache.targets import Targets, TopK
 from kd_plugin.cache.templates import fingerprint, marks_assistant, pinned_time, prints_time, with_template
-from kd_plugin.cache.work import Job, do_units
+from kd_plugin.capturing.engines import as_asked, open_engine, require_targets, require_teacher
+from kd_plugin.capturing.filters import Check, make_filter, reference
+from kd_plugin.capturing.rows import open_rows, passed_columns
+from kd_plugin.capturing.work import Job, do_units
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.teachers.base import reach

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kd_plugin.cache.top import top_k
+from kd_plugin.capturing.top import top_k
 from kd_plugin.divergence.projection import exact_logits
 from kd_plugin.signals import OutputHead
 

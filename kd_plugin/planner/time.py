@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kd_plugin.zero.cluster import Cluster
-from kd_plugin.zero.communication import traffic
-from kd_plugin.zero.memory import Layout, Memory
-from kd_plugin.zero.run import PlannedRun
+from kd_plugin.planner.cluster import Cluster
+from kd_plugin.planner.communication import traffic
+from kd_plugin.planner.memory import Layout, Memory
+from kd_plugin.planner.run import PlannedRun
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kd_plugin.zero.sharding import outermost_layers
+from kd_plugin.sharding.gathering import outermost_layers
 
 # What belongs to training, and would make DeepSpeed build an optimizer for a model that has none
 _TRAINING_ONLY = ("optimizer", "scheduler", "gradient_clipping", "zero_allow_untested_optimizer")

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cache.capture import Prepared, prepare
-from kd_plugin.cache.engines import Engine, open_engine
 from kd_plugin.cache.examples import Example
 from kd_plugin.cache.manifest import Settings
-from kd_plugin.cache.progress import Progress
 from kd_plugin.cache.schema import CapturedRow, to_table, write_shard
 from kd_plugin.cache.targets import Targets
-from kd_plugin.cache.work import examples_of, written_rows
+from kd_plugin.capturing.capture import Prepared, prepare
+from kd_plugin.capturing.engines import Engine, open_engine
+from kd_plugin.capturing.progress import Progress
+from kd_plugin.capturing.work import examples_of, written_rows
 from kd_plugin.errors import DataError
 
 _PROBE_ROWS = 1024
@@ -54,7 +54,7 @@ def estimate(dataset: Any, teacher: Any, *, targets: Targets, batch_tokens: int,
     """Count ``dataset`` whole, score two batches of it or let one be written, and extrapolate; nothing is stored.
 
     Args:
-        dataset: as for :func:`~kd_plugin.cache.capture.capture`.
+        dataset: as for :func:`~kd_plugin.capturing.capture.capture`.
         teacher: likewise.
         targets: likewise.
         batch_tokens: likewise.

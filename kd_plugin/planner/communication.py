@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kd_plugin.zero.architectures import Architecture
-from kd_plugin.zero.memory import persistence_threshold
-from kd_plugin.zero.run import PlannedRun
+from kd_plugin.planner.architectures import Architecture
+from kd_plugin.planner.memory import persistence_threshold
+from kd_plugin.planner.run import PlannedRun
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kd_plugin.cache.draws import uniforms
 from kd_plugin.cache.examples import Example
-from kd_plugin.cache.extract import Extracted, extract, from_list, from_logits
 from kd_plugin.cache.generation import Generation
 from kd_plugin.cache.manifest import Settings
-from kd_plugin.cache.targets import Sampled, Targets, TopP
-from kd_plugin.cache.writing import Completion, Request, write_locally
+from kd_plugin.cache.targets import Extracted, Sampled, Targets, TopP
+from kd_plugin.capturing.draws import uniforms
+from kd_plugin.capturing.extract import extract, from_list, from_logits
+from kd_plugin.capturing.writing import Completion, Request, write_locally
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal
 from kd_plugin.teachers.agreement import ROUNDING, distances
@@ -181,7 +181,7 @@ class ScoringEngine:
         return extracted.split([len(example.scored) for example in examples])
 
     def write(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
-        """Refuse: :func:`~kd_plugin.cache.capture.prepare` does before."""
+        """Refuse: :func:`~kd_plugin.capturing.capture.prepare` does before."""
         raise NotImplementedError(f"{type(self._teacher).__name__} generates nothing")
 
 

@@ -19,16 +19,16 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from kd_plugin.cache.capture import prepare
-from kd_plugin.cache.engines import batches, padded, random_numbers
 from kd_plugin.cache.examples import Example
-from kd_plugin.cache.extract import extract
 from kd_plugin.cache.manifest import Part, Settings
-from kd_plugin.cache.progress import Progress
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.cache.schema import CapturedRow, to_table
 from kd_plugin.cache.store import Store
 from kd_plugin.cache.targets import Sampled, Targets, TopK, describe
+from kd_plugin.capturing.capture import prepare
+from kd_plugin.capturing.engines import batches, padded, random_numbers
+from kd_plugin.capturing.extract import extract
+from kd_plugin.capturing.progress import Progress
 from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence
 from kd_plugin.divergence.listed import Tail
 from kd_plugin.divergence.sparse import fused_sparse_divergence
@@ -138,7 +138,7 @@ def fidelity(
     student; two copies of its gradient are in memory.
 
     Args:
-        dataset: as for :func:`~kd_plugin.cache.capture.capture`.
+        dataset: as for :func:`~kd_plugin.capturing.capture.capture`.
         teacher: a teacher in this process: the exact gradient needs its full distribution.
         student: the model that will be trained, in float32 for figures that rounding does not blur; or a function
             that loads it, which is called after the teacher's terms and the rows have been checked.

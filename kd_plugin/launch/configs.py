@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from kd_plugin.zero.cluster import Cluster
-from kd_plugin.zero.memory import Layout, bucket_elements, persistence_threshold
-from kd_plugin.zero.preflight import MADE_FOR, made_for
-from kd_plugin.zero.run import PlannedRun
+from kd_plugin.launch.preflight import MADE_FOR, made_for
+from kd_plugin.planner.cluster import Cluster
+from kd_plugin.planner.memory import Layout, bucket_elements, persistence_threshold
+from kd_plugin.planner.run import PlannedRun
 
 
 def deepspeed_config(run: PlannedRun, layout: Layout, nvme_path: str = "/local_nvme") -> dict[str, Any]:

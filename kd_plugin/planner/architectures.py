@@ -181,7 +181,7 @@ def known_tokenizer(name: str) -> str | None:
 
 @cache
 def _table() -> dict[str, Any]:
-    return tomllib.loads(files("kd_plugin.zero").joinpath("known_models.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(files("kd_plugin.planner").joinpath("known_models.toml").read_text(encoding="utf-8"))
 
 
 def _read_config(name: str) -> Any:

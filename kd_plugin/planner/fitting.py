@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.zero.cluster import Cluster
-from kd_plugin.zero.memory import Layout, Memory, memory
-from kd_plugin.zero.run import PlannedRun
-from kd_plugin.zero.time import StepTime, step_time
+from kd_plugin.planner.cluster import Cluster
+from kd_plugin.planner.memory import Layout, Memory, memory
+from kd_plugin.planner.run import PlannedRun
+from kd_plugin.planner.time import StepTime, step_time
 
 _OFFLOADS = {
     1: (("none", "none"), ("cpu", "none")),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kd_plugin.zero.architectures import Architecture
-from kd_plugin.zero.cluster import Cluster
-from kd_plugin.zero.communication import traffic
-from kd_plugin.zero.fitting import Option, options, recommended
-from kd_plugin.zero.run import Method, PlannedRun
-from kd_plugin.zero.time import generation_seconds, score_flops, train_flops
+from kd_plugin.planner.architectures import Architecture
+from kd_plugin.planner.cluster import Cluster
+from kd_plugin.planner.communication import traffic
+from kd_plugin.planner.fitting import Option, options, recommended
+from kd_plugin.planner.run import Method, PlannedRun
+from kd_plugin.planner.time import generation_seconds, score_flops, train_flops
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd_plugin.cache.draws import uniforms
 from kd_plugin.cache.examples import example_id
-from kd_plugin.cache.extract import Extracted
 from kd_plugin.cache.generation import Generation
+from kd_plugin.cache.targets import Extracted
+from kd_plugin.capturing.draws import uniforms
 from kd_plugin.errors import ConfigError, NonFiniteError
 from kd_plugin.teachers.in_process import InProcessTeacher
 
