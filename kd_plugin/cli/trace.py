@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.limit < 1:
         parser.error("--limit must be at least 1")
 
-    from kd_plugin.panel.trace import page, read_rollouts
+    from kd_plugin.monitor.traces import page, read_rollouts
 
     rows = read_rollouts(arguments.place)
     kept = rows[-arguments.limit :]

@@ -13,7 +13,7 @@ from kd_plugin.demo.precision import fast_dtype
 from kd_plugin.demo.prompts import Question
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.reference import divergence_from_logits
-from kd_plugin.panel.rollouts import left_padded
+from kd_plugin.rollouts.rows import left_padded
 from kd_plugin.teachers import LocalTeacher
 
 _ROWS_AT_ONCE = 4

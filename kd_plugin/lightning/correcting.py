@@ -15,9 +15,9 @@ from kd_plugin.lightning.watching import PanelWatch
 from kd_plugin.lightning.windows import window_size
 from kd_plugin.lightning.writing import Rollouts
 from kd_plugin.panel import TeacherPanel, score_rows
-from kd_plugin.panel.responses import as_written, judged_positions
-from kd_plugin.panel.spans import by_length
 from kd_plugin.panel.warmup import CacheWarmup
+from kd_plugin.rollouts.responses import as_responses, scored_offsets
+from kd_plugin.rollouts.rows import by_length
 from kd_plugin.vocab import Vocabulary
 
 _ROW = ("prompt", "completion", "teacher_id", "domain", "teacher_weights")
@@ -74,9 +74,9 @@ class Corrector:
             training: whether it is watched and anchored.
             noted: further values to log.
         """
-        written = as_written(rollouts.responses(), [self.tokenizer.eos_token_id])
+        written = as_responses(rollouts.responses(), [self.tokenizer.eos_token_id])
         mask = self.settings.mask_truncated_completions
-        positions = judged_positions([[1] * n for n in rollouts.lengths], written, mask_truncated=mask)
+        positions = scored_offsets([[1] * n for n in rollouts.lengths], written, mask_truncated=mask)
         watch = self.watch if training else None
         if watch is not None:
             watch.observe(written, noted or {})

@@ -33,7 +33,9 @@ from kd_plugin.lightning.writing import pad_token, texts
 from kd_plugin.limits import refuse_images, refuse_router_loss
 from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.start import gate_servers, start_run, student_source
-from kd_plugin.panel.anchor import Anchor
+from kd_plugin.monitor.alarm import LengthAlarm
+from kd_plugin.monitor.metrics import DivergenceTally
+from kd_plugin.panel.anchor import Anchor, starting_student
 from kd_plugin.panel.build import panel_from
 from kd_plugin.panel.checks import (
     check_rows,
@@ -43,10 +45,7 @@ from kd_plugin.panel.checks import (
     require_one_vocabulary,
     require_reachable,
 )
-from kd_plugin.panel.guards import LengthAlarm, starting_student
 from kd_plugin.panel.identity import panel_identity, require_same_panel
-from kd_plugin.panel.metrics import DivergenceTally
-from kd_plugin.panel.rollouts import mixed_seed
 from kd_plugin.panel.sampling import (
     completed,
     own_generation_config,
@@ -55,6 +54,7 @@ from kd_plugin.panel.sampling import (
     require_whole_distribution,
 )
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, require_fitting, warmup_objective
+from kd_plugin.rollouts.rows import mixed_seed
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from kd_plugin.lightning.writing import Rollouts
 from kd_plugin.panel import Correction, TeacherPanel
 from kd_plugin.panel.anchor import Anchor
 from kd_plugin.panel.loss import Judgement, correction_loss
-from kd_plugin.panel.trace import Written
 from kd_plugin.panel.warmup import WarmupBatch, warmup_loss
+from kd_plugin.rollouts.responses import Response
 from kd_plugin.sharding.gathering import whole_heads
 from kd_plugin.signals import OutputHead
 
@@ -36,7 +36,7 @@ class Corrected:
 
     corrections: tuple[Correction, ...]
     rollouts: Rollouts
-    written: tuple[Written, ...]
+    written: tuple[Response, ...]
     step: int
     start: tuple[Correction, ...] = ()
     watched: bool = True

@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule
 from kd_plugin.lightning.panel_settings import PanelSettings
 from kd_plugin.lightning.writing import Rollouts, assembled, generated, pad_token, render, responses, writing
 from kd_plugin.panel import Assignment, TeacherPanel
-from kd_plugin.panel.judging import InterleavedSettings, interleaved_responses
-from kd_plugin.panel.responses import completion_ids, cut_loops
-from kd_plugin.panel.rollouts import mixed_seed, on_policy_rows
+from kd_plugin.panel.interleaving import InterleavedSettings, interleaved_responses
+from kd_plugin.rollouts.responses import completion_ids, cut_loops
+from kd_plugin.rollouts.rows import mixed_seed, on_policy_rows
 from kd_plugin.vocab import Vocabulary
 
 

@@ -12,14 +12,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from kd_plugin.lightning.panel_settings import PanelSettings
+from kd_plugin.monitor.alarm import LengthAlarm, lower_learning_rate, response_sums, responses_of
+from kd_plugin.monitor.metrics import DivergenceTally, PanelTally, Stopwatch
+from kd_plugin.monitor.traces import RolloutSaver
 from kd_plugin.panel import Correction, CorrectionLoss, TeacherPanel
 from kd_plugin.panel.anchor import Anchor
 from kd_plugin.panel.combining import group_terms
-from kd_plugin.panel.guards import LengthAlarm, lower_learning_rate
-from kd_plugin.panel.metrics import DivergenceTally, PanelTally, Stopwatch
-from kd_plugin.panel.responses import response_sums, responses_of
-from kd_plugin.panel.saving import RolloutSaver
-from kd_plugin.panel.trace import Written
+from kd_plugin.rollouts.responses import Response
 from kd_plugin.signals import OutputHead
 
 logger = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class PanelWatch:
         """Whether anything reads this step's divergences."""
         return self.settings.panel_values == "always" or self.logs_this_step
 
-    def observe(self, written: Sequence[Written], noted: Mapping[str, float]) -> None:
+    def observe(self, written: Sequence[Response], noted: Mapping[str, float]) -> None:
         """Look at a generation batch, over all ranks, and act on an alarm.
 
         Args:
@@ -99,7 +98,7 @@ class PanelWatch:
         self,
         corrections: Sequence[Correction],
         prompts: tuple[Tensor, Tensor],
-        written: Sequence[Written],
+        written: Sequence[Response],
         hidden: Tensor,
         head: OutputHead,
         tokens: Tensor,

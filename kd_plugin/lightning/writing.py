@@ -17,9 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import StoppingCriteriaList
 
 from kd_plugin.lightning.student import shards_the_student
-from kd_plugin.panel.generation import decode_with, real_tokens, writes_row_by_row
-from kd_plugin.panel.responses import StopLoops, require_prompts, until_end
-from kd_plugin.panel.rollouts import left_padded
+from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_tokens
+from kd_plugin.rollouts.responses import StopLoops, require_prompts, until_end
+from kd_plugin.rollouts.rows import left_padded
 from kd_plugin.sharding.inference import through
 from kd_plugin.vocab import Vocabulary
 
@@ -36,7 +36,7 @@ class Sampling:
         min_p: smallest share of the likeliest token's probability; None for no limit.
         repetition_penalty: 1 for none.
         generation_kwargs: further arguments of ``generate``.
-        draws: how a token is drawn, see :func:`kd_plugin.panel.generation.decode`.
+        draws: how a token is drawn, see :func:`kd_plugin.rollouts.decoding.decode`.
         vocabulary: tokens that may be written; None for all rows of the head.
     """
 
@@ -175,7 +175,7 @@ def generated(
     arguments = {**sampling.arguments(), **further}
     config = copy.deepcopy(model.generation_config)
     config.update(**arguments)
-    if not together and writes_row_by_row(config):
+    if not together and generates_row_by_row(config):
         arguments = {"custom_generate": decode_with(sampling.draws), **arguments}
     if sampling.vocabulary is not None:
         arguments = {**real_tokens(model, sampling.vocabulary), **arguments}

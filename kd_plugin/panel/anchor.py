@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_plugin.divergence import Divergence
+from kd_plugin.errors import ConfigError
 from kd_plugin.panel.loss import correction_loss
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import Correction, score_rows
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.local import LocalTeacher
+from kd_plugin.teachers.trees import tree_over_same_tensors, without_adapters
+from kd_plugin.vocab import Vocabulary
 
 _START = Assignment(("start",))
 
@@ -21,7 +25,7 @@ class Anchor:
     """A panel of one teacher, the student's start, and what its divergence was since the last log.
 
     Args:
-        start: see :func:`~kd_plugin.panel.guards.starting_student`.
+        start: see :func:`starting_student`.
         weight: of the divergence, in nats a token.
         temperature: divides the logits of both sides.
     """
@@ -88,3 +92,32 @@ class Anchor:
         """
         divergence, count = reduce(self._seen.pop(mode, torch.zeros(2, device=device))).tolist()
         return float(divergence / max(count, 1.0))
+
+
+def starting_student(student: nn.Module, vocabulary: Vocabulary) -> LocalTeacher:
+    """Return the student as it is now, frozen, as a teacher to anchor it to.
+
+    A PEFT student costs nothing more: its start is its own base without the adapter. Another student is copied.
+
+    Args:
+        student: unwrapped, before the first step.
+        vocabulary: the student's.
+
+    Raises:
+        ConfigError: the student is a PEFT model that trains a part of its base.
+    """
+    inner = getattr(student, "get_base_model", lambda: None)()
+    if inner is None:
+        start = copy.deepcopy(student)
+        start.__dict__.pop("save_pretrained", None)  # a copy that is never saved needs no lineage
+    else:
+        start = without_adapters(tree_over_same_tensors(inner))
+        trained = [name for name, parameter in start.named_parameters() if parameter.requires_grad]
+        if trained:
+            raise ConfigError(
+                f"anchor_weight needs the student's start, but the student trains a part of its base ({trained[0]}), "
+                "which then is gone. Train adapters alone, or set anchor_weight=0."
+            )
+    teacher = LocalTeacher(start, name="start")
+    teacher.assume_vocabulary(vocabulary)
+    return teacher

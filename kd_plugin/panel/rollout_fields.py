@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args
 
 from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.panel.generation import Draws
 from kd_plugin.panel.schedule import Schedule, as_schedule
+from kd_plugin.rollouts.decoding import Draws
 
 ROLLOUTS = ("student", "interleaved")
 DRAWS = get_args(Draws)

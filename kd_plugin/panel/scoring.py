@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.panel.roster import Assignment, TeacherPanel
-from kd_plugin.panel.spans import Span, by_length, left_aligned, row_spans
+from kd_plugin.rollouts.rows import Span, by_length, left_aligned, row_spans
 from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.signals import HiddenSignal, SparseSignal
 from kd_plugin.teachers.base import Teacher, resident

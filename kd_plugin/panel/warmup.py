@@ -19,7 +19,7 @@ from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.objective import OfflineObjective
 from kd_plugin.errors import ConfigError
-from kd_plugin.panel.spans import by_length
+from kd_plugin.rollouts.rows import by_length
 from kd_plugin.signals import OutputHead
 from kd_plugin.vocab import Vocabulary
 

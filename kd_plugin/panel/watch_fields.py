@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.panel.guards import AlarmSettings
+from kd_plugin.monitor.alarm import AlarmSettings
 
 
 @dataclass

@@ -21,6 +21,7 @@ from kd_plugin.limits import refuse_images, refuse_prompt_learning, refuse_route
 from kd_plugin.lineage.data import dataset_sources
 from kd_plugin.lineage.start import gate_servers, student_source
 from kd_plugin.models import output_rows
+from kd_plugin.monitor.metrics import DivergenceTally
 from kd_plugin.panel import Correction, TeacherPanel, correction_loss, score_rows
 from kd_plugin.panel.build import panel_from
 from kd_plugin.panel.checks import (
@@ -33,10 +34,9 @@ from kd_plugin.panel.checks import (
 )
 from kd_plugin.panel.combining import scored_positions
 from kd_plugin.panel.identity import panel_identity
-from kd_plugin.panel.metrics import DivergenceTally
 from kd_plugin.panel.sampling import require_sampling
-from kd_plugin.panel.spans import left_aligned
 from kd_plugin.panel.warmup import require_fitting
+from kd_plugin.rollouts.rows import left_aligned
 from kd_plugin.sharding.gathering import whole_heads
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import Teacher

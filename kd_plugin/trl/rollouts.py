@@ -16,10 +16,7 @@ from trl.trainer.utils import split_tensor_dict
 from kd_plugin.cache import TeacherCache
 from kd_plugin.errors import ConfigError
 from kd_plugin.panel import Assignment, TeacherPanel
-from kd_plugin.panel.generation import decode_with, real_tokens, writes_row_by_row
-from kd_plugin.panel.judging import InterleavedSettings, interleaved_responses
-from kd_plugin.panel.responses import completion_ids, require_prompts
-from kd_plugin.panel.rollouts import on_policy_rows
+from kd_plugin.panel.interleaving import InterleavedSettings, interleaved_responses
 from kd_plugin.panel.sampling import (
     completed,
     draw_settings,
@@ -27,8 +24,10 @@ from kd_plugin.panel.sampling import (
     require_same_student,
     require_whole_distribution,
 )
-from kd_plugin.panel.spans import by_length
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
+from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_tokens
+from kd_plugin.rollouts.responses import completion_ids, require_prompts
+from kd_plugin.rollouts.rows import by_length, on_policy_rows
 from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.signals import OutputHead
 from kd_plugin.trl.generating import generating
@@ -162,7 +161,7 @@ class RolloutMixin(ShardedGenerationMixin):
         sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # type: ignore[attr-defined]
         together = sharded and self.accelerator.num_processes > 1  # each token waits for the other ranks' shards
         options: dict[str, Any] = dict(real_tokens(model, self._vocabulary))  # type: ignore[attr-defined]
-        if not together and writes_row_by_row(self.generation_config):  # type: ignore[attr-defined]
+        if not together and generates_row_by_row(self.generation_config):  # type: ignore[attr-defined]
             options["custom_generate"] = decode_with(self.args.rollout_draws)
         with self.accelerator.autocast(), self.gathered_where_they_fit(model), generating(model, **options):
             yield

@@ -13,21 +13,13 @@ from transformers import StoppingCriteriaList, TrainerCallback, TrainerControl, 
 from transformers.utils import logging
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.monitor.alarm import LengthAlarm, lower_learning_rate, response_sums, responses_of
+from kd_plugin.monitor.metrics import PanelTally, Stopwatch
+from kd_plugin.monitor.traces import RolloutSaver
 from kd_plugin.panel import Correction, CorrectionLoss, TeacherPanel
-from kd_plugin.panel.anchor import Anchor
+from kd_plugin.panel.anchor import Anchor, starting_student
 from kd_plugin.panel.combining import group_terms
-from kd_plugin.panel.guards import LengthAlarm, lower_learning_rate, starting_student
-from kd_plugin.panel.metrics import PanelTally, Stopwatch
-from kd_plugin.panel.responses import (
-    StopLoops,
-    as_written,
-    cut_loops,
-    judged_positions,
-    response_sums,
-    responses_of,
-)
-from kd_plugin.panel.saving import RolloutSaver
-from kd_plugin.panel.trace import Written
+from kd_plugin.rollouts.responses import Response, StopLoops, as_responses, cut_loops, scored_offsets
 from kd_plugin.signals import OutputHead
 from kd_plugin.trl.generating import generating
 from kd_plugin.trl.placing import place_teachers
@@ -103,15 +95,15 @@ class WatchMixin:
         """
         used, lengths = loss_mask.tolist(), output["completion_mask"].sum(1).tolist()
         ids = [row[:length] for row, length in zip(output["completion_ids"].tolist(), lengths, strict=True)]
-        written = output["written"] = as_written(ids, self.eos_token_ids)  # type: ignore[attr-defined]
-        positions = judged_positions(used, written, mask_truncated=self.args.mask_truncated_completions)
+        written = output["written"] = as_responses(ids, self.eos_token_ids)  # type: ignore[attr-defined]
+        positions = scored_offsets(used, written, mask_truncated=self.args.mask_truncated_completions)
         if self.args.mask_truncated_completions:
             count = torch.tensor(float(sum(map(len, positions))), device=self.accelerator.device)
             output["num_items_in_batch"] = self.accelerator.gather(count).sum()
         self._observe(written)
         return positions
 
-    def _observe(self, written: Sequence[Written]) -> None:
+    def _observe(self, written: Sequence[Response]) -> None:
         """Log what the responses are like, over all ranks, and let the alarm see it."""
         local = torch.tensor(response_sums(written), dtype=torch.float32, device=self.accelerator.device)
         responses = responses_of(self.accelerator.reduce(local, reduction="sum").tolist())

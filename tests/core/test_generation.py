@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
-from kd_plugin.panel import generation
-from kd_plugin.panel.generation import GrowingLayer, decode, decode_with, draw_uniform, writes_row_by_row
-from kd_plugin.panel.rollouts import left_padded
+from kd_plugin.rollouts import decoding as generation
+from kd_plugin.rollouts.decoding import GrowingLayer, decode, decode_with, draw_uniform, generates_row_by_row
+from kd_plugin.rollouts.rows import left_padded
 from tests.tiny import tiny_llama
 
 PROMPTS = [[5, 9, 30, 7], [8], [100, 4, 6], [77, 78, 79, 80, 81, 82], [9, 9], [60, 61], [3, 200, 4], [11]]
@@ -131,8 +131,8 @@ def test_what_it_does_not_know_is_left_to_transformers(model, options, monkeypat
 
 
 def test_beams_are_not_row_by_row():
-    assert writes_row_by_row(GenerationConfig(do_sample=True)) and writes_row_by_row(GenerationConfig())
-    assert not writes_row_by_row(GenerationConfig(num_beams=2))
+    assert generates_row_by_row(GenerationConfig(do_sample=True)) and generates_row_by_row(GenerationConfig())
+    assert not generates_row_by_row(GenerationConfig(num_beams=2))
 
 
 def test_a_sliding_window_is_left_to_transformers(monkeypatch):

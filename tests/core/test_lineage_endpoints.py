@@ -146,7 +146,7 @@ def test_prose_asks_who_wrote_it_and_the_answer_decides(words, tmp_path):
 
 
 def test_prose_without_a_closed_model_asks_nothing(tmp_path):
-    run = on_card(tmp_path, "license: mit", "Written by people. Checked with gpt2 and gpt-oss-20b.")
+    run = on_card(tmp_path, "license: mit", "Response by people. Checked with gpt2 and gpt-oss-20b.")
     assert "writers_not_declared" not in {f.code for f in run.verdict.findings}
 
 

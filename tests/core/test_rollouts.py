@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kd_plugin.errors import NonFiniteError
-from kd_plugin.panel.rollouts import interleave, on_policy_rows
+from kd_plugin.rollouts.interleaved import interleave
+from kd_plugin.rollouts.rows import on_policy_rows
 
 V, END = 11, 10
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from kd_plugin.panel.spans import Span, by_length, left_aligned, row_spans
+from kd_plugin.rollouts.rows import Span, by_length, left_aligned, row_spans
 from tests.tiny import tiny_llama
 
 IDS = torch.tensor([[0, 0, 5, 6, 7, 0], [1, 2, 3, 4, 0, 0], [0, 0, 0, 8, 9, 3]])

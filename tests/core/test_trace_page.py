@@ -8,7 +8,7 @@ import pytest
 
 from kd_plugin.cli.main import main
 from kd_plugin.errors import DataError
-from kd_plugin.panel.trace import append_rollouts, page, read_rollouts
+from kd_plugin.monitor.traces import append_rollouts, page, read_rollouts
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 

@@ -11,7 +11,7 @@ from kd_plugin.cache import Generation, TopK
 from kd_plugin.cli.main import main
 from kd_plugin.errors import DataError
 from kd_plugin.lightning.writing import render
-from kd_plugin.panel.responses import as_written, completion_ids
+from kd_plugin.rollouts.responses import as_responses, completion_ids
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.core.cache_help import prompt_rows
 from tests.fake_vllm import Behaviour, fake_vllm
@@ -98,7 +98,7 @@ def test_a_prompt_without_a_token_is_refused(local, student_dir, tmp_path):
 
 
 def test_a_response_without_a_token_was_not_cut():
-    assert [one.truncated for one in as_written([[], [5], [5, 2]], [2])] == [False, True, False]
+    assert [one.truncated for one in as_responses([[], [5], [5, 2]], [2])] == [False, True, False]
 
 
 def test_a_server_that_writes_nothing_for_some_prompts(local, tokenizer, teacher_dir, tmp_path):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from kd_plugin.monitor.traces import read_rollouts
 from kd_plugin.panel import Correction
 from kd_plugin.panel.roster import Assignment
-from kd_plugin.panel.spans import Span
-from kd_plugin.panel.trace import read_rollouts
+from kd_plugin.rollouts.rows import Span
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from kd_plugin.trl.rollouts import micro_batches
 from tests.hosts.runs import Trace, assert_same, losses, prompts, settings

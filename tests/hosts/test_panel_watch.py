@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError
-from kd_plugin.panel.trace import read_rollouts
+from kd_plugin.monitor.traces import read_rollouts
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.hosts.runs import LORA, assert_same, losses, prompts, settings, weights
 from tests.tiny import byte_tokenizer

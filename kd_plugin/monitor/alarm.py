@@ -1,69 +1,16 @@
-"""What notices that a run goes wrong: loops, rollouts that grow, and how far the student may drift from its start.
-
-Shape suffixes: B rows, L tokens.
-"""
+"""What notices that a run goes wrong: rollouts that grow, shrink, run into the limit or repeat themselves."""
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
 from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.teachers.local import LocalTeacher
-from kd_plugin.teachers.trees import tree_over_same_tensors, without_adapters
-from kd_plugin.vocab import Vocabulary
+from kd_plugin.rollouts.responses import Response, repetition
 
-LONGEST_LOOP = 32  # tokens of the sequence that repeats
 AlarmAction = Literal["warn", "lower_learning_rate", "stop"]
-
-
-def loop_end(tokens: Sequence[int], repeats: int, longest: int = LONGEST_LOOP) -> int | None:
-    """Return how many tokens there are when a sequence has come ``repeats`` times in a row, or None.
-
-    Args:
-        tokens: a response.
-        repeats: from 2.
-        longest: tokens of the longest sequence that is looked for.
-    """
-    ids = np.asarray(tokens)
-    ends = []
-    for period in range(1, min(longest, len(ids) // repeats) + 1):
-        needed = period * (repeats - 1)  # tokens in a row that equal the one a period before
-        equal = np.concatenate([[0], np.cumsum(ids[period:] == ids[:-period])])
-        found = np.flatnonzero(equal[needed:] - equal[: len(equal) - needed] == needed)
-        if found.size:
-            ends.append(int(found[0]) + needed + period)
-    return min(ends, default=None)
-
-
-def ends_in_loop(input_ids: Tensor, start: int, repeats: int, longest: int = LONGEST_LOOP) -> Tensor:
-    """Return (B,) whether each response ends in a sequence that came ``repeats`` times; for use while it is written.
-
-    Args:
-        input_ids: (B, L) prompts and responses.
-        start: column of the first response token.
-        repeats: from 2.
-        longest: tokens of the longest sequence that is looked for.
-    """
-    written = input_ids[:, start:]
-    looping = torch.zeros(len(written), dtype=torch.bool, device=input_ids.device)
-    for period in range(1, min(longest, written.size(1) // repeats) + 1):
-        tail = written[:, -period * repeats :]
-        looping = looping | (tail[:, period:] == tail[:, :-period]).all(dim=1)
-    return looping
-
-
-def repetition(tokens: Sequence[int], length: int = 4) -> float:
-    """Return the share of a response's n-grams that stood in it before: 0 for none, near 1 for a loop."""
-    grams = [tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1)]
-    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 @dataclass(frozen=True)
@@ -192,30 +139,14 @@ def lower_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:
         group["lr"] *= factor
 
 
-def starting_student(student: nn.Module, vocabulary: Vocabulary) -> LocalTeacher:
-    """Return the student as it is now, frozen, as a teacher to anchor it to.
+def response_sums(written: Sequence[Response]) -> list[float]:
+    """Return rows, tokens, truncated rows and repetition; their sums over all ranks go into :func:`responses_of`."""
+    tokens = [one.tokens for one in written]
+    return [len(tokens), sum(map(len, tokens)), sum(one.truncated for one in written), sum(map(repetition, tokens))]
 
-    A PEFT student costs nothing more: its start is its own base without the adapter. Another student is copied.
 
-    Args:
-        student: unwrapped, before the first step.
-        vocabulary: the student's.
-
-    Raises:
-        ConfigError: the student is a PEFT model that trains a part of its base.
-    """
-    inner = getattr(student, "get_base_model", lambda: None)()
-    if inner is None:
-        start = copy.deepcopy(student)
-        start.__dict__.pop("save_pretrained", None)  # a copy that is never saved needs no lineage
-    else:
-        start = without_adapters(tree_over_same_tensors(inner))
-        trained = [name for name, parameter in start.named_parameters() if parameter.requires_grad]
-        if trained:
-            raise ConfigError(
-                f"anchor_weight needs the student's start, but the student trains a part of its base ({trained[0]}), "
-                "which then is gone. Train adapters alone, or set anchor_weight=0."
-            )
-    teacher = LocalTeacher(start, name="start")
-    teacher.assume_vocabulary(vocabulary)
-    return teacher
+def responses_of(sums: Sequence[float]) -> Responses:
+    """Return the means of :func:`response_sums` for the alarm."""
+    rows, tokens, cut, repeated = sums
+    rows = max(rows, 1)
+    return Responses(tokens / rows, cut / rows, repeated / rows)

@@ -1,15 +1,15 @@
-"""Rollouts with the correction that each token got: kept as JSON lines, shown as one self-contained HTML page.
+"""Rollouts with the score that each token got: kept as JSON lines, shown as one self-contained HTML page.
 
 Shape suffixes: N scored positions of a micro-batch, n of a row, K tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from kd_plugin.divergence.extract import logprobs_of, top_tokens
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel.loss import Judgement
 from kd_plugin.panel.scoring import Correction
+from kd_plugin.rollouts.responses import Response
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 
 ROLLOUTS = "rollouts"  # directory below output_dir
@@ -28,27 +29,10 @@ _KEYS = {"step", "row", "prompt", "domain", "truncated", "tokens", "scored", "st
 _TEACHER_KEYS = {"weight", "divergence", "logprob", "top"}
 
 
-@dataclass(frozen=True)
-class Written:
-    """A response as people read it.
-
-    Attributes:
-        prompt: text before it.
-        tokens: its token ids, scored or not.
-        truncated: whether the limit cut it.
-        number: its place in the generation batch, as it was drawn from the dataset.
-    """
-
-    prompt: str
-    tokens: tuple[int, ...]
-    truncated: bool
-    number: int = 0
-
-
 @torch.no_grad()
 def rollout_rows(
     corrections: Sequence[Correction],
-    written: Sequence[Written],
+    written: Sequence[Response],
     student_hidden: Tensor,
     student_head: OutputHead,
     tokens: Tensor,
@@ -145,7 +129,7 @@ def page(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     data = json.dumps({"title": title, "rollouts": list(rows)}, ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":
         data = data.replace(character, f"\\u{ord(character):04x}")
-    template = resources.files("kd_plugin.panel").joinpath("trace.html").read_text(encoding="utf-8")
+    template = resources.files("kd_plugin.monitor").joinpath("trace.html").read_text(encoding="utf-8")
     before, after = template.split("{{data}}")
     return before + data + after
 
@@ -203,3 +187,75 @@ def _token_view(
 
 def _numbers(values: Tensor) -> list[float | None]:
     return [round(value, 4) if math.isfinite(value) else None for value in values.tolist()]
+
+
+class RolloutSaver:
+    """Writes rows of a step into ``output_dir/rollouts``, one file a step and rank.
+
+    Args:
+        output_dir: of the run.
+        rank: of this process.
+        rows: at most so many of a step, the first of a generation batch: micro-batches have them by length.
+        top_k: tokens that each teacher would have written, kept with a row.
+        tokenizer: the student's.
+    """
+
+    def __init__(self, output_dir: str | Path, *, rank: int, rows: int, top_k: int, tokenizer: Any) -> None:
+        self._directory = Path(output_dir, ROLLOUTS)
+        self._rank = rank
+        self._rows = rows
+        self._top_k = top_k
+        self._tokenizer = tokenizer
+        self._saved = (-1, 0)  # step, rows
+
+    def save(
+        self,
+        step: int,
+        prompts: tuple[Tensor, Tensor],
+        written: Sequence[Response],
+        corrections: Sequence[Correction],
+        hidden: Tensor,
+        head: OutputHead,
+        tokens: Tensor,
+        judgements: Sequence[Judgement],
+    ) -> None:
+        """Keep the rows of a micro-batch that the step has room for. Waits for the device.
+
+        Args:
+            step: optimizer step, from 1.
+            prompts: (B, P) ids and their mask.
+            written: B responses.
+            corrections: one a row.
+            hidden: (N, H) the student's, detached, at the scored positions.
+            head: the student's.
+            tokens: (N,) written there.
+            judgements: what the loss made of the corrections.
+        """
+        path = self._directory / f"step-{step:08d}-rank-{self._rank}.jsonl"
+        if self._saved[0] != step:
+            self._saved = (step, 0)
+            path.unlink(missing_ok=True)  # of the same step before a resume
+        chosen = [row for row, one in enumerate(written) if one.number < self._rows]
+        chosen = chosen[: self._rows - self._saved[1]]
+        if not chosen:
+            return
+        decode = self._tokenizer.decode
+        named = list(written)
+        for row in chosen:
+            ids, used = prompts[0][row].tolist(), prompts[1][row].tolist()
+            text = decode([token for token, is_used in zip(ids, used, strict=True) if is_used])
+            named[row] = dataclasses.replace(named[row], prompt=text)
+        rows = rollout_rows(
+            corrections,
+            named,
+            hidden,
+            head,
+            tokens,
+            judgements,
+            decode=lambda token: decode([token]),
+            top_k=self._top_k,
+            step=step,
+            chosen=chosen,
+        )
+        append_rollouts(path, rows)
+        self._saved = (step, self._saved[1] + len(rows))

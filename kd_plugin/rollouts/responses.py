@@ -1,4 +1,4 @@
-"""What the student wrote: where a response ends, which of its tokens are judged, and what responses are like.
+"""What the student generated: where a response ends, which of its tokens are scored, and loops in it.
 
 Shape suffixes: B rows, L tokens.
 """
@@ -6,15 +6,34 @@ Shape suffixes: B rows, L tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
 from kd_plugin.errors import DataError
-from kd_plugin.panel.guards import Responses, ends_in_loop, loop_end, repetition
-from kd_plugin.panel.trace import Written
+
+LONGEST_LOOP = 32  # tokens of the sequence that repeats
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response as people read it.
+
+    Attributes:
+        prompt: text before it.
+        tokens: its token ids, scored or not.
+        truncated: whether the limit cut it.
+        number: its place in the generation batch, as it was drawn from the dataset.
+    """
+
+    prompt: str
+    tokens: tuple[int, ...]
+    truncated: bool
+    number: int = 0
 
 
 def until_end(tokens: Sequence[int], end_tokens: Sequence[int]) -> list[int]:
@@ -81,17 +100,17 @@ def completion_ids(
     return until_end(ids, end_tokens)[:max_length]
 
 
-def as_written(responses: Sequence[Sequence[int]], end_tokens: Sequence[int]) -> list[Written]:
+def as_responses(responses: Sequence[Sequence[int]], end_tokens: Sequence[int]) -> list[Response]:
     """Say of each response whether the limit cut it; the prompt is left empty, decoded only if the row is saved."""
     return [
         # Nothing was cut of a response without tokens
-        Written("", tuple(row), bool(row) and row[-1] not in end_tokens, number)
+        Response("", tuple(row), bool(row) and row[-1] not in end_tokens, number)
         for number, row in enumerate(responses)
     ]
 
 
-def judged_positions(
-    used: Sequence[Sequence[int]], written: Sequence[Written], *, mask_truncated: bool
+def scored_offsets(
+    used: Sequence[Sequence[int]], written: Sequence[Response], *, mask_truncated: bool
 ) -> list[list[int]]:
     """Return for each row the offsets of the completion's tokens that are trained on.
 
@@ -104,19 +123,6 @@ def judged_positions(
         [] if mask_truncated and one.truncated else [c for c, is_used in enumerate(row) if is_used]
         for row, one in zip(used, written, strict=True)
     ]
-
-
-def response_sums(written: Sequence[Written]) -> list[float]:
-    """Return rows, tokens, truncated rows and repetition; their sums over all ranks go into :func:`responses_of`."""
-    tokens = [one.tokens for one in written]
-    return [len(tokens), sum(map(len, tokens)), sum(one.truncated for one in written), sum(map(repetition, tokens))]
-
-
-def responses_of(sums: Sequence[float]) -> Responses:
-    """Return the means of :func:`response_sums` for the alarm."""
-    rows, tokens, cut, repeated = sums
-    rows = max(rows, 1)
-    return Responses(tokens / rows, cut / rows, repeated / rows)
 
 
 def cut_loops(responses: Sequence[Sequence[int]], repeats: int) -> tuple[list[list[int]], float]:
@@ -143,3 +149,45 @@ class StopLoops(StoppingCriteria):
         if (input_ids.size(1) - self.start) % 8:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         return ends_in_loop(input_ids, self.start, self.repeats)
+
+
+def loop_end(tokens: Sequence[int], repeats: int, longest: int = LONGEST_LOOP) -> int | None:
+    """Return how many tokens there are when a sequence has come ``repeats`` times in a row, or None.
+
+    Args:
+        tokens: a response.
+        repeats: from 2.
+        longest: tokens of the longest sequence that is looked for.
+    """
+    ids = np.asarray(tokens)
+    ends = []
+    for period in range(1, min(longest, len(ids) // repeats) + 1):
+        needed = period * (repeats - 1)  # tokens in a row that equal the one a period before
+        equal = np.concatenate([[0], np.cumsum(ids[period:] == ids[:-period])])
+        found = np.flatnonzero(equal[needed:] - equal[: len(equal) - needed] == needed)
+        if found.size:
+            ends.append(int(found[0]) + needed + period)
+    return min(ends, default=None)
+
+
+def ends_in_loop(input_ids: Tensor, start: int, repeats: int, longest: int = LONGEST_LOOP) -> Tensor:
+    """Return (B,) whether each response ends in a sequence that came ``repeats`` times; for use while it is written.
+
+    Args:
+        input_ids: (B, L) prompts and responses.
+        start: column of the first response token.
+        repeats: from 2.
+        longest: tokens of the longest sequence that is looked for.
+    """
+    written = input_ids[:, start:]
+    looping = torch.zeros(len(written), dtype=torch.bool, device=input_ids.device)
+    for period in range(1, min(longest, written.size(1) // repeats) + 1):
+        tail = written[:, -period * repeats :]
+        looping = looping | (tail[:, period:] == tail[:, :-period]).all(dim=1)
+    return looping
+
+
+def repetition(tokens: Sequence[int], length: int = 4) -> float:
+    """Return the share of a response's n-grams that stood in it before: 0 for none, near 1 for a loop."""
+    grams = [tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0

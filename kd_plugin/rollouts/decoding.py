@@ -74,7 +74,7 @@ def real_tokens(model: Any, vocabulary: Vocabulary) -> dict[str, LogitsProcessor
     return {"logits_processor": LogitsProcessorList([RealTokens(vocabulary.size)])}
 
 
-def writes_row_by_row(config: GenerationConfig) -> bool:
+def generates_row_by_row(config: GenerationConfig) -> bool:
     """Whether ``generate`` would sample or take the likeliest token, so that :func:`decode` may stand in for it."""
     return config.get_generation_mode() in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH)
 
@@ -97,8 +97,8 @@ def decode(
     """Write each row until it ends; called by ``generate``, in a process that need not wait for others.
 
     Where it does not apply (another cache than the plain growing one, encoder and decoder, images, a processor or
-    criterion that looks at other rows) the model's own sampling loop runs. Ask :func:`writes_row_by_row` first: beams
-    and the like are another loop's.
+    criterion that looks at other rows) the model's own sampling loop runs. Ask :func:`generates_row_by_row` first:
+    beams and the like are another loop's.
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""Who writes what the panel corrects: the student, the dataset, or the student under the panel's eye.
+"""A student that generates some tokens at a time, with the panel's own tokens where it leaves their support.
 
 Shape suffixes: B rows, N proposed tokens, V vocabulary.
 """
@@ -16,50 +16,6 @@ from kd_plugin.errors import NonFiniteError
 Tokens = list[int]
 Propose = Callable[[list[Tokens], int], list[Tokens]]
 Judge = Callable[[Sequence[int], list[Tokens], list[Tokens]], list[Tensor]]
-
-
-def on_policy_rows(rows: int, fraction: float, *, seed: int, step: int, rank: int = 0) -> list[bool]:
-    """Choose the rows of a generation batch that the student writes; the dataset's completions fill the others.
-
-    The number is ``rows * fraction``, rounded up or down so that it is right on average over steps. The choice
-    is a function of the arguments alone, so that a resumed run repeats it.
-
-    Args:
-        rows: rows of this rank's generation batch.
-        fraction: share that the student writes, in [0, 1].
-        seed: of the run.
-        step: optimizer step that the batch is generated for.
-        rank: of this process.
-
-    Returns:
-        One flag a row; True where the student writes.
-    """
-    generator = seeded(seed, step, rank)
-    wanted = rows * fraction
-    count = int(wanted) + int(torch.rand((), generator=generator) < wanted - int(wanted))
-    chosen = set(torch.randperm(rows, generator=generator)[:count].tolist())
-    return [row in chosen for row in range(rows)]
-
-
-def mixed_seed(seed: int, step: int, rank: int = 0, draw: int = 0) -> int:
-    """Return one seed of a run's seed, the optimizer step, the rank, and which draw of that step it is."""
-    return ((seed * 1_000_003 + step) * 65_537 + draw * 4_099 + rank) % (1 << 63)
-
-
-def seeded(seed: int, step: int, rank: int = 0) -> torch.Generator:
-    """Return a CPU generator that depends on the three numbers alone."""
-    return torch.Generator().manual_seed(mixed_seed(seed, step, rank))
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Return B token lists as (B, L) ids and their mask, padded on the left as generation needs them; on the CPU."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_token_id)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row) :] = torch.tensor(row)
-        mask[number, width - len(row) :] = 1
-    return ids, mask
 
 
 @dataclass(frozen=True)

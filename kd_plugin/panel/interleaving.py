@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from kd_plugin.divergence.projection import exact_logits
-from kd_plugin.panel.responses import until_end
-from kd_plugin.panel.rollouts import interleave, left_padded, seeded
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import score_rows
+from kd_plugin.rollouts.interleaved import interleave
+from kd_plugin.rollouts.responses import until_end
+from kd_plugin.rollouts.rows import left_padded, seeded
 from kd_plugin.sharding.gathering import most_of_any_rank, whole_heads
 from kd_plugin.signals import HiddenSignal, SparseSignal
 from kd_plugin.vocab import Vocabulary
@@ -54,7 +55,7 @@ def interleaved_responses(
     seed: int,
     rank: int = 0,
 ) -> tuple[list[list[int]], float]:
-    """Let the student write ``prompts``; see :func:`kd_plugin.panel.rollouts.interleave`.
+    """Let the student write ``prompts``; see :func:`kd_plugin.rollouts.interleaved.interleave`.
 
     Args:
         panel: the teachers.
