@@ -12,8 +12,9 @@ from torch import Tensor
 from kd_plugin.divergence.listed import Tail
 from kd_plugin.divergence.projection import require_temperature
 from kd_plugin.divergence.sparse import SparseLoss, fused_sparse_divergence
-from kd_plugin.divergence.spec import Divergence
-from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.divergence.spec import Divergence, DivergenceSettings
+from kd_plugin.errors import ConfigError
+from kd_plugin.settings import option, require_known, settings
 from kd_plugin.signals import OutputHead, SparseSignal
 
 
@@ -39,11 +40,7 @@ class OfflineObjective:
     ce_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.tail not in get_args(Tail):
-            raise ConfigError(
-                f"Unknown tail {self.tail!r}; expected one of {', '.join(get_args(Tail))}."
-                + nearest(self.tail, list(get_args(Tail)))
-            )
+        require_known("tail", self.tail, get_args(Tail))
         if min(self.kd_weight, self.ce_weight) < 0 or self.kd_weight + self.ce_weight <= 0:
             raise ConfigError(
                 f"kd_weight is {self.kd_weight} and ce_weight {self.ce_weight}; expected two numbers of at least 0 "
@@ -100,6 +97,61 @@ class OfflineObjective:
             labels=None if labels is None else labels.to(device),
             kd_weight=kd_weight,
             ce_weight=0.0 if labels is None else self.ce_weight,
+        )
+
+
+@settings
+class OfflineSettings(DivergenceSettings):
+    """Offline KD; how the captured targets are fitted.
+
+    Raises:
+        ConfigError: an unknown name, or a temperature or weights out of range.
+    """
+
+    divergence: str = option(
+        default="forward_kl",
+        help="forward_kl = KL(teacher || student), reverse_kl, jsd (with `jsd_beta`), or skew_kl (with `skew_alpha`). "
+        "Sampled targets allow forward_kl only.",
+    )
+    jsd_beta: float = option(default=0.5, help="Weight of the teacher in jsd, strictly between 0 and 1.")
+    temperature: float = option(
+        default=1.0, help="Softmax temperature of the student. Must be the one that the targets were captured at."
+    )
+    tail: str = option(
+        default="bucket",
+        help="What stands for the tokens that top-k targets leave out: 'bucket' one outcome on both sides, 'keep' "
+        "nothing, 'renormalise' scales the listed ones to one. The last two allow forward_kl only.",
+    )
+    kd_weight: float = option(default=1.0, help="Weight of the divergence from the teacher.")
+    ce_weight: float = option(default=0.0, help="Weight of the cross-entropy on the dataset's tokens.")
+    allow_partial: bool = option(
+        default=False,
+        help="Train on a cache whose capture was interrupted, and on rows and tokens that it does not hold: the "
+        "divergence is a mean over the tokens that have a target.",
+    )
+    allow_misaligned: bool = option(
+        default=False, help="Train on a cache whose targets seem to belong to the token beside, with a warning."
+    )
+
+    def __post_init__(self) -> None:
+        self.objective()
+
+    def resolved_divergence(self) -> Divergence:
+        """Return the divergence that ``divergence``, ``jsd_beta`` and ``skew_alpha`` name."""
+        return self.chosen_divergence(self.divergence, beta=self.jsd_beta)
+
+    def objective(self) -> OfflineObjective:
+        """Return what the fields say is minimised.
+
+        Raises:
+            ConfigError: an unknown name, or a temperature or weights out of range.
+        """
+        return OfflineObjective(
+            self.resolved_divergence(),
+            temperature=self.temperature,
+            tail=self.tail,  # type: ignore[arg-type]
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
         )
 
 

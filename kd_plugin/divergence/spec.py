@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.settings import option, settings
 
 NAMES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
 
@@ -51,3 +52,18 @@ class Divergence:
         if beta == 0.0:
             return cls("forward_kl")
         return cls("reverse_kl") if beta == 1.0 else cls("jsd", beta=beta)
+
+
+@settings
+class DivergenceSettings:
+    """Parameters of divergences; a base of the settings that name one."""
+
+    skew_alpha: float = option(default=0.1, help="Share of the teacher in skew_kl's mixture, in [0, 1).")
+
+    def chosen_divergence(self, name: str, *, beta: float) -> Divergence:
+        """Return the divergence ``name`` with its parameters; ``beta`` is that of ``jsd``.
+
+        Raises:
+            ConfigError: an unknown name, or a parameter out of range.
+        """
+        return Divergence(name, beta=beta if name == "jsd" else 0.5, alpha=self.skew_alpha)

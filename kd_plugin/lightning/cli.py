@@ -110,7 +110,7 @@ def _fields(cls: type) -> list[str]:
     found: list[str] = []
     for one in cls.__mro__:
         if "__init__" in vars(one):
-            parameters = inspect.signature(one.__init__).parameters.values()  # type: ignore[misc]
+            parameters = inspect.signature(one).parameters.values()
             found += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break

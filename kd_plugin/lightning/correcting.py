@@ -9,12 +9,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from kd_plugin.lightning.panel_objective import Corrected
-from kd_plugin.lightning.panel_settings import PanelSettings
 from kd_plugin.lightning.step import Prepared
 from kd_plugin.lightning.watching import PanelWatch
 from kd_plugin.lightning.windows import window_size
 from kd_plugin.lightning.writing import Rollouts
 from kd_plugin.panel import TeacherPanel, score_rows
+from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.panel.warmup import CacheWarmup
 from kd_plugin.rollouts.responses import as_responses, scored_offsets
 from kd_plugin.rollouts.rows import by_length

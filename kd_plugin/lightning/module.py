@@ -13,12 +13,53 @@ from transformers import AutoTokenizer, get_scheduler
 from kd_plugin.errors import ConfigError
 from kd_plugin.lightning.writing import Sampling, render, texts, write
 from kd_plugin.models import load_language_model
+from kd_plugin.settings import option, settings, takes
 from kd_plugin.sharding.inference import shard_with_fsdp2
 from kd_plugin.verifying import verifier
 
 logger = logging.getLogger(__name__)
 
 
+@settings
+class StudentSettings:
+    """The student; how it is loaded, adapted, optimized and sampled from at validation.
+
+    Raises:
+        ConfigError: an unknown ``verify``.
+    """
+
+    revision: str | None = option(default=None, help="Branch, tag or commit of the student, for a hub id.")
+    dtype: str = option(default="float32", help="Of the student's weights.")
+    model_init_kwargs: dict[str, Any] | None = option(
+        default=None, help="Further arguments of `from_pretrained` for the student."
+    )
+    use_peft: bool = option(default=False, help="Train a LoRA adapter instead of all weights.")
+    lora_r: int = option(default=16, help="Rank of the adapter.")
+    lora_alpha: int = option(default=32, help="Scale of the adapter's update, over its rank.")
+    lora_dropout: float = option(default=0.0, help="Dropout of the adapter's input.")
+    lora_target_modules: list[str] | None = option(
+        default=None, help="Names of the layers that get an adapter; none takes PEFT's for the architecture."
+    )
+    gradient_checkpointing: bool = option(default=False, help="Recompute activations in the backward pass.")
+    learning_rate: float = option(default=2e-5, help="Learning rate of AdamW, at its highest.")
+    weight_decay: float = option(default=0.0, help="Weight decay of AdamW.")
+    lr_scheduler_type: str = option(
+        default="linear", help="A name that `transformers.get_scheduler` knows: constant, linear, cosine ..."
+    )
+    warmup_steps: int = option(default=0, help="Steps until the learning rate is at its highest.")
+    sample_length: int = option(default=64, help="Tokens of an answer at validation.")
+    samples_shown: int = option(
+        default=4, help="Answers that are logged as text at each validation, where the logger takes text."
+    )
+    verify: str = option(
+        default="exact", help="How an answer is compared with the row's `answer`: 'exact', 'contains' or 'math'."
+    )
+
+    def __post_init__(self) -> None:
+        verifier(self.verify)
+
+
+@takes(StudentSettings)
 class StudentModule(LightningModule):
     """Loads a causal language model and fine-tunes it; the base of the ready modules.
 
@@ -28,50 +69,17 @@ class StudentModule(LightningModule):
 
     Args:
         model: a path or hub id.
-        revision: branch, tag or commit, for a hub id.
-        dtype: of the weights.
-        model_init_kwargs: further arguments of ``from_pretrained``.
-        use_peft: train a LoRA adapter instead of all weights.
-        lora_r: its rank.
-        lora_alpha: scale of its update, over the rank.
-        lora_dropout: dropout of its input.
-        lora_target_modules: names of the layers; None takes PEFT's for the architecture.
-        gradient_checkpointing: recompute activations in the backward pass.
-        learning_rate: of AdamW, at its highest.
-        weight_decay: of AdamW.
-        lr_scheduler_type: a name that ``transformers.get_scheduler`` knows: constant, linear, cosine ...
-        warmup_steps: steps until the learning rate is at its highest.
-        sample_length: tokens of an answer at validation.
-        samples_shown: answers that are logged as text at each validation, where the logger takes text.
-        verify: how an answer is compared with the row's ``answer``: ``exact``, ``contains`` or ``math``.
 
     Raises:
         ConfigError: an unknown ``verify``.
     """
 
-    def __init__(
-        self,
-        model: str,
-        revision: str | None = None,
-        dtype: str = "float32",
-        model_init_kwargs: dict[str, Any] | None = None,
-        use_peft: bool = False,
-        lora_r: int = 16,
-        lora_alpha: int = 32,
-        lora_dropout: float = 0.0,
-        lora_target_modules: list[str] | None = None,
-        gradient_checkpointing: bool = False,
-        learning_rate: float = 2e-5,
-        weight_decay: float = 0.0,
-        lr_scheduler_type: str = "linear",
-        warmup_steps: int = 0,
-        sample_length: int = 64,
-        samples_shown: int = 4,
-        verify: str = "exact",
-    ) -> None:
+    def __init__(self, model: str, **fields: Any) -> None:
+        student = StudentSettings(**fields)
+        fields = vars(student)  # with the defaults, for the hyper-parameters
         super().__init__()
         self.save_hyperparameters()
-        self._is_right = verifier(verify)
+        self._is_right = verifier(student.verify)
         self.model: Any = None
         self._tokenizer: Any = None
         self._shown: list[list[str]] = []

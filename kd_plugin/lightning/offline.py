@@ -15,8 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from kd_plugin.cache.completeness import Untaught, taught_batch
 from kd_plugin.cache.joining import TARGET, targets_within
 from kd_plugin.cache.joint import Caches, JointCache
-from kd_plugin.divergence import Divergence, Tail
-from kd_plugin.divergence.objective import OfflineObjective
+from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
 from kd_plugin.lightning.callback import StudentCallback
 from kd_plugin.lightning.forward import Call, DistillingForward
@@ -26,6 +25,7 @@ from kd_plugin.lightning.student import find_student, student_rows
 from kd_plugin.lightning.windows import require_whole_windows
 from kd_plugin.limits import refuse_images
 from kd_plugin.lineage.start import start_run, student_source
+from kd_plugin.settings import built, takes
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ _WAY_OUT = (
 )
 
 
+@takes(OfflineSettings)
 class OfflineKD(StudentCallback):
     """Adds the divergence from a teacher cache to whatever a module trains on; the module is left as it is.
 
@@ -49,16 +50,6 @@ class OfflineKD(StudentCallback):
             weights (see :class:`~kd_plugin.cache.joint.JointCache`).
         student: attribute path of the student, where the module holds several models.
         tokenizer: the student's tokenizer; None reads the one that its ``config`` names.
-        divergence: ``forward_kl``, ``reverse_kl``, ``jsd`` (with ``jsd_beta``) or ``skew_kl`` (with ``skew_alpha``).
-        jsd_beta: weight of the teacher in jsd, strictly between 0 and 1.
-        skew_alpha: share of the teacher in skew_kl's mixture, in [0, 1).
-        temperature: must be the one that the targets were captured at.
-        tail: what stands for the tokens that top-k targets leave out: ``bucket``, ``keep`` or ``renormalise``.
-        kd_weight: weight of the divergence.
-        ce_weight: weight of the module's own loss.
-        allow_partial: train on a cache whose capture was interrupted, and on tokens with a label and no target: the
-            divergence is then a mean over those that have one.
-        allow_misaligned: train on a cache whose targets seem to belong to the token beside, with a warning.
         lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
 
     Raises:
@@ -77,26 +68,19 @@ class OfflineKD(StudentCallback):
         *,
         student: str | None = None,
         tokenizer: Any = None,
-        divergence: str = "forward_kl",
-        jsd_beta: float = 0.5,
-        skew_alpha: float = 0.1,
-        temperature: float = 1.0,
-        tail: Tail = "bucket",
-        kd_weight: float = 1.0,
-        ce_weight: float = 0.0,
-        allow_partial: bool = False,
-        allow_misaligned: bool = False,
         lineage: Mapping[str, Any] | str | Path | None = None,
+        **fields: Any,
     ) -> None:
-        if kd_weight <= 0:
-            raise ConfigError(f"kd_weight is {kd_weight}; expected a positive number. Without KD, drop the callback.")
-        self.objective = OfflineObjective(
-            Divergence(divergence, beta=jsd_beta, alpha=skew_alpha), temperature, tail, kd_weight, ce_weight
-        )
-        self.cache = JointCache.open(cache, allow_partial=allow_partial)
-        self._untaught: Untaught = "keep" if allow_partial else "refuse"
+        offline = built(OfflineSettings, fields)
+        if offline.kd_weight <= 0:
+            raise ConfigError(
+                f"kd_weight is {offline.kd_weight}; expected a positive number. Without KD, drop the callback."
+            )
+        self.objective = offline.objective()
+        self.cache = JointCache.open(cache, allow_partial=offline.allow_partial)
+        self._untaught: Untaught = "keep" if offline.allow_partial else "refuse"
         super().__init__(student)
-        self._allow_misaligned = allow_misaligned
+        self._allow_misaligned = offline.allow_misaligned
         self.tokenizer = tokenizer
         self.lineage = lineage
 

@@ -21,7 +21,6 @@ from kd_plugin.lightning.forward import Call, DistillingForward
 from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.offline import load_tokenizer
 from kd_plugin.lightning.panel_objective import PanelObjective
-from kd_plugin.lightning.panel_settings import PanelSettings
 from kd_plugin.lightning.placing import place_teachers, require_placeable
 from kd_plugin.lightning.rollouts import RolloutWriter
 from kd_plugin.lightning.starting import StartKeeper
@@ -29,7 +28,7 @@ from kd_plugin.lightning.step import WINDOW, DistillingStep, Prepared, require_m
 from kd_plugin.lightning.student import as_trained, config_of, find_student, shards_the_student, student_rows
 from kd_plugin.lightning.watching import PanelWatch
 from kd_plugin.lightning.windows import require_whole_windows, window_end
-from kd_plugin.lightning.writing import pad_token, texts
+from kd_plugin.lightning.writing import Sampling, pad_token, texts
 from kd_plugin.limits import refuse_images, refuse_router_loss
 from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.start import gate_servers, start_run, student_source
@@ -53,8 +52,10 @@ from kd_plugin.panel.sampling import (
     require_sampling,
     require_whole_distribution,
 )
+from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, require_fitting, warmup_objective
 from kd_plugin.rollouts.rows import mixed_seed
+from kd_plugin.settings import built, takes
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ _VALIDATION = -1  # in the place of a step: what is written at validation is the
 _WAY_OUT = "Let the collator keep 'prompt' as a list, text or messages, with 'teacher_id' beside it for a routed panel."
 
 
+@takes(PanelSettings)
 class TeacherPanelCorrection(StudentCallback):
     """Lets the student write before a step, has the panel correct it, and lets the module train on the correction.
 
@@ -79,8 +81,6 @@ class TeacherPanelCorrection(StudentCallback):
         ce_weight: weight of the module's own loss.
         seed: of what the student writes.
         lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
-        **fields: of :class:`~kd_plugin.lightning.panel_settings.PanelSettings`, whose names are those of
-            ``TeacherPanelConfig``.
 
     Raises:
         ConfigError: no teacher, an unknown name, or settings that contradict each other. At setup: as ``OfflineKD``.
@@ -102,7 +102,7 @@ class TeacherPanelCorrection(StudentCallback):
         lineage: Mapping[str, Any] | str | Path | None = None,
         **fields: Any,
     ) -> None:
-        self.settings = PanelSettings.of(fields)
+        self.settings = built(PanelSettings, fields)
         self.panel = panel_from(None, teachers, self.settings)
         divergence = self.panel.divergence or self.settings.resolved_divergence()
         require_defined_panel(self.panel, divergence, self.settings.temperature)
@@ -329,7 +329,7 @@ class TeacherPanelCorrection(StudentCallback):
 
     def _require_draws(self, model: PreTrainedModel | str) -> None:
         """Refuse a student whose own generation configuration biases the sampled estimator."""
-        arguments = self.settings.sampling().arguments()
+        arguments = Sampling.of(self.settings).arguments()
         config = completed(GenerationConfig(), own_generation_config(model))
         config.update(**arguments)
         require_whole_distribution(self.panel, config, self.settings.temperature, arguments)

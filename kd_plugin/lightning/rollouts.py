@@ -8,10 +8,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from kd_plugin.lightning.panel_settings import PanelSettings
-from kd_plugin.lightning.writing import Rollouts, assembled, generated, pad_token, render, responses, writing
+from kd_plugin.lightning.writing import Rollouts, Sampling, assembled, generated, pad_token, render, responses, writing
 from kd_plugin.panel import Assignment, TeacherPanel
 from kd_plugin.panel.interleaving import InterleavedSettings, interleaved_responses
+from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.rollouts.responses import completion_ids, cut_loops
 from kd_plugin.rollouts.rows import mixed_seed, on_policy_rows
 from kd_plugin.vocab import Vocabulary
@@ -37,7 +37,7 @@ class RolloutWriter:
         self.vocabulary = vocabulary
         self.seed = seed
         self._fraction = settings.on_policy_schedule()
-        self._sampling = dataclasses.replace(settings.sampling(), vocabulary=vocabulary)
+        self._sampling = dataclasses.replace(Sampling.of(settings), vocabulary=vocabulary)
 
     def train(
         self,

@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from kd_plugin.lightning.panel_settings import PanelSettings
 from kd_plugin.monitor.alarm import LengthAlarm, lower_learning_rate, response_sums, responses_of
 from kd_plugin.monitor.metrics import DivergenceTally, PanelTally, Stopwatch
 from kd_plugin.monitor.traces import RolloutSaver
 from kd_plugin.panel import Correction, CorrectionLoss, TeacherPanel
 from kd_plugin.panel.anchor import Anchor
 from kd_plugin.panel.combining import group_terms
+from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.rollouts.responses import Response
 from kd_plugin.signals import OutputHead
 

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import StoppingCriteriaList
 
 from kd_plugin.lightning.student import shards_the_student
+from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_tokens
 from kd_plugin.rollouts.responses import StopLoops, require_prompts, until_end
 from kd_plugin.rollouts.rows import left_padded
@@ -49,6 +50,21 @@ class Sampling:
     generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
     draws: str = "multinomial"
     vocabulary: Vocabulary | None = None
+
+    @classmethod
+    def of(cls, settings: PanelSettings) -> Sampling:
+        """Return how the student generates by the settings of a panel."""
+        further = {"cache_implementation": settings.cache_implementation} if settings.cache_implementation else {}
+        return cls(
+            settings.max_completion_length,
+            settings.temperature,
+            settings.top_p,
+            settings.top_k,
+            settings.min_p,
+            settings.repetition_penalty,
+            {**further, **(settings.generation_kwargs or {})},
+            settings.rollout_draws,
+        )
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of ``generate``."""

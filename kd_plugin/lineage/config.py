@@ -15,6 +15,7 @@ from kd_plugin.lineage.overrides import Override, read_overrides, require_date
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.strict_yaml import MAX_BYTES, parse_yaml
 from kd_plugin.lineage.verdict import FACTS
+from kd_plugin.settings import option, settings
 
 _KEYS = ("student", "teachers", "datasets", "use", "overrides", "run", "registry")
 _LICENSE_KEYS = ("license", "license_name", "license_link")  # the hub's own convention: `other`, a name and a link
@@ -28,6 +29,17 @@ _DATASET_KEYS = ("repo", "revision", *_LICENSE_KEYS, "reason", "generated_by", "
 _WRITER_KEYS = ("model", *_LICENSE_KEYS, "reason", "revision", "endpoint", "endpoint_terms")
 _RUN_KEYS = ("id", "date", "repo", "commit")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@settings
+class LineageSettings:
+    """License lineage; what the user declares of it."""
+
+    lineage: dict[str, Any] | str | None = option(
+        default=None,
+        help="License lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, "
+        "overrides and run. What it leaves out is discovered.",
+    )
 
 
 @dataclass(frozen=True)

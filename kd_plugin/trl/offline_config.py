@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 
 from trl import SFTConfig
 
-from kd_plugin.divergence import Divergence
-from kd_plugin.divergence.objective import OfflineObjective
+from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
-from kd_plugin.trl.shared_fields import DistillationFields
+from kd_plugin.lineage.config import LineageSettings
+from kd_plugin.settings import mappings, mutable, part_of
 
 
 @dataclass
-class OfflineKDConfig(DistillationFields, SFTConfig):
+class OfflineKDConfig(mutable(OfflineSettings), mutable(LineageSettings), SFTConfig):  # type: ignore[misc]
     """What TRL's ``SFTConfig`` holds, and how the captured targets are fitted.
 
     Every inherited field keeps its meaning. The loss of a token is
@@ -23,7 +23,11 @@ class OfflineKDConfig(DistillationFields, SFTConfig):
     ``allow_partial``: then the divergence is a mean over the tokens that have a target.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "lineage", "teacher_cache"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *SFTConfig._VALID_DICT_FIELDS,
+        *mappings(OfflineSettings, LineageSettings),
+        "teacher_cache",
+    ]
 
     teacher_cache: dict[str, float] | str | None = field(
         default=None,
@@ -31,38 +35,6 @@ class OfflineKDConfig(DistillationFields, SFTConfig):
             "help": "Directory of the teacher cache, or a mapping from directories to weights: an offline panel. Used "
             "where the trainer is given none."
         },
-    )
-    divergence: str = field(
-        default="forward_kl",
-        metadata={
-            "help": "forward_kl = KL(teacher || student), reverse_kl, jsd (with `jsd_beta`), or skew_kl (with "
-            "`skew_alpha`). Sampled targets allow forward_kl only."
-        },
-    )
-    jsd_beta: float = field(default=0.5, metadata={"help": "Weight of the teacher in jsd, strictly between 0 and 1."})
-    temperature: float = field(
-        default=1.0,
-        metadata={"help": "Softmax temperature of the student. Must be the one that the targets were captured at."},
-    )
-    tail: str = field(
-        default="bucket",
-        metadata={
-            "help": "What stands for the tokens that top-k targets leave out: 'bucket' one outcome on both sides, "
-            "'keep' nothing, 'renormalise' scales the listed ones to one. The last two allow forward_kl only."
-        },
-    )
-    kd_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence from the teacher."})
-    ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the dataset's tokens."})
-    allow_partial: bool = field(
-        default=False,
-        metadata={
-            "help": "Train on a cache whose capture was interrupted, and on rows and tokens that it does not hold: the "
-            "divergence is a mean over the tokens that have a target."
-        },
-    )
-    allow_misaligned: bool = field(
-        default=False,
-        metadata={"help": "Train on a cache whose targets seem to belong to the token beside, with a warning."},
     )
 
     def __post_init__(self):
@@ -73,7 +45,7 @@ class OfflineKDConfig(DistillationFields, SFTConfig):
                 "label_smoothing_factor smooths one-hot labels; offline KD has the teacher's distribution in their "
                 "place. Set it to 0."
             )
-        self.objective()
+        self.settings()
 
     def require_targets_used(self, own_loss: Any = None) -> None:
         """Refuse what makes ``SFTTrainer`` (1.16) form another loss than the sum that the student's head returns.
@@ -100,20 +72,10 @@ class OfflineKDConfig(DistillationFields, SFTConfig):
                 "out: rows that are tokenized are not tokenized again."
             )
 
-    def resolved_divergence(self) -> Divergence:
-        """Return the divergence that ``divergence``, ``jsd_beta`` and ``skew_alpha`` name."""
-        return Divergence(self.divergence, beta=self.jsd_beta, alpha=self.skew_alpha)
-
-    def objective(self) -> OfflineObjective:
-        """Return what the fields say is minimised.
+    def settings(self) -> OfflineSettings:
+        """Return how the targets are fitted, as it is now, for the rooms that know no host.
 
         Raises:
             ConfigError: an unknown name, or a temperature or weights out of range.
         """
-        return OfflineObjective(
-            self.resolved_divergence(),
-            temperature=self.temperature,
-            tail=self.tail,  # type: ignore[arg-type]
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-        )
+        return part_of(OfflineSettings, self)

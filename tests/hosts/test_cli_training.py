@@ -14,10 +14,11 @@ from kd_plugin.capturing import capture
 from kd_plugin.cli import panel
 from kd_plugin.cli.main import main
 from kd_plugin.cli.training import parse
+from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.lineage import verify
 from kd_plugin.panel.block import panel_from_block
 from kd_plugin.panel.checks import require_defined_panel
-from kd_plugin.panel.panel_fields import PanelFields
+from kd_plugin.panel.settings import TeacherSettings
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import OfflineKDConfig, TeacherPanelConfig
 from tests.hosts.runs import settings
@@ -55,7 +56,7 @@ def test_panel(tmp_path, student_dir, teacher_dir, other_teacher_dir):
 
 @pytest.mark.parametrize(
     ("command", "config_class", "ours"),
-    [("panel", TeacherPanelConfig, PanelFields), ("offline", OfflineKDConfig, OfflineKDConfig)],
+    [("panel", TeacherPanelConfig, TeacherSettings), ("offline", OfflineKDConfig, OfflineSettings)],
 )
 def test_help_shows_our_fields_first_and_all_fields_on_request(command, config_class, ours, capsys):
     assert main([command, "--help"]) == 0
@@ -65,8 +66,7 @@ def test_help_shows_our_fields_first_and_all_fields_on_request(command, config_c
     assert f"kd-plugin {command} --config {command}.yaml" in short
     names = {field.name for cls in (config_class, ModelConfig, ScriptArguments) for field in fields(cls)}
     assert all(f"--{name} " in long for name in names)
-    own = list(ours.__annotations__)
-    own.remove(next(name for name in own if name.isupper() or name.startswith("_")))  # a class's own, no field
+    own = [field.name for field in fields(ours)]
     assert all(f"--{name} " in short for name in [*own, "lineage", "output_dir", "model_name_or_path"])
     assert short.index(f"--{own[0]} ") < short.index("the student (TRL") and "--adam_beta1 " not in short
 
