@@ -1,7 +1,8 @@
 """Caches of several teachers over the same examples, kept together in one directory.
 
-The directory holds a copy of each cache under ``members/`` and, written last, ``panel.json``, which names them with
-their digests and weights. Training takes it where it takes a cache; see :class:`~kd_plugin.cache.joint.JointCache`.
+The directory holds a copy of each cache under ``members/`` and, written last, ``members.json``, which names them with
+their digests and weights (``panel.json`` in earlier versions; it is read all the same). Training takes it where it
+takes a cache; see :class:`~kd_plugin.cache.joint.JointCache`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from kd_plugin.cache.owners import temporary_name
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError
 
-RECORD = "panel.json"
+RECORD = "members.json"
+_OLD_RECORD = "panel.json"  # the name that a checkpoint's description of its panel has
 _FORMAT, _VERSION = "kd-plugin teacher caches together", 1
 _SHARED = ("tokenizer", "vocab_size", "temperature")
 _NOT_COPIED = shutil.ignore_patterns("mapped", "claims", "tmp")
@@ -48,7 +50,13 @@ class Together:
 
 def is_together(directory: str | Path) -> bool:
     """Whether ``directory`` holds several caches."""
-    return (Path(directory) / RECORD).is_file()
+    return _record(directory).is_file()
+
+
+def _record(directory: str | Path) -> Path:
+    root = Path(directory)
+    old = root / _OLD_RECORD
+    return old if old.is_file() and (root / "members").is_dir() else root / RECORD
 
 
 def read_together(directory: str | Path) -> Together:
@@ -58,18 +66,16 @@ def read_together(directory: str | Path) -> Together:
         CacheCorruptionError: it was changed.
         CacheError: it is of a later version, or was not written by kd-plugin.
     """
-    root = Path(directory)
-    values = unseal(
-        root / RECORD, "The caches under members/ are not affected: train on them directly, or merge again."
-    )
+    root, record = Path(directory), _record(directory)
+    values = unseal(record, "The caches under members/ are not affected: train on them directly, or merge again.")
     if (values.get("format"), values.get("version")) != (_FORMAT, _VERSION):
-        raise CacheError(f"{root / RECORD} is of a format that this kd-plugin does not read. Use a newer one.")
+        raise CacheError(f"{record} is of a format that this kd-plugin does not read. Use a newer one.")
     listed = values.get("members")
     if not isinstance(listed, list) or not listed:
-        raise CacheError(f"{root / RECORD} names no caches. Merge again.")
-    members = [_Member(**fitting(_Member, one, f"a cache of {root / RECORD}")) for one in listed]
+        raise CacheError(f"{record} names no caches. Merge again.")
+    members = [_Member(**fitting(_Member, one, f"a cache of {record}")) for one in listed]
     if min(member.weight for member in members) < 0:
-        raise CacheError(f"{root / RECORD} has a weight below 0. Merge again.")
+        raise CacheError(f"{record} has a weight below 0. Merge again.")
     weights = {str(root / member.path): float(member.weight) for member in members}
     return Together(weights, {str(root / member.path): member.digest for member in members})
 

@@ -4,6 +4,7 @@ import pytest
 from datasets import Dataset
 
 from kd_plugin.cache import Sampled, TeacherCache, TopK
+from kd_plugin.cache.joint import JointCache
 from kd_plugin.capturing import capture
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError, DataError
@@ -107,6 +108,16 @@ def test_caches_put_together_by_merge_train_as_both(caches, tmp_path, student_di
     together = step(tmp_path / "run", str(out), student_dir, COMPLETIONS)
     require_same(together, step(tmp_path / "both", {caches["a"]: 3, caches["b"]: 1}, student_dir, COMPLETIONS))
     assert main(arguments) == 1 and "is not empty" in capsys.readouterr().err
+    flip(out / "members.json", 40)
+    assert main(["cache", "verify", str(out)]) == 1 and "members.json" in capsys.readouterr().err
+
+
+def test_caches_put_together_by_an_earlier_version_are_read(caches, tmp_path, capsys):
+    """Their record had the name that a checkpoint gives to the description of its panel."""
+    out = tmp_path / "panel"
+    assert main(["cache", "merge", str(out), caches["a"], caches["b"]]) == 0
+    (out / "members.json").rename(out / "panel.json")
+    assert main(["cache", "verify", str(out)]) == 0 and len(JointCache.open(str(out)).members) == 2
     flip(out / "panel.json", 40)
     assert main(["cache", "verify", str(out)]) == 1 and "panel.json" in capsys.readouterr().err
 
