@@ -14,6 +14,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 from kd_plugin.cli.training_help import Introduction, asked_for, help_text
 from kd_plugin.errors import ConfigError, DataError, nearest
 from kd_plugin.lineage.data import with_origin
+from kd_plugin.sharding.gathering import close_process_group
 
 _SUFFIXES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -91,6 +92,7 @@ def train(
     trainer.train(resume_from_checkpoint=True if resume in ("True", "true", True) else resume)
     trainer.save_model(training.output_dir)
     print(f"The student and its lineage are in {training.output_dir}.", file=sys.stderr)
+    close_process_group()
     return 0
 
 

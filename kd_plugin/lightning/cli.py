@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 from kd_plugin.errors import ConfigError, KDError, nearest
 from kd_plugin.lightning.data import KDDataModule
 from kd_plugin.lightning.module import StudentModule
+from kd_plugin.sharding.gathering import close_process_group
 
 _TOP = (
     "seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler", "ckpt_path", "weights_only", "verbose",
@@ -179,4 +180,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    close_process_group()
     return 0

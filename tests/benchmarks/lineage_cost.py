@@ -1,14 +1,17 @@
-"""What lineage costs: hashing large weights on one core and on all, and its share of a run of the demo's model.
+"""What lineage costs: hashing large weights on one core and on all, a large parent, and its share of a short run.
 
 Run: python -m tests.benchmarks.lineage_cost [--gib 10] [--rounds 3] [--steps 100] [--models DIR]
 
-The share is time inside lineage (gate, hashing, writing) over the time of the whole run, both of one run that saves
-every ``--steps`` steps; ``--steps 0`` leaves it out.
+The parent is the checkpoint just written; a process of its own starts a run from it twice, as two trainers would. The
+share is time inside lineage (gate, hashing, writing) over the time of the whole run, both of one run of the demo's
+model that saves every ``--steps`` steps; ``--steps 0`` leaves it out.
 """
 
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,7 +30,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="rows of a step; 16 is the demo's")
     parser.add_argument("--models", default="kd-plugin-demo/models", help="where the demo's teacher is or goes")
     parser.add_argument("--place", default=None, help="directory for the files; needs --gib of space")
+    parser.add_argument("--parent", default=None, help=argparse.SUPPRESS)  # of the process that starts from it
     chosen = parser.parse_args()
+    if chosen.parent:
+        start_from(chosen.parent)
+        return
     with tempfile.TemporaryDirectory(dir=chosen.place) as place:
         hash_large(Path(place), chosen.gib, chosen.rounds)
     if chosen.steps:
@@ -71,6 +78,22 @@ def hash_large(place: Path, gib: float, rounds: int) -> None:
     begin = time.perf_counter()
     assert verify(directory).exit_code == 0
     print(f"verify: {time.perf_counter() - begin:.2f} s")
+    again = [sys.executable, "-m", "tests.benchmarks.lineage_cost", "--parent", str(directory)]
+    print(subprocess.run(again, check=True, stdout=subprocess.PIPE, text=True).stdout, end="")
+
+
+def start_from(parent: str) -> None:
+    """Start two runs from a parent with a record, and time the gate and what training then waits for."""
+    for which in ("first", "second"):
+        begin = time.perf_counter()
+        run = RunLineage(method="sft", student=Source("student", ref=parent))
+        run.require_trainable()
+        gate = time.perf_counter() - begin
+        run.settle()
+        waited = time.perf_counter() - begin - gate
+        print(
+            f"{which} run from the parent: gate {1000 * gate:.0f} ms, then {waited:.2f} s until its digests are known"
+        )
 
 
 def share_of_a_run(place: Path, steps: int, batch: int, models: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
+from kd_plugin.sharding.gathering import close_process_group
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig, TeacherPanelTrainer
 from tests.hosts.runs import prompts, settings
 from tests.hosts.test_parents_features import ROWS
@@ -65,3 +66,4 @@ def main(directory: str, student: str, teacher: str, cache: str, batch: str) -> 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    close_process_group()

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kd_plugin.cache import TeacherCache
+from kd_plugin.sharding.gathering import close_process_group
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
 from tests.hosts.runs import losses, settings, weights
 from tests.tiny import byte_tokenizer
@@ -33,3 +34,4 @@ def main(directory: str, cache: str, student: str, rows_a_rank: str, *options: s
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    close_process_group()

@@ -5,6 +5,8 @@ import os
 import sys
 import time
 
+from kd_plugin.sharding.gathering import close_process_group
+
 
 def main(student: str, output: str) -> None:
     from accelerate import PartialState
@@ -44,3 +46,4 @@ def main(student: str, output: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    close_process_group()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trl import DistillationTrainer
 
+from kd_plugin.sharding.gathering import close_process_group
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests import trl_vllm
 from tests.hosts.runs import losses, prompts, settings
@@ -70,3 +71,4 @@ def main(directory: str, student: str, teacher: str, jobs: str) -> None:
 
 if __name__ == "__main__":
     functools.partial(main, *sys.argv[1:])()
+    close_process_group()

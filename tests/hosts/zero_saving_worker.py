@@ -3,6 +3,8 @@
 import os
 import sys
 
+from kd_plugin.sharding.gathering import close_process_group
+
 
 def main(student: str, output: str, gather: str) -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
@@ -65,3 +67,4 @@ def main(student: str, output: str, gather: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    close_process_group()

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from kd_plugin.lightning import KDDataModule, OfflineKD, OfflineKDModule, TeacherPanelCorrection, TeacherPanelModule
+from kd_plugin.sharding.gathering import close_process_group
 from tests.hosts.runs import LORA
 from tests.lightning.help import Losses
 
@@ -146,3 +147,4 @@ def main(name, directory, given):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    close_process_group()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from kd_plugin.sharding.gathering import close_process_group
+
 
 def deepspeed_config(stage: int, **zero: object) -> dict:
     """Return the smallest configuration that runs on CPU.
@@ -212,3 +214,4 @@ def weight_norm(trainer) -> float:
 
 if __name__ == "__main__":
     main()
+    close_process_group()
