@@ -7,8 +7,7 @@ position whose next token is trained on; the distribution at position t is the o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.sharding.gathering import gathering, whole_now
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,8 @@ class OutputHead:
     cut before the softmax.
 
     Attributes:
-        weight: (rows, H) output projection; may be a sharded parameter, see :meth:`gathered`.
+        weight: (rows, H) output projection. Of a sharded model it is a part until
+            :func:`~kd_plugin.sharding.gathering.gathered_heads` makes an ordinary tensor of it.
         bias: (rows,) or None.
         vocab_size: number of rows that are real tokens; rows beyond are ignored.
         logit_scale: multiplier of the logits (Cohere, Granite, Falcon-H1).
@@ -70,31 +69,33 @@ class OutputHead:
         )
         return head if vocab_size is None else replace(head, vocab_size=vocab_size)
 
-    @contextmanager
-    def gathered(self) -> Iterator[OutputHead]:
-        """Yield this head with whole, ordinary tensors cut to ``vocab_size`` rows, without copying them.
+    def real_rows(self) -> OutputHead:
+        """Return this head cut to ``vocab_size`` rows, without copying them.
 
-        DeepSpeed ZeRO-3 parameters are gathered for the duration of the block; FSDP2 DTensors are gathered
-        through ``full_tensor()``, whose backward scatters the gradient again. Inside
-        :func:`~kd_plugin.sharding.gathering.whole_heads` a teacher's head is whole already, and nothing is gathered.
+        Raises:
+            ConfigError: the head has fewer rows, or is sharded: gathering is a collective call, which is never made
+                here, where only some ranks may come by.
         """
-        with gathering([self.weight, self.bias]):
-            weight, bias = whole_now(self.weight), whole_now(self.bias)
-            rows = self.vocab_size
-            if rows is not None and rows > weight.shape[0]:
-                raise ConfigError(
-                    f"The output head has {weight.shape[0]} rows, but the vocabulary has {rows} tokens. "
-                    "Resize the model's embeddings to its tokenizer."
-                )
-            if rows is not None and rows < weight.shape[0]:
-                weight, bias = weight[:rows], None if bias is None else bias[:rows]
-            yield replace(self, weight=weight, bias=bias)
+        weight, bias, rows = self.weight, self.bias, self.vocab_size
+        if weight.dim() != 2 or hasattr(weight, "full_tensor"):
+            raise ConfigError(
+                "The output head is sharded: this rank holds a part of it. Open it first, on all ranks together: "
+                "with kd_plugin.sharding.gathering.gathered_heads([head]) as (head,): ..."
+            )
+        if rows is not None and rows > weight.shape[0]:
+            raise ConfigError(
+                f"The output head has {weight.shape[0]} rows, but the vocabulary has {rows} tokens. "
+                "Resize the model's embeddings to its tokenizer."
+            )
+        if rows is None or rows == weight.shape[0]:
+            return self
+        return replace(self, weight=weight[:rows], bias=None if bias is None else bias[:rows])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project ``hidden`` (..., H) to logits (..., V) in full: the readable form, for tests and small N."""
-        with self.gathered() as head:
-            bias = None if head.bias is None else head.bias.to(hidden.dtype)
-            logits = torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype), bias)
+        head = self.real_rows()
+        bias = None if head.bias is None else head.bias.to(hidden.dtype)
+        logits = torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype), bias)
         logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 

@@ -51,24 +51,24 @@ def extract(
         NonFiniteError: the teacher's logits hold NaN or infinity.
     """
     on_cpu = hidden.device.type == "cpu"
-    with head.gathered() as whole:
-        row_bytes = 4 * whole.weight.shape[0]
-        rows = max(1, (_CHUNK_BYTES_CPU if on_cpu else _CHUNK_BYTES_DEVICE) // row_bytes)
-        part_rows = max(1, _PART_BYTES_CPU // row_bytes) if on_cpu else rows
-        parts = []
-        for start in range(0, hidden.shape[0], rows):
-            chunk = hidden[start : start + rows]
-            rounded = rounds(chunk)
-            projected = chunk @ whole.weight.to(chunk.dtype).t() if rounded else exact_logits(whole, chunk)
-            for first in range(0, len(projected), part_rows):
-                product = projected[first : first + part_rows]
-                here = slice(start + first, start + first + len(product))
-                numbers = None if uniforms is None else uniforms[here]
-                if rounded:
-                    ranked = repaired(product, hidden[here], whole, _listed_by_rank(targets, product.shape[1]))
-                    parts.append(_kept(ranked, targets, temperature, numbers, at(hidden[here], whole)))
-                else:
-                    parts.append(from_logits(product.float(), targets, temperature=temperature, uniforms=numbers))
+    whole = head.real_rows()
+    row_bytes = 4 * whole.weight.shape[0]
+    rows = max(1, (_CHUNK_BYTES_CPU if on_cpu else _CHUNK_BYTES_DEVICE) // row_bytes)
+    part_rows = max(1, _PART_BYTES_CPU // row_bytes) if on_cpu else rows
+    parts = []
+    for start in range(0, hidden.shape[0], rows):
+        chunk = hidden[start : start + rows]
+        rounded = rounds(chunk)
+        projected = chunk @ whole.weight.to(chunk.dtype).t() if rounded else exact_logits(whole, chunk)
+        for first in range(0, len(projected), part_rows):
+            product = projected[first : first + part_rows]
+            here = slice(start + first, start + first + len(product))
+            numbers = None if uniforms is None else uniforms[here]
+            if rounded:
+                ranked = repaired(product, hidden[here], whole, _listed_by_rank(targets, product.shape[1]))
+                parts.append(_kept(ranked, targets, temperature, numbers, at(hidden[here], whole)))
+            else:
+                parts.append(from_logits(product.float(), targets, temperature=temperature, uniforms=numbers))
     return Extracted.concatenate(parts)
 
 

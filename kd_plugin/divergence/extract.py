@@ -109,7 +109,8 @@ def _projected(signal: HiddenSignal, temperature: float) -> Iterator[tuple[slice
     """Yield slices of positions with their logits over the temperature, in a buffer that the next one overwrites."""
     hidden_NH = signal.hidden
     dtype = autocast_dtype(hidden_NH.device) or hidden_NH.dtype
-    with torch.autocast(hidden_NH.device.type, enabled=False), signal.head.gathered() as head:
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        head = signal.head.real_rows()
         rows = chunk_rows(head.weight.shape[0], hidden_NH.device)
         workspace = Workspace(min(rows, max(len(signal), 1)), head.weight.shape[0], hidden_NH.device)
         project = Projector(head, "logits", workspace, dtype, statistics_dtype(hidden_NH), temperature)

@@ -26,7 +26,6 @@ from kd_plugin.divergence.projection import (
     require_hidden,
     scaled_once,
     statistics_dtype,
-    whole_in_autograd,
 )
 from kd_plugin.divergence.shared import merged_by_head
 from kd_plugin.divergence.spec import Divergence
@@ -96,11 +95,10 @@ def fused_panel_divergence(
     check_groups(student_hidden, groups)
     if not values:
         groups = [merged_by_head(group, divergence) for group in groups]
-    student = whole_in_autograd(student_head)
-    tensors = (student_hidden, student.weight, student.bias)
+    tensors = (student_hidden, student_head.weight, student_head.bias)
     needs = needs_gradient(*tensors)
     plan = Plan(
-        student,
+        student_head,
         tuple(groups),
         divergence,
         float(temperature),
@@ -128,7 +126,8 @@ class _PanelFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        with torch.autocast(hidden_NH.device.type, enabled=False), plan.student.gathered() as student:
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            student = plan.student.real_rows()
             found = panel_pass(hidden_NH, weight, bias, student, plan)
         ctx.gradients = found.gradients
         ctx.dtypes = tuple(torch.float32 if t is None else t.dtype for t in (hidden_NH, weight, bias))

@@ -6,7 +6,6 @@ Shape suffixes: N positions of the batch, n positions of a group, R positions of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,7 +56,7 @@ class Found:
 
 
 def panel_pass(hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: OutputHead, plan: Plan) -> Found:
-    """Compute everything; ``student`` is the gathered head, ``weight`` and ``bias`` are autograd's."""
+    """Compute everything; ``student`` is the head's real rows, ``weight`` and ``bias`` are autograd's."""
     device, statistics, dtype = hidden_NH.device, plan.statistics, plan.autocast or hidden_NH.dtype
     vocab_size, need_grad = student.weight.shape[0], any(plan.needs)
     rows = plan.rows or chunk_rows(vocab_size, device)
@@ -69,33 +68,30 @@ def panel_pass(hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: 
     found = Found(torch.zeros((), dtype=statistics, device=device), entropy_N, [], [], gradient.take())
     for group in plan.groups:
         count = hidden_NH.shape[0] if group.positions is None else group.positions.shape[0]
-        with ExitStack() as open_heads:
-            teachers = _open(group, student, workspace, plan, open_heads)
-            walk = _GroupPass(group, teachers, project, tiles, plan, count)
-            for part in chunks(count if teachers else 0, rows):
-                where = part if group.positions is None else group.positions[part]
-                used_R = torch.stack([weight[part] != 0 for weight in walk.weights]).any(0)
-                hidden_RH = without_unused(hidden_NH.detach()[where].to(dtype), used_R.unsqueeze(-1))
-                entropy_N[where] = walk.chunk(hidden_RH, part).where(used_R, 0.0)
-                if need_grad:
-                    gradient.add(tiles.gradient(), hidden_RH, where)
+        teachers = _projectors(group, student, workspace, plan)
+        walk = _GroupPass(group, teachers, project, tiles, plan, count)
+        for part in chunks(count if teachers else 0, rows):
+            where = part if group.positions is None else group.positions[part]
+            used_R = torch.stack([weight[part] != 0 for weight in walk.weights]).any(0)
+            hidden_RH = without_unused(hidden_NH.detach()[where].to(dtype), used_R.unsqueeze(-1))
+            entropy_N[where] = walk.chunk(hidden_RH, part).where(used_R, 0.0)
+            if need_grad:
+                gradient.add(tiles.gradient(), hidden_RH, where)
         found.loss.add_(walk.loss())
         found.values.extend(walk.values)
         found.weights.extend(walk.weights)
     return found
 
 
-def _open(
-    group: PanelGroup, student: OutputHead, workspace: Workspace, plan: Plan, open_heads: ExitStack
-) -> list[Projector]:
-    """Gather the heads of a group, and bring them to the dtype of the product; each once."""
+def _projectors(group: PanelGroup, student: OutputHead, workspace: Workspace, plan: Plan) -> list[Projector]:
+    """Bring the heads of a group to the dtype of the product, each once."""
     projectors = []
     ready: dict[object, OutputHead] = {}
     for term in group.terms:
         dtype = plan.autocast or term.signal.hidden.dtype
         key = (head_identity(term.signal.head), dtype)
         if key not in ready:
-            head = open_heads.enter_context(term.signal.head.gathered())
+            head = term.signal.head.real_rows()
             require_matching_rows(student, head, "a teacher of the panel")
             ready[key] = replace(head, weight=head.weight.detach().to(workspace.device, dtype))
         temperature = plan.temperature if term.temperature is None else term.temperature

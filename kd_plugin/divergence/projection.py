@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,15 +52,6 @@ def chunks(count: int, rows: int) -> Iterator[slice]:
         yield slice(i * count // pieces, (i + 1) * count // pieces)
 
 
-def whole_in_autograd(head: OutputHead) -> OutputHead:
-    """Replace DTensors of ``head`` by their full tensors, inside autograd, so that the gradient is scattered again."""
-    weight, bias = head.weight, head.bias
-    if not hasattr(weight, "full_tensor"):
-        return head
-    full_bias = bias.full_tensor() if bias is not None and hasattr(bias, "full_tensor") else bias  # type: ignore[operator]
-    return replace(head, weight=weight.full_tensor(), bias=full_bias)  # type: ignore[operator]
-
-
 def needs_gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
     """Which of the three need a gradient now; inside a Function's forward grad mode can no longer be asked."""
     if not torch.is_grad_enabled():
@@ -98,7 +88,7 @@ class Projector:
     """Projects chunks of hidden states through one gathered head into reused buffers.
 
     Args:
-        head: a head from :meth:`OutputHead.gathered`: whole tensors of real rows only.
+        head: a head from :meth:`OutputHead.real_rows`.
         name: the buffer that the logits are written to.
         workspace: where the buffers live; projectors of the same name overwrite each other's logits.
         dtype: of the matrix product.
@@ -158,13 +148,14 @@ def exact_logits(head: OutputHead, hidden: Tensor) -> Tensor:
     Where a training step rounds as the model does itself, for speed, this takes the time of a float32 product.
 
     Args:
-        head: the head, gathered or not.
+        head: the head.
         hidden: (N, H) of any floating dtype; the weight is taken in it.
 
     Returns:
         Float32, or float64 for float64 hidden states.
     """
-    with torch.autocast(hidden.device.type, enabled=False), head.gathered() as whole:
+    with torch.autocast(hidden.device.type, enabled=False):
+        whole = head.real_rows()
         shape = (hidden.shape[0], whole.weight.shape[0])
         out_NV = torch.empty(shape, dtype=statistics_dtype(hidden), device=hidden.device)
         _product(hidden, whole.weight.detach().to(hidden.device), out_NV)

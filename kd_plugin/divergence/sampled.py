@@ -29,7 +29,6 @@ from kd_plugin.divergence.projection import (
     require_hidden,
     scaled_once,
     statistics_dtype,
-    whole_in_autograd,
     without_unused,
 )
 from kd_plugin.errors import ConfigError
@@ -96,10 +95,9 @@ def fused_sampled_divergence(
             raise ConfigError(
                 f"{name} has shape {tuple(tensor.shape)}; expected ({student_hidden.shape[0]},), one a position."
             )
-    student = whole_in_autograd(student_head)
-    inputs = (student_hidden, student.weight, student.bias)
+    inputs = (student_hidden, student_head.weight, student_head.bias)
     plan = _Plan(
-        student, tokens, teacher_logprobs, weights, behaviour_logprobs, ratio_bounds, float(temperature),
+        student_head, tokens, teacher_logprobs, weights, behaviour_logprobs, ratio_bounds, float(temperature),
         needs_gradient(*inputs), statistics_dtype(student_hidden), autocast_dtype(student_hidden.device), _rows,
     )  # fmt: skip
     loss_sum, logprobs, entropy = _SampledFunction.apply(*inputs, plan)
@@ -131,7 +129,8 @@ class _SampledFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        with torch.autocast(hidden_NH.device.type, enabled=False), plan.student.gathered() as student:
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            student = plan.student.real_rows()
             loss, logprobs_N, entropy_N, ctx.gradients = _sampled_pass(hidden_NH, weight, bias, student, plan)
         ctx.dtypes = tuple(torch.float32 if t is None else t.dtype for t in (hidden_NH, weight, bias))
         ctx.mark_non_differentiable(logprobs_N, entropy_N)

@@ -30,7 +30,6 @@ from kd_plugin.divergence.projection import (
     require_hidden,
     scaled_once,
     statistics_dtype,
-    whole_in_autograd,
     without_unused,
 )
 from kd_plugin.divergence.spec import Divergence
@@ -111,10 +110,9 @@ def fused_sparse_divergence(
     require_hidden(student_hidden, temperature)
     check_tail(tail, divergence, sampled=target.draws is not None)
     _check(student_hidden, student_head, target, weights, labels)
-    student = whole_in_autograd(student_head)
-    tensors = (student_hidden, student.weight, student.bias)
+    tensors = (student_hidden, student_head.weight, student_head.bias)
     plan = _Plan(
-        student, target, divergence, float(temperature), tail, weights, labels, kd_weight, ce_weight,
+        student_head, target, divergence, float(temperature), tail, weights, labels, kd_weight, ce_weight,
         needs_gradient(*tensors), statistics_dtype(student_hidden), autocast_dtype(student_hidden.device), _rows,
     )  # fmt: skip
     loss_sum, kd, entropy, nll, is_top1 = _SparseFunction.apply(*tensors, plan)
@@ -150,7 +148,8 @@ class _SparseFunction(torch.autograd.Function):
         ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        with torch.autocast(hidden_NH.device.type, enabled=False), plan.student.gathered() as student:
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            student = plan.student.real_rows()
             found, ctx.gradients = _SparsePass(hidden_NH, weight, bias, student, plan).run()
         ctx.dtypes = tuple(torch.float32 if t is None else t.dtype for t in (hidden_NH, weight, bias))
         loss = (found.kd * found.weights).sum() * plan.kd_weight

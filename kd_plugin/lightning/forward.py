@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from kd_plugin.lightning.student import require_trained_head
+from kd_plugin.sharding.gathering import gathered_heads
 from kd_plugin.signals import OutputHead
 
 _NOT_OF_THE_BACKBONE = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict")
@@ -51,7 +52,8 @@ class StudentOutput(ModelOutput):
     def logits(self) -> Tensor:
         """The logits (B, L, V), computed now."""
         head, hidden = self.__dict__["logits_from"]
-        return head.logits(hidden)
+        with gathered_heads([head]) as (opened,):
+            return opened.logits(hidden)
 
     def __getitem__(self, key: Any) -> Any:
         if key == "logits":
@@ -191,7 +193,8 @@ class DistillingForward:
         inputs = {name: value for name, value in given.items() if name not in _NOT_OF_THE_BACKBONE}
         hidden = self.model.base_model(**{**inputs, "use_cache": False}).last_hidden_state
         head = OutputHead.from_model(self.model, self.vocab_size)
-        call.found = self.objective.loss(hidden, head, call.target)
+        with gathered_heads([head]) as (opened,):
+            call.found = self.objective.loss(hidden, opened, call.target)
         call.trained = _normalised(call)
         shown = None if labels is None else call.found.own_mean()
         if shown is not None:
@@ -218,8 +221,8 @@ class DistillingForward:
             output = self._inner(*args, **kwargs)
         finally:
             hook.remove()
-        head = OutputHead.from_model(self.model, self.vocab_size)
-        call.found = self._apart_objective.loss(seen[0], head, call.target)
+        with gathered_heads([OutputHead.from_model(self.model, self.vocab_size)]) as (head,):
+            call.found = self._apart_objective.loss(seen[0], head, call.target)
         call.trained = _normalised(call)
         output[_TRAINED] = call.trained
         loss = output.get("loss")

@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, get_scheduler
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.lightning.writing import Sampling, render, texts, write
+from kd_plugin.lightning.student import engine_of
 from kd_plugin.models import load_language_model
+from kd_plugin.rollouts.in_process import Sampling
+from kd_plugin.rollouts.rows import render
 from kd_plugin.settings import option, settings, takes
 from kd_plugin.sharding.inference import shard_with_fsdp2
 from kd_plugin.verifying import verifier
@@ -138,8 +140,9 @@ class StudentModule(LightningModule):
         if "prompt" not in batch or "input_ids" in batch:
             return
         sampling = Sampling(max_completion_length=self.hparams["sample_length"], temperature=0.0)
-        prompts = render(self.tokenizer, batch["prompt"])
-        written = texts(write(self, self.model, self.tokenizer, prompts, sampling, seed=0), self.tokenizer)
+        engine = engine_of(self, self.model, self.tokenizer, sampling, seed=0)
+        responses = engine.generate(render(self.tokenizer, batch["prompt"]))
+        written = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
         self._shown += [[_as_text(p), text] for p, text in zip(batch["prompt"], written, strict=True)]
         self.log_accuracy("val/accuracy", written, batch)
 

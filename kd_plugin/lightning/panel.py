@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,46 @@ from transformers import GenerationConfig, PreTrainedModel
 from kd_plugin.cache import TeacherCache
 from kd_plugin.errors import ConfigError
 from kd_plugin.lightning.callback import StudentCallback
-from kd_plugin.lightning.correcting import Corrector, count_of, rows_of, warmed
 from kd_plugin.lightning.forward import Call, DistillingForward
 from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.offline import load_tokenizer
-from kd_plugin.lightning.panel_objective import PanelObjective
-from kd_plugin.lightning.placing import place_teachers, require_placeable
-from kd_plugin.lightning.rollouts import RolloutWriter
-from kd_plugin.lightning.starting import StartKeeper
+from kd_plugin.lightning.panel_host import (
+    LightningHost,
+    PanelObjective,
+    StartKeeper,
+    count_of,
+    place_of,
+    place_teachers,
+    prepared,
+    require_placeable,
+    rows_of,
+)
 from kd_plugin.lightning.step import WINDOW, DistillingStep, Prepared, require_mapping
-from kd_plugin.lightning.student import as_trained, config_of, find_student, shards_the_student, student_rows
-from kd_plugin.lightning.watching import PanelWatch
-from kd_plugin.lightning.windows import require_whole_windows, window_end
-from kd_plugin.lightning.writing import Sampling, pad_token, texts
+from kd_plugin.lightning.student import (
+    as_trained,
+    config_of,
+    engine_of,
+    find_student,
+    shards_the_student,
+    student_rows,
+)
+from kd_plugin.lightning.windows import require_whole_windows, window_end, window_size
 from kd_plugin.limits import refuse_images, refuse_router_loss
 from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.start import gate_servers, start_run, student_source
 from kd_plugin.monitor.alarm import LengthAlarm
-from kd_plugin.monitor.metrics import DivergenceTally
+from kd_plugin.monitor.watch import watched_step
 from kd_plugin.panel.anchor import Anchor, starting_student
+from kd_plugin.panel.batches import MicroBatch, ScoredRollouts
 from kd_plugin.panel.build import panel_from
 from kd_plugin.panel.checks import (
     check_rows,
-    require_adapters_fit,
     require_defined_panel,
+    require_fitting_student,
     require_one_server,
     require_one_vocabulary,
-    require_reachable,
 )
-from kd_plugin.panel.identity import panel_identity, require_same_panel
+from kd_plugin.panel.identity import ResumeState
 from kd_plugin.panel.sampling import (
     completed,
     own_generation_config,
@@ -53,25 +64,27 @@ from kd_plugin.panel.sampling import (
     require_whole_distribution,
 )
 from kd_plugin.panel.settings import PanelSettings
-from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, require_fitting, warmup_objective
+from kd_plugin.panel.warmup import warmup_objective
+from kd_plugin.rollouts.in_process import Sampling, pad_token
 from kd_plugin.rollouts.rows import mixed_seed
 from kd_plugin.settings import built, takes
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
-_VALIDATION = -1  # in the place of a step: what is written at validation is the same at each
+_VALIDATION = -1  # in the place of a step: what is generated at validation is the same at each
 _WAY_OUT = "Let the collator keep 'prompt' as a list, text or messages, with 'teacher_id' beside it for a routed panel."
 
 
 @takes(PanelSettings)
 class TeacherPanelCorrection(StudentCallback):
-    """Lets the student write before a step, has the panel correct it, and lets the module train on the correction.
+    """Lets the student generate before a step, has the panel score it, and lets the module train on the scores.
 
     The batch holds ``prompt``, a list of texts or conversations, and for a routed panel ``teacher_id`` (or
     ``domain``). The module's ``training_step`` is then given ``input_ids``, ``attention_mask`` and ``labels`` of what
-    the student wrote; the loss becomes ``ce_weight`` times the module's own plus the panel's divergence in nats a
-    token. Where the loader is :class:`~kd_plugin.lightning.data.KDDataModule`'s, an accumulation window is written and
-    judged at once, as in TRL.
+    the student generated, padded on the right; the loss becomes ``ce_weight`` times the module's own plus the panel's
+    divergence in nats per token. Where the loader is :class:`~kd_plugin.lightning.data.KDDataModule`'s, the responses
+    of an accumulation window are generated and scored at once, as in TRL. The step itself is
+    :class:`~kd_plugin.panel.step.PanelStep`, and the trainer its host.
 
     Args:
         teachers: name to path, hub id, loaded model or teacher; or a ``TeacherPanel``. None takes
@@ -79,7 +92,7 @@ class TeacherPanelCorrection(StudentCallback):
         student: attribute path of the student, where the module holds several models.
         tokenizer: the student's tokenizer; None reads the one that its ``config`` names.
         ce_weight: weight of the module's own loss.
-        seed: of what the student writes.
+        seed: of what the student generates.
         lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
 
     Raises:
@@ -110,22 +123,24 @@ class TeacherPanelCorrection(StudentCallback):
         if ce_weight < 0:
             raise ConfigError(f"ce_weight is {ce_weight}; expected a number of at least 0.")
         self._caches = [TeacherCache(path) for path in self.settings.warmup_caches()]
-        warmup = warmup_objective(self._caches, self.settings.warmup_divergence) if self._caches else None
-        # The temperature that the student writes at is the one that the divergence is taken at, as in TRL
-        self.objective = PanelObjective(self.panel, divergence, self.settings.temperature, ce_weight, warmup=warmup)
+        if self._caches:
+            warmup_objective(self._caches, self.settings.warmup_divergence)  # a wrong name shows now
+        self.objective = PanelObjective(ce_weight)
         super().__init__(student)
+        self.divergence = divergence
         self.seed = seed
         self.lineage = lineage
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
         self._ahead: dict[Any, Prepared] = {}  # by window and place in it, see `_place`
-        self._warmup: CacheWarmup | None = None
         self._run: RunLineage | None = None
         self._changes: list[str] = []
         self._keeper: StartKeeper | None = None
         self._anchor: Anchor | None = None
         alarm = self.settings.alarm_settings()
         self._alarm = LengthAlarm(alarm) if alarm.is_set else None
+        # The student generates at the temperature that the divergence is taken at, as in TRL
+        self._resume = ResumeState(self.panel, divergence, self.settings.temperature, self._alarm)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the trainer, the module, the panel and the licenses; keep the student's start if it is anchored."""
@@ -147,17 +162,9 @@ class TeacherPanelCorrection(StudentCallback):
         self._refuse(pl_module, model)
         self._require_draws(model)
         require_same_student(self.panel, model)
-        if self._caches:
-            cut = [cache.within(self._vocabulary.size) for cache in self._caches]
-            self._warmup = CacheWarmup(cut, seed=self.seed, pad_token_id=pad_token(self._tokenizer))
         if self._anchor is not None:
             place_teachers(self._anchor.panel, trainer, pl_module, model, self._vocabulary)
-        self._watch = PanelWatch(
-            self.panel, self.settings, self._tokenizer, trainer, pl_module, alarm=self._alarm, anchor=self._anchor
-        )
-        self._join(
-            trainer, pl_module, model, dataclasses.replace(self.objective, watch=self._watch, anchor=self._anchor)
-        )
+        self._join(trainer, pl_module, model)
         self._note_changes()
         assert self._forward is not None
         report = functools.partial(self._report, pl_module)
@@ -167,15 +174,15 @@ class TeacherPanelCorrection(StudentCallback):
         """Load the teachers for a validation without training."""
         if self._forward is None:
             model = find_student(pl_module, self.student)
-            self._compare_vocabularies(pl_module, model)
-            self._join(trainer, pl_module, model, self.objective)
+            self._vocabulary = require_one_vocabulary(self.panel, self._student_vocabulary(pl_module, model))
+            self._join(trainer, pl_module, model)
 
     def measure(
         self, module: LightningModule, batch: Any, run: Callable[[Any], Tensor | None], batch_idx: int
     ) -> list[str]:
-        """Let the student write on prompts, and log what the panel says of it: means over all written tokens.
+        """Let the student generate on prompts, and log what the panel says of it: means over all response tokens.
 
-        It writes as in training, and at each validation from the same random numbers.
+        It generates as in training, and at each validation from the same random numbers.
 
         Args:
             module: the module that validates.
@@ -185,34 +192,31 @@ class TeacherPanelCorrection(StudentCallback):
             batch_idx: number of the batch.
 
         Returns:
-            What the student wrote, as text.
+            The responses, as text.
         """
         require_mapping(batch, "prompt", _WAY_OUT)
         assert self._forward is not None
-        trainer = module.trainer
-        seed = mixed_seed(self.seed, _VALIDATION, trainer.global_rank, batch_idx)
-        with trainer.precision_plugin.forward_context():
-            rollouts = self._writer.validate(module, self._trained(module), batch["prompt"], seed)
-            prepared = self._corrector.judged(rollouts, [batch], rows_of([batch]), trainer.global_step, training=False)[
-                0
-            ]
-        call = Call(prepared.target, prepared.labels, prepared.shape, joint=True)
+        with module.trainer.precision_plugin.forward_context():
+            scored = self._scored(module, [batch], _VALIDATION, batch_idx)
+        responses = scored.rollouts.responses
+        (part,) = scored.micro_batches([len(responses)])
+        ready = prepared(part, None)
+        call = Call(ready.target, ready.labels, ready.shape, joint=True)
         with self._forward.step(call):
-            own = run(prepared.batch)
-        rows, tokens, divergence = len(rollouts.lengths), call.found.tokens, call.found.own_mean()
+            own = run(ready.batch)
+        rows, tokens = len(responses), call.found.tokens
+        divergence = call.found.divergence_sum / max(tokens, 1)
         weight = self.objective.ce_weight
         loss = divergence if weight == 0.0 or own is None else divergence + weight * own.detach()
         log = functools.partial(module.log, sync_dist=True, add_dataloader_idx=False)
         log("val/divergence", divergence, batch_size=tokens)
         log("val/loss", loss, batch_size=tokens)
-        log("val/completion_length", sum(rollouts.lengths) / rows, batch_size=rows)
-        tally = DivergenceTally(self.panel.names)
-        tally.add(call.found.loss_sum, call.found.entropy, call.found.judgements)
-        found, _ = tally.read(lambda sums: sums, module.device)
+        log("val/completion_length", sum(len(one.tokens) for one in responses) / rows, batch_size=rows)
+        found, _ = self._panel_step.monitor.read_divergences(lambda sums: sums)
         for name in self.panel.names:
             count = int(found[f"tokens/{name}"])
             log(f"val/divergence/{name}", found.get(f"divergence/{name}", 0.0), batch_size=count)
-        return texts(rollouts, self._tokenizer)
+        return [self._tokenizer.decode(one.tokens, skip_special_tokens=True) for one in responses]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the rows, where the loader allows it, so that what is missing shows before any step."""
@@ -226,34 +230,33 @@ class TeacherPanelCorrection(StudentCallback):
             require_mapping(collate([dataset[0]]), "prompt", _WAY_OUT)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Let the student write and the panel judge, for this batch or for the whole window that begins with it."""
+        """Let the student generate and the panel score, for this batch or for the whole window that begins with it."""
         require_mapping(batch, "prompt", _WAY_OUT)
         refuse_images(batch, "A batch")
-        place = _place(batch)
-        if self._warmup is not None and trainer.global_step < self.settings.warmup_cache_steps:
-            self._ahead = {place: warmed(self._warmup, trainer, pl_module, batch, batch_idx)}
+        place, step, accumulate = place_of(batch), self._panel_step, trainer.accumulate_grad_batches
+        if step.is_warming_up:
+            rows = getattr(trainer.train_dataloader, "batch_size", None) or count_of(batch)
+            cached = step.warm_up(
+                batch_idx % accumulate, rows, micro_steps=accumulate, run=window_size(trainer, batch_idx)
+            )
+            # `scored` is counted over ranks and micro-batches already, and the step sums over ranks
+            self._ahead = {place: prepared(cached, cached.scored / trainer.world_size)}
             return
         if place is not None and place in self._ahead:
             return
         window = batch[WINDOW]["batches"] if place is not None else None
         batches = window or [batch]
-        rows = rows_of(batches)
-        assignments = [self.panel.assign(row) for row in rows]
         with trainer.precision_plugin.forward_context():
-            rollouts, noted = self._writer.train(
-                pl_module,
-                self._trained(pl_module),
-                rows,
-                assignments,
-                draw=batch_idx % trainer.accumulate_grad_batches,
-                rows_at_once=count_of(batches[0]),
-            )
-            prepared = self._corrector.judged(rollouts, batches, rows, trainer.global_step, training=True, noted=noted)
+            scored = self._scored(pl_module, batches, trainer.global_step, batch_idx % accumulate)
+        # A loss that the module forms itself is a mean of each micro-batch: short rows must not count for more in it
+        order = scored.longest_first() if self.objective.ce_weight == 0.0 else None
+        parts = scored.micro_batches([count_of(one) for one in batches], order)
         # What still waits was made for a window that a loop left early, and is of older weights
         if window is None:  # it is not known: the batch is divided by its own tokens
-            self._ahead = {place: dataclasses.replace(prepared[0], window_tokens=None)}
+            self._ahead = {place: prepared(parts[0], None)}
         else:
-            self._ahead = {(batch[WINDOW]["number"], i): one for i, one in enumerate(prepared)}
+            number = batch[WINDOW]["number"]
+            self._ahead = {(number, i): prepared(part, scored.tokens) for i, part in enumerate(parts)}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -261,10 +264,10 @@ class TeacherPanelCorrection(StudentCallback):
         """Look at the loss where it is read anyway, and stop if an alarm asks for it."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if batch_idx + 1 == window_end(trainer, batch_idx):
-            self._watch.stop_if_wanted()
+            self._host.stop_if_wanted()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the module as it was, and what was written for it."""
+        """Leave the module as it was, and what was generated for it."""
         super().teardown(trainer, pl_module, stage)
         if self._keeper is not None:
             self._keeper.remove()
@@ -272,7 +275,7 @@ class TeacherPanelCorrection(StudentCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return which panel taught, and what the alarm saw; both are in every checkpoint."""
-        return {"panel": self._identity(), "alarm": None if self._alarm is None else self._alarm.state()}
+        return self._resume.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -281,13 +284,8 @@ class TeacherPanelCorrection(StudentCallback):
             ConfigError: it was trained under another panel, and ``allow_changed_panel`` is not set.
         """
         allowed = self.settings.allow_changed_panel
-        self._changes = require_same_panel(state_dict["panel"], self._identity(), "The checkpoint", allowed=allowed)
+        self._changes = self._resume.load_state_dict(state_dict, "The checkpoint", allowed=allowed)
         self._note_changes()
-        if self._alarm is not None and state_dict["alarm"] is not None:
-            self._alarm.load(state_dict["alarm"])
-
-    def _identity(self) -> dict[str, Any]:
-        return panel_identity(self.panel, self.objective.divergence, self.settings.temperature)
 
     def _note_changes(self) -> None:
         """Put what changed of the panel into the lineage, once there is a run; a checkpoint may be loaded before."""
@@ -312,12 +310,15 @@ class TeacherPanelCorrection(StudentCallback):
         )
         lineage_of(trainer, self._run, self.student)
         gate_servers(self._run, self.panel.teachers.values())
-        self._compare_vocabularies(module, model)
-        reference = model if isinstance(model, str) else model.config._name_or_path or None
-        require_adapters_fit(self.panel, reference, lambda: config_of(model))
-        require_fitting(self._caches, self._vocabulary, allow_misaligned=self.settings.allow_misaligned)
         self._require_draws(model)
-        require_reachable(self.panel)
+        self._vocabulary = require_fitting_student(
+            self.panel,
+            self._student_vocabulary(module, model),
+            model if isinstance(model, str) else model.config._name_or_path or None,
+            lambda: config_of(model),
+            self._caches,
+            allow_misaligned=self.settings.allow_misaligned,
+        )
         self._checked = True
 
     def _refuse(self, module: LightningModule, student: PreTrainedModel | str) -> None:
@@ -334,51 +335,66 @@ class TeacherPanelCorrection(StudentCallback):
         config.update(**arguments)
         require_whole_distribution(self.panel, config, self.settings.temperature, arguments)
 
-    def _compare_vocabularies(self, module: LightningModule, model: PreTrainedModel | str) -> None:
+    def _student_vocabulary(self, module: LightningModule, model: PreTrainedModel | str) -> Vocabulary:
         self._tokenizer = self._given_tokenizer or getattr(module, "tokenizer", None) or load_tokenizer(model)
-        own = Vocabulary.from_tokenizer(self._tokenizer).within(student_rows(model))
-        self._vocabulary = require_one_vocabulary(self.panel, own)
+        return Vocabulary.from_tokenizer(self._tokenizer).within(student_rows(model))
 
     def _keep_start(self, module: LightningModule) -> None:
         model = find_student(module, self.student)
         if not self._checked:
-            self._compare_vocabularies(module, model)
+            self._vocabulary = require_one_vocabulary(self.panel, self._student_vocabulary(module, model))
         start = starting_student(as_trained(module, model), self._vocabulary)
         self._anchor = Anchor(start, self.settings.anchor_weight, self.settings.temperature)
 
-    def _join(
-        self, trainer: Trainer, module: LightningModule, model: PreTrainedModel, objective: PanelObjective
-    ) -> None:
-        """Load the teachers, and patch the student's forward pass."""
-        sharded = self.settings.shard_teachers
+    def _join(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel) -> None:
+        """Load the teachers, join the panel's step with its host, and patch the student's forward pass."""
+        settings, tokenizer = self.settings, self._tokenizer
         require_one_server(self.panel, trainer.strategy.root_device)
-        place_teachers(self.panel, trainer, module, model, self._vocabulary, shard_teachers=sharded)
-        self._writer = RolloutWriter(self.settings, self.panel, self._tokenizer, self._vocabulary, self.seed)
-        # A loss that the module forms itself is a mean of each micro-batch: short rows must not count for more in it
-        grouping = objective.ce_weight == 0.0
-        self._corrector = Corrector(
-            self.panel, self.settings, self._tokenizer, objective.watch, self._vocabulary, groups_by_length=grouping
+        place_teachers(self.panel, trainer, module, model, self._vocabulary, shard_teachers=settings.shard_teachers)
+        self._host = LightningHost(trainer, module)
+        self._panel_step = watched_step(
+            self._host,
+            self.panel,
+            settings,
+            tokenizer=tokenizer,
+            output_dir=trainer.default_root_dir,
+            alarm=self._alarm,
+            divergence=self.divergence,
+            temperature=settings.temperature,
+            vocabulary=self._vocabulary,
+            end_tokens=[tokenizer.eos_token_id],
+            pad_token_id=pad_token(tokenizer),
+            seed=self.seed,
+            warmup_caches=self._caches,
+            anchor=self._anchor,
+            chat_options=settings.chat_template_kwargs,
         )
+        objective = dataclasses.replace(self.objective, step=self._panel_step)
         self._forward = DistillingForward(model, self._vocabulary.size, objective, module)
 
-    def _trained(self, module: LightningModule) -> Any:
-        return as_trained(module, find_student(module, self.student))
+    def _scored(self, module: LightningModule, batches: Sequence[Any], step: int, draw: int) -> ScoredRollouts:
+        """Generate and score the responses to all prompts of some batches, as the step and the draw decide."""
+        engine = engine_of(
+            module,
+            as_trained(module, find_student(module, self.student)),
+            self._tokenizer,
+            Sampling.of(self.settings),
+            seed=mixed_seed(self.seed, step, self._host.rank, draw),
+            vocabulary=self._vocabulary,
+            repeats=self.settings.repetition_stop,
+        )
+        return self._panel_step.roll_out(rows_of(batches), count_of(batches[0]), engine, draw=draw)
 
     def _next(self, batch: Any) -> Prepared:
-        return self._ahead.pop(_place(batch))
+        return self._ahead.pop(place_of(batch))
 
     def _report(self, module: LightningModule, call: Call, total: Tensor) -> None:
         found, tokens = call.found, max(call.found.tokens, 1)
-        values: dict[str, Any] = {"kd/loss": total.detach(), "kd/entropy": found.entropy.sum() / tokens}
-        if not isinstance(call.target, WarmupBatch):
-            lengths = call.target.rollouts.lengths
+        values: dict[str, Any] = {"kd/loss": total.detach(), "kd/entropy": found.entropy_sum / tokens}
+        if isinstance(call.target, MicroBatch):
+            lengths = [len(one.tokens) for one in call.target.responses]
             values["kd/completion_length"] = sum(lengths) / max(len(lengths), 1)
-            if self._watch.logs_this_step and not self._ahead:
-                values |= self._watch.read()
+            if self._host.is_logged and not self._ahead:
+                divergences, _ = self._panel_step.monitor.read_divergences()
+                values |= divergences | self._panel_step.read() | self._host.noted
         module.log_dict(values, on_step=True, on_epoch=False, batch_size=call.shape[0])
-
-
-def _place(batch: Any) -> tuple[int, int] | None:
-    """Return the number of a batch's window and its place in it; None where the loader tells neither."""
-    told = batch.get(WINDOW)
-    return None if told is None else (told["number"], told["place"])

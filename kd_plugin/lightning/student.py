@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, PreTrainedModel
 
 from kd_plugin.errors import ConfigError, nearest
@@ -19,6 +20,8 @@ from kd_plugin.launch.consolidate import require_resumable
 from kd_plugin.launch.preflight import require_batches, require_filled, require_offload, require_student
 from kd_plugin.limits import deepspeed_splits, refuse_splits
 from kd_plugin.models import output_rows
+from kd_plugin.rollouts.in_process import InProcessEngine, Sampling
+from kd_plugin.vocab import Vocabulary
 
 SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)  # DeepSpeedStrategy is a DDPStrategy
 
@@ -207,6 +210,45 @@ def shards_the_student(trainer: Trainer) -> bool:
     strategy = trainer.strategy
     zero3 = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
     return zero3 or isinstance(strategy, ModelParallelStrategy)
+
+
+def engine_of(
+    module: LightningModule,
+    student: Any,
+    tokenizer: Any,
+    sampling: Sampling,
+    *,
+    seed: int,
+    vocabulary: Vocabulary | None = None,
+    repeats: int = 0,
+) -> InProcessEngine:
+    """Return what lets a module's student generate, on any strategy; arguments as those of ``InProcessEngine``.
+
+    Under ZeRO-3 and FSDP2 each rank generates until all are done, because each token needs the others' shards.
+    """
+    return InProcessEngine(
+        student,
+        tokenizer,
+        sampling,
+        device=module.device,
+        seed=seed,
+        vocabulary=vocabulary,
+        together=module.trainer.world_size > 1 and shards_the_student(module.trainer),
+        around=_units_around(module, student),
+        repeats=repeats,
+    )
+
+
+def _units_around(module: LightningModule, model: Any) -> list[nn.Module]:
+    """Return the FSDP2 units around the student, the innermost first: `generate` runs past what they gather.
+
+    PEFT's ``generate`` runs the model inside, and so does ours where a module's own wrapper is what FSDP2 sharded.
+    """
+    if not isinstance(module.trainer.strategy, ModelParallelStrategy):
+        return []
+    student = model.get_base_model() if hasattr(model, "get_base_model") else model
+    units = [part for part in module.modules() if isinstance(part, FSDPModule) and part is not student]
+    return [unit for unit in reversed(units) if any(part is student for part in unit.modules())]
 
 
 def as_trained(module: nn.Module, student: PreTrainedModel) -> Any:

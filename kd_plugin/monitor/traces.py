@@ -5,7 +5,6 @@ Shape suffixes: N scored positions of a micro-batch, n of a row, K tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -19,9 +18,8 @@ from torch import Tensor
 
 from kd_plugin.divergence.extract import logprobs_of, top_tokens
 from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.panel.batches import MicroBatch
 from kd_plugin.panel.loss import Judgement
-from kd_plugin.panel.scoring import Correction
-from kd_plugin.rollouts.responses import Response
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 
 ROLLOUTS = "rollouts"  # directory below output_dir
@@ -31,14 +29,13 @@ _TEACHER_KEYS = {"weight", "divergence", "logprob", "top"}
 
 @torch.no_grad()
 def rollout_rows(
-    corrections: Sequence[Correction],
-    written: Sequence[Response],
+    batch: MicroBatch,
     student_hidden: Tensor,
     student_head: OutputHead,
     tokens: Tensor,
     judgements: Sequence[Judgement],
     *,
-    decode: Callable[[int], str],
+    decode: Callable[[Sequence[int]], str],
     top_k: int,
     step: int,
     chosen: Sequence[int],
@@ -46,33 +43,33 @@ def rollout_rows(
     """Return some rows of a micro-batch with all that was said of them. Waits for the device.
 
     Args:
-        corrections: one a row.
-        written: one a row.
+        batch: the micro-batch, with gathered heads.
         student_hidden: (N, H) at the scored positions, row by row.
-        student_head: the student's.
-        tokens: (N,) written there.
-        judgements: what the loss made of the corrections.
-        decode: a token's text.
-        top_k: K, tokens that each teacher would have written.
+        student_head: the student's, gathered.
+        tokens: (N,) that are scored.
+        judgements: what the loss made of the scores.
+        decode: the text of some tokens.
+        top_k: K, tokens that each teacher finds likeliest.
         step: optimizer step.
         chosen: numbers of the rows in the micro-batch.
 
     Returns:
         One mapping a row, JSON-ready; numbers are nats, but for the probabilities in ``top``.
     """
+    corrections = batch.corrections
     ends = list(itertools.accumulate(len(correction.positions) for correction in corrections))
     spans = {row: slice(ends[row] - len(corrections[row].positions), ends[row]) for row in chosen}
     names = dict.fromkeys(name for row in chosen for name in corrections[row].signals)
     said = {name: _values(judgements, name, tokens) for name in names}
     found = []
     for row in chosen:
-        correction, text = corrections[row], written[row]
+        correction, response = corrections[row], batch.responses[row]
         span = spans[row]
         student = logprobs_of(HiddenSignal(student_hidden[span], student_head), tokens[span], 1.0).tolist()
         teachers: dict[str, dict[str, Any]] = {}
         for name, signal in correction.signals.items():
             divergence, weight = (_numbers(column[span]) for column in said[name])
-            logprobs, top = _token_view(signal, tokens[span], top_k, decode)
+            logprobs, top = _token_view(signal, tokens[span], top_k, lambda token: decode([token]))
             teachers[name] = {"weight": weight, "divergence": divergence, "logprob": logprobs, "top": top}
         total = [
             round(sum((t["weight"][i] or 0.0) * (t["divergence"][i] or 0.0) for t in teachers.values()), 4)
@@ -81,11 +78,11 @@ def rollout_rows(
         found.append(
             {
                 "step": step,
-                "row": text.number,
-                "prompt": text.prompt,
+                "row": response.number,
+                "prompt": decode(batch.input_ids[row, : batch.starts[row]].tolist()),
                 "domain": correction.assignment.domain,
-                "truncated": text.truncated,
-                "tokens": [decode(token) for token in text.tokens],
+                "truncated": response.truncated,
+                "tokens": [decode([token]) for token in response.tokens],
                 "scored": list(correction.positions),
                 "student": [round(value, 4) for value in student],
                 "correction": total,
@@ -211,9 +208,7 @@ class RolloutSaver:
     def save(
         self,
         step: int,
-        prompts: tuple[Tensor, Tensor],
-        written: Sequence[Response],
-        corrections: Sequence[Correction],
+        batch: MicroBatch,
         hidden: Tensor,
         head: OutputHead,
         tokens: Tensor,
@@ -223,39 +218,23 @@ class RolloutSaver:
 
         Args:
             step: optimizer step, from 1.
-            prompts: (B, P) ids and their mask.
-            written: B responses.
-            corrections: one a row.
+            batch: the micro-batch, with gathered heads.
             hidden: (N, H) the student's, detached, at the scored positions.
-            head: the student's.
-            tokens: (N,) written there.
-            judgements: what the loss made of the corrections.
+            head: the student's, gathered.
+            tokens: (N,) that are scored.
+            judgements: what the loss made of the scores.
         """
         path = self._directory / f"step-{step:08d}-rank-{self._rank}.jsonl"
         if self._saved[0] != step:
             self._saved = (step, 0)
             path.unlink(missing_ok=True)  # of the same step before a resume
-        chosen = [row for row, one in enumerate(written) if one.number < self._rows]
+        chosen = [row for row, one in enumerate(batch.responses) if one.number < self._rows]
         chosen = chosen[: self._rows - self._saved[1]]
         if not chosen:
             return
         decode = self._tokenizer.decode
-        named = list(written)
-        for row in chosen:
-            ids, used = prompts[0][row].tolist(), prompts[1][row].tolist()
-            text = decode([token for token, is_used in zip(ids, used, strict=True) if is_used])
-            named[row] = dataclasses.replace(named[row], prompt=text)
         rows = rollout_rows(
-            corrections,
-            named,
-            hidden,
-            head,
-            tokens,
-            judgements,
-            decode=lambda token: decode([token]),
-            top_k=self._top_k,
-            step=step,
-            chosen=chosen,
+            batch, hidden, head, tokens, judgements, decode=decode, top_k=self._top_k, step=step, chosen=chosen
         )
         append_rollouts(path, rows)
         self._saved = (step, self._saved[1] + len(rows))

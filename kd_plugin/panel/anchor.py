@@ -34,7 +34,7 @@ class Anchor:
         self.panel = TeacherPanel({"start": start})
         self.weight = weight
         self.temperature = temperature
-        self._seen: dict[str, Tensor] = {}
+        self._seen: dict[bool, Tensor] = {}
 
     def score(
         self,
@@ -56,7 +56,13 @@ class Anchor:
         )
 
     def loss(
-        self, corrections: Sequence[Correction], hidden: Tensor, head: OutputHead, tokens: Tensor, mode: str = "train"
+        self,
+        corrections: Sequence[Correction],
+        hidden: Tensor,
+        head: OutputHead,
+        tokens: Tensor,
+        *,
+        training: bool = True,
     ) -> Tensor:
         """Return the weighted KL(student || start) of a micro-batch, a sum in nats.
 
@@ -65,7 +71,7 @@ class Anchor:
             hidden: (N, H) the student's, at the scored positions.
             head: the student's.
             tokens: (N,) written there.
-            mode: under which the divergence is counted until :meth:`read`.
+            training: whether it is counted for training or for evaluation, until :meth:`read`.
         """
         found = correction_loss(
             self.panel,
@@ -79,18 +85,18 @@ class Anchor:
         parts = [judgement.divergence.sum() for judgement in found.judgements]
         total = torch.stack(parts or [hidden.detach().sum() * 0.0]).sum().detach()
         seen = torch.stack([total, torch.full_like(total, len(tokens))])
-        self._seen[mode] = self._seen.get(mode, torch.zeros_like(seen)) + seen
+        self._seen[training] = self._seen.get(training, torch.zeros_like(seen)) + seen
         return self.weight * found.loss_sum
 
-    def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device, mode: str = "train") -> float:
+    def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device, *, training: bool = True) -> float:
         """Return the mean divergence in nats a token since the last call.
 
         Args:
             reduce: sums a tensor over all ranks; called on every rank.
             device: where a rank that saw nothing has its zeros.
-            mode: as in :meth:`loss`.
+            training: as in :meth:`loss`.
         """
-        divergence, count = reduce(self._seen.pop(mode, torch.zeros(2, device=device))).tolist()
+        divergence, count = reduce(self._seen.pop(training, torch.zeros(2, device=device))).tolist()
         return float(divergence / max(count, 1.0))
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.divergence.projection import require_temperature
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.limits import refuse_images
 from kd_plugin.panel.estimators import require_defined
 from kd_plugin.panel.roster import TeacherPanel
+from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.teachers.agreement import require_alike
 from kd_plugin.teachers.base import Teacher, adopt_vocabulary, end_tokens, reach
@@ -74,6 +76,37 @@ def _require_common_end(panel: TeacherPanel, name: str, teacher: Teacher, vocabu
         "lengths would grow without bound. Take a teacher of the same chat format, set one eos_token on both "
         "tokenizers, or, if the teacher does end that way, set allow_other_eos=True."
     )
+
+
+def require_fitting_student(
+    panel: TeacherPanel,
+    vocabulary: Vocabulary,
+    reference: str | None,
+    config: Callable[[], Any],
+    caches: Sequence[TeacherCache],
+    *,
+    allow_misaligned: bool,
+) -> Vocabulary:
+    """Compare a student with its teachers and caches, and reach the teachers that compute elsewhere.
+
+    Call it after the license gate, before the student is loaded.
+
+    Args:
+        panel: the teachers.
+        vocabulary: of the student.
+        reference: see :func:`require_adapters_fit`, like ``config``.
+        config: see there.
+        caches: of the warm-up, see :func:`~kd_plugin.panel.warmup.require_fitting`.
+        allow_misaligned: see there.
+
+    Returns:
+        The tokens that all heads have a row for.
+    """
+    vocabulary = require_one_vocabulary(panel, vocabulary)
+    require_adapters_fit(panel, reference, config)
+    require_fitting(caches, vocabulary, allow_misaligned=allow_misaligned)
+    require_reachable(panel)
+    return vocabulary
 
 
 def check_rows(dataset: Any, name: str, panel: TeacherPanel) -> None:

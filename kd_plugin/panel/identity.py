@@ -49,6 +49,45 @@ def panel_identity(panel: TeacherPanel, divergence: Divergence, temperature: flo
     }
 
 
+class ResumeState:
+    """What a run keeps in its checkpoints: which panel taught, and what the alarm saw.
+
+    Args:
+        panel: the teachers, and how they are combined.
+        divergence: for teachers without one of their own.
+        temperature: for teachers without one of their own.
+        alarm: with ``state`` and ``load``; None where nothing can ring it.
+    """
+
+    def __init__(self, panel: TeacherPanel, divergence: Divergence, temperature: float, alarm: Any = None) -> None:
+        self._of = panel, divergence, temperature
+        self.alarm = alarm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return both; a mapping that JSON can hold."""
+        return {"panel": panel_identity(*self._of), "alarm": None if self.alarm is None else self.alarm.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any], where: str, *, allowed: bool) -> list[str]:
+        """Go on from a checkpoint.
+
+        Args:
+            state: as :meth:`state_dict` returned it; None in the place of what the checkpoint does not have.
+            where: how messages call the checkpoint.
+            allowed: take another panel.
+
+        Returns:
+            What changed of the panel, one sentence each.
+
+        Raises:
+            ConfigError: something changed, and that is not allowed.
+        """
+        if self.alarm is not None and state["alarm"] is not None:
+            self.alarm.load(state["alarm"])
+        if state["panel"] is None:
+            return []
+        return require_same_panel(state["panel"], panel_identity(*self._of), where, allowed=allowed)
+
+
 def write_identity(directory: str | Path, identity: Mapping[str, Any]) -> None:
     """Write ``panel.json`` into a checkpoint."""
     Path(directory, FILE).write_text(json.dumps(identity, indent=1, sort_keys=True) + "\n", encoding="utf-8")

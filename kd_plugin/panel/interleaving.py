@@ -14,7 +14,7 @@ from kd_plugin.panel.scoring import score_rows
 from kd_plugin.rollouts.interleaved import interleave
 from kd_plugin.rollouts.responses import until_end
 from kd_plugin.rollouts.rows import left_padded, seeded
-from kd_plugin.sharding.gathering import most_of_any_rank, whole_heads
+from kd_plugin.sharding.gathering import gathered_heads, most_of_any_rank
 from kd_plugin.signals import HiddenSignal, SparseSignal
 from kd_plugin.vocab import Vocabulary
 
@@ -154,11 +154,13 @@ def panel_logprobs(
         vocabulary=vocabulary,
     )
     found = []
-    with whole_heads(panel.teachers.values()):
+    sharded = panel.sharded_heads()
+    with gathered_heads(list(sharded.values())) as heads:
+        opened = dict(zip(sharded, heads, strict=True))
         for assignment, correction in zip(assignments, corrections, strict=True):
-            weights = panel.weights_of(assignment, step)
+            weights, signals = panel.weights_of(assignment, step), correction.with_heads(opened).signals
             terms = [
-                _logprobs(correction.signals[name], vocabulary.size) + torch.tensor(weight).log()
+                _logprobs(signals[name], vocabulary.size) + torch.tensor(weight).log()
                 for name, weight in zip(assignment.judges, weights, strict=True)
                 if weight > 0
             ]

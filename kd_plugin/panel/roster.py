@@ -16,6 +16,7 @@ from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, DataError, nearest
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.weights import Weights, row_weights
+from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.adapter import share_bases
 from kd_plugin.teachers.base import Teacher, missing_members
 from kd_plugin.teachers.local import LocalTeacher
@@ -203,6 +204,11 @@ class TeacherPanel:
         if self.combine == "route":
             return (1.0,) * len(assignment.judges)
         return self.weights.of(assignment.judges, domain=assignment.domain, row=assignment.weights, step=step)
+
+    def sharded_heads(self) -> dict[str, OutputHead]:
+        """Return the output heads of those teachers that are sharded over the ranks, in the panel's order."""
+        sharded: dict[str, Any] = {n: t for n, t in self.teachers.items() if t.capabilities.sharded}
+        return {name: teacher.head for name, teacher in sharded.items()}
 
     def _known(self, names: str | Iterable[str]) -> tuple[str, ...]:
         listed = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.rollouts.rows import Span, by_length, left_aligned, row_spans
 from kd_plugin.sharding.gathering import most_of_any_rank
-from kd_plugin.signals import HiddenSignal, SparseSignal
+from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 from kd_plugin.teachers.base import Teacher, resident
 from kd_plugin.vocab import Vocabulary
 
@@ -35,6 +35,15 @@ class Correction:
     signals: Mapping[str, HiddenSignal | SparseSignal]
     assignment: Assignment
     span: Span
+
+    def with_heads(self, heads: Mapping[str, OutputHead]) -> Correction:
+        """Return the same with these output heads, which were gathered, in the signals of the teachers so named."""
+        signals = dict(self.signals)
+        for name in signals.keys() & heads.keys():
+            signal, head = signals[name], heads[name]
+            if isinstance(signal, HiddenSignal):
+                signals[name] = HiddenSignal(signal.hidden, replace(signal.head, weight=head.weight, bias=head.bias))
+        return replace(self, signals=signals)
 
 
 @torch.no_grad()

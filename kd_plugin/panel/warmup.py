@@ -7,7 +7,7 @@ is never written); a few steps on the teachers' own text bring it onto their sup
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,16 @@ class WarmupBatch:
     labels: Tensor
     targets: tuple[dict[str, Tensor], ...]
     scored: int
+
+    @property
+    def tokens(self) -> int:
+        """Scored positions of this micro-batch."""
+        return sum(target["positions"].numel() for target in self.targets)
+
+    def to(self, device: torch.device) -> WarmupBatch:
+        """Move what the student's forward pass takes to ``device``; the loss moves the targets."""
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "labels")}
+        return replace(self, **moved)
 
 
 class CacheWarmup:

@@ -21,16 +21,14 @@ LONGEST_LOOP = 32  # tokens of the sequence that repeats
 
 @dataclass(frozen=True)
 class Response:
-    """A response as people read it.
+    """What followed a prompt.
 
     Attributes:
-        prompt: text before it.
         tokens: its token ids, scored or not.
         truncated: whether the limit cut it.
         number: its place in the generation batch, as it was drawn from the dataset.
     """
 
-    prompt: str
     tokens: tuple[int, ...]
     truncated: bool
     number: int = 0
@@ -101,10 +99,10 @@ def completion_ids(
 
 
 def as_responses(responses: Sequence[Sequence[int]], end_tokens: Sequence[int]) -> list[Response]:
-    """Say of each response whether the limit cut it; the prompt is left empty, decoded only if the row is saved."""
+    """Say of each response whether the limit cut it."""
     return [
         # Nothing was cut of a response without tokens
-        Response("", tuple(row), bool(row) and row[-1] not in end_tokens, number)
+        Response(tuple(row), bool(row) and row[-1] not in end_tokens, number)
         for number, row in enumerate(responses)
     ]
 

@@ -9,11 +9,14 @@ Shape suffixes: B rows, L columns, W columns of the longest row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from kd_plugin.rollouts.responses import Response, as_responses, require_prompts
 
 
 class Span(NamedTuple):
@@ -107,3 +110,55 @@ def mixed_seed(seed: int, step: int, rank: int = 0, draw: int = 0) -> int:
 def seeded(seed: int, step: int, rank: int = 0) -> torch.Generator:
     """Return a CPU generator that depends on the three numbers alone."""
     return torch.Generator().manual_seed(mixed_seed(seed, step, rank))
+
+
+def render(tokenizer: Any, prompts: Sequence[Any], chat_options: Mapping[str, Any] | None = None) -> list[list[int]]:
+    """Tokenize prompts, text or messages, as TRL does.
+
+    Raises:
+        DataError: a prompt has no token.
+    """
+    options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, **(chat_options or {})}
+    rendered = [
+        list(tokenizer(text=prompt)["input_ids"])
+        if isinstance(prompt, str)
+        else list(tokenizer.apply_chat_template(prompt, **options)["input_ids"])
+        for prompt in prompts
+    ]
+    require_prompts(rendered)
+    return rendered
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """B prompts, padded on the left to P columns, and the responses to them, padded on the right.
+
+    Attributes:
+        input_ids: (B, L) int64.
+        attention_mask: (B, L) 1 for tokens.
+        completion_start: P, the column of the first response token.
+        responses: one a row.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_start: int
+    responses: tuple[Response, ...]
+
+
+def assembled(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    end_tokens: Sequence[int],
+    pad_token_id: int,
+    device: torch.device,
+) -> Rollouts:
+    """Put B responses behind their prompts, on ``device``."""
+    ids, mask = left_padded(prompts, pad_token_id)
+    start, room = ids.shape[1], (0, max(map(len, responses), default=0))
+    ids, mask = (torch.nn.functional.pad(t, room, value=value) for t, value in ((ids, pad_token_id), (mask, 0)))
+    for row, response in enumerate(responses):
+        ids[row, start : start + len(response)] = torch.tensor(response, dtype=ids.dtype)
+        mask[row, start : start + len(response)] = 1
+    return Rollouts(ids.to(device), mask.to(device), start, tuple(as_responses(responses, end_tokens)))

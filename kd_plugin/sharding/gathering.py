@@ -5,18 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 _EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-# Heads that `whole_heads` holds whole: id of a DTensor to the tensor that all ranks gathered. DeepSpeed's parameters
-# are whole themselves while they are gathered; a DTensor never is, so its whole form must be kept somewhere.
-_WHOLE: dict[int, Tensor] = {}
+Head = TypeVar("Head", bound=Any)  # a frozen dataclass with `weight` and `bias`
 _SWAP_DIRECTORIES = itertools.count()  # one a model that DeepSpeed may keep on NVMe
 
 
@@ -33,7 +32,7 @@ def gathering(parameters: Iterable[Any]) -> AbstractContextManager[Any]:
 
     Those that are whole already (a tied embedding may be held open by another block) are left to whoever holds them.
     """
-    cut = [p for p in parameters if hasattr(p, "ds_status")]
+    cut = list({id(p): p for p in parameters if hasattr(p, "ds_status")}.values())
     if not cut:
         return nullcontext()
     import deepspeed
@@ -44,11 +43,8 @@ def gathering(parameters: Iterable[Any]) -> AbstractContextManager[Any]:
 
 
 def whole_now(tensor: Any) -> Any:
-    """Return an ordinary tensor for a DTensor, gathered now unless :func:`whole_heads` holds it; others unchanged."""
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    kept = _WHOLE.get(id(tensor))
-    return tensor.full_tensor() if kept is None else kept
+    """Return an ordinary tensor for a DTensor, gathered now, inside autograd; others unchanged. A collective call."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @contextmanager
@@ -191,23 +187,30 @@ def most_of_any_rank(counts: Sequence[int], device: torch.device) -> list[int]:
 
 
 @contextmanager
-def whole_heads(teachers: Iterable[Any]) -> Iterator[None]:
-    """Keep the heads of the sharded ones among ``teachers`` whole for the duration of the block.
+def gathered_heads(heads: Sequence[Head]) -> Iterator[list[Head]]:
+    """Open some output heads, and yield them with ordinary tensors; a collective call where one is sharded.
 
-    The loss opens heads in the order of the rows that a rank happens to hold. All ranks must gather in one order,
-    so all heads of a sharded panel are gathered first; opening one again then finds it whole. The price is that
-    the heads of all sharded teachers, vocabulary times width each, are in memory together during the loss.
+    It is made once for a micro-batch, on all ranks, before anything depends on which rows a rank holds, with the heads
+    of all models in one order: signals and losses never gather. The price is that the heads of all sharded teachers,
+    vocabulary times width each, are in memory together during the loss.
+
+    Args:
+        heads: with ``weight`` and ``bias``; several may share a tensor, which is gathered once.
+
+    Yields:
+        The heads, in the same order. ZeRO-3 parameters are gathered in place for the duration of the block; of FSDP2's
+        DTensors these are the full tensors, whose backward pass scatters the gradient again.
     """
-    with ExitStack() as stack:
-        for teacher in teachers:
-            if teacher.capabilities.sharded:
-                head = teacher.head
-                stack.enter_context(gathering([head.weight, head.bias]))
-                for tensor in (head.weight, head.bias):
-                    if hasattr(tensor, "full_tensor") and id(tensor) not in _WHOLE:
-                        _WHOLE[id(tensor)] = tensor.full_tensor()
-                        stack.callback(_WHOLE.pop, id(tensor))
-        yield
+    with gathering([tensor for head in heads for tensor in (head.weight, head.bias)]):
+        whole: dict[int, Any] = {}
+        for head in heads:
+            for tensor in (head.weight, head.bias):
+                if tensor is not None and id(tensor) not in whole:
+                    whole[id(tensor)] = whole_now(tensor)
+        yield [
+            replace(head, weight=whole[id(head.weight)], bias=None if head.bias is None else whole[id(head.bias)])
+            for head in heads
+        ]
 
 
 def close_process_group() -> None:

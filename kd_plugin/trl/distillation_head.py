@@ -18,6 +18,7 @@ from kd_plugin.cache.joining import TARGET
 from kd_plugin.divergence.objective import OfflineObjective, load_balancing_loss
 from kd_plugin.divergence.sparse import SparseLoss
 from kd_plugin.errors import ConfigError
+from kd_plugin.sharding.gathering import gathered_heads
 from kd_plugin.signals import OutputHead
 
 
@@ -66,7 +67,8 @@ def add_distillation_head(model: PreTrainedModel, *, vocab_size: int, objective:
         kwargs.pop("num_items_in_batch", None)
         kwargs["use_cache"] = False
         outputs = self.base_model(*args, **kwargs)
-        used.loss = loss = objective.loss(outputs.last_hidden_state, OutputHead.from_model(self, vocab_size), target)
+        with gathered_heads([OutputHead.from_model(self, vocab_size)]) as (head,):
+            used.loss = loss = objective.loss(outputs.last_hidden_state, head, target)
         return FusedCausalLMOutput(
             loss=loss.loss_sum,
             log_probs=-loss.loss_sum.reshape(1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,8 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.utils import logging
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DistillationTrainer
 
 from kd_plugin.cache import TeacherCache
@@ -21,31 +20,37 @@ from kd_plugin.limits import refuse_images, refuse_prompt_learning, refuse_route
 from kd_plugin.lineage.data import dataset_sources
 from kd_plugin.lineage.start import gate_servers, student_source
 from kd_plugin.models import output_rows
-from kd_plugin.monitor.metrics import DivergenceTally
-from kd_plugin.panel import Correction, TeacherPanel, correction_loss, score_rows
+from kd_plugin.monitor.alarm import LengthAlarm
+from kd_plugin.monitor.watch import watched_step
+from kd_plugin.panel import TeacherPanel
+from kd_plugin.panel.anchor import Anchor, starting_student
+from kd_plugin.panel.batches import ScoredRollouts
 from kd_plugin.panel.build import panel_from
 from kd_plugin.panel.checks import (
     check_rows,
-    require_adapters_fit,
     require_defined_panel,
+    require_fitting_student,
     require_one_server,
-    require_one_vocabulary,
-    require_reachable,
 )
-from kd_plugin.panel.combining import scored_positions
-from kd_plugin.panel.identity import panel_identity
-from kd_plugin.panel.sampling import require_sampling
-from kd_plugin.panel.warmup import require_fitting
-from kd_plugin.rollouts.rows import left_aligned
-from kd_plugin.sharding.gathering import whole_heads
+from kd_plugin.panel.identity import ResumeState
+from kd_plugin.panel.sampling import require_same_student, require_sampling, sampled_teacher
+from kd_plugin.panel.step import Assigned, PanelStep
+from kd_plugin.rollouts.responses import as_responses
+from kd_plugin.rollouts.rows import Rollouts
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import Teacher
 from kd_plugin.trl.evaluation import TokenMeanMixin
 from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, lineage_callback, with_lineage
 from kd_plugin.trl.panel_config import TeacherPanelConfig
-from kd_plugin.trl.panel_state import PanelStateCallback, changes_since, save_what_was_learnt
-from kd_plugin.trl.placing import place_teachers
-from kd_plugin.trl.rollouts import RolloutMixin, require_draws
+from kd_plugin.trl.panel_generation import TRLEngine, require_draws
+from kd_plugin.trl.panel_host import (
+    PanelStateCallback,
+    TrainerHost,
+    last_hidden_states,
+    place_teachers,
+    resume_panel,
+    save_what_was_learned,
+)
 from kd_plugin.trl.start import (
     load_vocabulary,
     named_datasets,
@@ -55,17 +60,15 @@ from kd_plugin.trl.start import (
     student_config,
 )
 from kd_plugin.trl.vllm_generation import ask_for_logprobs, padded, recorded, share_evenly
-from kd_plugin.trl.watch import WatchMixin
-
-logger = logging.get_logger(__name__)
 
 
-class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, WatchMixin, DistillationTrainer):
+class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, DistillationTrainer):
     """``DistillationTrainer`` with several teachers, a fused loss, and lineage in every checkpoint.
 
-    The student writes completions; each row is judged by the teachers of the panel that its ``teacher_id``
-    names; the student is trained on the weighted divergence from them. Teachers score once for a generation
-    batch, and only their last hidden states at the scored positions are kept until the loss.
+    The student generates responses; each row is scored by the teachers of the panel that its ``teacher_id`` names;
+    the student is trained on the weighted divergence from them. Teachers score once for a generation batch, and only
+    their last hidden states at the scored positions are kept until the loss. The step itself is
+    :class:`~kd_plugin.panel.step.PanelStep`, and this trainer its host.
 
     Args:
         model: the student: a path, a hub id, or a loaded (PEFT) model, as in TRL.
@@ -89,6 +92,7 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
         DataError: ``prompt`` is missing, or a row names a teacher that is not on the panel.
     """
 
+    _buffered_inputs: list[dict[str, Any]] | None
     _name = "TeacherPanel"
     _tag_names: ClassVar[list[str]] = ["trl", "kd-plugin", "distillation", "teacher-panel"]
 
@@ -120,6 +124,7 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
         self.divergence = self.panel.divergence or args.resolved_divergence()
         require_defined_panel(self.panel, self.divergence, args.temperature)
         require_sampling(self.panel, args)
+        require_no_tools(args, tools)
         require_draws(self.panel, args, model)
         refuse_prompt_learning(model, peft_config)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
@@ -140,14 +145,14 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
         config = student_config(model, args)
         if config is not None:
             refuse_router_loss(config, "The panel's loss has none, as that of TRL's DistillationTrainer.")
-        self._vocabulary = load_vocabulary(model, processing_class, args)
-        self._vocabulary = require_one_vocabulary(self.panel, self._vocabulary)
-        if isinstance(model, str):
-            options = {"revision": (args.model_init_kwargs or {}).get("revision")}
-            options["trust_remote_code"] = args.trust_remote_code
-            require_adapters_fit(self.panel, model, lambda: AutoConfig.from_pretrained(model, **options))
-        require_fitting(warmup_caches, self._vocabulary, allow_misaligned=args.allow_misaligned)
-        require_reachable(self.panel)
+        self._vocabulary = require_fitting_student(
+            self.panel,
+            load_vocabulary(model, processing_class, args),
+            model if isinstance(model, str) else model.config._name_or_path or None,
+            lambda: student_config(model, args),
+            warmup_caches,
+            allow_misaligned=args.allow_misaligned,
+        )
 
         super().__init__(
             model=model,
@@ -168,20 +173,60 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
                 ask_for_logprobs(self.vllm_generation, self.temperature)
         # The configuration promised as much; an adapter's directory has none
         self._vocabulary = self._vocabulary.within(output_rows(self.model))
-        self.start_rollouts(warmup_caches)
+        require_draws(self.panel, args, self.model, self.generation_config)
+        require_same_student(self.panel, self.model)
         require_one_server(self.panel, self.accelerator.device)
         place_teachers(self, self.panel, self._vocabulary)
-        self._divergences = {mode: DivergenceTally(self.panel.names) for mode in ("train", "eval")}
-        self.add_callback(PanelStateCallback(self._identity))
-        self.start_watching()
+        self.panel_step = self._built_step(warmup_caches)
+
+    def _built_step(self, warmup_caches: Sequence[TeacherCache]) -> PanelStep:
+        """Join the panel's step with this trainer, which is its host."""
+        args, host = self.args, TrainerHost(self, self._metrics)
+        alarm_settings = args.alarm_settings()
+        alarm = LengthAlarm(alarm_settings) if alarm_settings.is_set else None
+        self._engine = TRLEngine(self, self._vocabulary)
+        self._assigned = Assigned((), (), 1)
+        self._empty: list[int] = []  # rows of the generation batch whose response has no token
+        self._resume = ResumeState(self.panel, self.divergence, self.temperature, alarm)
+        self.add_callback(PanelStateCallback(self._resume))
+        return watched_step(
+            host,
+            self.panel,
+            args,
+            tokenizer=self._tokenizer,
+            output_dir=args.output_dir,
+            alarm=alarm,
+            divergence=self.divergence,
+            temperature=self.temperature,
+            vocabulary=self._vocabulary,
+            end_tokens=self.eos_token_ids,
+            pad_token_id=self._tokenizer.pad_token_id,
+            seed=args.seed,
+            warmup_caches=warmup_caches,
+            anchor=self._anchored() if args.anchor_weight > 0.0 else None,
+            chat_options={"chat_template": self.chat_template, **self.chat_template_kwargs},
+        )
+
+    def _anchored(self) -> Anchor:
+        """Keep the student's start as a teacher of its own.
+
+        Raises:
+            ConfigError: DeepSpeed or FSDP would shard the copy.
+        """
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ConfigError(
+                "anchor_weight keeps a whole copy of the student, and DeepSpeed or FSDP shard it. Name the start as a "
+                "teacher of the panel instead: combine='weighted_kl', with the student's own path as one teacher."
+            )
+        start = starting_student(self.accelerator.unwrap_model(self.model), self._vocabulary)
+        anchor = Anchor(start, self.args.anchor_weight, self.temperature)
+        place_teachers(self, anchor.panel, self._vocabulary)
+        return anchor
 
     @property
     def _is_sampled(self) -> bool:
         """Whether a teacher's divergence is estimated from the tokens that the student drew."""
-        return any((own.estimator or self.panel.estimator).name == "sampled" for own in self.panel.own.values())
-
-    def _identity(self) -> dict[str, Any]:
-        return panel_identity(self.panel, self.divergence, self.temperature)
+        return sampled_teacher(self.panel) is not None
 
     def train(
         self,
@@ -198,16 +243,14 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
         """
         checkpoint = resumed_checkpoint(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
-            changed = changes_since(checkpoint, self._identity(), allowed=self.args.allow_changed_panel)
-            for change in changed:
-                logger.warning(f"The panel changed since {checkpoint}: {change}.")
+            changed = resume_panel(self._resume, checkpoint, allowed=self.args.allow_changed_panel)
             own = lineage_callback(self.callback_handler.callbacks)
             if own is not None and own.run is not None:
                 own.run.note_changes([f"panel after {Path(checkpoint).name}: {change}" for change in changed])
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except ServerError:
-            save_what_was_learnt(self)
+            save_what_was_learned(self)
             raise
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -216,39 +259,81 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
 
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """Return a micro-batch: cached rows during the warm-up, which passes over prompts, else the student's."""
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        args, step = self.args, self.panel_step
+        rows, parts = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        micro_step = self._step % parts
+        if step.is_warming_up:
+            batch = step.warm_up(micro_step, rows, micro_steps=parts)
+            return {"batch": batch, "num_items_in_batch": torch.tensor(float(batch.scored))}
+        if micro_step == 0 or self._buffered_inputs is None:  # resumed runs have no buffer
+            whole = self._generate_and_score_completions(generation_batch)
+            scored: ScoredRollouts = whole["scored"]
+            # Between rows of one length the order is random, drawn as TRL draws its shuffle
+            order = scored.longest_first(torch.randperm(len(scored.corrections)).tolist())
+            sizes = [len(order) // parts] * parts
+            items = whole["num_items_in_batch"]
+            self._buffered_inputs = [
+                {"batch": batch, "num_items_in_batch": items} for batch in scored.micro_batches(sizes, order)
+            ]
+        return self._buffered_inputs[micro_step]
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         for row in inputs:
             refuse_images((name for name, value in row.items() if value), "A row")  # of a stream, or inside its prompt
-        assignments = [self.panel.assign(row) for row in inputs]
-        self.begin_rollouts(inputs, assignments)
+        args, step, training = self.args, self.panel_step, self.model.training
+        at_once = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
+        self._assigned, self._empty = step.assign(inputs, at_once), []
+        behaviour = None
         if self.use_vllm and self._is_sampled:
             with recorded(self.vllm_generation) as found:
-                output = self.without_stand_ins(super()._generate_and_score_completions(inputs))
-            output["behaviour_logprobs"] = padded(found, output["completion_mask"], cut=self.args.repetition_stop > 0)
+                output = super()._generate_and_score_completions(inputs)
         else:
-            output = self.without_stand_ins(super()._generate_and_score_completions(inputs))
-        loss_mask = output["completion_mask"]
-        if "tool_mask" in output:
-            loss_mask = loss_mask * output["tool_mask"]
-        # Known on the host from here on, so that the training steps wait for nothing
-        positions = self.judged_positions(output, loss_mask)
-        training = self.model.training
-        if not training:
-            own = self.rows_of_its_own(len(inputs))
-            positions = [scored if row < own else [] for row, scored in enumerate(positions)]
-        at_once = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
-        output["corrections"] = score_rows(
-            self.panel,
-            assignments,
-            *_joined(output),
-            completion_start=output["prompt_ids"].size(1),
-            positions=positions,
-            rows_at_once=at_once,
-            clock=self.clock,
-            vocabulary=self._vocabulary,
+            output = super()._generate_and_score_completions(inputs)
+        completion_mask = output["completion_mask"]
+        completion_mask[self._empty] = 0  # what stood in for empty responses
+        if self.use_vllm and self._is_sampled:
+            behaviour = padded(found, completion_mask, cut=args.repetition_stop > 0)
+        loss_mask = completion_mask * output["tool_mask"] if "tool_mask" in output else completion_mask
+        ids, lengths = output["completion_ids"].tolist(), completion_mask.sum(1).tolist()
+        responses = as_responses([row[:length] for row, length in zip(ids, lengths, strict=True)], self.eos_token_ids)
+        rollouts = Rollouts(
+            torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+            torch.cat([output["prompt_mask"], completion_mask], dim=1),
+            output["prompt_ids"].size(1),
+            tuple(responses),
         )
-        self.score_start(output, positions, at_once)
+        scored = output["scored"] = step.score(
+            self._assigned,
+            rollouts,
+            used=loss_mask.tolist(),
+            counted=None if training else self.rows_of_its_own(len(inputs)),
+            behaviour_logprobs=behaviour,
+        )
+        local = torch.tensor(float(scored.tokens), device=self.accelerator.device)
+        output["num_items_in_batch"] = step.host.sum_over_ranks(local)
+        if not training:
+            (output["batch"],) = scored.micro_batches([len(inputs)])
         return output
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, **kwargs: Any) -> Any:
+        generate = super()._generate_single_turn
+        self._engine.turn = lambda prompts: generate(prompts, images, multimodal_fields, **kwargs)
+        found = self.panel_step.respond(self._assigned, prompt_ids, self._engine)
+        if len(self._assigned.given) == len(prompt_ids):
+            self._empty = [row for row, ids in enumerate(found) if not ids]
+        # TRL (1.16) looks at the last token of each response, and cannot at that of one without tokens
+        return [ids or [self._tokenizer.pad_token_id] for ids in found]
+
+    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Call tools as the parent does, and take part while other ranks generate: theirs may call more of them."""
+        found = super()._tool_call_loop(*args, **kwargs)
+        while self._engine.together and self.panel_step.accompany(self._engine):
+            continue
+        return found
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -261,69 +346,34 @@ class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, RolloutMixin, Watc
     def _compute_loss(
         self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if "warmup" in inputs:
-            return self._warmup_loss(unwrapped_student, inputs["warmup"], self._vocabulary.size, num_items_in_batch)
-        corrections: list[Correction] = inputs["corrections"]
-        spans = [correction.span for correction in corrections]
-        ids, mask = left_aligned(*_joined(inputs), spans)
-        last = ids.size(1) - 1
-        hidden = self._get_last_hidden_state(unwrapped_student, ids, mask, last)
+        batch = inputs["batch"]
+        hidden = last_hidden_states(unwrapped_student, batch.input_ids, batch.attention_mask)
         head = OutputHead.from_model(unwrapped_student, self._vocabulary.size)
-        hidden = hidden.to(head.weight.device)
-        # The first token of a completion is predicted in the column before it
-        prompts = inputs["prompt_ids"].size(1)
-        starts = [prompts - span.first - 1 for span in spans]
-        hidden_at = scored_positions(corrections, last, hidden.device, starts)
-        scored = hidden.reshape(-1, hidden.size(-1)).index_select(0, hidden_at)
-        positions = scored_positions(corrections, inputs["completion_ids"].size(1), hidden.device)
-        tokens = inputs["completion_ids"].to(hidden.device).reshape(-1).index_select(0, positions)
-        values = self._values_are_read()
-        behaviour = inputs.get("behaviour_logprobs")
-        with whole_heads(self.panel.teachers.values()):
-            loss = correction_loss(
-                self.panel,
-                corrections,
-                scored,
-                head,
-                tokens,
-                divergence=self.divergence,
-                temperature=self.temperature,
-                step=self.state.global_step,
-                values=values,
-                behaviour_logprobs=None if behaviour is None else behaviour.to(hidden.device).reshape(-1)[positions],
-            )
-            self.watch_loss(inputs, scored, head, tokens, loss)
-        if values:
-            self._divergences[self._mode].add(loss.loss_sum, loss.entropy, loss.judgements)
-        loss_sum = loss.loss_sum + self.anchor_loss(inputs, scored, head, tokens)
-        count = positions.new_full((), positions.numel())
+        found = self.panel_step.loss(hidden, head, batch)
+        count = torch.tensor(found.tokens).to(hidden.device)
         if self.evaluated is not None:
-            self.evaluated.add("loss", loss_sum, count)
-            self.evaluated.add("entropy", loss.entropy.sum(), count)
-        normaliser = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        if isinstance(normaliser, Tensor):
-            normaliser = normaliser.to(loss.loss_sum.device)
-        return loss_sum / normaliser, loss.entropy.sum(), count
-
-    def _values_are_read(self) -> bool:
-        """Whether anything reads this step's divergences: always, unless the configuration leaves them to the log."""
-        return self.args.panel_values == "always" or self._logs_this_step()
+            self.evaluated.add("loss", found.loss_sum, count)
+            self.evaluated.add("entropy", found.entropy_sum, count)
+        normalizer = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return found.loss_sum / torch.as_tensor(normalizer).to(found.loss_sum.device), found.entropy_sum, count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the parent does, with each teacher's mean divergence (nats a token) and tokens over all ranks."""
-        mode = self._mode
-        if self._divergences[mode].counted:
-            found, loss = self._divergences[mode].read(self._sum_over_ranks, self.accelerator.device)
-            for key, value in found.items():
-                self._metrics[mode][key].append(value)
-            if self.args.panel_values == "logging" and mode == "train" and "loss" in logs and loss is not None:
+        """Log as the parent does, with each teacher's mean divergence (nats per token) and tokens over all ranks."""
+        if self.panel_step.monitor.counted:
+            found, loss = self.panel_step.monitor.read_divergences()
+            if self.args.panel_values == "logging" and self.model.training and "loss" in logs and loss is not None:
                 logs["loss"] = loss  # of this step: the steps before it had lower bounds
-            for key, value in self.watched().items():
-                self._metrics[mode][key].append(value)
+            self.panel_step.host.note(found | self.panel_step.read())
         super().log(logs, start_time)
 
 
-def _joined(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return ids and mask of prompts, padded on the left, and completions, padded on the right."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+def require_no_tools(args: TeacherPanelConfig, tools: Any) -> None:
+    """Refuse tools where the student does not generate all by itself.
+
+    Raises:
+        ConfigError: says which setting is in the way.
+    """
+    if tools and args.rollouts == "interleaved":
+        raise ConfigError("rollouts='interleaved' cannot call tools; let the student generate alone.")
+    if tools and args.on_policy_schedule().values() != (1.0, 1.0):
+        raise ConfigError("on_policy_fraction below 1 cannot be mixed with tools; let the student generate all rows.")

@@ -43,7 +43,7 @@ from tests.tiny import save_tiny
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAMES = [f"t{i}" for i in range(8)]
-OURS = ("kd_plugin.trl.panel_trainer", "correction_loss")
+OURS = ("kd_plugin.panel.step", "correction_loss")
 
 
 class Clock:

@@ -8,7 +8,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kd_plugin.sharding import generation
 from kd_plugin.sharding.generation import Progress, missing_bytes, slow_notice, whole_bytes
-from kd_plugin.trl.generating import generating
+from kd_plugin.trl.panel_generation import generating
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from kd_plugin import LocalTeacher, ServerTeacher, capture
 from kd_plugin.cache import Generation, TopK
 from kd_plugin.cli.main import main
 from kd_plugin.errors import DataError
-from kd_plugin.lightning.writing import render
 from kd_plugin.rollouts.responses import as_responses, completion_ids
+from kd_plugin.rollouts.rows import render
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.core.cache_help import prompt_rows
 from tests.fake_vllm import Behaviour, fake_vllm
@@ -35,10 +35,8 @@ def panel(out, student, teacher, dataset, empty=None, **options):
         train_dataset=dataset,
     )
     if empty is not None:  # as an engine that leaves the end token out, or was interrupted, answers
-        write = made._write
-        made._write = lambda rows, *args, **kwargs: [
-            [] if empty(row) else ids for row, ids in zip(rows, write(rows, *args, **kwargs), strict=True)
-        ]
+        respond = made.panel_step.respond
+        made.panel_step.respond = lambda *args: [[] if empty(row) else ids for row, ids in enumerate(respond(*args))]
     return made
 
 
@@ -62,15 +60,13 @@ def test_a_row_without_a_token_leaves_the_others_as_they_are(local, student_dir,
     options = {"learning_rate": 0.1, "anchor_weight": 0.0, "gradient_accumulation_steps": 2, "optim": "sgd"}
     mixed = panel(tmp_path / "a", student_dir, local, prompts(), lambda row: row % 2 == 1, **options)
     masked = panel(tmp_path / "b", student_dir, local, prompts(), **options)
-    judged = masked.judged_positions
+    score = masked.panel_step.score
 
-    def without(output, loss_mask):
-        positions = judged(output, loss_mask)
-        positions = [[] if row % 2 else at for row, at in enumerate(positions)]
-        output["num_items_in_batch"] = torch.tensor(float(sum(map(len, positions))))
-        return positions
+    def without(assigned, rollouts, used, **options):
+        used = [[0] * len(flags) if row % 2 else flags for row, flags in enumerate(used)]
+        return score(assigned, rollouts, used=used, **options)
 
-    masked.judged_positions = without
+    masked.panel_step.score = without
     for made in (mixed, masked):
         torch.manual_seed(0)
         made.train()

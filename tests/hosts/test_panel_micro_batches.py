@@ -5,10 +5,11 @@ import torch
 
 from kd_plugin.monitor.traces import read_rollouts
 from kd_plugin.panel import Correction
+from kd_plugin.panel.batches import ScoredRollouts
 from kd_plugin.panel.roster import Assignment
-from kd_plugin.rollouts.rows import Span
+from kd_plugin.rollouts.responses import Response
+from kd_plugin.rollouts.rows import Rollouts, Span
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
-from kd_plugin.trl.rollouts import micro_batches
 from tests.hosts.runs import Trace, assert_same, losses, prompts, settings
 
 
@@ -68,18 +69,21 @@ def test_the_rows_that_are_saved_are_not_the_longest_ones(tmp_path, student_dir,
 def test_rows_keep_together_what_belongs_to_them():
     torch.manual_seed(0)
     lengths = [4, 9, 4, 1, 9, 6]
-    batch = {
-        "prompt_ids": torch.arange(6).unsqueeze(1),
-        "written": list("abcdef"),
-        "corrections": [Correction((), {}, Assignment(("t",)), Span(2, 2 + length)) for length in lengths],
-        "num_items_in_batch": torch.tensor(33.0),
-        "tool_mask": None,
-    }
-    parts = micro_batches(batch, 3)
-    assert [[one.span.length for one in part["corrections"]] for part in parts] == [[9, 9], [6, 4], [4, 1]]
+    ids = torch.zeros(6, 2 + 9, dtype=torch.int64)
+    ids[:, 2] = torch.arange(6)
+    mask = torch.stack([(torch.arange(11) >= 2) & (torch.arange(11) < 2 + length) for length in lengths]).long()
+    responses = tuple(Response((row,), False, row) for row in range(6))
+    corrections = tuple(Correction((), {}, Assignment(("t",)), Span(2, 2 + length)) for length in lengths)
+    batch = ScoredRollouts(Rollouts(ids, mask, 4, responses), corrections)
+
+    def split():
+        return batch.micro_batches([2, 2, 2], batch.longest_first(torch.randperm(6).tolist()))
+
+    parts = split()
+    assert [[one.span.length for one in part.corrections] for part in parts] == [[9, 9], [6, 4], [4, 1]]
     for part in parts:
-        assert ["abcdef"[int(i)] for i in part["prompt_ids"]] == part["written"]
-        assert [lengths[int(i)] for i in part["prompt_ids"]] == [one.span.length for one in part["corrections"]]
-        assert part["num_items_in_batch"] == 33.0 and part["tool_mask"] is None
-    firsts = {tuple(micro_batches(batch, 3)[0]["written"]) for _ in range(20)}
-    assert firsts == {("b", "e"), ("e", "b")}, "rows of one length are in random order"
+        assert part.input_ids[:, 0].tolist() == [one.number for one in part.responses]
+        assert [lengths[one.number] for one in part.responses] == [one.span.length for one in part.corrections]
+        assert part.starts == (2, 2) and part.attention_mask[:, 0].all()
+    firsts = {tuple(one.number for one in split()[0].responses) for _ in range(20)}
+    assert firsts == {(1, 4), (4, 1)}, "rows of one length are in random order"

@@ -66,19 +66,20 @@ def test_half_of_the_rows_are_the_students(tmp_path, student_dir, teacher_dir, t
     kept = [mine == theirs for mine, theirs in zip(written(trainer), given, strict=True)]
     assert sum(kept) == 4
     trainer.model.eval()
-    assert trainer.begin_rollouts([{}] * 4, [("teacher",)] * 4) is None and trainer._given == [None] * 4
+    assert trainer.panel_step.assign([{}] * 4, 4).given == (None,) * 4
 
 
 def test_a_schedule_moves_from_the_dataset_to_the_student(tmp_path, student_dir, teacher_dir):
     trainer = build(tmp_path, student_dir, teacher_dir, on_policy_fraction={"start": 0, "end": 1, "steps": 4})
     shares = []
-    begin = trainer.begin_rollouts
+    assign = trainer.panel_step.assign
 
-    def spy(rows, judges):
-        begin(rows, judges)
-        shares.append(sum(given is None for given in trainer._given) / len(rows))
+    def spy(rows, rows_at_once):
+        assigned = assign(rows, rows_at_once)
+        shares.append(sum(given is None for given in assigned.given) / len(rows))
+        return assigned
 
-    trainer.begin_rollouts = spy
+    trainer.panel_step.assign = spy
     trainer.train()
     assert shares == [0.0, 0.25, 0.5, 0.75, 1.0]
 
@@ -111,7 +112,7 @@ def test_interleaved_rollouts_are_cut_where_they_repeat_themselves(tmp_path, stu
 
 def test_the_warm_up_fits_the_cache_and_then_the_student_writes(tmp_path, cache, student_dir, teacher_dir):
     trainer = build(tmp_path, student_dir, teacher_dir, warmup_cache=str(cache.path), warmup_cache_steps=2)
-    batch = trainer._warmup.batch(0, 0, 4, micro_steps=1, rank=0, ranks=1)
+    batch = trainer.panel_step.warmup.batch(0, 0, 4, micro_steps=1, rank=0, ranks=1)
     teacher = LocalTeacher(teacher_dir, dtype="float32").model
     with torch.no_grad():
         mine, theirs = (
@@ -217,7 +218,7 @@ def test_autocast_casts_weights_once_for_all_tokens(tmp_path, student_dir, teach
     trainer = build(tmp_path, student_dir, teacher_dir, bf16=True)
     trainer.model.train()
     ids = [[5, 6, 7], [8, 9]]
-    trainer.begin_rollouts([{}, {}], [])
+    trainer._assigned = trainer.panel_step.assign([{}, {}], 2)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         texts = trainer._generate_single_turn(ids, None, {})
     head = list(trainer.model.lm_head.weight.shape)

@@ -103,7 +103,9 @@ class TestSampled:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             logits = engine.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, at - 1 : -1]
         expected = (logits / temperature).log_softmax(-1).gather(-1, batch["completion_ids"].unsqueeze(-1))[..., 0]
-        torch.testing.assert_close(batch["behaviour_logprobs"], expected * batch["completion_mask"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            batch["scored"].behaviour_logprobs, expected * batch["completion_mask"], rtol=0, atol=1e-4
+        )
         trainer.train()
         assert len(losses(trainer)) == 1
 
@@ -113,7 +115,7 @@ class TestSampled:
         several = panel(tmp_path, student_dir, teacher_dir, estimator="sampled", vllm_mode=mode)
         several.vllm_generation.logprobs = 3
         rows = [dict(row) for row in prompts().select(range(ROWS))]
-        found = [t._generate_and_score_completions(list(rows))["behaviour_logprobs"] for t in (one, several)]
+        found = [t._generate_and_score_completions(list(rows))["scored"].behaviour_logprobs for t in (one, several)]
         assert [count for _, count in engine.asked] == [0, 3]
         torch.testing.assert_close(*found, rtol=0, atol=0)
 

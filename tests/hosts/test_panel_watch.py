@@ -126,14 +126,15 @@ def test_saved_rollouts_hold_what_the_loss_used_and_make_a_page(tmp_path, studen
 def test_truncated_completions_leave_the_loss_as_if_their_rows_were_not_there(tmp_path, student_dir, teacher_dir):
     trainer = panel(tmp_path, student_dir, {"t": teacher_dir}, max_steps=1, mask_truncated_completions=True)
     kept, seen = [], {}
-    score = trainer.score_start
+    generate = trainer._generate_and_score_completions
 
-    def spying(output, positions, at_once):
-        seen["written"], seen["items"] = output["written"], float(output["num_items_in_batch"])
-        kept.extend(positions)
-        return score(output, positions, at_once)
+    def spying(inputs):
+        output = generate(inputs)
+        seen["written"], seen["items"] = output["scored"].rollouts.responses, float(output["num_items_in_batch"])
+        kept.extend(list(one.positions) for one in output["scored"].corrections)
+        return output
 
-    trainer.score_start = spying
+    trainer._generate_and_score_completions = spying
     trainer.train()
     assert any(one.truncated for one in seen["written"])
     for one, positions in zip(seen["written"], kept, strict=True):
@@ -152,8 +153,10 @@ def test_a_rollout_that_repeats_itself_is_stopped(tmp_path, student_dir, teacher
     generated = []
     generate = trainer.model.generate
     trainer.model.generate = lambda *a, **k: generated.append(generate(*a, **k)) or generated[-1]
-    score = trainer.score_start
-    trainer.score_start = lambda output, *rest: written.extend(output["written"]) or score(output, *rest)
+    score = trainer.panel_step.score
+    trainer.panel_step.score = lambda assigned, rollouts, **rest: (
+        written.extend(rollouts.responses) or score(assigned, rollouts, **rest)
+    )
     trainer.train()
     assert max(len(one.tokens) for one in written) < 40
     assert max(ids.size(1) for ids in generated) < 200  # it was stopped while it wrote

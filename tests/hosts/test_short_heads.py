@@ -72,7 +72,7 @@ class TestPanel:
                 model(input_ids=ids, attention_mask=mask).logits[:, start - 1 : -1, :LAST][scored]
                 for model in (made.model, made.panel.teachers["t"].model)
             )
-            found, _, count = made._compute_loss(made.model, batch, None)
+            found, _, count = made._compute_loss(made.model, {"batch": batch["scored"].micro_batches([4])[0]}, None)
         expected = divergence_from_logits(q, p, Divergence("forward_kl"), 1.0).mean()
         assert count == scored.sum()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

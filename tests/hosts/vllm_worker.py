@@ -26,7 +26,8 @@ def watched(trainer: TeacherPanelTrainer, found: list) -> None:
 
     def generate(prompt_ids, *args, **kwargs):
         answer = inner(prompt_ids, *args, **kwargs)
-        given = trainer._given if len(trainer._given) == len(prompt_ids) else [None] * len(prompt_ids)
+        given = trainer._assigned.given
+        given = given if len(given) == len(prompt_ids) else [None] * len(prompt_ids)
         own = [row for row, ids in enumerate(given) if ids is None]
         found.append([len(own), sum(answer[row] != trl_vllm.completion(prompt_ids[row]) for row in own)])
         return answer

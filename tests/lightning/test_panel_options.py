@@ -82,7 +82,7 @@ def test_the_student_draws_as_the_loop_of_transformers_does_or_uniformly(tmp_pat
     sampled = {"max_steps": 2, "generation_kwargs": {}}
     ours, _, _ = run(tmp_path / "a", student_dir, teachers, **sampled)
     other, _, _ = run(tmp_path / "b", student_dir, teachers, rollout_draws="uniform", **sampled)
-    monkeypatch.setattr("kd_plugin.lightning.writing.generates_row_by_row", lambda config: False)
+    monkeypatch.setattr("kd_plugin.rollouts.in_process.generates_row_by_row", lambda config: False)
     theirs, _, _ = run(tmp_path / "c", student_dir, teachers, **sampled)
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert other[0] != pytest.approx(ours[0], rel=1e-5), "other tokens of the same distribution"

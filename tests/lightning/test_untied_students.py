@@ -15,6 +15,13 @@ CE = {"ce_weight": 0.3}
 WINDOW = {"accumulate_grad_batches": 2}
 
 
+def block(first, second):
+    """Two teachers, of whom one is compared by its likeliest tokens."""
+    teachers = {"math": {"kind": "local", "model": first}, "code": {"kind": "local", "model": second}}
+    teachers["code"]["estimator"] = "topk_tail"
+    return {"combine": "route", "teachers": teachers}
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory, student_dir, untied_student_dir, teacher_dir, other_teacher_dir, cache):
     """Write some jobs of those below to a file."""
@@ -57,6 +64,10 @@ def jobs(tmp_path_factory, student_dir, untied_student_dir, teacher_dir, other_t
         "panel, accumulated, ce": on_policy(own="plain", trainer=WINDOW, **CE),
         "panel, warm-up": on_policy(**warm),
         "panel, warm-up, ce": on_policy(**warm, **CE),
+        "panel, two caches": on_policy(warmup_cache=f"{cache.path},{cache.path}", warmup_cache_steps=2),
+        "panel, mixed estimators, saved": on_policy(
+            teacher_models=None, panel=block(teacher_dir, other_teacher_dir), save_rollouts=2, trainer=WINDOW
+        ),
         "panel, some ranks without tokens, ce": on_policy(mask_truncated_completions=True, **CE),
     }
 

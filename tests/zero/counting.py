@@ -97,7 +97,7 @@ class LossBytes:
 
         def scored(inputs: Any) -> Any:
             output = score(inputs)
-            signals = [s for c in output["corrections"] for s in c.signals.values()]
+            signals = [s for c in output["scored"].corrections for s in c.signals.values()]
             self.hidden = max(self.hidden, sum(s.hidden.numel() * s.hidden.element_size() for s in signals))
             return output
 
@@ -165,15 +165,15 @@ class Sent:
         """Book what is sent while a context of ``opened`` is entered to ``cause``."""
 
         @contextmanager
-        def booked(*args: Any) -> Iterator[None]:
+        def booked(*args: Any) -> Iterator[Any]:
             context = opened(*args)
             before, self.cause = self.cause, cause
             try:
-                context.__enter__()
+                found = context.__enter__()
             finally:
                 self.cause = before
             try:
-                yield
+                yield found
             finally:
                 context.__exit__(None, None, None)
 
@@ -196,12 +196,12 @@ class Counting:
         self.sent = Sent()
 
     def attach(self, trainer: Any) -> None:
-        from kd_plugin.trl import panel_trainer
+        from kd_plugin.panel import step
 
         self.bytes, self.held = LossBytes(trainer), None
-        self.sent.during(panel_trainer, "score_rows", "teachers")
+        self.sent.during(step, "score_rows", "teachers")
         self.sent.during(trainer, "_generate", "generation")
-        panel_trainer.whole_heads = self.sent.entering(panel_trainer.whole_heads, "teachers")
+        step.gathered_heads = self.sent.entering(step.gathered_heads, "teachers")
         prepare = trainer.accelerator.prepare
 
         def prepared(*args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from kd_plugin import LocalTeacher
-from kd_plugin.sharding.gathering import whole_heads, whole_now
+from kd_plugin.sharding.gathering import gathered_heads
 from kd_plugin.sharding.inference import shard_with_fsdp2, through
 
 # Pinning asks for a GPU
@@ -30,9 +30,9 @@ def main() -> None:
             whole, cut = (LocalTeacher(directory, dtype="float32", name="a") for _ in range(2))
             shard_with_fsdp2(cut.model, reshard_after_forward=True, offload_policy=policy)
             cut.attach(through(cut.model, cut.model))
-            with whole_heads([cut]), torch.no_grad():
-                expected, found = (t.score(ids, torch.ones_like(ids), positions) for t in (whole, cut))
-                logits = [s.hidden @ whole_now(s.head.weight).T for s in (expected, found)]
+            with gathered_heads([whole.head, cut.head]) as heads, torch.no_grad():
+                signals = [t.score(ids, torch.ones_like(ids), positions) for t in (whole, cut)]
+                logits = [s.hidden @ head.weight.T for s, head in zip(signals, heads, strict=True)]
             held = sum(p.to_local().numel() for p in cut.model.parameters())
             report[f"{Path(directory).name} {name}"] = {
                 "apart": (logits[0] - logits[1]).abs().max().item(),

@@ -37,6 +37,41 @@ def test_random_routing_never_hangs(ranks, students, teacher_dir, other_teacher_
 
 
 @pytest.mark.zero
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_open_heads_alike_whatever_their_rows_ask(
+    ranks, untied_student_dir, teacher_dir, other_teacher_dir, cache, tmp_path
+):
+    """Rows that ask teachers of several estimators, of two caches, or of no teacher at all, a row on each rank.
+
+    An untied head, no parameter kept whole, rows saved, two micro-batches a step: the losses are those of one process.
+    """
+    routed = {"method": "panel", "routing": 5, "given": True, "steps": 3, "accumulate": 2, "prompts": 24 * ranks}
+    routed["teachers"] = {"a": teacher_dir, "b": other_teacher_dir}
+    saving = {"save_rollouts": 2}
+    kinds = {
+        "routed": {"arguments": saving},
+        "mixed estimators": {"estimators": {"a": "exact", "b": "topk_tail"}, "arguments": saving},
+        "ranks without rows": {"arguments": {**saving, "mask_truncated_completions": True}},
+        "warm-up": {"arguments": {**saving, "warmup_cache": f"{cache},{cache}", "warmup_cache_steps": 2}},
+    }
+
+    def jobs(name, **how):
+        return {
+            kind: job(untied_student_dir, tmp_path / name / kind, **routed, **how, **more)
+            for kind, more in kinds.items()
+        }
+
+    found = run_all(jobs("sharded", stage=3, rows=1), tmp_path / "sharded job", ranks, timeout=900)
+    whole = run_all(jobs("alone", stage=None, rows=ranks), tmp_path / "job alone", 1, timeout=900)
+    for kind in kinds:
+        first, *others = found[kind]
+        assert len(first["losses"]) == 3
+        assert first["losses"] == pytest.approx(whole[kind][0]["losses"], rel=1e-3), kind
+        assert all(rank["gatherings"] == first["gatherings"] for rank in others), kind
+        assert any(first["gatherings"]), kind
+
+
+@pytest.mark.zero
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("method", ["panel", "offline", "offline, ce"])
 def test_every_stage_gives_the_same_losses(method, lora, students, teacher_dir, other_teacher_dir, cache, tmp_path):

@@ -8,7 +8,10 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,6 +83,8 @@ def teacher(name: str, told: str | dict):
 def build_panel(job: dict, args: dict):
     from datasets import Dataset
 
+    from kd_plugin import TeacherPanel
+    from kd_plugin.panel import Estimator, OwnTerms
     from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
     from tests.hosts.runs import LORA, prompts
 
@@ -93,11 +98,19 @@ def build_panel(job: dict, args: dict):
         args.setdefault("combine", "route")
     else:
         args.setdefault("combine", "weighted_kl")
+    if job.get("given"):  # what the dataset answers, which is the same on any number of ranks
+        columns["completion"] = [f" {'ab' * (i * 7 % 11)}c" for i in range(count)]
+        args |= {"on_policy_fraction": 0.0}
     data: Dataset = prompts(count=count, **columns)
     config = TeacherPanelConfig(max_completion_length=job.get("completion", 8), temperature=1.0, **args)
+    teachers: Any = {name: teacher(name, told) for name, told in job["teachers"].items()}
+    if job.get("estimators"):
+        own = {name: OwnTerms(estimator=Estimator(estimator)) for name, estimator in job["estimators"].items()}
+        teachers = TeacherPanel(teachers, combine=args.pop("combine"), own=own)
+        config = TeacherPanelConfig(max_completion_length=job.get("completion", 8), temperature=1.0, **args)
     return TeacherPanelTrainer(
         model=job["student"],
-        teacher_models={name: teacher(name, told) for name, told in job["teachers"].items()},
+        teacher_models=teachers,
         args=config,
         train_dataset=data,
         peft_config=LORA if job.get("lora") else None,
@@ -161,7 +174,32 @@ def call_tools(trainer, rounds: list[int]) -> None:
     trainer.tools = [print]
 
 
+@contextmanager
+def noting_gatherings() -> Iterator[list[list[int]]]:
+    """Note which sharded parameters are opened by hand, one list a gathering: all ranks must do it alike."""
+    from kd_plugin.sharding import gathering
+
+    found: list[list[int]] = []
+    inner = gathering.gathering
+
+    def noted(parameters):
+        parameters = list(parameters)
+        found.append([p.ds_id for p in parameters if hasattr(p, "ds_id")])
+        return inner(parameters)
+
+    gathering.gathering = noted
+    try:
+        yield found
+    finally:
+        gathering.gathering = inner
+
+
 def train(job: dict, rank: int, counting) -> dict:
+    with noting_gatherings() as gatherings:
+        return {**run_job(job, rank, counting), "gatherings": gatherings}
+
+
+def run_job(job: dict, rank: int, counting) -> dict:
     args = arguments(job, rank)
     trainer = (build_panel if job["method"] == "panel" else build_offline)(job, args)
     if job.get("tool_rounds"):

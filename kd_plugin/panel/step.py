@@ -1,0 +1,397 @@
+"""The on-policy step, whatever the host: assign rows, let the student generate, score, compute the loss, log.
+
+A host calls, for each generation batch::
+
+    assigned = step.assign(rows, rows_at_once)
+    responses = step.respond(assigned, prompts, engine)
+    scored = step.score(assigned, rollouts)
+
+or ``step.roll_out(rows, rows_at_once, engine)`` for all three, and in the student's forward pass over each micro-batch
+of it ``step.loss(hidden, head, micro_batch)``. While ``step.is_warming_up``, ``step.warm_up(...)`` gives micro-batches
+of cached rows instead.
+
+Shape suffixes: B rows, L columns, N scored positions, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from kd_plugin.cache.reader import TeacherCache
+from kd_plugin.divergence.spec import Divergence
+from kd_plugin.panel.anchor import Anchor
+from kd_plugin.panel.batches import MicroBatch, ScoredRollouts
+from kd_plugin.panel.host import Host
+from kd_plugin.panel.interleaving import InterleavedSettings, interleaved_responses
+from kd_plugin.panel.loss import CorrectionLoss, correction_loss
+from kd_plugin.panel.roster import Assignment, TeacherPanel
+from kd_plugin.panel.scoring import score_rows
+from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
+from kd_plugin.rollouts.engine import Propose, RolloutEngine
+from kd_plugin.rollouts.responses import Response, completion_ids, cut_loops, require_prompts, scored_offsets
+from kd_plugin.rollouts.rows import Rollouts, assembled, mixed_seed, on_policy_rows, render
+from kd_plugin.sharding.gathering import gathered_heads, most_of_any_rank
+from kd_plugin.signals import OutputHead
+from kd_plugin.vocab import Vocabulary
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """Rows of a generation batch, before there are responses.
+
+    Attributes:
+        assignments: for each row which teachers score it.
+        given: for each row the dataset's completion, as token ids; None where the student generates.
+        rows_at_once: rows in a teacher's forward pass.
+    """
+
+    assignments: tuple[Assignment, ...]
+    given: tuple[list[int] | None, ...]
+    rows_at_once: int
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of a micro-batch; sums, never means.
+
+    Attributes:
+        loss_sum: scalar with a graph, in nats, the anchor's part included.
+        divergence_sum: of it the divergence from the teachers, detached.
+        entropy_sum: nats, of the student's distribution, detached.
+        tokens: N.
+    """
+
+    loss_sum: Tensor
+    divergence_sum: Tensor
+    entropy_sum: Tensor
+    tokens: int
+
+    def own_mean(self) -> Tensor:
+        """Return the mean loss per token, which stands for the student's own loss where it forms none; no graph."""
+        return self.loss_sum.detach() / max(self.tokens, 1)
+
+
+class Watch(Protocol):
+    """What looks on; :class:`~kd_plugin.monitor.watch.Monitor` is one."""
+
+    @property
+    def clock(self) -> Any:
+        """Entered with a teacher's name around all that it does."""
+        ...
+
+    @property
+    def values_are_read(self) -> bool:
+        """Whether anything reads each teacher's divergence of the present batch."""
+        ...
+
+    def observe(self, responses: Sequence[Response]) -> None:
+        """Look at the responses of a generation batch; a collective call."""
+        ...
+
+    def see(self, batch: MicroBatch, hidden: Tensor, head: OutputHead, tokens: Tensor, loss: CorrectionLoss) -> None:
+        """Look at a micro-batch, whose heads are gathered."""
+        ...
+
+    @property
+    def counted(self) -> bool:
+        """Whether anything was seen since the last log; the same on every rank."""
+        ...
+
+    def read_divergences(
+        self, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[dict[str, float], float | None]:
+        """Return each teacher's divergence and tokens, and the mean loss; a collective call without ``reduce``."""
+        ...
+
+    def read(self) -> dict[str, float]:
+        """Return what else was seen since the last log; a collective call."""
+        ...
+
+
+class PanelStep:
+    """One on-policy step of a student with a panel of teachers.
+
+    Args:
+        host: the trainer.
+        panel: the teachers.
+        settings: of the rollouts and of what watches over them, under the names of ``TeacherPanelConfig``.
+        divergence: for teachers without one of their own.
+        temperature: of generation and of the divergence.
+        vocabulary: of the run.
+        tokenizer: the student's.
+        end_tokens: ids that end a response.
+        pad_token_id: fills up short rows.
+        seed: of the run.
+        monitor: looks on.
+        warmup_caches: teacher caches that the first steps fit offline.
+        anchor: the student's start, whose weighted divergence is added; or None.
+        chat_options: further arguments of ``apply_chat_template``.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        panel: TeacherPanel,
+        settings: Any,
+        *,
+        divergence: Divergence,
+        temperature: float,
+        vocabulary: Vocabulary,
+        tokenizer: Any,
+        end_tokens: Sequence[int],
+        pad_token_id: int,
+        seed: int,
+        monitor: Watch,
+        warmup_caches: Sequence[TeacherCache] = (),
+        anchor: Anchor | None = None,
+        chat_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.host = host
+        self.panel = panel
+        self.settings = settings
+        self.divergence = divergence
+        self.temperature = temperature
+        self.vocabulary = vocabulary
+        self.tokenizer = tokenizer
+        self.end_tokens = tuple(end_tokens)
+        self.pad_token_id = pad_token_id
+        self.seed = seed
+        self.monitor = monitor
+        self.anchor = anchor
+        self.chat_options = chat_options
+        self.warmup: CacheWarmup | None = None
+        if warmup_caches:
+            cut = [cache.within(vocabulary.size) for cache in warmup_caches]
+            self.warmup = CacheWarmup(cut, seed=seed, pad_token_id=pad_token_id)
+            self._warmup_objective = warmup_objective(warmup_caches, settings.warmup_divergence)
+        self._fraction = settings.on_policy_schedule()
+
+    # Warm-up from caches
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether the present optimizer step fits the caches of the warm-up."""
+        return self.warmup is not None and self.host.training and self.host.step < self.settings.warmup_cache_steps
+
+    def warm_up(self, micro_step: int, rows: int, *, micro_steps: int, run: int | None = None) -> WarmupBatch:
+        """Return this rank's micro-batch of cached rows; see :meth:`~kd_plugin.panel.warmup.CacheWarmup.batch`."""
+        assert self.warmup is not None
+        host = self.host
+        batch = self.warmup.batch(
+            host.step, micro_step, rows, micro_steps=micro_steps, run=run, rank=host.rank, ranks=host.ranks
+        )
+        return batch.to(host.device)
+
+    # Rollouts
+
+    def assign(self, rows: Sequence[Mapping[str, Any]], rows_at_once: int, *, draw: int = 0) -> Assigned:
+        """Say which teachers score each row of a generation batch, and which rows the student generates.
+
+        Args:
+            rows: with ``prompt``, what names teachers, and ``completion`` where the dataset fills rows.
+            rows_at_once: rows in a teacher's forward pass.
+            draw: which generation batch of its optimizer step this is.
+
+        Raises:
+            DataError: a row names no teacher of the panel, or has no completion where one is needed.
+        """
+        assignments = tuple(self.panel.assign(row) for row in rows)
+        host, fraction = self.host, self._fraction.at(self.host.step)
+        if not host.training or fraction >= 1.0:
+            return Assigned(assignments, (None,) * len(rows), rows_at_once)
+        rank = mixed_seed(0, 0, host.rank, draw)
+        own = on_policy_rows(len(rows), fraction, seed=self.seed, step=host.step, rank=rank)
+        given = [None if generates else self._completion(row) for generates, row in zip(own, rows, strict=True)]
+        return Assigned(assignments, tuple(given), rows_at_once)
+
+    def roll_out(
+        self, rows: Sequence[Mapping[str, Any]], rows_at_once: int, engine: RolloutEngine, *, draw: int = 0
+    ) -> ScoredRollouts:
+        """Have responses to a generation batch generated and scored, for a host that renders no prompts of its own.
+
+        Args:
+            rows: see :meth:`assign`, like what follows.
+            rows_at_once: see there.
+            engine: lets the student generate.
+            draw: see there.
+        """
+        prompts = render(self.tokenizer, [row["prompt"] for row in rows], self.chat_options)
+        assigned = self.assign(rows, rows_at_once, draw=draw)
+        rollouts = assembled(
+            prompts,
+            self.respond(assigned, prompts, engine),
+            end_tokens=self.end_tokens,
+            pad_token_id=self.pad_token_id,
+            device=self.host.device,
+        )
+        return self.score(assigned, rollouts)
+
+    def respond(self, assigned: Assigned, prompts: Sequence[Sequence[int]], engine: RolloutEngine) -> list[list[int]]:
+        """Return the response to each prompt: the student's own, interleaved with the panel's, or the dataset's.
+
+        Args:
+            assigned: see :meth:`assign`. Where it has another number of rows, as where a tool's result lets some go
+                on, the student generates all.
+            prompts: token ids.
+            engine: lets the student generate.
+
+        Raises:
+            DataError: a prompt without a token, or with one that a head of the run has no row for.
+        """
+        require_prompts(prompts)
+        self.vocabulary.require_rows(prompts, "The prompt of row")
+        given = assigned.given if len(assigned.given) == len(prompts) else (None,) * len(prompts)
+        rows = [row for row, ids in enumerate(given) if ids is None]
+        own = dict(zip(rows, self._generate(assigned, rows, prompts, engine) or [], strict=True))
+        return [own[row] if ids is None else ids for row, ids in enumerate(given)]
+
+    def accompany(self, engine: RolloutEngine) -> bool:
+        """Take part in a generation of other ranks without a row of its own; False where none of them generates."""
+        return self._generate(Assigned((), (), 1), [], [], engine) is not None
+
+    def _generate(
+        self, assigned: Assigned, rows: list[int], prompts: Sequence[Sequence[int]], engine: RolloutEngine
+    ) -> list[list[int]] | None:
+        """Let the student generate for some rows; None if no rank that generates with this one has any."""
+        host, settings = self.host, self.settings
+        interleaved = settings.rollouts == "interleaved" and host.training
+        together = host.ranks > 1 and (engine.together or interleaved)
+        if not (most_of_any_rank([len(rows)], host.device)[0] if together else len(rows)):
+            return None
+        chosen = [list(prompts[row]) for row in rows]
+        if not rows and (interleaved or not engine.takes_nothing):
+            chosen = [list(ids) for ids in prompts[:1]] or [[self.pad_token_id]]  # what follows it is not used
+        if interleaved:
+            with engine.proposing() as propose:
+                found = self._interleaved([assigned.assignments[row] for row in rows or [0]], chosen, assigned, propose)
+        else:
+            found = engine.generate(chosen)
+        found = found[: len(rows)]
+        if settings.repetition_stop:  # exactly where it says, also what an engine generated that was not stopped
+            found, looping = cut_loops(found, settings.repetition_stop)
+            host.note({"rollouts/looping": looping})
+        return found
+
+    def _interleaved(
+        self, assignments: Sequence[Assignment], prompts: list[list[int]], assigned: Assigned, propose: Propose
+    ) -> list[list[int]]:
+        settings, host = self.settings, self.host
+        responses, replaced = interleaved_responses(
+            self.panel,
+            assignments,
+            prompts,
+            propose,
+            InterleavedSettings(
+                max_new_tokens=settings.max_completion_length,
+                block=settings.interleaved_block,
+                top_k=settings.interleaved_top_k,
+                end_tokens=self.end_tokens,
+                pad_token_id=self.pad_token_id,
+                rows_at_once=assigned.rows_at_once,
+            ),
+            vocabulary=self.vocabulary,
+            device=host.device,
+            step=host.step,
+            seed=self.seed,
+            rank=host.rank,
+        )
+        host.note({"rollouts/replaced": replaced})
+        return responses
+
+    def _completion(self, row: Mapping[str, Any]) -> list[int]:
+        return completion_ids(
+            self.tokenizer,
+            row,
+            end_tokens=self.end_tokens,
+            max_length=self.settings.max_completion_length,
+            chat_options=self.chat_options,
+        )
+
+    # Scores and loss
+
+    def score(
+        self,
+        assigned: Assigned,
+        rollouts: Rollouts,
+        *,
+        used: Sequence[Sequence[int]] | None = None,
+        counted: int | None = None,
+        behaviour_logprobs: Tensor | None = None,
+    ) -> ScoredRollouts:
+        """Have the panel, and the student's start where it is anchored, score a generation batch.
+
+        Args:
+            assigned: see :meth:`assign`.
+            rollouts: its prompts and responses.
+            used: B rows of flags, 1 for response tokens that count; left out, all do.
+            counted: rows from the first on that count; left out, all do. Rows beyond only fill up an evaluation.
+            behaviour_logprobs: (B, C) nats of the response tokens where they were drawn, if by another engine.
+        """
+        responses = rollouts.responses
+        flags = [[1] * len(one.tokens) for one in responses] if used is None else used
+        offsets = scored_offsets(flags, responses, mask_truncated=self.settings.mask_truncated_completions)
+        if counted is not None:
+            offsets = [at if row < counted else [] for row, at in enumerate(offsets)]
+        if self.host.training or self.host.is_logged:
+            self.monitor.observe(responses)
+        given = rollouts.input_ids, rollouts.attention_mask, rollouts.completion_start, offsets, assigned.rows_at_once
+        corrections = score_rows(
+            self.panel, assigned.assignments, *given, clock=self.monitor.clock, vocabulary=self.vocabulary
+        )
+        anchor = () if self.anchor is None else tuple(self.anchor.score(*given))
+        return ScoredRollouts(rollouts, tuple(corrections), anchor, behaviour_logprobs)
+
+    def loss(self, hidden: Tensor, head: OutputHead, batch: MicroBatch | WarmupBatch) -> StepLoss:
+        """Return the loss of a micro-batch; call it in the student's forward pass, on all ranks together.
+
+        All output heads are gathered first, the student's and those of sharded teachers, in one order on every rank:
+        what follows depends on the rows that this rank holds, and gathers nothing.
+
+        Args:
+            hidden: (B, L, H) last hidden states of the student, of at least those columns that predict a token.
+            head: its output head, cut to the vocabulary; may be sharded.
+            batch: what the student's forward pass was over.
+        """
+        sharded = {} if isinstance(batch, WarmupBatch) else self.panel.sharded_heads()
+        with gathered_heads([head, *sharded.values()]) as (student, *teachers):
+            hidden = hidden.to(student.weight.device)
+            if isinstance(batch, WarmupBatch):
+                loss_sum, entropy, count = warmup_loss(self._warmup_objective, hidden, student, batch.targets)
+                return StepLoss(loss_sum, loss_sum.detach(), entropy, count)
+            return self._loss(hidden, student, batch.with_heads(dict(zip(sharded, teachers, strict=True))))
+
+    def _loss(self, hidden: Tensor, head: OutputHead, batch: MicroBatch) -> StepLoss:
+        positions = batch.predicted_at(hidden.shape[1]).to(hidden.device)
+        scored = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
+        tokens = batch.scored_tokens().to(hidden.device)
+        behaviour = batch.behaviour_logprobs
+        found = correction_loss(
+            self.panel,
+            batch.corrections,
+            scored,
+            head,
+            tokens,
+            divergence=self.divergence,
+            temperature=self.temperature,
+            step=self.host.step,
+            values=self.monitor.values_are_read,
+            behaviour_logprobs=None if behaviour is None else behaviour.to(hidden.device),
+        )
+        self.monitor.see(batch, scored, head, tokens, found)
+        total = found.loss_sum
+        if self.anchor is not None:
+            total = total + self.anchor.loss(batch.anchor, scored, head, tokens, training=self.host.training)
+        return StepLoss(total, found.loss_sum.detach(), found.entropy.sum(), len(tokens))
+
+    def read(self) -> dict[str, float]:
+        """Return what was seen since the last log, but for each teacher's divergence; a collective call."""
+        found = self.monitor.read()
+        if self.anchor is not None:
+            found["divergence/start"] = self.anchor.read(
+                self.host.sum_over_ranks, self.host.device, training=self.host.training
+            )
+        return found

@@ -1,0 +1,167 @@
+"""The student generates in this process, through transformers, as a seed alone decides."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteriaList
+
+from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_tokens
+from kd_plugin.rollouts.engine import Propose
+from kd_plugin.rollouts.responses import StopLoops, until_end
+from kd_plugin.rollouts.rows import left_padded
+from kd_plugin.sharding.inference import through
+from kd_plugin.vocab import Vocabulary
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the student generates; the names are TRL's.
+
+    Attributes:
+        max_completion_length: tokens of a response.
+        temperature: 0 takes the likeliest token.
+        top_p: nucleus.
+        top_k: 0 for no limit.
+        min_p: smallest share of the likeliest token's probability; None for no limit.
+        repetition_penalty: 1 for none.
+        generation_kwargs: further arguments of ``generate``.
+        draws: how a token is drawn, see :func:`kd_plugin.rollouts.decoding.decode`.
+    """
+
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    draws: str = "multinomial"
+
+    @classmethod
+    def of(cls, settings: Any) -> Sampling:
+        """Return how the student generates by the settings of a panel, which have the same names."""
+        further = {"cache_implementation": settings.cache_implementation} if settings.cache_implementation else {}
+        return cls(
+            settings.max_completion_length,
+            settings.temperature,
+            settings.top_p,
+            settings.top_k,
+            settings.min_p,
+            settings.repetition_penalty,
+            {**further, **(settings.generation_kwargs or {})},
+            settings.rollout_draws,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of ``generate``."""
+        sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        greedy = dict.fromkeys(sampled)
+        return {
+            "max_new_tokens": self.max_completion_length,
+            "do_sample": self.temperature > 0,
+            **(sampled if self.temperature > 0 else greedy),
+            "repetition_penalty": self.repetition_penalty,
+            **self.generation_kwargs,
+        }
+
+
+class InProcessEngine:
+    """A :class:`~kd_plugin.rollouts.engine.RolloutEngine` over transformers' ``generate``.
+
+    The random state outside is left alone, so that a resumed run generates what an undisturbed one does.
+
+    Args:
+        model: the student: a transformers model, PEFT-wrapped or not.
+        tokenizer: its tokenizer.
+        sampling: how it generates.
+        device: where the student computes.
+        seed: decides all that is drawn.
+        vocabulary: tokens that may be generated; None for all rows of the head.
+        together: whether weights are sharded, so that each rank generates until all are done.
+        around: FSDP2 units around the student, the innermost first: ``generate`` runs past what they gather.
+        repeats: end responses in which a sequence comes so many times in a row; 0 is off. The loop's tail is left on.
+    """
+
+    takes_nothing = False
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        sampling: Sampling,
+        *,
+        device: torch.device,
+        seed: int,
+        vocabulary: Vocabulary | None = None,
+        together: bool = False,
+        around: Sequence[nn.Module] = (),
+        repeats: int = 0,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.device = device
+        self.seed = seed
+        self.vocabulary = vocabulary
+        self.together = together
+        self.around = around
+        self.repeats = repeats
+
+    def generate(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return a response to each of B prompts: token ids up to and with the first end token."""
+        ids, mask = left_padded(prompts, pad_token(self.tokenizer))
+        width = ids.shape[1]
+        loops = {"stopping_criteria": StoppingCriteriaList([StopLoops(width, self.repeats)])} if self.repeats else {}
+        with self._ready():
+            generated = self._generate(ids, mask, **loops)
+        return [until_end(row, [self.tokenizer.eos_token_id]) for row in generated[:, width:].tolist()]
+
+    @contextmanager
+    def proposing(self) -> Iterator[Propose]:
+        """Yield what has the student propose tokens."""
+        with self._ready():
+            yield lambda ids, mask, count: self._generate(ids, mask, max_new_tokens=count)
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        devices = [self.device] if self.device.type == "cuda" else []
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+                torch.manual_seed(self.seed)
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def _generate(self, ids: Tensor, mask: Tensor, **further: Any) -> Tensor:
+        """Return (B, P + C) prompts and what follows them; ``further`` arguments stand above those of the sampling."""
+        arguments = {**self.sampling.arguments(), **further}
+        config = copy.deepcopy(self.model.generation_config)
+        config.update(**arguments)
+        if not self.together and generates_row_by_row(config):
+            arguments = {"custom_generate": decode_with(self.sampling.draws), **arguments}
+        if self.vocabulary is not None:
+            arguments = {**real_tokens(self.model, self.vocabulary), **arguments}
+        generate = functools.partial(self.model.generate, synced_gpus=self.together, use_cache=True, **arguments)
+        for unit in self.around:
+            generate = functools.partial(through(unit, unit), generate)
+        return generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            pad_token_id=pad_token(self.tokenizer),
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+
+
+def pad_token(tokenizer: Any) -> int:
+    """Return what fills up short rows."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)

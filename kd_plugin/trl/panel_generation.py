@@ -1,0 +1,185 @@
+"""How the student of a TRL trainer generates: by TRL, with our decoding loop, under ZeRO-3, or through vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import logging
+from trl.models import unwrap_model_for_generation
+
+from kd_plugin.panel import TeacherPanel
+from kd_plugin.panel.sampling import completed, draw_settings, own_generation_config, require_whole_distribution
+from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_tokens
+from kd_plugin.rollouts.engine import Propose
+from kd_plugin.rollouts.responses import StopLoops
+from kd_plugin.sharding.gathering import most_of_any_rank
+from kd_plugin.sharding.generation import Progress, free_bytes, missing_bytes, slow_notice
+from kd_plugin.trl.vllm_generation import ranks_together
+from kd_plugin.vocab import Vocabulary
+
+logger = logging.get_logger(__name__)
+
+
+class TRLEngine:
+    """``DistillationTrainer``'s generation as :class:`~kd_plugin.rollouts.engine.RolloutEngine`.
+
+    Args:
+        trainer: whose student generates.
+        vocabulary: of the run.
+    """
+
+    def __init__(self, trainer: Any, vocabulary: Vocabulary) -> None:
+        self.trainer = trainer
+        self.vocabulary = vocabulary
+        self.turn: Callable[[list[list[int]]], list[list[int]]]  # TRL's own generation of one turn
+        self._fits: bool | None = None
+
+    @property
+    def together(self) -> bool:
+        """Whether ranks generate, or take the weights to what generates, by calls that all of them must make."""
+        trainer = self.trainer
+        if trainer.accelerator.num_processes == 1:
+            return False
+        return (self.takes_nothing and ranks_together(trainer.vllm_generation)[0] > 1) or self._is_sharded
+
+    @property
+    def takes_nothing(self) -> bool:
+        """Whether it may be called without a prompt."""
+        return self.trainer.use_vllm
+
+    def generate(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return a response to each prompt."""
+        trainer, repeats = self.trainer, self.trainer.args.repetition_stop
+        model, options = self._model, {}
+        if repeats:
+            longest, multiple = max(map(len, prompts), default=0), trainer.pad_to_multiple_of or 1
+            stop = StopLoops(-(-longest // multiple) * multiple, repeats)
+            options = {"stopping_criteria": StoppingCriteriaList([stop])}
+        with self._decoding(), generating(model, **options):  # TRL passes no criteria to it (1.16)
+            return self.turn([list(ids) for ids in prompts])
+
+    @contextmanager
+    def proposing(self) -> Iterator[Propose]:
+        """Hold the student's weights ready, and yield what has it propose tokens."""
+        trainer = self.trainer
+        with (
+            self._decoding(),
+            unwrap_model_for_generation(
+                trainer.model_wrapped,
+                trainer.accelerator,
+                gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+                generation_kwargs=trainer.generation_kwargs,
+                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+            ) as student,
+            torch.no_grad(),
+            trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+        ):
+            yield lambda ids, mask, count: student.generate(
+                input_ids=ids, attention_mask=mask, generation_config=trainer.generation_config, max_new_tokens=count
+            )
+
+    @property
+    def _model(self) -> Any:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Let transformers generate with our loop, and cast weights for autocast once instead of for each token."""
+        trainer = self.trainer
+        if trainer.use_vllm:
+            yield
+            return
+        model = self._model
+        together = (
+            self._is_sharded and trainer.accelerator.num_processes > 1
+        )  # each token waits for other ranks' shards
+        options: dict[str, Any] = dict(real_tokens(model, self.vocabulary))
+        if not together and generates_row_by_row(trainer.generation_config):
+            options["custom_generate"] = decode_with(trainer.args.rollout_draws)
+        with trainer.accelerator.autocast(), self._gathered_where_they_fit(model), generating(model, **options):
+            yield
+
+    @contextmanager
+    def _gathered_where_they_fit(self, model: Any) -> Iterator[None]:
+        """Under ZeRO-3 gather the weights for generation if they fit, and else say that it will be slow.
+
+        A collective call the first time.
+        """
+        trainer = self.trainer
+        plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+        if plugin is None or plugin.zero_stage != 3:
+            yield
+            return
+        if self._fits is None:
+            self._decide(model)
+        if trainer.args.ds3_gather_for_generation:
+            yield
+            return
+        progress = Progress(trainer.args.max_completion_length, says=trainer.accelerator.is_main_process)
+        with generating(model, stopping_criteria=StoppingCriteriaList([progress])):
+            yield
+
+    def _decide(self, model: Any) -> None:
+        """Look once whether gathered weights fit on every rank; all ranks must do the same."""
+        accelerator, args = self.trainer.accelerator, self.trainer.args
+        free = free_bytes(accelerator.device)
+        too_large = free is not None and missing_bytes(model) > free
+        self._fits = most_of_any_rank([int(too_large)], accelerator.device) == [0]
+        if args.ds3_gather_for_generation and not self._fits:
+            args.ds3_gather_for_generation = False
+        if not args.ds3_gather_for_generation and accelerator.is_main_process:
+            logger.warning(slow_notice(model, accelerator.num_processes, fits=self._fits))
+
+
+@contextmanager
+def generating(model: Any, **options: Any) -> Iterator[None]:
+    """Have ``model.generate`` called with further arguments inside the block, which TRL's trainer does not let one say.
+
+    Blocks may stand in one another; their ``stopping_criteria`` add up.
+    """
+    generate, before = model.generate, vars(model).get("generate")
+
+    def called(*args: Any, **own: Any) -> Any:
+        both = [*(options.get("stopping_criteria") or ()), *(own.get("stopping_criteria") or ())]
+        criteria = {"stopping_criteria": StoppingCriteriaList(both)} if both else {}
+        return generate(*args, **{**options, **own, **criteria})
+
+    model.generate = called
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.generate
+        else:
+            model.generate = before
+
+
+def require_draws(
+    panel: TeacherPanel, args: Any, model: PreTrainedModel | str, config: GenerationConfig | None = None
+) -> None:
+    """Refuse a student whose own generation configuration biases the sampled estimator.
+
+    Args:
+        panel: the teachers, and how they are estimated.
+        args: the trainer's settings.
+        model: the student, or where it is.
+        config: of the trainer, once there is one; TRL 1.16 adds to it what a processor needs.
+
+    Raises:
+        ConfigError: tokens would not be drawn from the student's whole distribution.
+    """
+    if args.use_vllm:
+        return  # it is told every setting, and takes nothing from the checkpoint
+    given = {"do_sample": True, "cache_implementation": args.cache_implementation, **draw_settings(args)}
+    own = own_generation_config(model, (args.model_init_kwargs or {}).get("revision"))
+    whole = completed(GenerationConfig(**given) if config is None else config, own)
+    require_whole_distribution(panel, whole, args.temperature, given)

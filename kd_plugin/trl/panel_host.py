@@ -1,0 +1,211 @@
+"""What the panel's step asks of a transformers trainer: its state, its checkpoints, its devices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from kd_plugin.errors import ConfigError
+from kd_plugin.monitor.alarm import lower_learning_rate
+from kd_plugin.panel import TeacherPanel
+from kd_plugin.panel.identity import ResumeState, read_identity, write_identity
+from kd_plugin.sharding.inference import shard_for_inference, shard_with_fsdp2
+from kd_plugin.teachers.placing import Placement, place
+from kd_plugin.vocab import Vocabulary
+
+logger = logging.get_logger(__name__)
+ALARM_STATE = "alarm.json"
+
+
+class TrainerHost:
+    """A transformers trainer as :class:`~kd_plugin.panel.host.Host`.
+
+    Args:
+        trainer: the trainer.
+        metrics: under ``train`` and ``eval`` lists of values by name, which the trainer averages when it logs.
+    """
+
+    def __init__(self, trainer: Any, metrics: Mapping[str, MutableMapping[str, list[float]]]) -> None:
+        self.trainer = trainer
+        self.metrics = metrics
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student computes."""
+        return self.trainer.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return self.trainer.accelerator.process_index
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes."""
+        return self.trainer.accelerator.num_processes
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+        return self.trainer.state.global_step
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is in training mode."""
+        return self.trainer.model.training
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether the optimizer step that is being made will be logged; evaluations always are."""
+        if not self.training:
+            return True
+        step, args, state = self.step + 1, self.trainer.args, self.trainer.state
+        by_step = args.logging_strategy == "steps" and step % max(state.logging_steps, 1) == 0
+        return by_step or (step == 1 and args.logging_first_step) or 0 < state.max_steps <= step
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Add up a tensor of each rank."""
+        return self.trainer.accelerator.reduce(values, reduction="sum")
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Keep values until the next log."""
+        for name, value in metrics.items():
+            self.metrics["train" if self.training else "eval"].setdefault(name, []).append(value)
+
+    def stop(self) -> None:
+        """Save, and end training."""
+        self.trainer.control.should_training_stop = self.trainer.control.should_save = True
+
+    def lower_learning_rate(self, factor: float) -> None:
+        """Multiply the learning rate, and its schedule's base."""
+        scheduler: Any = getattr(self.trainer.lr_scheduler, "scheduler", self.trainer.lr_scheduler)
+        lower_learning_rate(self.trainer.optimizer, scheduler, factor)
+
+
+class PanelStateCallback(TrainerCallback):
+    """Writes ``panel.json``, and with an alarm ``alarm.json``, into every checkpoint."""
+
+    def __init__(self, resume: ResumeState) -> None:
+        self._resume = resume
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write them, on the process that writes checkpoints."""
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if not (state.is_world_process_zero and checkpoint.is_dir()):
+            return
+        kept = self._resume.state_dict()
+        write_identity(checkpoint, kept["panel"])
+        if kept["alarm"] is not None:
+            (checkpoint / ALARM_STATE).write_text(json.dumps(kept["alarm"]))
+
+
+def resume_panel(resume: ResumeState, checkpoint: str, *, allowed: bool) -> list[str]:
+    """Go on from a checkpoint, and return what changed of the panel since, one sentence each.
+
+    Args:
+        resume: of the present run.
+        checkpoint: its directory.
+        allowed: take another panel.
+
+    Raises:
+        ConfigError: something changed, and that is not allowed.
+    """
+    alarm = Path(checkpoint, ALARM_STATE)
+    kept = {"panel": None, "alarm": json.loads(alarm.read_text()) if alarm.is_file() else None}
+    try:
+        kept["panel"] = read_identity(checkpoint)
+    except ConfigError as error:
+        if not allowed:
+            raise
+        logger.warning(str(error))
+    if kept["panel"] is None:
+        logger.warning(f"{checkpoint} does not say which panel it was trained under, so it cannot be compared.")
+    changed = resume.load_state_dict(kept, checkpoint, allowed=allowed)
+    for change in changed:
+        logger.warning(f"The panel changed since {checkpoint}: {change}.")
+    return changed
+
+
+def save_what_was_learned(trainer: Trainer) -> None:
+    """Save a checkpoint of the last finished step, unless there is one; for a run that a server's death ends.
+
+    Under DeepSpeed and FSDP saving takes all ranks, and only some may know of the failure, so nothing is saved there.
+    """
+    args, step = trainer.args, trainer.state.global_step
+    if step == 0 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or not args.should_save:
+        return
+    checkpoint = Path(args.output_dir, f"checkpoint-{step}")
+    if not checkpoint.is_dir():
+        trainer._save_checkpoint(trainer.model_wrapped, None)
+        trainer.callback_handler.on_save(args, trainer.state, trainer.control)
+    logger.error(
+        f"A teacher's server is gone. What was learned in {step} steps is in {checkpoint}; once the server is back, go "
+        "on with trainer.train(resume_from_checkpoint=True)."
+    )
+
+
+def last_hidden_states(student: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return (B, L, H) what the student's backbone makes of (B, L) tokens; call it inside the student's forward pass.
+
+    Args:
+        student: unwrapped; of a PEFT model the base is run, with its adapter.
+        input_ids: (B, L).
+        attention_mask: (B, L).
+    """
+    model: PreTrainedModel = student.get_base_model() if hasattr(student, "get_base_model") else student
+    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def place_teachers(trainer: Any, panel: TeacherPanel, vocabulary: Vocabulary) -> None:
+    """Load the teachers that run in this process, and place them; see :func:`~kd_plugin.teachers.placing.place`.
+
+    Under ZeRO-3, and with ``shard_teachers`` under ZeRO-1 and 2, each teacher is sharded over the ranks; under FSDP2
+    likewise. Elsewhere each rank has a replica.
+
+    Args:
+        trainer: for its accelerator, its arguments and its student.
+        panel: the teachers.
+        vocabulary: of the student.
+
+    Raises:
+        ConfigError: a placement that cannot be.
+    """
+    accelerator = trainer.accelerator
+    zero3 = trainer.is_deepspeed_enabled and accelerator.state.deepspeed_plugin.zero_stage == 3
+    shards = zero3 or (trainer.is_deepspeed_enabled and trainer.args.shard_teachers)
+
+    def wrap(model: nn.Module) -> nn.Module:
+        if shards:
+            return shard_for_inference(model, accelerator.state.deepspeed_plugin.deepspeed_config)
+        if trainer.is_deepspeed_enabled:
+            from trl.models import prepare_deepspeed
+
+            return prepare_deepspeed(model, accelerator)
+        if accelerator.is_fsdp2:
+            return shard_with_fsdp2(model, reshard_after_forward=True, **_fsdp2_options(accelerator))
+        return accelerator.prepare_model(model, evaluation_mode=True)
+
+    student = accelerator.unwrap_model(trainer.model)
+    place(
+        panel.teachers.values(),
+        Placement(student, vocabulary, accelerator.device, wrap, shards_move=shards, student_is_sharded_later=zero3),
+    )
+
+
+def _fsdp2_options(accelerator: Any) -> dict[str, Any]:
+    """Return how accelerate shards the student, for a teacher to be sharded alike."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin, mesh = accelerator.state.fsdp_plugin, getattr(accelerator, "torch_device_mesh", None)
+    return {
+        "mesh": None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        "offload_policy": plugin.cpu_offload,
+    }
