@@ -103,3 +103,19 @@ def refuse_router_loss(config: Any, reason: str) -> None:
             f"The student's configuration has output_router_logits=True, which asks for a router loss. {reason} Set it "
             "to False, in model_init_kwargs or the model's config, to train without it."
         )
+
+
+def refuse_label_smoothing(args: Any) -> None:
+    """Refuse labels that are smoothed, where a teacher's distribution stands in their place.
+
+    Args:
+        args: transformers' ``TrainingArguments``.
+
+    Raises:
+        ConfigError: ``label_smoothing_factor`` is set.
+    """
+    if args.label_smoothing_factor:
+        raise ConfigError(
+            "label_smoothing_factor smooths one-hot labels; offline KD has the teacher's distribution in their "
+            "place. Set it to 0."
+        )

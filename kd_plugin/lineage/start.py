@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_plugin.errors import ConfigError
 from kd_plugin.lineage.carried import carried_by
+from kd_plugin.lineage.record import load_record
 from kd_plugin.lineage.run import RunLineage
 from kd_plugin.lineage.sources import Source
 
@@ -66,6 +68,26 @@ def start_run(
     )
     run.require_trainable()
     return run
+
+
+def refuse_another_run(output_dir: str | Path) -> None:
+    """Refuse to start afresh in a directory that holds checkpoints, so that none is overwritten.
+
+    Raises:
+        ConfigError: names the run that is there, and the ways out.
+    """
+    checkpoints = sorted(Path(output_dir).glob("checkpoint-*")) if Path(output_dir).is_dir() else []
+    if not checkpoints:
+        return
+    marker = next((c for c in checkpoints if (c / "lineage.json").is_file()), None)
+    whose = "another run"
+    if marker is not None:
+        whose = f"run {load_record(marker)['run']['id']}"
+    raise ConfigError(
+        f"{output_dir} already holds {len(checkpoints)} checkpoint(s) of {whose}, such as {checkpoints[-1].name}. "
+        "Go on with it by trainer.train(resume_from_checkpoint=True), or choose another output_dir; nothing was "
+        "changed."
+    )
 
 
 def gate_servers(run: RunLineage, teachers: Iterable[Any]) -> None:

@@ -3,7 +3,7 @@
 Everything here that leans on TRL's internals stays small; ``tests/contract`` names the signatures it relies on.
 """
 
-from kd_plugin.trl.lineage_callback import LicenseLineageCallback
+from kd_plugin.lineage.trainer_callback import LicenseLineageCallback
 from kd_plugin.trl.offline_config import OfflineKDConfig
 from kd_plugin.trl.offline_trainer import OfflineKDTrainer
 from kd_plugin.trl.panel_config import TeacherPanelConfig

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from trl import SFTConfig
 
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
+from kd_plugin.limits import refuse_label_smoothing
 from kd_plugin.lineage.config import LineageSettings
 from kd_plugin.settings import mappings, mutable, part_of
+
+
+def require_sft_loss(args: SFTConfig) -> None:
+    """Refuse what makes ``SFTTrainer`` (1.16) form another loss than the sum that the student's head returns.
+
+    Raises:
+        ConfigError: the targets would not be used, or not as they are.
+    """
+    if args.loss_type != "nll":
+        raise ConfigError(
+            f"loss_type is {args.loss_type!r}; offline KD replaces the loss, so leave it at its default, 'nll'."
+        )
+    refuse_label_smoothing(args)
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        raise ConfigError(
+            "dataset_kwargs has skip_prepare_dataset=True, so rows would not be joined to their targets. Leave it "
+            "out: rows that are tokenized are not tokenized again."
+        )
 
 
 @dataclass
@@ -39,38 +58,8 @@ class OfflineKDConfig(mutable(OfflineSettings), mutable(LineageSettings), SFTCon
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_targets_used()
-        if self.label_smoothing_factor:
-            raise ConfigError(
-                "label_smoothing_factor smooths one-hot labels; offline KD has the teacher's distribution in their "
-                "place. Set it to 0."
-            )
+        require_sft_loss(self)
         self.settings()
-
-    def require_targets_used(self, own_loss: Any = None) -> None:
-        """Refuse what makes ``SFTTrainer`` (1.16) form another loss than the sum that the student's head returns.
-
-        Args:
-            own_loss: a function that forms the loss from logits, or None.
-
-        Raises:
-            ConfigError: the targets would not be used, or not as they are.
-        """
-        if own_loss is not None:
-            raise ConfigError(
-                "compute_loss_func (or a label smoother) forms the loss from logits, so the teacher's targets would "
-                "not be used. Leave it out: kd_weight and ce_weight mix distillation and cross-entropy. For another "
-                "loss use TRL's SFTTrainer."
-            )
-        if self.loss_type != "nll":
-            raise ConfigError(
-                f"loss_type is {self.loss_type!r}; offline KD replaces the loss, so leave it at its default, 'nll'."
-            )
-        if (self.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            raise ConfigError(
-                "dataset_kwargs has skip_prepare_dataset=True, so rows would not be joined to their targets. Leave it "
-                "out: rows that are tokenized are not tokenized again."
-            )
 
     def settings(self) -> OfflineSettings:
         """Return how the targets are fitted, as it is now, for the rooms that know no host.

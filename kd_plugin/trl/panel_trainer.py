@@ -19,6 +19,7 @@ from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.limits import refuse_images, refuse_prompt_learning, refuse_router_loss
 from kd_plugin.lineage.data import dataset_sources
 from kd_plugin.lineage.start import gate_servers, student_source
+from kd_plugin.lineage.trainer_callback import declared_lineage, lineage_callback, with_lineage
 from kd_plugin.models import output_rows
 from kd_plugin.monitor.alarm import LengthAlarm
 from kd_plugin.monitor.watch import watched_step
@@ -39,8 +40,16 @@ from kd_plugin.rollouts.responses import as_responses
 from kd_plugin.rollouts.rows import Rollouts
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import Teacher
-from kd_plugin.trl.evaluation import TokenMeanMixin
-from kd_plugin.trl.lineage_callback import LineageSavingMixin, declared_lineage, lineage_callback, with_lineage
+from kd_plugin.transformers.evaluation import TokenMeanMixin
+from kd_plugin.transformers.saving import LineageSavingMixin
+from kd_plugin.transformers.start import (
+    load_vocabulary,
+    named_datasets,
+    require_launchable,
+    resumed_checkpoint,
+    start_lineage,
+    student_config,
+)
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_generation import TRLEngine, require_draws
 from kd_plugin.trl.panel_host import (
@@ -51,18 +60,11 @@ from kd_plugin.trl.panel_host import (
     resume_panel,
     save_what_was_learned,
 )
-from kd_plugin.trl.start import (
-    load_vocabulary,
-    named_datasets,
-    require_launchable,
-    resumed_checkpoint,
-    start_lineage,
-    student_config,
-)
+from kd_plugin.trl.upstream import TrlMetricsMixin
 from kd_plugin.trl.vllm_generation import ask_for_logprobs, padded, recorded, share_evenly
 
 
-class TeacherPanelTrainer(LineageSavingMixin, TokenMeanMixin, DistillationTrainer):
+class TeacherPanelTrainer(TrlMetricsMixin, LineageSavingMixin, TokenMeanMixin, DistillationTrainer):
     """``DistillationTrainer`` with several teachers, a fused loss, and lineage in every checkpoint.
 
     The student generates responses; each row is scored by the teachers of the panel that its ``teacher_id`` names;

@@ -10,13 +10,15 @@ import pytest
 import kd_plugin
 
 PACKAGE = Path(kd_plugin.__file__).parent
-HOSTS = ("kd_plugin.trl", "kd_plugin.lightning")
+HOSTS = ("kd_plugin.trl", "kd_plugin.lightning", "kd_plugin.transformers")
 TRAINERS = ("trl", "lightning", "pytorch_lightning")
 # What each layer may not import, not even inside a function. `cli` and `demo` may import everything.
 FORBIDDEN = {
     "core": (*HOSTS, "kd_plugin.cli", "kd_plugin.demo", *TRAINERS),
+    "transformers": (*HOSTS[:2], "kd_plugin.cli", "kd_plugin.demo", *TRAINERS),
+    # TRL's trainers are transformers trainers, so this host stands on that one
     "trl": ("kd_plugin.lightning", "kd_plugin.cli", "kd_plugin.demo", "lightning", "pytorch_lightning"),
-    "lightning": ("kd_plugin.trl", "kd_plugin.cli", "kd_plugin.demo", "trl"),
+    "lightning": ("kd_plugin.trl", "kd_plugin.transformers", "kd_plugin.cli", "kd_plugin.demo", "trl"),
     "cli": (),
     "demo": (),
 }
@@ -65,6 +67,10 @@ def test_no_file_breaks_an_arrow(path):
         ("core", "from kd_plugin.cli.main import main", {"kd_plugin.cli.main", "kd_plugin.cli.main.main"}),
         ("trl", "import lightning.pytorch", {"lightning.pytorch"}),
         ("lightning", "from trl import SFTTrainer", {"trl", "trl.SFTTrainer"}),
+        ("transformers", "from kd_plugin.trl.start import x", {"kd_plugin.trl.start", "kd_plugin.trl.start.x"}),
+        ("lightning", "import kd_plugin.transformers", {"kd_plugin.transformers"}),
+        ("trl", "import kd_plugin.transformers.offline", set()),
+        ("core", "import transformers", set()),
         ("core", "import trlx", set()),
         ("trl", "from trl import SFTTrainer", set()),
         ("cli", "from kd_plugin.trl import OfflineKDTrainer", set()),

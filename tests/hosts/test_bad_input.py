@@ -228,7 +228,7 @@ def test_another_chat_template_is_warned_of_and_its_rows_are_not_found(tmp_path,
 def test_rows_longer_than_max_length_are_counted(shape, tmp_path, student_dir, teacher_dir, caplog):
     rows = Dataset.from_list([{"prompt": "a?", "completion": " b" * length} for length in (2, 20, 30)])
     cache = capture(rows, LocalTeacher(teacher_dir), tmp_path / "cache", targets=TopK(8), progress=False)
-    logger = logging.getLogger("kd_plugin.trl.offline_trainer")
+    logger = logging.getLogger("kd_plugin.cache.training_rows")
     logger.addHandler(caplog.handler)
     trainer = offline(tmp_path / "run", student_dir, cache, rows, max_length=23, **shape)
     logger.removeHandler(caplog.handler)

@@ -37,16 +37,15 @@ class TokenMeans:
 
 
 class TokenMeanMixin:
-    """Makes of a TRL trainer's ``eval_loss`` the mean over all scored tokens, as the loss of one batch would be.
+    """Makes of a trainer's ``eval_loss`` the mean over all scored tokens, as the loss of one batch would be.
 
     transformers (5.23) takes the mean of the batches' means, in which the tokens of small batches count for more, and
     a batch without any counts as a loss of 0. While :attr:`evaluated` is set the trainer adds to it what each batch
-    sums: the parts of the loss under names that begin with ``loss``, which are added up, and metrics under TRL's names.
+    sums: the parts of the loss under names that begin with ``loss``, which are added up, and metrics under their names.
     """
 
     accelerator: Any
     evaluated: TokenMeans | None = None
-    _metrics: dict[str, Any]
 
     def evaluation_loop(
         self,
@@ -71,9 +70,13 @@ class TokenMeanMixin:
             output.metrics[f"{metric_key_prefix}_loss"] = sum(defined) if defined else float("nan")
             if not defined:
                 logger.warning(f"{description}: no token was scored, so {metric_key_prefix}_loss is NaN.")
-        for name in means.keys() - losses.keys():
-            self._metrics["eval"][name] = [0.0 if means[name] is None else means[name]]  # as TRL does
+        own = {name: 0.0 if mean is None else mean for name, mean in means.items() if name not in losses}
+        self.report_evaluated(own, output.metrics, metric_key_prefix)
         return output
+
+    def report_evaluated(self, means: dict[str, float], metrics: dict[str, float], prefix: str) -> None:
+        """Put the means beside the loss into what is logged."""
+        metrics.update({f"{prefix}_{name}": mean for name, mean in means.items()})
 
     def rows_of_its_own(self, rows: int) -> int:
         """Return how many of the ``rows`` of this rank's present batch, from the first on, are not repeats.

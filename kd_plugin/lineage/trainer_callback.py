@@ -12,16 +12,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.utils import logging
 
 from kd_plugin.errors import KDError
-from kd_plugin.launch.consolidate import require_resumable
-from kd_plugin.lineage import RunLineage, load_record
 from kd_plugin.lineage.background import Background, is_large
 from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.carried import Carried, carried_by, take_over
 from kd_plugin.lineage.data import dataset_sources
-from kd_plugin.lineage.record import RECORD
+from kd_plugin.lineage.record import RECORD, load_record
+from kd_plugin.lineage.run import RunLineage
 from kd_plugin.lineage.shares import Place, hash_share
 from kd_plugin.lineage.start import student_source
-from kd_plugin.trl.start import refuse_another_run, resumed_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -278,42 +276,6 @@ class _Following:
         # Under ZeRO-3 without consolidation transformers saves an empty state first, and then the shards
         self.callback.save_ends(Path(save_directory), is_dummy=kwargs.get("state_dict") == {})
         return result
-
-
-class LineageSavingMixin(Trainer):
-    """What this package's trainers add to a trainer's life: a clean start, and resumed runs that stay one run."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        callback = lineage_callback(self.callback_handler.callbacks)
-        if callback is not None:
-            callback.attach(self)
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """Train as the parent does.
-
-        Raises:
-            ConfigError: ``output_dir`` holds another run's checkpoints, and this call does not resume; or it resumes
-                ZeRO shards that another number of ranks wrote.
-        """
-        callback = lineage_callback(self.callback_handler.callbacks)
-        checkpoint = resumed_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
-        if checkpoint and self.is_deepspeed_enabled:
-            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            if require_resumable(checkpoint, self.args.world_size, settings):
-                settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
-        if not checkpoint:
-            if not getattr(self, "_has_trained", False) and callback is not None:
-                refuse_another_run(self.args.output_dir, callback._run)
-        elif callback is not None and Path(checkpoint, RECORD).is_file():
-            callback.resume(checkpoint)
-        self._has_trained = True
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
 
 def with_lineage(callbacks: list[TrainerCallback] | None, run: RunLineage) -> list[TrainerCallback]:

@@ -1,0 +1,1 @@
+"""The student's model, whichever trainer it is in: its forward pass, and the head that its loss is formed at."""

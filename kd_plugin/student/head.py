@@ -1,0 +1,126 @@
+"""The student's output head, computing the distillation loss where the model would compute its own.
+
+A trainer calls its model and takes the loss that comes back. This head answers the same call when a batch carries
+targets. So everything around the loss stays the trainer's own: the wrappers of DDP, FSDP and DeepSpeed, autocast, PEFT,
+gradient accumulation, metrics.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from kd_plugin.cache.joining import TARGET
+from kd_plugin.divergence.objective import OfflineObjective, load_balancing_loss
+from kd_plugin.divergence.sparse import SparseLoss
+from kd_plugin.errors import ConfigError
+from kd_plugin.sharding.gathering import gathered_heads
+from kd_plugin.signals import OutputHead
+
+
+@dataclass
+class DistilledOutput(ModelOutput):
+    """What the student answers in the place of logits.
+
+    Attributes:
+        loss: scalar with a graph, the summed loss over ``num_items_in_batch``, or over the batch's labels without it.
+        logits: (B, L, V), where they are asked for; then nothing below is there.
+        log_probs: (1,), minus the summed loss: what TRL's ``SFTTrainer`` sums.
+        entropy: (N,) of the student at the scored positions, in nats.
+        is_top1: (N,) whether the label is the student's most likely token.
+        label_mask: (B, L-1) which tokens have a label.
+        aux_loss: the router loss of a mixture of experts, where router logits were asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    label_mask: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+class DistillationHead:
+    """Patches ``model.forward`` so that batches with targets return the distillation loss.
+
+    Call it after every other patch of the same method, and on the base model of a PEFT model.
+
+    Args:
+        model: the student.
+        vocab_size: number of real tokens; output rows beyond are padding.
+        objective: what is minimised.
+        asked_by: the argument of ``forward`` by which the trainer asks for the loss; without it the model answers as
+            ever, with logits.
+
+    Attributes:
+        forms_logits: whether the logits are wanted beside the loss.
+
+    Raises:
+        ConfigError: by the patched ``forward``, where a loss is formed from logits although targets came along.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, vocab_size: int, objective: OfflineObjective, asked_by: str = "labels"
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.objective = objective
+        self.forms_logits = False
+        self._loss: SparseLoss | None = None
+        inner = model.forward
+
+        def forward(student: Any, *args: Any, **kwargs: Any) -> Any:
+            target = kwargs.pop(TARGET, None)
+            if target is not None and kwargs.get(asked_by) is not None:
+                return self._distilled(student, target, *args, **kwargs)
+            if target is not None and student.training and torch.is_grad_enabled():
+                raise ConfigError(
+                    "The student was asked for logits to train on, though the batch holds a teacher's targets, which "
+                    "the loss would not use. Leave compute_loss to the trainer (ce_weight adds cross-entropy), or "
+                    "train without targets by the trainer that this one stands on."
+                )
+            return inner(*args, **kwargs)
+
+        # Trainers keep the columns that the signature names, and `generate` validates its arguments against it
+        own = inspect.signature(inner)
+        student = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        forward.__signature__ = own.replace(  # type: ignore[attr-defined]
+            parameters=[student, *own.parameters.values()]
+        )
+        model.forward = types.MethodType(forward, model)
+
+    def take(self) -> SparseLoss | None:
+        """Return the loss that was computed last, once: its graph must not outlive the step."""
+        loss, self._loss = self._loss, None
+        return loss
+
+    def _distilled(
+        self, student: Any, target: Any, *args: Any, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> DistilledOutput:
+        fused = kwargs.pop("fused_lm_head", False)  # TRL's way to ask; it forms logits in a pass of their own
+        kwargs["use_cache"] = False
+        outputs = student.base_model(*args, **kwargs)
+        hidden = outputs.last_hidden_state
+        with gathered_heads([OutputHead.from_model(student, self.vocab_size)]) as (head,):
+            self._loss = loss = self.objective.loss(hidden, head, target)
+            logits = head.logits(hidden) if self.forms_logits and not fused else None
+        label_mask = labels[:, 1:] != -100
+        count = label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        mean = loss.loss_sum / torch.as_tensor(count).to(loss.loss_sum.device).clamp(min=1)
+        if logits is not None:
+            return DistilledOutput(loss=mean, logits=logits)
+        return DistilledOutput(
+            loss=mean,
+            log_probs=-loss.loss_sum.reshape(1),
+            entropy=loss.entropy,
+            is_top1=loss.is_top1,
+            label_mask=label_mask,
+            aux_loss=load_balancing_loss(student, outputs, kwargs),
+        )

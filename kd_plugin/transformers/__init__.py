@@ -1,0 +1,10 @@
+"""Any subclass of ``transformers.Trainer`` as a host: mixins to be put before the trainer that you have.
+
+The trainers of :mod:`kd_plugin.trl` stand on this room too, for TRL's trainers are transformers trainers.
+"""
+
+from kd_plugin.divergence.objective import OfflineSettings
+from kd_plugin.lineage.trainer_callback import LicenseLineageCallback
+from kd_plugin.transformers.offline import OfflineKDMixin
+
+__all__ = ["LicenseLineageCallback", "OfflineKDMixin", "OfflineSettings"]
