@@ -12,7 +12,7 @@ from torch import Tensor
 from kd_plugin.divergence.listed import Tail
 from kd_plugin.divergence.projection import require_temperature
 from kd_plugin.divergence.sparse import SparseLoss, fused_sparse_divergence
-from kd_plugin.divergence.spec import Divergence, DivergenceSettings
+from kd_plugin.divergence.spec import Divergence, DivergenceSettings, choices
 from kd_plugin.errors import ConfigError
 from kd_plugin.settings import option, require_known, settings
 from kd_plugin.signals import OutputHead, SparseSignal
@@ -110,8 +110,7 @@ class OfflineSettings(DivergenceSettings):
 
     divergence: str = option(
         default="forward_kl",
-        help="forward_kl = KL(teacher || student), reverse_kl, jsd (with `jsd_beta`), or skew_kl (with `skew_alpha`). "
-        "Sampled targets allow forward_kl only.",
+        help=f"{choices(beta='jsd_beta')}. Sampled targets allow forward_kl only.",
     )
     jsd_beta: float = option(default=0.5, help="Weight of the teacher in jsd, strictly between 0 and 1.")
     temperature: float = option(

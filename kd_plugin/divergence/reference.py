@@ -1,4 +1,6 @@
-"""Each divergence as its formula, on full distributions: the readable form, and in float64 the oracle of the others.
+"""Divergences on full distributions by their formulas: the readable form, and in float64 the oracle of the others.
+
+The formulas stand with the divergences in ``spec``.
 
 Shape suffixes: N positions, V vocabulary. Arguments are log-probabilities (N, V) in nats; results are nats per
 position (N,). With teacher p and student q. Everything is differentiable by autograd.
@@ -7,12 +9,15 @@ position (N,). With teacher p and student q. Everything is differentiable by aut
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kd_plugin.divergence.spec import Divergence
 
 
 def kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
@@ -20,30 +25,6 @@ def kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
     impossible = logp_NV == -math.inf
     gap_NV = torch.where(impossible, 0.0, logp_NV - torch.where(impossible, 0.0, logq_NV))
     return (logp_NV.exp() * gap_NV).sum(-1)
-
-
-def forward_kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """KL(teacher ‖ student): covers all that the teacher might say."""
-    return kl(teacher_logprobs, student_logprobs)
-
-
-def reverse_kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """KL(student ‖ teacher): punishes what the teacher would not say."""
-    return kl(student_logprobs, teacher_logprobs)
-
-
-def jsd(student_logprobs: Tensor, teacher_logprobs: Tensor, beta: float) -> Tensor:
-    """β·KL(p ‖ m) + (1−β)·KL(q ‖ m) with m = β·p + (1−β)·q (arXiv 2306.13649, eq. 1)."""
-    log_mixture = torch.logaddexp(teacher_logprobs + math.log(beta), student_logprobs + math.log1p(-beta))
-    return beta * kl(teacher_logprobs, log_mixture) + (1.0 - beta) * kl(student_logprobs, log_mixture)
-
-
-def skew_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, alpha: float) -> Tensor:
-    """KL(p ‖ α·p + (1−α)·q) (arXiv 2402.03898, eq. 3); ``alpha=0`` is the forward KL."""
-    if alpha == 0.0:
-        return forward_kl(student_logprobs, teacher_logprobs)
-    log_mixture = torch.logaddexp(teacher_logprobs + math.log(alpha), student_logprobs + math.log1p(-alpha))
-    return kl(teacher_logprobs, log_mixture)
 
 
 def from_logprobs(student_logprobs: Tensor, teacher_logprobs: Tensor, divergence: Divergence) -> Tensor:
@@ -54,15 +35,7 @@ def from_logprobs(student_logprobs: Tensor, teacher_logprobs: Tensor, divergence
             f"{tuple(teacher_logprobs.shape)}; both must be (positions, vocabulary) over the same tokens. Cut padded "
             "rows on both sides with OutputHead.vocab_size."
         )
-    match divergence.name:
-        case "forward_kl":
-            return forward_kl(student_logprobs, teacher_logprobs)
-        case "reverse_kl":
-            return reverse_kl(student_logprobs, teacher_logprobs)
-        case "jsd":
-            return jsd(student_logprobs, teacher_logprobs, divergence.beta)
-        case _:
-            return skew_kl(student_logprobs, teacher_logprobs, divergence.alpha)
+    return divergence.kind.formula(student_logprobs, teacher_logprobs, divergence)
 
 
 def divergence_from_logits(

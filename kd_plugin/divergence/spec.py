@@ -1,32 +1,39 @@
-"""The name and the parameters of a divergence."""
+"""The divergences: one class each, with its name, its parameters, its formula and its part of the fused loss.
+
+A new divergence is a class here, listed in ``KINDS``. Its formula is enough: the fused loss differentiates it block by
+block. The four below also state value and gradient in a form that writes to memory which is there already.
+
+Shape suffixes: N positions, B positions of a block, V tokens.
+"""
+
+# ruff: noqa: D102  the methods are documented in Kind
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.settings import option, settings
+import torch
+from torch import Tensor
 
-NAMES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+from kd_plugin.divergence.reference import kl
+from kd_plugin.errors import ConfigError
+from kd_plugin.settings import option, require_known, settings
 
 
 @dataclass(frozen=True)
 class Divergence:
     """Which divergence D(teacher, student) a loss minimises.
 
-    With teacher p and student q:
-
-    - ``forward_kl``: KL(p ‖ q), covers all that the teacher might say.
-    - ``reverse_kl``: KL(q ‖ p), punishes what the teacher would not say.
-    - ``jsd``: β·KL(p ‖ m) + (1-β)·KL(q ‖ m) with m = β·p + (1-β)·q, as TRL's ``beta``
-      (Agarwal et al., "On-Policy Distillation of Language Models", arXiv 2306.13649, eq. 1).
-    - ``skew_kl``: KL(p ‖ α·p + (1-α)·q), bounded where q is tiny
-      (Ko et al., "DistiLLM", arXiv 2402.03898, eq. 3).
-
     Attributes:
-        name: one of the four above.
+        name: one of ``KINDS``: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_kl``.
         beta: weight of the teacher in ``jsd``, strictly between 0 and 1.
         alpha: share of the teacher in ``skew_kl``'s mixture, in [0, 1).
+
+    Raises:
+        ConfigError: an unknown name, or a parameter out of range.
     """
 
     name: str = "reverse_kl"
@@ -34,17 +41,18 @@ class Divergence:
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise ConfigError(
-                f"Unknown divergence {self.name!r}; expected one of {', '.join(NAMES)}." + nearest(self.name, NAMES)
-            )
-        if self.name == "jsd" and not 0.0 < self.beta < 1.0:
-            raise ConfigError(
-                f"jsd needs beta strictly between 0 and 1, got {self.beta}. For beta=0 use forward_kl, "
-                "for beta=1 use reverse_kl."
-            )
-        if self.name == "skew_kl" and not 0.0 <= self.alpha < 1.0:
-            raise ConfigError(f"skew_kl needs alpha in [0, 1), got {self.alpha}.")
+        require_known("divergence", self.name, NAMES)
+        self.kind.check(self)
+
+    @property
+    def kind(self) -> Kind:
+        """The formula and what belongs to it."""
+        return KINDS[self.name]
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The parameters that this divergence has, by name."""
+        return {name: getattr(self, name) for name in self.kind.parameters}
 
     @classmethod
     def from_beta(cls, beta: float) -> Divergence:
@@ -66,4 +74,205 @@ class DivergenceSettings:
         Raises:
             ConfigError: an unknown name, or a parameter out of range.
         """
-        return Divergence(name, beta=beta if name == "jsd" else 0.5, alpha=self.skew_alpha)
+        require_known("divergence", name, NAMES)
+        own = {parameter: getattr(self, setting) for parameter, setting in KINDS[name].options.items()}
+        return Divergence(name, **own) if name != "jsd" else Divergence(name, beta=beta)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The two distributions at some positions, as the fused loss has them.
+
+    Attributes:
+        q_BV: probabilities of the student.
+        logq_BV: their logarithms, in nats.
+        logp_BV: log-probabilities of the teacher, in nats; may be overwritten.
+        spare_BV: memory that may be overwritten.
+        scratch: returns more of it.
+    """
+
+    q_BV: Tensor
+    logq_BV: Tensor
+    logp_BV: Tensor
+    spare_BV: Tensor
+    scratch: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a divergence is at some positions, and its gradient: q·(a − ⟨q, a⟩) in the student's logits, a = ∂D/∂q.
+
+    Attributes:
+        value_B: in nats.
+        part_BV: a up to the sign; of a ``direct`` divergence −q·a in its place. In memory that the next block
+            overwrites.
+        sign: what ``part_BV`` is multiplied by.
+        mean_B: ⟨q, a⟩.
+    """
+
+    value_B: Tensor
+    part_BV: Tensor
+    sign: float
+    mean_B: Tensor
+
+
+class Kind:
+    """One divergence; a subclass states at least its name and its formula.
+
+    Attributes:
+        name: as users write it.
+        meaning: what it is, for help.
+        parameters: which parameters of :class:`Divergence` it has.
+        options: those that a field of :class:`DivergenceSettings` sets, with the name of the field.
+        scratch: whether :meth:`compare` calls ``Block.scratch``; ``kd-plugin plan`` counts it.
+    """
+
+    name: ClassVar[str]
+    meaning: ClassVar[str] = ""
+    parameters: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[Mapping[str, str]] = {}
+    scratch: ClassVar[bool] = False
+
+    def check(self, divergence: Divergence) -> None:
+        """Refuse parameters out of range by a ConfigError."""
+
+    def formula(self, logq_NV: Tensor, logp_NV: Tensor, divergence: Divergence) -> Tensor:
+        """Return D (N,) in nats from log-probabilities (N, V) of the student and of the teacher, for autograd."""
+        raise NotImplementedError
+
+    def direct(self, divergence: Divergence) -> bool:
+        """Whether :meth:`compare` gives −q·a: a itself may be larger than any number where the student has no mass."""
+        return True
+
+    def compare(self, block: Block, divergence: Divergence) -> Compared:
+        """Return value and gradient at a block of positions, by autograd through the formula."""
+        with torch.enable_grad():
+            leaf_BV = block.logq_BV.detach().requires_grad_()
+            value_B = self.formula(leaf_BV, block.logp_BV, divergence)
+            (slope_BV,) = torch.autograd.grad(value_B.sum(), leaf_BV)  # q·a
+        return Compared(value_B.detach(), slope_BV, -1.0, slope_BV.sum(-1))
+
+
+class ForwardKL(Kind):
+    """KL(p ‖ q): covers all that the teacher might say."""
+
+    name = "forward_kl"
+    meaning = "KL(teacher || student)"
+
+    def formula(self, logq_NV: Tensor, logp_NV: Tensor, divergence: Divergence) -> Tensor:
+        return kl(logp_NV, logq_NV)
+
+    def compare(self, block: Block, divergence: Divergence) -> Compared:
+        p_BV = torch.exp(block.logp_BV, out=block.spare_BV)
+        value_B = block.logp_BV.sub_(block.logq_BV).mul_(p_BV).sum(-1)
+        return Compared(value_B, p_BV, 1.0, torch.full_like(value_B, -1.0))
+
+
+class ReverseKL(Kind):
+    """KL(q ‖ p): punishes what the teacher would not say."""
+
+    name = "reverse_kl"
+    meaning = "KL(student || teacher)"
+
+    def formula(self, logq_NV: Tensor, logp_NV: Tensor, divergence: Divergence) -> Tensor:
+        return kl(logq_NV, logp_NV)
+
+    def direct(self, divergence: Divergence) -> bool:
+        return False
+
+    def compare(self, block: Block, divergence: Divergence) -> Compared:
+        gap_BV = block.logp_BV.sub_(block.logq_BV)  # log p − log q
+        value_B = torch.mul(block.q_BV, gap_BV, out=block.spare_BV).sum(-1).neg_()
+        return Compared(value_B, gap_BV, -1.0, value_B)
+
+
+class JSD(Kind):
+    """β·KL(p ‖ m) + (1−β)·KL(q ‖ m) with m = β·p + (1−β)·q, as TRL's ``beta``.
+
+    Agarwal et al., "On-Policy Distillation of Language Models", arXiv 2306.13649, eq. 1.
+    """
+
+    name = "jsd"
+    parameters = ("beta",)
+    scratch = True
+
+    def check(self, divergence: Divergence) -> None:
+        if not 0.0 < divergence.beta < 1.0:
+            raise ConfigError(
+                f"jsd needs beta strictly between 0 and 1, got {divergence.beta}. For beta=0 use forward_kl, "
+                "for beta=1 use reverse_kl."
+            )
+
+    def formula(self, logq_NV: Tensor, logp_NV: Tensor, divergence: Divergence) -> Tensor:
+        beta = divergence.beta
+        log_mixture = torch.logaddexp(logp_NV + math.log(beta), logq_NV + math.log1p(-beta))
+        return beta * kl(logp_NV, log_mixture) + (1.0 - beta) * kl(logq_NV, log_mixture)
+
+    def direct(self, divergence: Divergence) -> bool:
+        return False
+
+    def compare(self, block: Block, divergence: Divergence) -> Compared:
+        beta = divergence.beta
+        p_BV = torch.exp(block.logp_BV, out=block.spare_BV)
+        gap_BV = block.logp_BV.sub_(block.logq_BV)
+        rise_BV = _log_mixture_over_q(gap_BV, beta, block.scratch())
+        teacher_B = gap_BV.sub_(rise_BV).mul_(p_BV).sum(-1) * beta
+        student_B = torch.mul(block.q_BV, rise_BV, out=block.spare_BV).sum(-1) * (beta - 1.0)
+        return Compared(teacher_B + student_B, rise_BV, beta - 1.0, student_B)
+
+
+class SkewKL(Kind):
+    """KL(p ‖ α·p + (1−α)·q), bounded where q is tiny; ``alpha=0`` is the forward KL.
+
+    Ko et al., "DistiLLM", arXiv 2402.03898, eq. 3.
+    """
+
+    name = "skew_kl"
+    parameters = ("alpha",)
+    options: ClassVar[Mapping[str, str]] = {"alpha": "skew_alpha"}
+    scratch = True
+
+    def check(self, divergence: Divergence) -> None:
+        if not 0.0 <= divergence.alpha < 1.0:
+            raise ConfigError(f"skew_kl needs alpha in [0, 1), got {divergence.alpha}.")
+
+    def formula(self, logq_NV: Tensor, logp_NV: Tensor, divergence: Divergence) -> Tensor:
+        alpha = divergence.alpha
+        if alpha == 0.0:
+            return kl(logp_NV, logq_NV)
+        return kl(logp_NV, torch.logaddexp(logp_NV + math.log(alpha), logq_NV + math.log1p(-alpha)))
+
+    def direct(self, divergence: Divergence) -> bool:
+        return divergence.alpha == 0.0
+
+    def compare(self, block: Block, divergence: Divergence) -> Compared:
+        alpha = divergence.alpha
+        if alpha == 0.0:
+            return KINDS["forward_kl"].compare(block, divergence)
+        p_BV = torch.exp(block.logp_BV, out=block.spare_BV)
+        gap_BV = block.logp_BV.sub_(block.logq_BV)
+        ratio_BV = gap_BV.sub_(_log_mixture_over_q(gap_BV, alpha, block.scratch()))  # log p − log m
+        value_B = p_BV.mul_(ratio_BV).sum(-1)
+        slope_B = torch.mul(block.q_BV, ratio_BV.exp_(), out=block.spare_BV).sum(-1) * (alpha - 1.0)
+        return Compared(value_B, ratio_BV, alpha - 1.0, slope_B)
+
+
+KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (ForwardKL(), ReverseKL(), JSD(), SkewKL())}
+NAMES = tuple(KINDS)
+
+
+def choices(beta: str) -> str:
+    """Return the names that a setting may have, with what they mean; ``beta`` is what that of ``jsd`` is called."""
+    found = []
+    for name, kind in KINDS.items():
+        own = [kind.options.get(parameter, beta) for parameter in kind.parameters]
+        with_own = f" (with {', '.join(f'`{one}`' for one in own)})" if own else ""
+        found.append(name + (f" = {kind.meaning}" if kind.meaning else "") + with_own)
+    return ", ".join(found[:-1]) + " or " + found[-1]
+
+
+def _log_mixture_over_q(gap_BV: Tensor, share: float, out_BV: Tensor) -> Tensor:
+    """log(share·p + (1−share)·q) − log q, from log p − log q."""
+    rest = torch.tensor(math.log1p(-share), dtype=gap_BV.dtype, device=gap_BV.device)
+    shifted_BV = torch.add(gap_BV, math.log(share), out=out_BV)
+    return torch.logaddexp(shifted_BV, rest, out=shifted_BV)

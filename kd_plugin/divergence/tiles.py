@@ -6,7 +6,7 @@ teachers before it is applied, so that a further teacher costs one projection an
     reverse_kl   a = log q − log p
     jsd          a = (1−β)·(log q − log m)          m = β·p + (1−β)·q
     skew_kl      a = −(1−α)·p/m                     m = α·p + (1−α)·q
-    forward_kl   the limit a = −p/q, where the product is formed directly: Σ w·q − Σ w·p
+    forward_kl   the limit a = −p/q, where the product −q·a = p is summed directly: Σ w·q − Σ w·p
 
 Values are sums of p or q times differences of log-probabilities, never differences of two entropies, so that equal
 distributions give 0 and nearly equal ones keep their digits.
@@ -18,14 +18,13 @@ Shape suffixes: R positions of a chunk, B of a block, V tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from kd_plugin.divergence.projection import Workspace, chunks
-from kd_plugin.divergence.spec import Divergence
+from kd_plugin.divergence.spec import Block, Compared, Divergence
 
 _BLOCK_ELEMENTS_CPU = 768 * 1024  # 3 MiB in float32: a few such pieces fit the caches
 
@@ -63,8 +62,8 @@ class Tiles:
         self._logq_RV = torch.log_softmax(logits_RV, -1, out=self._buffer("logq"))
         self._q_RV = torch.exp(self._logq_RV, out=logits_RV)
         self._a_RV: Tensor | None = None  # Σ w·a
-        self._p_sum_RV: Tensor | None = None  # Σ w·p of the forward KL
-        self._factor_R1 = logits_RV.new_zeros(self._rows, 1)  # Σ w of the forward KL, less ⟨q, Σ w·a⟩ of the others
+        self._direct_RV: Tensor | None = None  # −Σ w·q·a of the divergences that are direct, as the forward KL
+        self._factor_R1 = logits_RV.new_zeros(self._rows, 1)  # −Σ w·⟨q, a⟩
 
         def entropy(block: slice) -> Tensor:
             return torch.mul(self._q_RV[block], self._logq_RV[block], out=self._small("logp", block)).sum(-1).neg_()
@@ -93,7 +92,7 @@ class Tiles:
 
     def value(self, divergence: Divergence) -> Tensor:
         """(R,) divergence in nats of the teacher that was taken in last, which stays as it is."""
-        return self._by_block(lambda block: self._compare(block, self._small("spare", block), divergence)[0])
+        return self._by_block(lambda block: self._compare(block, self._small("spare", block), divergence).value_B)
 
     def mix_into(self, mixed_RV: Tensor, share_R: Tensor) -> None:
         """Add the teacher that was taken in last to a mixture of log-probabilities.
@@ -118,75 +117,49 @@ class Tiles:
             (R,) divergence in nats, before weighting.
         """
         if not self._need_grad:
-            return self._by_block(lambda block: self._compare(block, self._logits_RV[block], divergence)[0])
+            return self._by_block(lambda block: self._compare(block, self._logits_RV[block], divergence).value_B)
         weight_R = weight_R * self._multiplier
         total_RV, first = self._total(divergence)
         values, means = [], []
         for block in self._blocks():
-            value_B, part_BV, sign, mean_B = self._compare(block, self._logits_RV[block], divergence)
-            weight_B1 = (weight_R[block] * sign).unsqueeze(-1)
+            found = self._compare(block, self._logits_RV[block], divergence)
+            weight_B1 = (weight_R[block] * found.sign).unsqueeze(-1)
             if first:
-                torch.mul(part_BV, weight_B1, out=total_RV[block])
+                torch.mul(found.part_BV, weight_B1, out=total_RV[block])
             else:
-                total_RV[block].addcmul_(part_BV, weight_B1)
-            values.append(value_B)
-            means.append(mean_B)
+                total_RV[block].addcmul_(found.part_BV, weight_B1)
+            values.append(found.value_B)
+            means.append(found.mean_B)
         self._factor_R1 = self._factor_R1 - (weight_R * torch.cat(means)).unsqueeze(-1)
         return torch.cat(values)
 
     def _total(self, divergence: Divergence) -> tuple[Tensor, bool]:
         """Where the gradient of one more teacher goes, (R, V), and whether it is the first there."""
-        mass = _is_forward(divergence)
-        total_RV = self._p_sum_RV if mass else self._a_RV
+        direct = divergence.kind.direct(divergence)
+        total_RV = self._direct_RV if direct else self._a_RV
         if total_RV is not None:
             return total_RV, False
         alone = self._teachers == 1  # then it may lie where the logits were
-        total_RV = self._logits_RV if alone else self._buffer("p_sum" if mass else "a_sum")
-        if mass:
-            self._p_sum_RV = total_RV
+        total_RV = self._logits_RV if alone else self._buffer("direct" if direct else "a_sum")
+        if direct:
+            self._direct_RV = total_RV
         else:
             self._a_RV = total_RV
         return total_RV, True
 
-    def _compare(self, block: slice, spare_BV: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor, float, Tensor]:
-        """Compare one block of the teacher that was taken in last.
-
-        Args:
-            block: which rows.
-            spare_BV: memory to write to.
-            divergence: which divergence.
-
-        Returns:
-            (B,) value; (B, V) the teacher's part of the total, up to a sign, in memory that the next block
-            overwrites; that sign; (B,) ⟨q, a⟩, and -1 for the forward KL.
-        """
-        q_BV, logq_BV, logp_BV = self._q_RV[block], self._logq_RV[block], self._logp(block)
-        if divergence.name == "reverse_kl":
-            gap_BV = logp_BV.sub_(logq_BV)  # log p − log q
-            value_B = torch.mul(q_BV, gap_BV, out=spare_BV).sum(-1).neg_()
-            return value_B, gap_BV, -1.0, value_B
-        p_BV = torch.exp(logp_BV, out=spare_BV)
-        gap_BV = logp_BV.sub_(logq_BV)
-        if _is_forward(divergence):
-            value_B = gap_BV.mul_(p_BV).sum(-1)
-            return value_B, p_BV, 1.0, torch.full_like(value_B, -1.0)
-        share = divergence.beta if divergence.name == "jsd" else divergence.alpha
-        rise_BV = self._log_mixture_over_q(gap_BV, share, block)
-        if divergence.name == "jsd":
-            teacher_B = gap_BV.sub_(rise_BV).mul_(p_BV).sum(-1) * share
-            student_B = torch.mul(q_BV, rise_BV, out=spare_BV).sum(-1) * (share - 1.0)
-            return teacher_B + student_B, rise_BV, share - 1.0, student_B
-        ratio_BV = gap_BV.sub_(rise_BV)  # log p − log m
-        value_B = p_BV.mul_(ratio_BV).sum(-1)
-        slope_B = torch.mul(q_BV, ratio_BV.exp_(), out=spare_BV).sum(-1) * (share - 1.0)
-        return value_B, ratio_BV, share - 1.0, slope_B
+    def _compare(self, block: slice, spare_BV: Tensor, divergence: Divergence) -> Compared:
+        """Compare one block of the teacher that was taken in last; ``spare_BV`` is memory to write to."""
+        found = Block(
+            self._q_RV[block], self._logq_RV[block], self._logp(block), spare_BV, lambda: self._small("scratch", block)
+        )
+        return divergence.kind.compare(found, divergence)
 
     def rescale(self, factor_R: Tensor) -> None:
         """Multiply the weights of all teachers so far."""
         if not self._need_grad:
             return
         factor_R1 = factor_R.unsqueeze(-1)
-        for total_RV in (self._a_RV, self._p_sum_RV, self._finished_RV):
+        for total_RV in (self._a_RV, self._direct_RV, self._finished_RV):
             if total_RV is not None:
                 total_RV.mul_(factor_R1)
         self._factor_R1 = self._factor_R1 * factor_R1
@@ -203,19 +176,13 @@ class Tiles:
                 q_BV.mul_(factor_B1)
             else:
                 torch.mul(self._a_RV[block].add_(factor_B1), q_BV, out=q_BV)
-            if self._p_sum_RV is not None:
-                q_BV.sub_(self._p_sum_RV[block])
+            if self._direct_RV is not None:
+                q_BV.sub_(self._direct_RV[block])
         return self._q_RV if self._finished_RV is None else self._finished_RV.add_(self._q_RV)
 
     def _logp(self, block: slice) -> Tensor:
         """(B, V) log-probabilities of the teacher that was taken in last; the next call overwrites them."""
         return torch.log_softmax(self._logits_RV[block], -1, out=self._small("logp", block))
-
-    def _log_mixture_over_q(self, gap_BV: Tensor, share: float, block: slice) -> Tensor:
-        """log(share·p + (1−share)·q) − log q, from log p − log q."""
-        rest = torch.tensor(math.log1p(-share), dtype=self._dtype, device=gap_BV.device)
-        shifted_BV = torch.add(gap_BV, math.log(share), out=self._small("scratch", block))
-        return torch.logaddexp(shifted_BV, rest, out=shifted_BV)
 
     def _blocks(self) -> Iterator[slice]:
         return chunks(self._rows, self._block)
@@ -228,8 +195,3 @@ class Tiles:
 
     def _small(self, name: str, block: slice) -> Tensor:
         return self._workspace.get(name, block.stop - block.start, self._dtype, longest=self._block)
-
-
-def _is_forward(divergence: Divergence) -> bool:
-    """Whether a divergence is the forward KL, by name or as the limit of the skewed one."""
-    return divergence.name == "forward_kl" or (divergence.name == "skew_kl" and divergence.alpha == 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def _divergence(given: Any, label: str) -> Divergence | None:
         return None
     if isinstance(given, str):
         return Divergence(given)
-    _require_keys(given, ("name", "beta", "alpha"), f"{label}, divergence")
+    _require_keys(given, [field.name for field in fields(Divergence)], f"{label}, divergence")
     return Divergence(**given)
 
 

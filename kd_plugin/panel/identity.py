@@ -178,11 +178,10 @@ def _schedule(schedule: Schedule) -> Any:
 def _own(panel: TeacherPanel, name: str, divergence: Divergence, temperature: float) -> dict[str, Any]:
     own = panel.own[name]
     chosen = own.divergence or divergence
-    used = {"jsd": {"beta": chosen.beta}, "skew_kl": {"alpha": chosen.alpha}}.get(chosen.name, {})
     estimator = own.estimator or panel.estimator
     return {
         "weight": _schedule(panel.weights.teachers[name]),
-        "divergence": {"name": chosen.name, **used},
+        "divergence": {"name": chosen.name, **chosen.parameters},
         "temperature": own.temperature_or(temperature),
         "estimator": estimator.name if estimator.name == "exact" else dataclasses.asdict(estimator),
     }

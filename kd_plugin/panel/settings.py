@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, get_args
 
-from kd_plugin.divergence.spec import Divergence, DivergenceSettings
+from kd_plugin.divergence.spec import Divergence, DivergenceSettings, choices
 from kd_plugin.errors import ConfigError
 from kd_plugin.monitor.alarm import AlarmSettings
 from kd_plugin.panel.estimators import Estimator
@@ -83,8 +83,7 @@ class TeacherSettings(DivergenceSettings):
     )
     divergence: str | None = option(
         default=None,
-        help="forward_kl = KL(teacher || student), reverse_kl = KL(student || teacher), jsd (with `beta`), or "
-        "skew_kl (with `skew_alpha`). Left out, `beta` decides as in TRL: 0 forward KL, 1 reverse KL, else JSD.",
+        help=f"{choices(beta='beta')}. Left out, `beta` decides as in TRL: 0 forward KL, 1 reverse KL, else JSD.",
     )
     beta: float = option(
         default=1.0, help="As in TRL: weight of the teacher in jsd; 0 is the forward KL, 1 the reverse KL."

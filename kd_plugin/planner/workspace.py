@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kd_plugin.divergence.projection import chunk_rows
+from kd_plugin.divergence.spec import KINDS
 from kd_plugin.planner.run import PlannedRun
 
 _STATISTICS = 4  # softmax statistics and gradient sums are float32
@@ -60,7 +61,7 @@ def loss_buffers(run: PlannedRun) -> int:
     """
     if run.method == "offline":
         return 2
-    scratch = run.divergence in ("jsd", "skew_kl") or run.combine == "confidence"
+    scratch = KINDS[run.divergence].scratch or run.combine == "confidence"
     if run.combine == "mixture":
         return 4 + scratch + 2
     return 4 + scratch + (run.judged_by_all and len(run.teachers) > 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence, fused_sparse_divergence
 from kd_plugin.divergence.reference import divergence_from_logits, from_logprobs
+from kd_plugin.divergence.spec import KINDS, Kind
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 
 N, V, ROWS, H, H_TEACHER = 13, 50, 54, 8, 12
@@ -19,6 +20,7 @@ DIVERGENCES = [
     Divergence("skew_kl", alpha=0.2),
     Divergence("skew_kl", alpha=0.0),
 ]
+assert {divergence.name for divergence in DIVERGENCES} == set(KINDS), "a divergence that no test compares"
 HEADS = [
     dict(bias=bias, softcap=softcap, logit_scale=scale, vocab_size=vocab)
     for bias, softcap, scale, vocab in itertools.product((False, True), (None, 5.0), (1.0, 0.3), (V, None))
@@ -49,6 +51,21 @@ def assert_gradients(loss: Tensor, oracle: Tensor, leaves: list[Tensor], rtol: f
     got, expected = torch.autograd.grad(loss * 1.7, leaves), torch.autograd.grad(oracle * 1.7, leaves)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-11)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=ids_of)
+def test_a_formula_alone_is_a_divergence(divergence, monkeypatch):
+    """The form that a new divergence starts with: its gradient is autograd's, through its formula."""
+    leaves, own = student(bias=True)
+    groups = [PanelGroup(None, (TeacherTerm(teacher(1), torch.rand(N).double()), TeacherTerm(teacher(2))))]
+    written = fused_panel_divergence(leaves[0], own, groups, divergence).loss_sum
+    expected = torch.autograd.grad(written, leaves)
+    for method in ("compare", "direct"):
+        monkeypatch.setattr(type(divergence.kind), method, getattr(Kind, method))
+    found = fused_panel_divergence(leaves[0], own, groups, divergence).loss_sum
+    torch.testing.assert_close(found, written, rtol=1e-9, atol=1e-11)
+    for a, b in zip(torch.autograd.grad(found, leaves), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -115,6 +115,6 @@ def test_every_field_is_read_where_it_decides_something(group):
                 owner = ast.unparse(node.value).split(".")[-1]
                 if owner in ("settings", "args", "offline", "self", "cfg"):
                     read.add(node.attr)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and path.parent.name == "panel":
+            elif isinstance(node, ast.Constant) and path.parent.name in ("panel", "divergence"):
                 read.add(node.value)  # by name, as in `draw_settings`
     assert {field.name for field in dataclasses.fields(group)} <= read
