@@ -40,7 +40,7 @@ class PlanSettings:
         teachers: MODEL:PLACEMENT each; placements are sharded, resident, offload, adapter, server and cached.
         lora_rank: 0 trains the full student.
         lora_targets: linear layers that get an adapter; empty takes all but the head.
-        combine: route asks one teacher a row; weighted_kl, mixture and confidence ask all.
+        combine: how teachers are combined; route asks one teacher a row, the others ask all.
         divergence: decides which buffers the loss needs.
         prompt_length: tokens of a prompt.
         completion_length: tokens of a completion.

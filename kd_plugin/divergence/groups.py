@@ -8,17 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kd_plugin.divergence.modes import MODES
 from kd_plugin.divergence.projection import require_temperature
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal
-
-Combining = Literal["sum", "mixture", "confidence"]
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,13 @@ class PanelGroup:
     Attributes:
         positions: (n,) int64 rows of the student's hidden states, or None for all N.
         terms: the teachers, in any order.
-        combining: ``sum``: Σ wᵢ·D(pᵢ, q). ``mixture``: W·D(Σ wᵢ/W·pᵢ, q) with W = Σ wᵢ. ``confidence``:
-            W·Σ cᵢ·D(pᵢ, q), where cᵢ is proportional to wᵢ·exp(-entropy(pᵢ) / sharpness) at each position.
+        combining: how they are combined, a name in :data:`~kd_plugin.divergence.modes.MODES`.
         sharpness: nats; the temperature of the confidence weights. Small ones leave the surest teacher alone.
     """
 
     positions: Tensor | None
     terms: tuple[TeacherTerm, ...]
-    combining: Combining = "sum"
+    combining: str = "weighted_kl"
     sharpness: float = 1.0
 
 
@@ -83,8 +80,9 @@ def check_groups(hidden_NH: Tensor, groups: Sequence[PanelGroup]) -> None:
                 )
             if term.temperature is not None:
                 require_temperature(term.temperature)
-            if group.combining == "mixture" and term.divergence is not None:
+            mode = MODES[group.combining]
+            if mode.one_divergence and term.divergence is not None:
                 raise ConfigError(
-                    f"Group {g}, teacher {t} has a divergence of its own, but a mixture is one distribution with one "
-                    "divergence. Set the divergence of the call, or combine by a weighted sum."
+                    f"Group {g}, teacher {t} has a divergence of its own, but {mode.name} {mode.one_divergence}. Set "
+                    "the divergence of the call, or combine by weighted_kl."
                 )

@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 
 from kd_plugin.divergence.groups import PanelGroup, TeacherTerm
+from kd_plugin.divergence.modes import MODES
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.signals import HiddenSignal, OutputHead
 
@@ -31,7 +32,7 @@ def merged_by_head(group: PanelGroup, divergence: Divergence) -> PanelGroup:
         The group itself where nothing can be merged: another combining or divergence, a soft-cap, heads or
         temperatures that differ.
     """
-    if group.combining != "sum":
+    if not MODES[group.combining].merges:
         return group
     alike: dict[object, list[TeacherTerm]] = {}
     for term in group.terms:

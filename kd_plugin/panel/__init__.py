@@ -5,9 +5,10 @@ divergence is estimated and what is defined, ``checks`` what must hold before a 
 ``combining`` groups their answers, ``loss`` makes one loss of them. ``rollouts`` says who writes what is corrected.
 """
 
+from kd_plugin.divergence.modes import Combine
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.loss import CorrectionLoss, correction_loss
-from kd_plugin.panel.roster import Assignment, Combine, OwnTerms, TeacherPanel
+from kd_plugin.panel.roster import Assignment, OwnTerms, TeacherPanel
 from kd_plugin.panel.schedule import Schedule
 from kd_plugin.panel.scoring import Correction, score_rows
 

@@ -12,14 +12,8 @@ from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.roster import OwnTerms, TeacherPanel
-from kd_plugin.teachers import AdapterTeacher, CachedTeacher, LocalTeacher, ServerTeacher, Teacher
+from kd_plugin.teachers import KINDS, AdapterTeacher, LocalTeacher, Teacher
 
-KINDS: Mapping[str, Callable[..., Any]] = {
-    "local": LocalTeacher,
-    "adapter": AdapterTeacher,
-    "server": ServerTeacher,
-    "cached": CachedTeacher,
-}
 _ESTIMATOR_KEYS = ("top_k", "student_top_k", "ratio_bounds")
 _PANEL_KEYS = (
     "teachers",

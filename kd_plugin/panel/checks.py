@@ -211,10 +211,10 @@ def require_defined_panel(panel: TeacherPanel, divergence: Divergence, temperatu
     require_temperature(temperature)
     for name, teacher in panel.teachers.items():
         own = panel.own[name]
-        if panel.combine == "mixture" and own.divergence is not None:
+        if panel.mode.one_divergence and own.divergence is not None:
             raise ConfigError(
-                f"Teacher {name!r} has a divergence of its own, but combine='mixture' makes one distribution of all "
-                "teachers, which has one divergence. Set divergence for the run, or use combine='weighted_kl'."
+                f"Teacher {name!r} has a divergence of its own, but combine={panel.combine!r} "
+                f"{panel.mode.one_divergence}. Set divergence for the run, or use combine='weighted_kl'."
             )
         require_defined(
             name,

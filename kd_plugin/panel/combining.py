@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence.groups import Combining, PanelGroup, TeacherTerm
-from kd_plugin.panel.roster import Combine, TeacherPanel
+from kd_plugin.divergence.groups import PanelGroup, TeacherTerm
+from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.panel.scoring import Correction
 from kd_plugin.signals import HiddenSignal, SparseSignal
-
-COMBINING: Mapping[Combine, Combining] = {
-    "route": "sum",
-    "weighted_kl": "sum",
-    "mixture": "mixture",
-    "confidence": "confidence",
-}
 
 
 def scored_positions(
@@ -122,7 +115,7 @@ def panel_group(panel: TeacherPanel, group: GroupTerms, terms: Sequence[AskedTea
         assert isinstance(term.signal, HiddenSignal)
         own = panel.own[term.teacher]
         fused.append(TeacherTerm(term.signal, term.weights, own.divergence, own.temperature))
-    return PanelGroup(group.positions, tuple(fused), COMBINING[panel.combine], panel.confidence_temperature)
+    return PanelGroup(group.positions, tuple(fused), panel.combine, panel.confidence_temperature)
 
 
 def joined(signals: Sequence[HiddenSignal | SparseSignal]) -> HiddenSignal | SparseSignal:

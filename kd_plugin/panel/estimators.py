@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from kd_plugin.divergence.modes import MODES
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.teachers.base import Gives, Teacher
@@ -83,15 +84,11 @@ def require_defined(
     Raises:
         ConfigError: says why it is not defined, and what is.
     """
-    if combine in ("mixture", "confidence") and estimator.name != "exact":
-        what = (
-            "the mean of the teachers' probabilities over the whole vocabulary"
-            if combine == "mixture"
-            else "the entropy of each teacher over the whole vocabulary"
-        )
+    needs = MODES[combine].needs
+    if needs and estimator.name != "exact":
         gives = "one token" if estimator.name == "sampled" else "the listed tokens, and different ones for each teacher"
         raise ConfigError(
-            f"combine={combine!r} needs {what}, and estimator={estimator.name!r} of teacher {name!r} knows {gives}. "
+            f"combine={combine!r} needs {needs}, and estimator={estimator.name!r} of teacher {name!r} knows {gives}. "
             "Use combine='weighted_kl', or teachers in this process with estimator='exact'."
         )
     if estimator.name == "sampled" and divergence.name != "reverse_kl":

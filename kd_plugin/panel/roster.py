@@ -7,21 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import nn
 
+from kd_plugin.divergence.modes import MODES, Combine
 from kd_plugin.divergence.projection import require_temperature
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, DataError, nearest
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.weights import Weights, row_weights
+from kd_plugin.settings import require_known
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.adapter import share_bases
 from kd_plugin.teachers.base import Teacher, missing_members
 from kd_plugin.teachers.local import LocalTeacher
-
-Combine = Literal["route", "weighted_kl", "mixture", "confidence"]
 
 
 @dataclass(frozen=True)
@@ -107,18 +107,17 @@ class TeacherPanel:
     ) -> None:
         if not teachers:
             raise ConfigError("A teacher panel needs at least one teacher; got none.")
-        if combine not in get_args(Combine):
-            raise ConfigError(
-                f"Unknown combine {combine!r}; expected one of {', '.join(get_args(Combine))}."
-                + nearest(str(combine), list(get_args(Combine)))
-            )
+        require_known("combine", combine, tuple(MODES))
         self.combine: Combine = combine
+        self.mode = MODES[combine]
         self.teachers: Mapping[str, Teacher] = MappingProxyType(
             {name: as_teacher(name, teacher) for name, teacher in teachers.items()}
         )
         share_bases(self.teachers.values())
-        if combine == "route" and (weights is not None or domain_weights is not None):
-            raise ConfigError("teacher_weights have no meaning with combine='route', where one teacher judges a row.")
+        if self.mode.one_teacher and (weights is not None or domain_weights is not None):
+            raise ConfigError(
+                f"teacher_weights have no meaning with combine={combine!r}, where one teacher judges a row."
+            )
         self.weights = Weights(self.names, weights, domain_weights)
         if not (math.isfinite(confidence_temperature) and confidence_temperature > 0.0):
             raise ConfigError(
@@ -160,18 +159,18 @@ class TeacherPanel:
                 )
             chosen = self.routes[domain]
         elif teacher_id is None:
-            if self.combine == "route" and len(self.teachers) > 1:
+            if self.mode.one_teacher and len(self.teachers) > 1:
                 raise DataError(
-                    "With combine='route' and several teachers each row must say who judges it. Add a column "
+                    f"With combine={self.combine!r} and several teachers each row must say who judges it. Add a column "
                     f"'teacher_id' holding one of {_listed(self.teachers)}, or set routes and a column 'domain', "
                     "or combine='weighted_kl' to ask all of them."
                 )
             chosen = self.names
         else:
             chosen = self._known(teacher_id)
-        if self.combine == "route" and len(chosen) != 1:
+        if self.mode.one_teacher and len(chosen) != 1:
             raise DataError(
-                f"combine='route' asks one teacher a row, but a row names {len(chosen)}: {_listed(chosen)}. "
+                f"combine={self.combine!r} asks one teacher a row, but a row names {len(chosen)}: {_listed(chosen)}. "
                 "Use combine='weighted_kl' to ask several."
             )
         return chosen
@@ -185,10 +184,10 @@ class TeacherPanel:
         domain = row.get("domain")
         judges = self.judges(row.get("teacher_id"), domain)
         own = row_weights(row.get("teacher_weights"), judges)
-        if own is not None and self.combine == "route":
+        if own is not None and self.mode.one_teacher:
             raise DataError(
-                "A row has teacher_weights, which have no meaning with combine='route', where one teacher judges a "
-                "row. Remove the column, or use combine='weighted_kl'."
+                f"A row has teacher_weights, which have no meaning with combine={self.combine!r}, where one teacher "
+                "scores a row. Remove the column, or use combine='weighted_kl'."
             )
         assignment = Assignment(judges, domain, own)
         for step in self.weights.turning_points():
@@ -201,7 +200,7 @@ class TeacherPanel:
         Raises:
             DataError: they sum to zero.
         """
-        if self.combine == "route":
+        if self.mode.one_teacher:
             return (1.0,) * len(assignment.judges)
         return self.weights.of(assignment.judges, domain=assignment.domain, row=assignment.weights, step=step)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, get_args
 
+from kd_plugin.divergence.modes import MODES
 from kd_plugin.divergence.spec import Divergence, DivergenceSettings, choices
 from kd_plugin.errors import ConfigError
 from kd_plugin.monitor.alarm import AlarmSettings
 from kd_plugin.panel.estimators import Estimator
-from kd_plugin.panel.roster import Combine
 from kd_plugin.panel.schedule import Schedule, as_schedule
 from kd_plugin.rollouts.decoding import Draws
 from kd_plugin.settings import option, require_known, settings
@@ -24,9 +24,7 @@ class TeacherSettings(DivergenceSettings):
     )
     combine: str = option(
         default="route",
-        help="How teachers are combined: 'route' asks the one that the row's `teacher_id` names, 'weighted_kl' "
-        "minimises the weighted sum of every teacher's divergence, 'mixture' the divergence from the weighted mean "
-        "of their probabilities, 'confidence' a sum whose weights follow each teacher's entropy at each token.",
+        help="How teachers are combined: " + ", ".join(f"{name!r} {mode.help}" for name, mode in MODES.items()) + ".",
     )
     teacher_weights: dict[str, Any] | str | None = option(
         default=None,
@@ -100,7 +98,7 @@ class TeacherSettings(DivergenceSettings):
         Raises:
             ConfigError: an unknown name, or a value out of range.
         """
-        require_known("combine", self.combine, get_args(Combine))
+        require_known("combine", self.combine, tuple(MODES))
         require_known("panel_values", self.panel_values, ("always", "logging"))
         if len(self.ratio_bounds) != 2:
             raise ConfigError(f"ratio_bounds are {self.ratio_bounds}; expected two numbers, low and high.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from kd_plugin.divergence.modes import MODES, Combine
 from kd_plugin.divergence.spec import NAMES as DIVERGENCES
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.planner.architectures import Architecture, architecture
@@ -12,10 +13,9 @@ from kd_plugin.planner.architectures import Architecture, architecture
 Method = Literal["offline", "panel"]
 Placement = Literal["sharded", "resident", "offload", "adapter", "server", "cached"]
 Precision = Literal["bf16", "fp32"]
-Combine = Literal["route", "weighted_kl", "mixture", "confidence"]
 _CHOICES = {
     "method": get_args(Method),
-    "combine": get_args(Combine),
+    "combine": tuple(MODES),
     "precision": get_args(Precision),
     "divergence": DIVERGENCES,
 }
@@ -51,7 +51,7 @@ class PlannedRun:
         prompt_length: tokens of the prompt, or 0 where `completion_length` holds all.
         completion_length: tokens that are trained on in a row.
         precision: ``bf16`` with float32 optimizer states, or ``fp32``.
-        combine: ``route`` asks one teacher a row; ``weighted_kl``, ``mixture`` and ``confidence`` ask all.
+        combine: how teachers are combined; ``route`` asks one teacher a row, the others ask all.
         divergence: decides which buffers the loss needs.
         listed: target tokens a position, for offline KD.
         gather_for_generation: under ZeRO-3 each GPU holds all weights while the student writes.
@@ -90,7 +90,7 @@ class PlannedRun:
     @property
     def judged_by_all(self) -> bool:
         """Whether every teacher judges every row."""
-        return self.combine != "route"
+        return not MODES[self.combine].one_teacher
 
     @property
     def tokens_in_a_pass(self) -> int:

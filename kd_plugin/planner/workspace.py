@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kd_plugin.divergence.modes import MODES
 from kd_plugin.divergence.projection import chunk_rows
 from kd_plugin.divergence.spec import KINDS
 from kd_plugin.planner.run import PlannedRun
@@ -61,10 +62,10 @@ def loss_buffers(run: PlannedRun) -> int:
     """
     if run.method == "offline":
         return 2
-    scratch = KINDS[run.divergence].scratch or run.combine == "confidence"
-    if run.combine == "mixture":
-        return 4 + scratch + 2
-    return 4 + scratch + (run.judged_by_all and len(run.teachers) > 1)
+    mode = MODES[run.combine]
+    scratch = KINDS[run.divergence].scratch or mode.scratch
+    summed = run.judged_by_all and len(run.teachers) > 1
+    return 4 + scratch + (summed if mode.buffers is None else mode.buffers)
 
 
 def loss_gradients(run: PlannedRun) -> int:

@@ -6,10 +6,21 @@ handshake.py (what it must say of itself) and replies.py (what its answers must 
 process where the host has room · identity.py tells weights apart for a run that is resumed.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from kd_plugin.teachers.adapter import AdapterTeacher
 from kd_plugin.teachers.base import Capabilities, Teacher
 from kd_plugin.teachers.cached import CachedTeacher
 from kd_plugin.teachers.local import LocalTeacher
 from kd_plugin.teachers.server import ServerTeacher
 
-__all__ = ["AdapterTeacher", "CachedTeacher", "Capabilities", "LocalTeacher", "ServerTeacher", "Teacher"]
+# What `kind:` may be in a panel's block; its other keys are the arguments of the class
+KINDS: Mapping[str, Callable[..., Any]] = {
+    "local": LocalTeacher,
+    "adapter": AdapterTeacher,
+    "server": ServerTeacher,
+    "cached": CachedTeacher,
+}
+
+__all__ = ["KINDS", "AdapterTeacher", "CachedTeacher", "Capabilities", "LocalTeacher", "ServerTeacher", "Teacher"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence
+from kd_plugin.divergence.modes import MODES
 from kd_plugin.divergence.reference import divergence_from_logits, from_logprobs
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal, OutputHead
@@ -130,7 +131,7 @@ def test_teachers_with_their_own_divergence_and_temperature(temperature):
         torch.testing.assert_close(value, torch.where(weight != 0, part, 0.0).detach())
 
 
-@pytest.mark.parametrize("combining", ["sum", "mixture", "confidence"])
+@pytest.mark.parametrize("combining", MODES)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=ids_of)
 def test_all_weight_on_one_teacher_is_that_teacher(divergence, combining):
     leaves, own = student(bias=False)

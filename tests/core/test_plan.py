@@ -94,8 +94,7 @@ def test_the_loss_keeps_as_many_buffers_as_planned(divergence, combine, teachers
             for at, s in zip(rows, signals, strict=True)
         ]
     else:
-        combining = "sum" if combine == "weighted_kl" else combine
-        groups = [PanelGroup(None, tuple(TeacherTerm(s) for s in signals), combining)]
+        groups = [PanelGroup(None, tuple(TeacherTerm(s) for s in signals), combine)]
     fused_panel_divergence(torch.randn(6, 4, requires_grad=True), head, groups, Divergence(divergence))
     run = PlannedRun(
         architecture(QWEN_32B),
