@@ -1,4 +1,4 @@
-"""On-policy correction by a panel of teachers, for a LightningModule that is there already."""
+"""On-policy distillation from a panel of teachers, for a LightningModule that is there already."""
 
 from __future__ import annotations
 

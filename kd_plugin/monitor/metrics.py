@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.panel.combining import GroupTerms
-from kd_plugin.panel.loss import Judgement
+from kd_plugin.panel.loss import TeacherDivergence
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 
 SUPPORT = 16  # K
@@ -44,7 +44,7 @@ class PanelTally:
         Heads of sharded teachers must be whole meanwhile, since ranks have different groups.
 
         Args:
-            groups: who judged which of the N positions, and what they said.
+            groups: who scored which of the N positions, and what they said.
             student_hidden: (N, H).
             student_head: its head.
         """
@@ -122,14 +122,14 @@ class DivergenceTally:
         """Whether this rank counted anything since the last log; a step is counted by all ranks or by none."""
         return self._sums is not None
 
-    def add(self, loss_sum: Tensor, entropy: Tensor, judgements: Sequence[Judgement]) -> None:
-        """Count a micro-batch; see :class:`~kd_plugin.panel.loss.CorrectionLoss`."""
+    def add(self, loss_sum: Tensor, entropy: Tensor, by_teacher: Sequence[TeacherDivergence]) -> None:
+        """Count a micro-batch; see :class:`~kd_plugin.panel.loss.MicroBatchLoss`."""
         if self._sums is None:
             self._sums = entropy.new_zeros((len(self.names) + 1, 2))
-        for judgement in judgements:
-            row = self._sums[self.names.index(judgement.teacher)]
-            row[0] += judgement.divergence.sum()
-            row[1] += judgement.divergence.numel()
+        for one in by_teacher:
+            row = self._sums[self.names.index(one.teacher)]
+            row[0] += one.divergence.sum()
+            row[1] += one.divergence.numel()
         self._sums[-1, 0] += loss_sum.detach()
         self._sums[-1, 1] += entropy.numel()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from kd_plugin.divergence.extract import logprobs_of, top_tokens
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel.batches import MicroBatch
-from kd_plugin.panel.loss import Judgement
+from kd_plugin.panel.loss import TeacherDivergence
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 
 ROLLOUTS = "rollouts"  # directory below output_dir
@@ -33,7 +33,7 @@ def rollout_rows(
     student_hidden: Tensor,
     student_head: OutputHead,
     tokens: Tensor,
-    judgements: Sequence[Judgement],
+    by_teacher: Sequence[TeacherDivergence],
     *,
     decode: Callable[[Sequence[int]], str],
     top_k: int,
@@ -47,7 +47,7 @@ def rollout_rows(
         student_hidden: (N, H) at the scored positions, row by row.
         student_head: the student's, gathered.
         tokens: (N,) that are scored.
-        judgements: what the loss made of the scores.
+        by_teacher: what the loss made of the scores.
         decode: the text of some tokens.
         top_k: K, tokens that each teacher finds likeliest.
         step: optimizer step.
@@ -56,34 +56,34 @@ def rollout_rows(
     Returns:
         One mapping a row, JSON-ready; numbers are nats, but for the probabilities in ``top``.
     """
-    corrections = batch.corrections
-    ends = list(itertools.accumulate(len(correction.positions) for correction in corrections))
-    spans = {row: slice(ends[row] - len(corrections[row].positions), ends[row]) for row in chosen}
-    names = dict.fromkeys(name for row in chosen for name in corrections[row].signals)
-    said = {name: _values(judgements, name, tokens) for name in names}
+    scores = batch.scores
+    ends = list(itertools.accumulate(len(row_scores.positions) for row_scores in scores))
+    spans = {row: slice(ends[row] - len(scores[row].positions), ends[row]) for row in chosen}
+    names = dict.fromkeys(name for row in chosen for name in scores[row].signals)
+    said = {name: _values(by_teacher, name, tokens) for name in names}
     found = []
     for row in chosen:
-        correction, response = corrections[row], batch.responses[row]
+        row_scores, response = scores[row], batch.responses[row]
         span = spans[row]
         student = logprobs_of(HiddenSignal(student_hidden[span], student_head), tokens[span], 1.0).tolist()
         teachers: dict[str, dict[str, Any]] = {}
-        for name, signal in correction.signals.items():
+        for name, signal in row_scores.signals.items():
             divergence, weight = (_numbers(column[span]) for column in said[name])
             logprobs, top = _token_view(signal, tokens[span], top_k, lambda token: decode([token]))
             teachers[name] = {"weight": weight, "divergence": divergence, "logprob": logprobs, "top": top}
         total = [
             round(sum((t["weight"][i] or 0.0) * (t["divergence"][i] or 0.0) for t in teachers.values()), 4)
-            for i in range(len(correction.positions))
+            for i in range(len(row_scores.positions))
         ]
         found.append(
             {
                 "step": step,
                 "row": response.number,
                 "prompt": decode(batch.input_ids[row, : batch.starts[row]].tolist()),
-                "domain": correction.assignment.domain,
+                "domain": row_scores.assignment.domain,
                 "truncated": response.truncated,
                 "tokens": [decode([token]) for token in response.tokens],
-                "scored": list(correction.positions),
+                "scored": list(row_scores.positions),
                 "student": [round(value, 4) for value in student],
                 "correction": total,
                 "teachers": teachers,
@@ -147,10 +147,10 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _values(judgements: Sequence[Judgement], name: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _values(by_teacher: Sequence[TeacherDivergence], name: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return one teacher's (N,) divergences and weights; NaN where it did not judge."""
     both = tuple(torch.full((len(tokens),), math.nan, device=tokens.device) for _ in range(2))
-    for one in judgements:
+    for one in by_teacher:
         if one.teacher == name:
             where = torch.arange(len(tokens), device=tokens.device) if one.positions is None else one.positions
             for column, values in zip(both, (one.divergence, one.weights), strict=True):
@@ -212,7 +212,7 @@ class RolloutSaver:
         hidden: Tensor,
         head: OutputHead,
         tokens: Tensor,
-        judgements: Sequence[Judgement],
+        by_teacher: Sequence[TeacherDivergence],
     ) -> None:
         """Keep the rows of a micro-batch that the step has room for. Waits for the device.
 
@@ -222,7 +222,7 @@ class RolloutSaver:
             hidden: (N, H) the student's, detached, at the scored positions.
             head: the student's, gathered.
             tokens: (N,) that are scored.
-            judgements: what the loss made of the scores.
+            by_teacher: what the loss made of the scores.
         """
         path = self._directory / f"step-{step:08d}-rank-{self._rank}.jsonl"
         if self._saved[0] != step:
@@ -234,7 +234,7 @@ class RolloutSaver:
             return
         decode = self._tokenizer.decode
         rows = rollout_rows(
-            batch, hidden, head, tokens, judgements, decode=decode, top_k=self._top_k, step=step, chosen=chosen
+            batch, hidden, head, tokens, by_teacher, decode=decode, top_k=self._top_k, step=step, chosen=chosen
         )
         append_rollouts(path, rows)
         self._saved = (step, self._saved[1] + len(rows))

@@ -16,7 +16,7 @@ from kd_plugin.monitor.traces import RolloutSaver
 from kd_plugin.panel.batches import MicroBatch
 from kd_plugin.panel.combining import group_terms
 from kd_plugin.panel.host import Host
-from kd_plugin.panel.loss import CorrectionLoss
+from kd_plugin.panel.loss import MicroBatchLoss
 from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.panel.step import PanelStep
 from kd_plugin.rollouts.responses import Response
@@ -117,7 +117,7 @@ class Monitor:
         if wrong is not None:
             self._ring(wrong)
 
-    def see(self, batch: MicroBatch, hidden: Tensor, head: OutputHead, tokens: Tensor, loss: CorrectionLoss) -> None:
+    def see(self, batch: MicroBatch, hidden: Tensor, head: OutputHead, tokens: Tensor, loss: MicroBatchLoss) -> None:
         """Count a micro-batch; where it is logged, compare full distributions and save rollouts. It gathers nothing.
 
         Args:
@@ -129,15 +129,15 @@ class Monitor:
         """
         training, step = self.host.training, self.host.step
         if self.values_are_read:
-            self._divergences[training].add(loss.loss_sum, loss.entropy, loss.judgements)
+            self._divergences[training].add(loss.loss_sum, loss.entropy, loss.by_teacher)
         if not self.host.is_logged:
             return
         hidden = hidden.detach()
         if self.settings.watch_positions:
-            groups = group_terms(self.panel, batch.corrections, hidden.device, step)
+            groups = group_terms(self.panel, batch.scores, hidden.device, step)
             self._tallies[training].add(groups, hidden, head)
         if self.settings.save_rollouts and training:
-            self._saver.save(step + 1, batch, hidden, head, tokens, loss.judgements)
+            self._saver.save(step + 1, batch, hidden, head, tokens, loss.by_teacher)
 
     def read_divergences(
         self, reduce: Callable[[Tensor], Tensor] | None = None

@@ -1,26 +1,28 @@
-"""Several teachers that correct what a student wrote.
+"""Several teachers that score what a student generated: their specification, the on-policy step, and its loss.
 
-``roster`` says who is on the panel and who judges which row, ``weights`` how much each counts, ``estimators`` how a
-divergence is estimated and what is defined, ``checks`` what must hold before a run. ``scoring`` asks the teachers,
-``combining`` groups their answers, ``loss`` makes one loss of them. ``rollouts`` says who writes what is corrected.
+``roster`` says who is on the panel and who scores which row, ``weights`` how much each counts, ``estimators`` how a
+divergence is estimated and what is defined, ``checks`` what must hold before a run. ``step`` is the on-policy step over
+a ``host``: ``scoring`` asks the teachers, ``batches`` holds what they said, ``combining`` groups it, ``loss`` makes one
+loss of it. ``warmup`` fits caches first, ``interleaving`` lets the panel replace the student's tokens, ``anchor`` holds
+the student near its start, ``identity`` says whether a resumed run is under the same panel.
 """
 
 from kd_plugin.divergence.modes import Combine
 from kd_plugin.panel.estimators import Estimator
-from kd_plugin.panel.loss import CorrectionLoss, correction_loss
+from kd_plugin.panel.loss import MicroBatchLoss, panel_loss
 from kd_plugin.panel.roster import Assignment, OwnTerms, TeacherPanel
 from kd_plugin.panel.schedule import Schedule
-from kd_plugin.panel.scoring import Correction, score_rows
+from kd_plugin.panel.scoring import RowScores, score_rows
 
 __all__ = [
     "Assignment",
     "Combine",
-    "Correction",
-    "CorrectionLoss",
     "Estimator",
+    "MicroBatchLoss",
     "OwnTerms",
+    "RowScores",
     "Schedule",
     "TeacherPanel",
-    "correction_loss",
+    "panel_loss",
     "score_rows",
 ]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from kd_plugin.divergence import Divergence
 from kd_plugin.errors import ConfigError
-from kd_plugin.panel.loss import correction_loss
+from kd_plugin.panel.loss import panel_loss
 from kd_plugin.panel.roster import Assignment, TeacherPanel
-from kd_plugin.panel.scoring import Correction, score_rows
+from kd_plugin.panel.scoring import RowScores, score_rows
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.local import LocalTeacher
 from kd_plugin.teachers.trees import tree_over_same_tensors, without_adapters
@@ -43,7 +43,7 @@ class Anchor:
         completion_start: int,
         positions: Sequence[Sequence[int]],
         rows_at_once: int,
-    ) -> list[Correction]:
+    ) -> list[RowScores]:
         """Ask the start about a generation batch; see :func:`~kd_plugin.panel.scoring.score_rows`."""
         return score_rows(
             self.panel,
@@ -57,7 +57,7 @@ class Anchor:
 
     def loss(
         self,
-        corrections: Sequence[Correction],
+        scores: Sequence[RowScores],
         hidden: Tensor,
         head: OutputHead,
         tokens: Tensor,
@@ -67,22 +67,22 @@ class Anchor:
         """Return the weighted KL(student || start) of a micro-batch, a sum in nats.
 
         Args:
-            corrections: what :meth:`score` said, one a row.
+            scores: what :meth:`score` said, one a row.
             hidden: (N, H) the student's, at the scored positions.
             head: the student's.
             tokens: (N,) written there.
             training: whether it is counted for training or for evaluation, until :meth:`read`.
         """
-        found = correction_loss(
+        found = panel_loss(
             self.panel,
-            corrections,
+            scores,
             hidden,
             head,
             tokens,
             divergence=Divergence("reverse_kl"),
             temperature=self.temperature,
         )
-        parts = [judgement.divergence.sum() for judgement in found.judgements]
+        parts = [one.divergence.sum() for one in found.by_teacher]
         total = torch.stack(parts or [hidden.detach().sum() * 0.0]).sum().detach()
         seen = torch.stack([total, torch.full_like(total, len(tokens))])
         self._seen[training] = self._seen.get(training, torch.zeros_like(seen)) + seen

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.panel.combining import scored_positions
-from kd_plugin.panel.scoring import Correction
+from kd_plugin.panel.scoring import RowScores
 from kd_plugin.rollouts.responses import Response
 from kd_plugin.rollouts.rows import Rollouts, by_length, left_aligned
 from kd_plugin.signals import OutputHead
@@ -26,7 +26,7 @@ class MicroBatch:
     Attributes:
         input_ids: (B, W) int64, padded on the right.
         attention_mask: (B, W).
-        corrections: what the panel said, one a row.
+        scores: what the panel said, one a row.
         responses: one a row.
         starts: for each row the column of its first response token.
         anchor: what the student's start said, one a row; empty where there is no anchor.
@@ -35,41 +35,41 @@ class MicroBatch:
 
     input_ids: Tensor
     attention_mask: Tensor
-    corrections: tuple[Correction, ...]
+    scores: tuple[RowScores, ...]
     responses: tuple[Response, ...]
     starts: tuple[int, ...]
-    anchor: tuple[Correction, ...] = ()
+    anchor: tuple[RowScores, ...] = ()
     behaviour_logprobs: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """N."""
-        return sum(len(correction.positions) for correction in self.corrections)
+        return sum(len(one.positions) for one in self.scores)
 
     @cached_property
     def labels(self) -> Tensor:
         """(B, W) the response tokens of rows that are scored, -100 elsewhere."""
         device = self.input_ids.device
         width = self.input_ids.shape[1]
-        starts = [at if c.positions else width for at, c in zip(self.starts, self.corrections, strict=True)]
+        starts = [at if c.positions else width for at, c in zip(self.starts, self.scores, strict=True)]
         first = torch.tensor(starts).to(device, non_blocking=True).unsqueeze(1)
         responds = (torch.arange(width, device=device) >= first) & (self.attention_mask != 0)
         return self.input_ids.masked_fill(~responds, -100)
 
     def predicted_at(self, width: int) -> Tensor:
         """Return (N,) where in hidden states of ``width`` columns, flattened, the scored tokens are predicted."""
-        return scored_positions(self.corrections, width, self.input_ids.device, [start - 1 for start in self.starts])
+        return scored_positions(self.scores, width, self.input_ids.device, [start - 1 for start in self.starts])
 
     def scored_tokens(self) -> Tensor:
         """Return (N,) the tokens that are scored, row by row."""
-        where = scored_positions(self.corrections, self.input_ids.shape[1], self.input_ids.device, self.starts)
+        where = scored_positions(self.scores, self.input_ids.shape[1], self.input_ids.device, self.starts)
         return self.input_ids.reshape(-1).index_select(0, where)
 
     def with_heads(self, heads: Mapping[str, OutputHead]) -> MicroBatch:
         """Return the micro-batch with these heads, which were gathered, in the signals of the teachers so named."""
         if not heads:
             return self
-        return replace(self, corrections=tuple(one.with_heads(heads) for one in self.corrections))
+        return replace(self, scores=tuple(one.with_heads(heads) for one in self.scores))
 
 
 @dataclass(frozen=True)
@@ -78,24 +78,24 @@ class ScoredRollouts:
 
     Attributes:
         rollouts: the rows.
-        corrections: one a row.
+        scores: one a row.
         anchor: what the student's start said, one a row; empty where there is no anchor.
         behaviour_logprobs: (B, C) nats of the response tokens where they were drawn; None if by this student.
     """
 
     rollouts: Rollouts
-    corrections: tuple[Correction, ...]
-    anchor: tuple[Correction, ...] = ()
+    scores: tuple[RowScores, ...]
+    anchor: tuple[RowScores, ...] = ()
     behaviour_logprobs: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """Number of scored positions."""
-        return sum(len(correction.positions) for correction in self.corrections)
+        return sum(len(one.positions) for one in self.scores)
 
     def longest_first(self, ties: Sequence[int] | None = None) -> list[int]:
         """Return row numbers, rows of like length together; ``ties`` decides between rows of one length."""
-        return by_length([correction.span.length for correction in self.corrections], ties)
+        return by_length([one.span.length for one in self.scores], ties)
 
     def micro_batches(self, sizes: Sequence[int], order: Sequence[int] | None = None) -> list[MicroBatch]:
         """Split the rows into micro-batches, whose losses add up to the same whatever rows each has.
@@ -104,23 +104,23 @@ class ScoredRollouts:
             sizes: rows of each micro-batch; they sum to B.
             order: row numbers; left out, the order of the rows.
         """
-        index = torch.arange(len(self.corrections)) if order is None else torch.tensor(order, dtype=torch.int64)
+        index = torch.arange(len(self.scores)) if order is None else torch.tensor(order, dtype=torch.int64)
         return [self._select(rows.tolist()) for rows in index.split(list(sizes))]
 
     def _select(self, rows: list[int]) -> MicroBatch:
         rollouts = self.rollouts
         device = rollouts.input_ids.device
-        corrections = tuple(self.corrections[row] for row in rows)
+        scores = tuple(self.scores[row] for row in rows)
         index = torch.tensor(rows).to(device, non_blocking=True)
         ids, mask = (tensor.index_select(0, index) for tensor in (rollouts.input_ids, rollouts.attention_mask))
-        spans = [correction.span for correction in corrections]
+        spans = [one.span for one in scores]
         behaviour = self.behaviour_logprobs
         if behaviour is not None:
             flat = behaviour.index_select(0, index).reshape(-1)
-            behaviour = flat.index_select(0, scored_positions(corrections, behaviour.shape[1], device))
+            behaviour = flat.index_select(0, scored_positions(scores, behaviour.shape[1], device))
         return MicroBatch(
             *left_aligned(ids, mask, spans),
-            corrections,
+            scores,
             tuple(rollouts.responses[row] for row in rows),
             tuple(rollouts.completion_start - span.first for span in spans),
             tuple(self.anchor[row] for row in rows) if self.anchor else (),

@@ -110,12 +110,12 @@ def require_fitting_student(
 
 
 def check_rows(dataset: Any, name: str, panel: TeacherPanel) -> None:
-    """Refuse a dataset without prompts or with rows that no teacher can judge, before anything is loaded.
+    """Refuse a dataset without prompts or with rows that no teacher can score, before anything is loaded.
 
     Args:
         dataset: rows with ``prompt``, and ``teacher_id`` or ``domain`` where the panel needs them.
         name: how messages call it.
-        panel: who judges.
+        panel: who scores.
 
     Raises:
         DataError: no column ``prompt``, one of images, or a row names a teacher that is not on the panel, or none

@@ -1,4 +1,4 @@
-"""Group the panel's corrections of a micro-batch by who judged them, with their weights."""
+"""Group the scored positions of a micro-batch by the teachers that scored them, with their weights."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from kd_plugin.divergence.groups import PanelGroup, TeacherTerm
 from kd_plugin.panel.roster import TeacherPanel
-from kd_plugin.panel.scoring import Correction
+from kd_plugin.panel.scoring import RowScores
 from kd_plugin.signals import HiddenSignal, SparseSignal
 
 
 def scored_positions(
-    corrections: Sequence[Correction], width: int, device: torch.device, starts: Sequence[int] | None = None
+    scores: Sequence[RowScores], width: int, device: torch.device, starts: Sequence[int] | None = None
 ) -> Tensor:
     """Return the scored positions of a micro-batch as indices into its flattened (rows * width) columns.
 
     Args:
-        corrections: one a row, in the order of the rows.
+        scores: one a row, in the order of the rows.
         width: columns of a row.
         device: where the student's hidden states are.
         starts: for each row the column that stands for the first token of its completion; left out, 0.
@@ -28,11 +28,11 @@ def scored_positions(
     Returns:
         (N,) int64, row by row; :func:`group_terms` counts positions in this order.
     """
-    starts = [0] * len(corrections) if starts is None else starts
+    starts = [0] * len(scores) if starts is None else starts
     flat = [
         b * width + start + c
-        for b, (start, correction) in enumerate(zip(starts, corrections, strict=True))
-        for c in correction.positions
+        for b, (start, row_scores) in enumerate(zip(starts, scores, strict=True))
+        for c in row_scores.positions
     ]
     return torch.tensor(flat, dtype=torch.int64).to(device, non_blocking=True)
 
@@ -54,7 +54,7 @@ class AskedTeacher:
 
 @dataclass(frozen=True)
 class GroupTerms:
-    """Positions that the same teachers judged.
+    """Positions that the same teachers scored.
 
     Attributes:
         positions: (n,) int64 among the N scored positions of the micro-batch, or None for all.
@@ -66,16 +66,16 @@ class GroupTerms:
 
 
 def group_terms(
-    panel: TeacherPanel, corrections: Sequence[Correction], device: torch.device, step: int = 0
+    panel: TeacherPanel, scores: Sequence[RowScores], device: torch.device, step: int = 0
 ) -> list[GroupTerms]:
-    """Group the N scored positions of a micro-batch by who judged them.
+    """Group the N scored positions of a micro-batch by who scored them.
 
-    A routed batch has one group a teacher, so that each head is used once; where all teachers judge all rows
+    A routed batch has one group a teacher, so that each head is used once; where all teachers score all rows
     there is one group, and the student is projected once for all of them.
 
     Args:
         panel: the teachers and their weights.
-        corrections: one a row, in the order of the rows.
+        scores: one a row, in the order of the rows.
         device: where the student's hidden states are.
         step: optimizer step, for weights with a schedule.
 
@@ -83,26 +83,26 @@ def group_terms(
         Disjoint groups that together cover every position.
     """
     starts, total = [], 0
-    for correction in corrections:
+    for row_scores in scores:
         starts.append(total)
-        total += len(correction.positions)
+        total += len(row_scores.positions)
     rows_of: dict[tuple[str, ...], list[int]] = {}
-    for b, correction in enumerate(corrections):
-        if correction.positions:
-            rows_of.setdefault(tuple(correction.signals), []).append(b)
+    for b, row_scores in enumerate(scores):
+        if row_scores.positions:
+            rows_of.setdefault(tuple(row_scores.signals), []).append(b)
 
     groups = []
-    for judges, rows in rows_of.items():
-        counts = torch.tensor([len(corrections[b].positions) for b in rows])
+    for teachers, rows in rows_of.items():
+        counts = torch.tensor([len(scores[b].positions) for b in rows])
         positions = None
         if int(counts.sum()) != total:
-            spans = [torch.arange(starts[b], starts[b] + len(corrections[b].positions)) for b in rows]
+            spans = [torch.arange(starts[b], starts[b] + len(scores[b].positions)) for b in rows]
             positions = torch.cat(spans).to(device, non_blocking=True)
-        by_row = torch.tensor([panel.weights_of(corrections[b].assignment, step) for b in rows])
+        by_row = torch.tensor([panel.weights_of(scores[b].assignment, step) for b in rows])
         by_position = by_row.repeat_interleave(counts, dim=0).to(device, non_blocking=True)
         terms = [
-            AskedTeacher(name, joined([corrections[b].signals[name] for b in rows]), by_position[:, i])
-            for i, name in enumerate(judges)
+            AskedTeacher(name, joined([scores[b].signals[name] for b in rows]), by_position[:, i])
+            for i, name in enumerate(teachers)
         ]
         groups.append(GroupTerms(positions, tuple(terms)))
     return groups

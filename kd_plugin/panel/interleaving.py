@@ -59,7 +59,7 @@ def interleaved_responses(
 
     Args:
         panel: the teachers.
-        assignments: for each prompt who judges it.
+        assignments: for each prompt who scores it.
         prompts: token ids.
         generate: ``(ids, mask, N) -> ids`` of the prompts and up to N tokens more, all on ``device``.
         settings: see there.
@@ -78,7 +78,7 @@ def interleaved_responses(
         output = generate(ids.to(device), mask.to(device), count)
         return [until_end(row, settings.end_tokens) for row in output[:, ids.shape[1] :].tolist()]
 
-    def judge(numbers: Sequence[int], prefixes: list[list[int]], proposals: list[list[int]]) -> list[Tensor]:
+    def score(numbers: Sequence[int], prefixes: list[list[int]], proposals: list[list[int]]) -> list[Tensor]:
         return panel_logprobs(
             panel,
             [assignments[number] for number in numbers],
@@ -94,7 +94,7 @@ def interleaved_responses(
     responses = interleave(
         prompts,
         propose,
-        judge,
+        score,
         max_new_tokens=settings.max_new_tokens,
         block=settings.block,
         top_k=settings.top_k,
@@ -120,13 +120,13 @@ def panel_logprobs(
     rows_at_once: int,
     step: int = 0,
 ) -> list[Tensor]:
-    """Return log Σ wᵢ·pᵢ at each proposed token, the mixture of those who judge the row.
+    """Return log Σ wᵢ·pᵢ at each proposed token, the mixture of those who score the row.
 
     Args:
         panel: the teachers.
-        assignments: for each row who judges it.
+        assignments: for each row who scores it.
         prefixes: token ids before the proposal.
-        proposals: token ids whose places are judged; at least one a row.
+        proposals: token ids whose places are scored; at least one a row.
         vocabulary: of the run; V tokens.
         pad_token_id: fills up short rows.
         device: where the teachers take their inputs.
@@ -143,7 +143,7 @@ def panel_logprobs(
         used = slice(start - len(prefix), start + len(proposal))
         ids[row, used] = torch.tensor([*prefix, *proposal])
         mask[row, used] = 1
-    corrections = score_rows(
+    scores = score_rows(
         panel,
         assignments,
         ids.to(device),
@@ -157,11 +157,11 @@ def panel_logprobs(
     sharded = panel.sharded_heads()
     with gathered_heads(list(sharded.values())) as heads:
         opened = dict(zip(sharded, heads, strict=True))
-        for assignment, correction in zip(assignments, corrections, strict=True):
-            weights, signals = panel.weights_of(assignment, step), correction.with_heads(opened).signals
+        for assignment, row_scores in zip(assignments, scores, strict=True):
+            weights, signals = panel.weights_of(assignment, step), row_scores.with_heads(opened).signals
             terms = [
                 _logprobs(signals[name], vocabulary.size) + torch.tensor(weight).log()
-                for name, weight in zip(assignment.judges, weights, strict=True)
+                for name, weight in zip(assignment.teachers, weights, strict=True)
                 if weight > 0
             ]
             found.append(torch.stack(terms).logsumexp(dim=0))

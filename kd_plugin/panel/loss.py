@@ -26,13 +26,13 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.panel.combining import GroupTerms, group_terms, panel_group
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.roster import TeacherPanel
-from kd_plugin.panel.scoring import Correction
+from kd_plugin.panel.scoring import RowScores
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What one teacher's divergence from the student was, at the n positions that it judged. Detached.
+class TeacherDivergence:
+    """What one teacher's divergence from the student was, at the n positions that it scored. Detached.
 
     Attributes:
         teacher: its name.
@@ -48,23 +48,23 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class CorrectionLoss:
+class MicroBatchLoss:
     """The loss of a micro-batch; sums, never means.
 
     Attributes:
         loss_sum: scalar with a graph, in nats.
         entropy: (N,) nats, of the student's distribution. Detached.
-        judgements: one a teacher and group of positions; none without values.
+        by_teacher: one a teacher and group of positions; none without values.
     """
 
     loss_sum: Tensor
     entropy: Tensor
-    judgements: tuple[Judgement, ...]
+    by_teacher: tuple[TeacherDivergence, ...]
 
 
-def correction_loss(
+def panel_loss(
     panel: TeacherPanel,
-    corrections: Sequence[Correction],
+    scores: Sequence[RowScores],
     student_hidden: Tensor,
     student_head: OutputHead,
     tokens: Tensor,
@@ -74,39 +74,39 @@ def correction_loss(
     step: int = 0,
     values: bool = True,
     behaviour_logprobs: Tensor | None = None,
-) -> CorrectionLoss:
+) -> MicroBatchLoss:
     """Return the panel's loss of a micro-batch.
 
     Args:
         panel: the teachers, and how they are combined.
-        corrections: what they said, one a row.
+        scores: what they said, one a row.
         student_hidden: (N, H) last hidden states at the scored positions, row by row.
         student_head: the student's head, as autograd knows it.
-        tokens: (N,) int64 tokens that are written there.
+        tokens: (N,) int64 tokens that are scored.
         divergence: for teachers without one of their own.
         temperature: for teachers without one of their own.
         step: optimizer step, for weights with a schedule.
-        values: False leaves out the judgements, and may make the loss a lower bound; its gradient stays the same.
+        values: False leaves out each teacher's divergence, and may make the loss a lower bound; the gradient is the same.
         behaviour_logprobs: (N,) nats of the tokens where they were drawn, for ``sampled``; None if by this student.
 
     Raises:
         ConfigError: a teacher gave a signal that its estimator cannot use.
         NonFiniteError: on CPU only, the loss is NaN or infinite.
     """
-    groups = group_terms(panel, corrections, student_hidden.device, step)
+    groups = group_terms(panel, scores, student_hidden.device, step)
     run = _Run(panel, student_hidden, student_head, tokens, divergence, temperature, values, behaviour_logprobs)
     parts = [run.exact(groups), run.listed(groups), run.sampled(groups)]
     present = [part for part in parts if part is not None]
     if not present:  # nothing was scored: a loss with a graph all the same
         empty = fused_panel_divergence(student_hidden, student_head, [], divergence, temperature)
-        present = [CorrectionLoss(empty.loss_sum, empty.entropy, ())]
+        present = [MicroBatchLoss(empty.loss_sum, empty.entropy, ())]
     entropy = present[0].entropy
     for part in present[1:]:
         entropy = torch.where(entropy == 0.0, part.entropy, entropy)
     total = present[0].loss_sum
     for part in present[1:]:
         total = total + part.loss_sum
-    return CorrectionLoss(total, entropy, tuple(j for part in present for j in part.judgements))
+    return MicroBatchLoss(total, entropy, tuple(one for part in present for one in part.by_teacher))
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class _Run:
     values: bool
     behaviour: Tensor | None
 
-    def exact(self, groups: Sequence[GroupTerms]) -> CorrectionLoss | None:
+    def exact(self, groups: Sequence[GroupTerms]) -> MicroBatchLoss | None:
         """All teachers with full distributions, in one pass over the positions."""
         chosen = [(g, [t for t in g.terms if self._estimator(t.teacher).name == "exact"]) for g in groups]
         chosen = [(group, terms) for group, terms in chosen if terms]
@@ -143,14 +143,14 @@ class _Run:
             self.temperature,
             values=self.values,
         )
-        judgements = [
-            Judgement(term.teacher, group.positions, value, weight)
+        by_teacher = [
+            TeacherDivergence(term.teacher, group.positions, value, weight)
             for (group, terms), values, weights in zip(chosen, found.divergences, found.weights, strict=True)
             for term, value, weight in zip(terms, values, weights, strict=False)  # no values: nothing to pair
         ]
-        return CorrectionLoss(found.loss_sum, found.entropy, tuple(judgements))
+        return MicroBatchLoss(found.loss_sum, found.entropy, tuple(by_teacher))
 
-    def listed(self, groups: Sequence[GroupTerms]) -> CorrectionLoss | None:
+    def listed(self, groups: Sequence[GroupTerms]) -> MicroBatchLoss | None:
         """All lists of tokens, one pass for each divergence and temperature among them."""
         alike: dict[tuple[Divergence, float, bool], list[tuple[str, Tensor | None, SparseSignal, Tensor]]] = {}
         for group in groups:
@@ -161,7 +161,7 @@ class _Run:
                     signal = self._as_list(term.signal, group.positions, estimator, temperature, term.teacher)
                     key = (divergence, temperature, signal.draws is not None)
                     alike.setdefault(key, []).append((term.teacher, group.positions, signal, term.weights))
-        total, entropy, judgements = None, self._zeros(), []
+        total, entropy, by_teacher = None, self._zeros(), []
         for (divergence, temperature, _), asked in alike.items():
             where = torch.cat([self._indices(positions) for _, positions, _, _ in asked])
             found = fused_sparse_divergence(
@@ -175,10 +175,10 @@ class _Run:
             total = found.loss_sum if total is None else total + found.loss_sum
             entropy.index_copy_(0, where, found.entropy.to(entropy.dtype))
             values = found.kd.split([len(signal) for _, _, signal, _ in asked])
-            judgements += [Judgement(n, p, v, w) for (n, p, _, w), v in zip(asked, values, strict=True)]
-        return None if total is None else CorrectionLoss(total, entropy, tuple(judgements) if self.values else ())
+            by_teacher += [TeacherDivergence(n, p, v, w) for (n, p, _, w), v in zip(asked, values, strict=True)]
+        return None if total is None else MicroBatchLoss(total, entropy, tuple(by_teacher) if self.values else ())
 
-    def sampled(self, groups: Sequence[GroupTerms]) -> CorrectionLoss | None:
+    def sampled(self, groups: Sequence[GroupTerms]) -> MicroBatchLoss | None:
         """All teachers that are asked about the written token alone, one pass for each temperature among them."""
         alike: dict[tuple[float, tuple[float, float]], list[tuple[GroupTerms, list[tuple[str, Tensor, Tensor]]]]] = {}
         for group in groups:
@@ -192,7 +192,7 @@ class _Run:
                     asked.setdefault(key, []).append((term.teacher, written, term.weights))
             for key, terms in asked.items():
                 alike.setdefault(key, []).append((group, terms))
-        total, entropy, judgements = None, self._zeros(), []
+        total, entropy, by_teacher = None, self._zeros(), []
         for (temperature, bounds), parts in alike.items():
             where = torch.cat([self._indices(group.positions) for group, _ in parts])
             weights = torch.cat([torch.stack([w for _, _, w in terms]).sum(0) for _, terms in parts])
@@ -213,12 +213,12 @@ class _Run:
             total = found.loss_sum if total is None else total + found.loss_sum
             entropy.index_copy_(0, where, found.entropy.to(entropy.dtype))
             own = found.logprobs.split([len(terms[0][1]) for _, terms in parts])
-            judgements += [
-                Judgement(name, group.positions, torch.where(w != 0, logq - written, 0.0), w)
+            by_teacher += [
+                TeacherDivergence(name, group.positions, torch.where(w != 0, logq - written, 0.0), w)
                 for (group, terms), logq in zip(parts, own, strict=True)
                 for name, written, w in terms
             ]
-        return None if total is None else CorrectionLoss(total, entropy, tuple(judgements) if self.values else ())
+        return None if total is None else MicroBatchLoss(total, entropy, tuple(by_teacher) if self.values else ())
 
     def _as_list(
         self, signal: HiddenSignal | SparseSignal, positions: Tensor | None, estimator: Estimator, at: float, name: str

@@ -1,4 +1,4 @@
-"""Who is on the panel, and who judges which row."""
+"""Who is on the panel, and who scores which row."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from kd_plugin.teachers.local import LocalTeacher
 
 @dataclass(frozen=True)
 class Assignment:
-    """Who judges a row.
+    """Who scores a row.
 
     Attributes:
-        judges: names of its teachers.
+        teachers: names of its teachers.
         domain: the row's domain, which may decide their weights.
-        weights: the row's own weights, one a judge, or None.
+        weights: the row's own weights, one a teacher, or None.
     """
 
-    judges: tuple[str, ...]
+    teachers: tuple[str, ...]
     domain: str | None = None
     weights: tuple[float, ...] | None = None
 
@@ -66,7 +66,7 @@ class OwnTerms:
 
 
 class TeacherPanel:
-    """Several teachers over one vocabulary, and how their corrections are combined.
+    """Several teachers over one vocabulary, and how their scores are combined.
 
     Args:
         teachers: name to teacher; a path, a hub id or a loaded model becomes a :class:`LocalTeacher`.
@@ -76,7 +76,7 @@ class TeacherPanel:
             ``weighted_kl`` with weights that differ from token to token: wᵢ·exp(-entropy of pᵢ /
             ``confidence_temperature``).
         weights: name to weight, a number or a :class:`Schedule` (or its mapping); equal when left out. Weights
-            are scaled to sum to one over the teachers that judge a row, so that the size of the panel does not
+            are scaled to sum to one over the teachers that score a row, so that the size of the panel does not
             change the learning rate.
         domain_weights: domain to such a mapping, in the place of ``weights`` for its rows.
         routes: domain to teacher or teachers, for rows that have a ``domain`` and no ``teacher_id``.
@@ -116,7 +116,7 @@ class TeacherPanel:
         share_bases(self.teachers.values())
         if self.mode.one_teacher and (weights is not None or domain_weights is not None):
             raise ConfigError(
-                f"teacher_weights have no meaning with combine={combine!r}, where one teacher judges a row."
+                f"teacher_weights have no meaning with combine={combine!r}, where one teacher scores a row."
             )
         self.weights = Weights(self.names, weights, domain_weights)
         if not (math.isfinite(confidence_temperature) and confidence_temperature > 0.0):
@@ -141,8 +141,8 @@ class TeacherPanel:
         """The teachers' names, in the order given."""
         return tuple(self.teachers)
 
-    def judges(self, teacher_id: str | Sequence[str] | None, domain: str | None = None) -> tuple[str, ...]:
-        """Return the names of the teachers that judge a row.
+    def teachers_of(self, teacher_id: str | Sequence[str] | None, domain: str | None = None) -> tuple[str, ...]:
+        """Return the names of the teachers that score a row.
 
         Args:
             teacher_id: the row's ``teacher_id``: a name, a list of names, or None.
@@ -161,7 +161,7 @@ class TeacherPanel:
         elif teacher_id is None:
             if self.mode.one_teacher and len(self.teachers) > 1:
                 raise DataError(
-                    f"With combine={self.combine!r} and several teachers each row must say who judges it. Add a column "
+                    f"With combine={self.combine!r} and several teachers each row must say who scores it. Add a column "
                     f"'teacher_id' holding one of {_listed(self.teachers)}, or set routes and a column 'domain', "
                     "or combine='weighted_kl' to ask all of them."
                 )
@@ -176,33 +176,33 @@ class TeacherPanel:
         return chosen
 
     def assign(self, row: Mapping[str, Any]) -> Assignment:
-        """Read who judges a row from its ``teacher_id``, ``domain`` and ``teacher_weights``; each may be left out.
+        """Read who scores a row from its ``teacher_id``, ``domain`` and ``teacher_weights``; each may be left out.
 
         Raises:
-            DataError: as :meth:`judges`, and for weights that do not fit the judges or sum to zero.
+            DataError: as :meth:`teachers_of`, and for weights that do not fit the teachers or sum to zero.
         """
         domain = row.get("domain")
-        judges = self.judges(row.get("teacher_id"), domain)
-        own = row_weights(row.get("teacher_weights"), judges)
+        teachers = self.teachers_of(row.get("teacher_id"), domain)
+        own = row_weights(row.get("teacher_weights"), teachers)
         if own is not None and self.mode.one_teacher:
             raise DataError(
                 f"A row has teacher_weights, which have no meaning with combine={self.combine!r}, where one teacher "
                 "scores a row. Remove the column, or use combine='weighted_kl'."
             )
-        assignment = Assignment(judges, domain, own)
+        assignment = Assignment(teachers, domain, own)
         for step in self.weights.turning_points():
             self.weights_of(assignment, step)
         return assignment
 
     def weights_of(self, assignment: Assignment, step: int = 0) -> tuple[float, ...]:
-        """Return the weights of a row's judges at an optimizer step, scaled to sum to one.
+        """Return the weights of a row's teachers at an optimizer step, scaled to sum to one.
 
         Raises:
             DataError: they sum to zero.
         """
         if self.mode.one_teacher:
-            return (1.0,) * len(assignment.judges)
-        return self.weights.of(assignment.judges, domain=assignment.domain, row=assignment.weights, step=step)
+            return (1.0,) * len(assignment.teachers)
+        return self.weights.of(assignment.teachers, domain=assignment.domain, row=assignment.weights, step=step)
 
     def sharded_heads(self) -> dict[str, OutputHead]:
         """Return the output heads of those teachers that are sharded over the ranks, in the panel's order."""

@@ -1,4 +1,4 @@
-"""Ask each teacher about the rows that it judges, once for a generation batch.
+"""Ask each teacher about the rows that it scores, once for a generation batch.
 
 Shape suffixes: B rows, L tokens, n_b scored positions of row b, H hidden width.
 """
@@ -21,13 +21,13 @@ from kd_plugin.vocab import Vocabulary
 
 
 @dataclass(frozen=True)
-class Correction:
+class RowScores:
     """What the panel said of one row; of full distributions only hidden states are kept until the loss.
 
     Attributes:
         positions: the row's scored positions, as offsets into its completion.
         signals: teacher's name to its signal at those n_b positions.
-        assignment: who judges the row, and what decides their weights.
+        assignment: who scores the row, and what decides their weights.
         span: the columns of the generation batch that hold the row's tokens.
     """
 
@@ -36,7 +36,7 @@ class Correction:
     assignment: Assignment
     span: Span
 
-    def with_heads(self, heads: Mapping[str, OutputHead]) -> Correction:
+    def with_heads(self, heads: Mapping[str, OutputHead]) -> RowScores:
         """Return the same with these output heads, which were gathered, in the signals of the teachers so named."""
         signals = dict(self.signals)
         for name in signals.keys() & heads.keys():
@@ -57,15 +57,15 @@ def score_rows(
     rows_at_once: int,
     clock: Callable[[str], AbstractContextManager[None]] | None = None,
     vocabulary: Vocabulary | None = None,
-) -> list[Correction]:
-    """Collect the panel's judgement of a generation batch.
+) -> list[RowScores]:
+    """Collect what the panel says of a generation batch.
 
     Rows are grouped by teacher, and within a teacher by length, so that a forward pass is as wide as the longest of
     rows that are alike. An offloaded teacher is moved in once, and out again.
 
     Args:
         panel: the teachers.
-        assignments: for each of the B rows who judges it.
+        assignments: for each of the B rows who scores it.
         input_ids: (B, L) prompts padded on the left, then completions padded on the right.
         attention_mask: (B, L).
         completion_start: column of the first completion token; token ``c`` of a completion is predicted at
@@ -79,7 +79,7 @@ def score_rows(
         DataError: a row holds a token that a head of the run has no row for.
 
     Returns:
-        One :class:`Correction` a row, in order.
+        One :class:`RowScores` a row, in order.
     """
     if vocabulary is not None and vocabulary.is_cut:
         vocabulary.require_rows(input_ids.masked_fill(attention_mask == 0, 0).tolist(), "Row")
@@ -87,7 +87,7 @@ def score_rows(
     spans = row_spans(attention_mask)
     longest_first = by_length([span.length for span in spans])
     rows_of = {
-        name: [b for b in longest_first if name in assignments[b].judges and positions[b]] for name in panel.teachers
+        name: [b for b in longest_first if name in assignments[b].teachers and positions[b]] for name in panel.teachers
     }
     passes = _passes(panel, rows_of, rows_at_once, input_ids.device)
     for name, teacher in panel.teachers.items():
@@ -113,7 +113,7 @@ def score_rows(
                 nothing = torch.empty(0, dtype=torch.int64, device=input_ids.device)
                 teacher.score(input_ids[:1, -1:], torch.ones_like(attention_mask[:1, -1:]), nothing)
     return [
-        Correction(tuple(p), {name: signals[name] for name in a.judges if name in signals}, a, span)
+        RowScores(tuple(p), {name: signals[name] for name in a.teachers if name in signals}, a, span)
         for p, signals, a, span in zip(positions, collected, assignments, spans, strict=True)
     ]
 

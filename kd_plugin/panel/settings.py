@@ -215,7 +215,7 @@ class WatchSettings:
     repetition_stop: int = option(
         default=0,
         help="End a rollout when it has written the same sequence (of up to 32 tokens) this many times in a "
-        "row; what follows is neither judged nor trained on. 0 is off.",
+        "row; what follows is neither scored nor trained on. 0 is off.",
     )
     anchor_weight: float = option(
         default=0.0,

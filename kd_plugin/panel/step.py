@@ -27,7 +27,7 @@ from kd_plugin.panel.anchor import Anchor
 from kd_plugin.panel.batches import MicroBatch, ScoredRollouts
 from kd_plugin.panel.host import Host
 from kd_plugin.panel.interleaving import InterleavedSettings, interleaved_responses
-from kd_plugin.panel.loss import CorrectionLoss, correction_loss
+from kd_plugin.panel.loss import MicroBatchLoss, panel_loss
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import score_rows
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
@@ -92,7 +92,7 @@ class Watch(Protocol):
         """Look at the responses of a generation batch; a collective call."""
         ...
 
-    def see(self, batch: MicroBatch, hidden: Tensor, head: OutputHead, tokens: Tensor, loss: CorrectionLoss) -> None:
+    def see(self, batch: MicroBatch, hidden: Tensor, head: OutputHead, tokens: Tensor, loss: MicroBatchLoss) -> None:
         """Look at a micro-batch, whose heads are gathered."""
         ...
 
@@ -339,11 +339,11 @@ class PanelStep:
         if self.host.training or self.host.is_logged:
             self.monitor.observe(responses)
         given = rollouts.input_ids, rollouts.attention_mask, rollouts.completion_start, offsets, assigned.rows_at_once
-        corrections = score_rows(
+        scores = score_rows(
             self.panel, assigned.assignments, *given, clock=self.monitor.clock, vocabulary=self.vocabulary
         )
         anchor = () if self.anchor is None else tuple(self.anchor.score(*given))
-        return ScoredRollouts(rollouts, tuple(corrections), anchor, behaviour_logprobs)
+        return ScoredRollouts(rollouts, tuple(scores), anchor, behaviour_logprobs)
 
     def loss(self, hidden: Tensor, head: OutputHead, batch: MicroBatch | WarmupBatch) -> StepLoss:
         """Return the loss of a micro-batch; call it in the student's forward pass, on all ranks together.
@@ -369,9 +369,9 @@ class PanelStep:
         scored = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
         tokens = batch.scored_tokens().to(hidden.device)
         behaviour = batch.behaviour_logprobs
-        found = correction_loss(
+        found = panel_loss(
             self.panel,
-            batch.corrections,
+            batch.scores,
             scored,
             head,
             tokens,

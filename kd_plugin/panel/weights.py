@@ -35,14 +35,14 @@ class Weights:
         }
 
     def of(
-        self, judges: Sequence[str], *, domain: str | None = None, row: Sequence[float] | None = None, step: int = 0
+        self, teachers: Sequence[str], *, domain: str | None = None, row: Sequence[float] | None = None, step: int = 0
     ) -> tuple[float, ...]:
-        """Return the weights of a row's judges, scaled to sum to one.
+        """Return the weights of a row's teachers, scaled to sum to one.
 
         Args:
-            judges: names of those who judge it.
+            teachers: names of those who score it.
             domain: the row's domain.
-            row: the row's own weights, in the order of ``judges``; they stand in the place of all others.
+            row: the row's own weights, in the order of ``teachers``; they stand in the place of all others.
             step: optimizer step.
 
         Raises:
@@ -52,12 +52,12 @@ class Weights:
             chosen = list(row)
         else:
             schedules = self.domains.get(domain, self.teachers) if domain is not None else self.teachers
-            chosen = [schedules[name].at(step) for name in judges]
+            chosen = [schedules[name].at(step) for name in teachers]
         total = math.fsum(chosen)
         if total <= 0.0:
             raise DataError(
-                f"The teachers of a row, {', '.join(map(repr, judges))}, have weights that sum to zero at step {step}. "
-                "Give one of them a positive weight, or name other teachers in teacher_id."
+                f"The teachers of a row, {', '.join(map(repr, teachers))}, have weights that sum to zero at step "
+                f"{step}. Give one of them a positive weight, or name other teachers in teacher_id."
             )
         return tuple(weight / total for weight in chosen)
 
@@ -93,7 +93,7 @@ def _weight(given: Any, where: str) -> Schedule:
     return schedule
 
 
-def row_weights(given: Any, judges: Sequence[str]) -> tuple[float, ...] | None:
+def row_weights(given: Any, teachers: Sequence[str]) -> tuple[float, ...] | None:
     """Read a row's ``teacher_weights``: a mapping from name to weight, or a list in the order of ``teacher_id``.
 
     Raises:
@@ -105,18 +105,18 @@ def row_weights(given: Any, judges: Sequence[str]) -> tuple[float, ...] | None:
     if isinstance(given, Mapping):
         # Datasets fill in None for names that other rows have
         present = {name: weight for name, weight in given.items() if weight is not None}
-        stray = [name for name in present if name not in judges]
+        stray = [name for name in present if name not in teachers]
         if stray:
             raise DataError(
                 f"A row's teacher_weights names {stray[0]!r}, which does not judge it; its teachers are "
-                f"{', '.join(map(repr, judges))}." + nearest(stray[0], list(judges))
+                f"{', '.join(map(repr, teachers))}." + nearest(stray[0], list(teachers))
             )
-        values: Iterable[Any] = [present.get(name, 0.0) for name in judges]
+        values: Iterable[Any] = [present.get(name, 0.0) for name in teachers]
     else:
         values = list(given)
     weights = tuple(values)
-    if len(weights) != len(judges):
-        raise DataError(f"A row has {len(weights)} teacher_weights for {len(judges)} teachers; expected one each.")
+    if len(weights) != len(teachers):
+        raise DataError(f"A row has {len(weights)} teacher_weights for {len(teachers)} teachers; expected one each.")
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
             raise DataError(f"A row's teacher_weights hold {weight!r}; expected numbers of at least 0.")

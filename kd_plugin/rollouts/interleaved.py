@@ -15,7 +15,7 @@ from kd_plugin.errors import NonFiniteError
 
 Tokens = list[int]
 Propose = Callable[[list[Tokens], int], list[Tokens]]
-Judge = Callable[[Sequence[int], list[Tokens], list[Tokens]], list[Tensor]]
+Score = Callable[[Sequence[int], list[Tokens], list[Tokens]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Interleaved:
 def interleave(
     prompts: Sequence[Tokens],
     propose: Propose,
-    judge: Judge,
+    score: Score,
     *,
     max_new_tokens: int,
     block: int,
@@ -46,14 +46,14 @@ def interleave(
     """Let the student write, and replace each token that the panel ranks below ``top_k`` by one of the panel's.
 
     Speculative knowledge distillation (Xu et al., arXiv 2410.11325, algorithm 1): early rollouts of a weak student
-    stay where the teachers' judgement means something. The student proposes some tokens at once; those before the
+    stay where the teachers' scores mean something. The student proposes some tokens at once; those before the
     first that the panel does not rank among its ``top_k`` stand; that one is drawn anew from the panel's ``top_k``
     tokens, in proportion to their probability; then the student goes on from there.
 
     Args:
         prompts: B prompts as token ids.
         propose: ``(prefixes, N) -> proposals``; each of 1 to N tokens, ending at an end token.
-        judge: ``(row numbers, prefixes, proposals) -> log-probabilities``; one (len(proposal), V) tensor a row, the
+        score: ``(row numbers, prefixes, proposals) -> log-probabilities``; one (len(proposal), V) tensor a row, the
             panel's distribution at each proposed token.
         max_new_tokens: longest response.
         block: N, tokens proposed at a time. Larger blocks call the panel less often and discard more.
@@ -61,7 +61,7 @@ def interleave(
         end_tokens: ids that end a response.
         generator: CPU generator of the panel's tokens.
         most: the largest of a number over all ranks. Where weights are cut over ranks, each takes part in every round
-            of the others: a rank that is done has its first row proposed and judged, and puts it aside.
+            of the others: a rank that is done has its first row proposed and scored, and puts it aside.
 
     Returns:
         One response a prompt.
@@ -77,10 +77,10 @@ def interleave(
         proposals = propose(prefixes, room)
         if writing:
             proposals = [p[: max_new_tokens - len(tokens[row])] for row, p in zip(writing, proposals, strict=True)]
-        judged = judge(present, prefixes, proposals)
+        scored = score(present, prefixes, proposals)
         if not writing:
             continue
-        for row, proposal, logprobs in zip(writing, proposals, judged, strict=True):
+        for row, proposal, logprobs in zip(writing, proposals, scored, strict=True):
             accepted, substitute = _first_rejection(proposal, logprobs, top_k, generator)
             tokens[row] += proposal[:accepted] + substitute
             replaced[row] += [False] * accepted + [True] * len(substitute)
@@ -99,8 +99,8 @@ def _first_rejection(proposal: Tokens, logprobs: Tensor, top_k: int, generator: 
     own, best = logprobs.gather(1, proposed), logprobs.amax(-1, keepdim=True)
     stands = (own > -torch.inf) & ((logprobs > own).sum(-1, keepdim=True) < top_k)
     # One transfer a row; whole blocks are decided at once
-    stand, judged = torch.cat([stands, best > -torch.inf], dim=-1).T.tolist()
-    if not all(judged):  # a NaN compares as False too
+    stand, scored = torch.cat([stands, best > -torch.inf], dim=-1).T.tolist()
+    if not all(scored):  # a NaN compares as False too
         raise NonFiniteError(
             "The panel gives no token a probability at a position of an interleaved rollout: its teachers list nothing "
             "there, or their log-probabilities are NaN. Check the weights that they run on."

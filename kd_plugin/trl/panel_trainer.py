@@ -1,4 +1,4 @@
-"""On-policy correction by a panel of teachers, in the place of TRL's ``DistillationTrainer``."""
+"""On-policy distillation from a panel of teachers, in the place of TRL's ``DistillationTrainer``."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ class TeacherPanelTrainer(TrlMetricsMixin, LineageSavingMixin, TokenMeanMixin, D
             whole = self._generate_and_score_completions(generation_batch)
             scored: ScoredRollouts = whole["scored"]
             # Between rows of one length the order is random, drawn as TRL draws its shuffle
-            order = scored.longest_first(torch.randperm(len(scored.corrections)).tolist())
+            order = scored.longest_first(torch.randperm(len(scored.scores)).tolist())
             sizes = [len(order) // parts] * parts
             items = whole["num_items_in_batch"]
             self._buffered_inputs = [

@@ -34,7 +34,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from kd_plugin.demo.prompts import GENERAL, MATH, questions
 from kd_plugin.divergence import Divergence
-from kd_plugin.panel import TeacherPanel, correction_loss, score_rows
+from kd_plugin.panel import TeacherPanel, panel_loss, score_rows
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import AdapterTeacher, LocalTeacher
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
@@ -43,7 +43,7 @@ from tests.tiny import save_tiny
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAMES = [f"t{i}" for i in range(8)]
-OURS = ("kd_plugin.panel.step", "correction_loss")
+OURS = ("kd_plugin.panel.step", "panel_loss")
 
 
 class Clock:
@@ -226,9 +226,9 @@ def adapters(options, scratch: Path) -> None:
     hidden = hidden.reshape(-1, hidden.shape[-1]).requires_grad_()
     head = OutputHead.from_model(student, base.vocabulary.size)
 
-    def loss_and_backward(panel: TeacherPanel, corrections, values: bool) -> None:
-        loss = correction_loss(
-            panel, corrections, hidden, head, ids[:, 16:].reshape(-1), divergence=Divergence("reverse_kl"),
+    def loss_and_backward(panel: TeacherPanel, scores, values: bool) -> None:
+        loss = panel_loss(
+            panel, scores, hidden, head, ids[:, 16:].reshape(-1), divergence=Divergence("reverse_kl"),
             values=values,
         )  # fmt: skip
         torch.autograd.grad(loss.loss_sum, [hidden, head.weight])
@@ -237,11 +237,11 @@ def adapters(options, scratch: Path) -> None:
         for count in (1, 4):
             panel = TeacherPanel({name: found[name] for name in NAMES[:count]}, combine="weighted_kl")
             asked = [panel.assign({})] * options.rows
-            corrections = timed(
+            scores = timed(
                 count, "scoring", lambda p=panel, a=asked: score_rows(p, a, ids, mask, 16, positions, options.rows)
             )
             for part, values in (("loss, all values", True), ("loss, values when logged", False)):
-                timed(count, part, lambda p=panel, c=corrections, v=values: loss_and_backward(p, c, v))
+                timed(count, part, lambda p=panel, c=scores, v=values: loss_and_backward(p, c, v))
     print("\n### Four adapters, all consulted on all rows, against one\n\n| part | four, s | one, s | ratio |")
     print("|---|---|---|---|")
     for part in ("scoring", "loss, all values", "loss, values when logged"):
@@ -282,9 +282,9 @@ def memory_of(options, kind: str, count: int, scratch: Path) -> None:
     panel = TeacherPanel(teachers, combine="weighted_kl")
     vocab = Vocabulary.from_tokenizer(next(iter(teachers.values())).tokenizer).size
     ids, mask, positions = fixed_batch(options, vocab)
-    corrections = score_rows(panel, [panel.assign({})] * options.rows, ids, mask, 16, positions, options.rows)
+    scores = score_rows(panel, [panel.assign({})] * options.rows, ids, mask, 16, positions, options.rows)
     tensors = tensor_bytes() / 2**20
-    del corrections
+    del scores
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     resident = int(status.split("VmRSS:")[1].split()[0]) / 1024
     own = sum(f.stat().st_size for f in scratch.glob("t0/*.safetensors")) / 2**20

@@ -69,10 +69,10 @@ def test_fused_output_has_the_fields_that_sft_reads():
 
 
 def test_buffered_lists_follow_their_rows():
-    rows = {"ids": __import__("torch").arange(4), "corrections": list("abcd")}
+    rows = {"ids": __import__("torch").arange(4), "scores": list("abcd")}
     shuffled = shuffle_sequence_dict(rows)
-    assert [list("abcd")[i] for i in shuffled["ids"].tolist()] == shuffled["corrections"]
-    assert [part["corrections"] for part in split_tensor_dict(rows, 2)] == [["a", "b"], ["c", "d"]]
+    assert [list("abcd")[i] for i in shuffled["ids"].tolist()] == shuffled["scores"]
+    assert [part["scores"] for part in split_tensor_dict(rows, 2)] == [["a", "b"], ["c", "d"]]
 
 
 def test_every_save_goes_through_save_pretrained():

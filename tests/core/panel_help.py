@@ -3,7 +3,7 @@
 import torch
 
 from kd_plugin.divergence import Divergence
-from kd_plugin.panel import correction_loss, score_rows
+from kd_plugin.panel import panel_loss, score_rows
 from kd_plugin.panel.combining import scored_positions
 from kd_plugin.signals import OutputHead
 
@@ -29,14 +29,14 @@ def corrected(panel, student, rows_of, batch, order=None, divergence="reverse_kl
     order = list(range(len(ids))) if order is None else order
     ids, mask, positions = ids[order], mask[order], [positions[i] for i in order]
     assignments = [panel.assign(rows_of[i]) for i in order]
-    corrections = score_rows(panel, assignments, ids, mask, START, positions, rows_at_once=3)
+    scores = score_rows(panel, assignments, ids, mask, START, positions, rows_at_once=3)
     backbone = student.base_model
     hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state[:, START - 1 : -1]
-    where = scored_positions(corrections, WIDTH, hidden.device)
+    where = scored_positions(scores, WIDTH, hidden.device)
     tokens = ids[:, START:].reshape(-1).index_select(0, where)
-    loss = correction_loss(
+    loss = panel_loss(
         panel,
-        corrections,
+        scores,
         hidden.reshape(-1, hidden.shape[-1]).index_select(0, where),
         OutputHead.from_model(student, 259),
         tokens,

@@ -166,7 +166,7 @@ def test_a_gathering_that_depends_on_the_rows_is_seen(models, tmp_path, monkeypa
     inner = PanelStep.loss
 
     def planted(step, hidden, head, batch):
-        if any("a" in one.signals for one in batch.corrections):  # as signals that gather when they are read would do
+        if any("a" in one.signals for one in batch.scores):  # as signals that gather when they are read would do
             with sharding.gathering([step.panel.teachers["a"].head.weight]):
                 pass
         return inner(step, hidden, head, batch)

@@ -226,7 +226,7 @@ def test_a_server_equals_a_local_teacher(estimator, divergence, local, other, to
     )
     torch.testing.assert_close(mine[0].loss_sum, theirs[0].loss_sum, rtol=1e-3, atol=1e-3)
     assert_same_gradients(mine[1], theirs[1], 1e-3)
-    for one, two in zip(mine[0].judgements, theirs[0].judgements, strict=True):
+    for one, two in zip(mine[0].by_teacher, theirs[0].by_teacher, strict=True):
         assert one.teacher == two.teacher
         torch.testing.assert_close(one.divergence, two.divergence, rtol=1e-3, atol=1e-3)
 
@@ -274,7 +274,7 @@ def test_a_mixed_panel_is_the_sum_of_its_parts(cached, local, other, tokenizer):
     torch.testing.assert_close(loss.loss_sum, sum(one.loss_sum for one, _ in alone) / 4, rtol=1e-4, atol=1e-4)
     summed = [sum(parts) / 4 for parts in zip(*(g for _, g in alone), strict=True)]
     assert_same_gradients(gradient, summed, 1e-4)
-    assert {j.teacher for j in loss.judgements} == set(teachers)
+    assert {j.teacher for j in loss.by_teacher} == set(teachers)
 
 
 SERVER = ServerTeacher("http://127.0.0.1:9", tokenizer=object(), repo="x/y")

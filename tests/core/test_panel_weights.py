@@ -71,7 +71,7 @@ def test_rows_that_are_refused(row, message):
 
 def test_a_domain_without_a_teacher():
     routed = TeacherPanel(TEACHERS, routes={"maths": "math"})
-    assert routed.assign({"domain": "maths"}).judges == ("math",)
+    assert routed.assign({"domain": "maths"}).teachers == ("math",)
     with pytest.raises(DataError, match=r"No teacher for domain 'mths'.*Did you mean 'maths'"):
         routed.assign({"domain": "mths"})
 

@@ -82,7 +82,7 @@ def test_the_example_in_the_help_is_a_configuration_that_is_taken(tmp_path, teac
     _, config, model = parse("panel", TeacherPanelConfig, ["--config", str(tmp_path / "run.yaml"), "--use_cpu"])
     built = panel_from_block(config.panel)
     require_defined_panel(built, built.divergence, 1.0)
-    assert model.model_name_or_path == "STUDENT" and built.judges(None, "algebra") == ("math",)
+    assert model.model_name_or_path == "STUDENT" and built.teachers_of(None, "algebra") == ("math",)
 
 
 def test_panel_from_one_block(tmp_path, student_dir, teacher_dir, other_teacher_dir, capsys):

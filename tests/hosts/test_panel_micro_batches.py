@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kd_plugin.monitor.traces import read_rollouts
-from kd_plugin.panel import Correction
+from kd_plugin.panel import RowScores
 from kd_plugin.panel.batches import ScoredRollouts
 from kd_plugin.panel.roster import Assignment
 from kd_plugin.rollouts.responses import Response
@@ -73,17 +73,17 @@ def test_rows_keep_together_what_belongs_to_them():
     ids[:, 2] = torch.arange(6)
     mask = torch.stack([(torch.arange(11) >= 2) & (torch.arange(11) < 2 + length) for length in lengths]).long()
     responses = tuple(Response((row,), False, row) for row in range(6))
-    corrections = tuple(Correction((), {}, Assignment(("t",)), Span(2, 2 + length)) for length in lengths)
-    batch = ScoredRollouts(Rollouts(ids, mask, 4, responses), corrections)
+    scores = tuple(RowScores((), {}, Assignment(("t",)), Span(2, 2 + length)) for length in lengths)
+    batch = ScoredRollouts(Rollouts(ids, mask, 4, responses), scores)
 
     def split():
         return batch.micro_batches([2, 2, 2], batch.longest_first(torch.randperm(6).tolist()))
 
     parts = split()
-    assert [[one.span.length for one in part.corrections] for part in parts] == [[9, 9], [6, 4], [4, 1]]
+    assert [[one.span.length for one in part.scores] for part in parts] == [[9, 9], [6, 4], [4, 1]]
     for part in parts:
         assert part.input_ids[:, 0].tolist() == [one.number for one in part.responses]
-        assert [lengths[one.number] for one in part.responses] == [one.span.length for one in part.corrections]
+        assert [lengths[one.number] for one in part.responses] == [one.span.length for one in part.scores]
         assert part.starts == (2, 2) and part.attention_mask[:, 0].all()
     firsts = {tuple(one.number for one in split()[0].responses) for _ in range(20)}
     assert firsts == {(1, 4), (4, 1)}, "rows of one length are in random order"

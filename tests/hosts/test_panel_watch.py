@@ -131,7 +131,7 @@ def test_truncated_completions_leave_the_loss_as_if_their_rows_were_not_there(tm
     def spying(inputs):
         output = generate(inputs)
         seen["written"], seen["items"] = output["scored"].rollouts.responses, float(output["num_items_in_batch"])
-        kept.extend(list(one.positions) for one in output["scored"].corrections)
+        kept.extend(list(one.positions) for one in output["scored"].scores)
         return output
 
     trainer._generate_and_score_completions = spying

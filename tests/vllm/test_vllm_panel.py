@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from kd_plugin import LocalTeacher, ServerTeacher
 from kd_plugin.divergence import Divergence
-from kd_plugin.panel import Estimator, TeacherPanel, correction_loss, score_rows
+from kd_plugin.panel import Estimator, TeacherPanel, panel_loss, score_rows
 from kd_plugin.panel.combining import scored_positions
 from kd_plugin.signals import OutputHead
 from tests.core.panel_help import assert_same_gradients
@@ -26,14 +26,14 @@ def corrected(teacher, student, estimator, divergence):
         ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
     panel = TeacherPanel({"t": teacher}, estimator=Estimator(estimator, top_k=64, student_top_k=0))
     positions = [range(len(row) - START) for row in rows]
-    corrections = score_rows(panel, [panel.assign({})] * 2, ids, mask, START, positions, rows_at_once=2)
+    scores = score_rows(panel, [panel.assign({})] * 2, ids, mask, START, positions, rows_at_once=2)
     with torch.no_grad():
         hidden = student.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, START - 1 : -1]
-    where = scored_positions(corrections, width, ids.device)
+    where = scored_positions(scores, width, ids.device)
     hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, where).requires_grad_()
     head = OutputHead.from_model(student, len(tokenizer))
     tokens = ids[:, START:].reshape(-1).index_select(0, where)
-    loss = correction_loss(panel, corrections, hidden, head, tokens, divergence=Divergence(divergence))
+    loss = panel_loss(panel, scores, hidden, head, tokens, divergence=Divergence(divergence))
     return loss, torch.autograd.grad(loss.loss_sum / len(where), [hidden, head.weight]), len(where)
 
 
@@ -52,7 +52,7 @@ def test_a_server_equals_the_local_teacher(estimator, divergence, smol, local, u
     theirs, expected, _ = corrected(local, student, estimator, divergence)
     assert count > 60
     mean = abs(float((mine.loss_sum - theirs.loss_sum).detach())) / count
-    most = float((mine.judgements[0].divergence - theirs.judgements[0].divergence).abs().max())
+    most = float((mine.by_teacher[0].divergence - theirs.by_teacher[0].divergence).abs().max())
     print(f"{estimator}, {divergence}: {count} positions, mean apart {mean:.1e} nats, one position {most:.1e} nats")
     assert mean < 1e-3 and most < 1e-3
     assert_same_gradients(gradient, expected, 1e-3)

@@ -97,7 +97,7 @@ class LossBytes:
 
         def scored(inputs: Any) -> Any:
             output = score(inputs)
-            signals = [s for c in output["scored"].corrections for s in c.signals.values()]
+            signals = [s for c in output["scored"].scores for s in c.signals.values()]
             self.hidden = max(self.hidden, sum(s.hidden.numel() * s.hidden.element_size() for s in signals))
             return output
 
