@@ -86,7 +86,7 @@ def panel_loss(
         divergence: for teachers without one of their own.
         temperature: for teachers without one of their own.
         step: optimizer step, for weights with a schedule.
-        values: False leaves out each teacher's divergence, and may make the loss a lower bound; the gradient is the same.
+        values: False leaves out each teacher's divergence, and may make the loss a lower bound; the gradient stays.
         behaviour_logprobs: (N,) nats of the tokens where they were drawn, for ``sampled``; None if by this student.
 
     Raises:

@@ -205,3 +205,31 @@ def test_a_warm_up_opens_the_students_head_alone_and_once_for_two_caches(models,
         assert float(step.loss(hidden.detach(), head, batch).loss_sum.detach()) > 0
     assert gatherings == [["student"]] * 2
     assert max(len(batch.targets) for batch in batches) == 2, "a micro-batch has rows of both caches"
+
+
+class Proposing:
+    """An engine whose ranks generate each for itself, and which counts the rounds of an interleaved generation."""
+
+    together, takes_nothing, rounds = False, False, 0
+
+    @contextmanager
+    def proposing(self):
+        def propose(ids, mask, count):
+            self.rounds += 1
+            return torch.nn.functional.pad(ids, (0, count), value=20)
+
+        yield propose
+
+
+def test_a_rank_without_rows_of_its_own_joins_each_round_of_an_interleaved_generation(models, tmp_path, monkeypatch):
+    """Its round ends with those of other ranks; one that stayed away would leave them waiting at their next one."""
+    step = step_of(panel_of(models, "routed"), tmp_path, rollouts="interleaved", on_policy_fraction=0.0)
+    step.host.ranks = 2
+    others = iter([[3], [2], [1], [0]])  # rows that the other rank still generates
+    monkeypatch.setattr("kd_plugin.panel.step.most_of_any_rank", lambda counts, device: next(others))
+    monkeypatch.setattr("kd_plugin.panel.interleaving.most_of_any_rank", lambda counts, device: next(others))
+    rows = [{"prompt": "", "completion": "abc", "teacher_id": name} for name in "abab"]
+    engine = Proposing()
+    found = step.respond(step.assign(rows, 4), PROMPTS, engine)
+    assert engine.rounds == 2 and next(others, None) is None
+    assert found == [byte_tokenizer()("abc<|im_end|>")["input_ids"]] * 4
