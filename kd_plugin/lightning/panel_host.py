@@ -18,8 +18,8 @@ from kd_plugin.lightning.step import WINDOW, Prepared
 from kd_plugin.lightning.student import as_trained, builds_later
 from kd_plugin.monitor.alarm import lower_learning_rate
 from kd_plugin.panel import TeacherPanel
-from kd_plugin.panel.batches import MicroBatch
-from kd_plugin.panel.step import PanelStep, StepLoss
+from kd_plugin.panel.batches import MicroBatch, StepLoss
+from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.warmup import WarmupBatch
 from kd_plugin.sharding.inference import shard_for_inference, shard_with_fsdp2
 from kd_plugin.signals import OutputHead

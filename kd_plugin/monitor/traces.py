@@ -148,7 +148,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _values(by_teacher: Sequence[TeacherDivergence], name: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return one teacher's (N,) divergences and weights; NaN where it did not judge."""
+    """Return one teacher's (N,) divergences and weights; NaN where it did not score."""
     both = tuple(torch.full((len(tokens),), math.nan, device=tokens.device) for _ in range(2))
     for one in by_teacher:
         if one.teacher == name:

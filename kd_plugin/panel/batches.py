@@ -1,4 +1,4 @@
-"""Rollouts with the scores of the panel: a generation batch, and the micro-batches that it is trained on in.
+"""What passes through the on-policy step: assigned rows, scored rollouts, their micro-batches, and the loss of one.
 
 Shape suffixes: B rows, W columns of the longest row, C response columns, N scored positions of a micro-batch.
 """
@@ -13,10 +13,26 @@ import torch
 from torch import Tensor
 
 from kd_plugin.panel.combining import scored_positions
+from kd_plugin.panel.roster import Assignment
 from kd_plugin.panel.scoring import RowScores
 from kd_plugin.rollouts.responses import Response
 from kd_plugin.rollouts.rows import Rollouts, by_length, left_aligned
 from kd_plugin.signals import OutputHead
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """Rows of a generation batch, before there are responses.
+
+    Attributes:
+        assignments: for each row which teachers score it.
+        given: for each row the dataset's completion, as token ids; None where the student generates.
+        rows_at_once: rows in a teacher's forward pass.
+    """
+
+    assignments: tuple[Assignment, ...]
+    given: tuple[list[int] | None, ...]
+    rows_at_once: int
 
 
 @dataclass(frozen=True)
@@ -126,3 +142,24 @@ class ScoredRollouts:
             tuple(self.anchor[row] for row in rows) if self.anchor else (),
             behaviour,
         )
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of a micro-batch; sums, never means.
+
+    Attributes:
+        loss_sum: scalar with a graph, in nats, the anchor's part included.
+        divergence_sum: of it the divergence from the teachers, detached.
+        entropy_sum: nats, of the student's distribution, detached.
+        tokens: N.
+    """
+
+    loss_sum: Tensor
+    divergence_sum: Tensor
+    entropy_sum: Tensor
+    tokens: int
+
+    def own_mean(self) -> Tensor:
+        """Return the mean loss per token, which stands for the student's own loss where it forms none; no graph."""
+        return self.loss_sum.detach() / max(self.tokens, 1)

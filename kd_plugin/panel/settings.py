@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from kd_plugin.divergence.modes import MODES
 from kd_plugin.divergence.spec import Divergence, DivergenceSettings, choices
-from kd_plugin.errors import ConfigError
-from kd_plugin.monitor.alarm import AlarmSettings
+from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.schedule import Schedule, as_schedule
 from kd_plugin.rollouts.decoding import Draws
 from kd_plugin.settings import option, require_known, settings
+
+AlarmAction = Literal["warn", "lower_learning_rate", "stop"]
 
 
 @settings
@@ -191,6 +193,51 @@ class RolloutSettings:
     def warmup_caches(self) -> list[str]:
         """Return the directories that ``warmup_cache`` names."""
         return [path.strip() for path in (self.warmup_cache or "").split(",") if path.strip()]
+
+
+@dataclass(frozen=True)
+class AlarmSettings:
+    """When a run is thought to go wrong, and what is done then.
+
+    Attributes:
+        length: factor over the first window's mean response length, above or below which it rings; 0 is off.
+        truncated: share of responses cut by the limit; 0 is off.
+        repetition: share of repeated 4-grams; 0 is off.
+        window: generation batches that are averaged; the first window is the baseline.
+        action: ``warn``, ``lower_learning_rate`` by ``factor``, or ``stop`` after a save.
+        factor: what the learning rate is multiplied by.
+
+    Raises:
+        ConfigError: a value that cannot be meant.
+    """
+
+    length: float = 0.0
+    truncated: float = 0.0
+    repetition: float = 0.0
+    window: int = 8
+    action: AlarmAction = "warn"
+    factor: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.length and self.length <= 1.0:
+            raise ConfigError(f"length_alarm is {self.length}; expected a factor above 1, such as 2, or 0 for none.")
+        for name in ("truncated", "repetition"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name}_alarm is {getattr(self, name)}; expected a share between 0 and 1.")
+        if self.window < 1:
+            raise ConfigError(f"alarm_window is {self.window}; expected at least one generation batch.")
+        if self.action not in get_args(AlarmAction):
+            raise ConfigError(
+                f"Unknown alarm_action {self.action!r}; expected one of {', '.join(get_args(AlarmAction))}."
+                + nearest(self.action, list(get_args(AlarmAction)))
+            )
+        if not 0.0 < self.factor < 1.0:
+            raise ConfigError(f"alarm_factor is {self.factor}; expected a number between 0 and 1.")
+
+    @property
+    def is_set(self) -> bool:
+        """Whether anything can ring it."""
+        return bool(self.length or self.truncated or self.repetition)
 
 
 @settings

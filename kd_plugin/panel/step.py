@@ -16,7 +16,6 @@ Shape suffixes: B rows, L columns, N scored positions, H hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -24,7 +23,7 @@ from torch import Tensor
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.panel.anchor import Anchor
-from kd_plugin.panel.batches import MicroBatch, ScoredRollouts
+from kd_plugin.panel.batches import Assigned, MicroBatch, ScoredRollouts, StepLoss
 from kd_plugin.panel.host import Host
 from kd_plugin.panel.interleaving import InterleavedSettings, interleaved_responses
 from kd_plugin.panel.loss import MicroBatchLoss, panel_loss
@@ -37,42 +36,6 @@ from kd_plugin.rollouts.rows import Rollouts, assembled, mixed_seed, on_policy_r
 from kd_plugin.sharding.gathering import gathered_heads, most_of_any_rank
 from kd_plugin.signals import OutputHead
 from kd_plugin.vocab import Vocabulary
-
-
-@dataclass(frozen=True)
-class Assigned:
-    """Rows of a generation batch, before there are responses.
-
-    Attributes:
-        assignments: for each row which teachers score it.
-        given: for each row the dataset's completion, as token ids; None where the student generates.
-        rows_at_once: rows in a teacher's forward pass.
-    """
-
-    assignments: tuple[Assignment, ...]
-    given: tuple[list[int] | None, ...]
-    rows_at_once: int
-
-
-@dataclass(frozen=True)
-class StepLoss:
-    """The loss of a micro-batch; sums, never means.
-
-    Attributes:
-        loss_sum: scalar with a graph, in nats, the anchor's part included.
-        divergence_sum: of it the divergence from the teachers, detached.
-        entropy_sum: nats, of the student's distribution, detached.
-        tokens: N.
-    """
-
-    loss_sum: Tensor
-    divergence_sum: Tensor
-    entropy_sum: Tensor
-    tokens: int
-
-    def own_mean(self) -> Tensor:
-        """Return the mean loss per token, which stands for the student's own loss where it forms none; no graph."""
-        return self.loss_sum.detach() / max(self.tokens, 1)
 
 
 class Watch(Protocol):
@@ -209,7 +172,13 @@ class PanelStep:
         return Assigned(assignments, tuple(given), rows_at_once)
 
     def roll_out(
-        self, rows: Sequence[Mapping[str, Any]], rows_at_once: int, engine: RolloutEngine, *, draw: int = 0
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        rows_at_once: int,
+        engine: RolloutEngine,
+        *,
+        draw: int = 0,
+        counted: int | None = None,
     ) -> ScoredRollouts:
         """Have responses to a generation batch generated and scored, for a host that renders no prompts of its own.
 
@@ -218,6 +187,7 @@ class PanelStep:
             rows_at_once: see there.
             engine: lets the student generate.
             draw: see there.
+            counted: see :meth:`score`.
         """
         prompts = render(self.tokenizer, [row["prompt"] for row in rows], self.chat_options)
         assigned = self.assign(rows, rows_at_once, draw=draw)
@@ -228,7 +198,7 @@ class PanelStep:
             pad_token_id=self.pad_token_id,
             device=self.host.device,
         )
-        return self.score(assigned, rollouts)
+        return self.score(assigned, rollouts, counted=counted)
 
     def respond(self, assigned: Assigned, prompts: Sequence[Sequence[int]], engine: RolloutEngine) -> list[list[int]]:
         """Return the response to each prompt: the student's own, interleaved with the panel's, or the dataset's.

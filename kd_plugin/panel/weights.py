@@ -97,7 +97,7 @@ def row_weights(given: Any, teachers: Sequence[str]) -> tuple[float, ...] | None
     """Read a row's ``teacher_weights``: a mapping from name to weight, or a list in the order of ``teacher_id``.
 
     Raises:
-        DataError: a name that does not judge the row, another number of weights, one that is no number of at least
+        DataError: a name that does not score the row, another number of weights, one that is no number of at least
             0, or weights that sum to zero.
     """
     if given is None:
@@ -108,7 +108,7 @@ def row_weights(given: Any, teachers: Sequence[str]) -> tuple[float, ...] | None
         stray = [name for name in present if name not in teachers]
         if stray:
             raise DataError(
-                f"A row's teacher_weights names {stray[0]!r}, which does not judge it; its teachers are "
+                f"A row's teacher_weights names {stray[0]!r}, which does not score it; its teachers are "
                 f"{', '.join(map(repr, teachers))}." + nearest(stray[0], list(teachers))
             )
         values: Iterable[Any] = [present.get(name, 0.0) for name in teachers]

@@ -5,6 +5,8 @@ The trainers of :mod:`kd_plugin.trl` stand on this room too, for TRL's trainers 
 
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.lineage.trainer_callback import LicenseLineageCallback
+from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.transformers.offline import OfflineKDMixin
+from kd_plugin.transformers.panel import TeacherPanelMixin
 
-__all__ = ["LicenseLineageCallback", "OfflineKDMixin", "OfflineSettings"]
+__all__ = ["LicenseLineageCallback", "OfflineKDMixin", "OfflineSettings", "PanelSettings", "TeacherPanelMixin"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,59 +11,27 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DistillationTrainer
+from trl.models import prepare_deepspeed
 
-from kd_plugin.cache import TeacherCache
 from kd_plugin.divergence.finite import require_finite
-from kd_plugin.errors import ConfigError, ServerError
-from kd_plugin.limits import refuse_images, refuse_prompt_learning, refuse_router_loss
-from kd_plugin.lineage.data import dataset_sources
-from kd_plugin.lineage.start import gate_servers, student_source
-from kd_plugin.lineage.trainer_callback import declared_lineage, lineage_callback, with_lineage
-from kd_plugin.models import output_rows
-from kd_plugin.monitor.alarm import LengthAlarm
-from kd_plugin.monitor.watch import watched_step
+from kd_plugin.errors import ConfigError
+from kd_plugin.limits import refuse_images
+from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage
 from kd_plugin.panel import TeacherPanel
-from kd_plugin.panel.anchor import Anchor, starting_student
-from kd_plugin.panel.batches import ScoredRollouts
+from kd_plugin.panel.batches import Assigned, ScoredRollouts
 from kd_plugin.panel.build import panel_from
-from kd_plugin.panel.checks import (
-    check_rows,
-    require_defined_panel,
-    require_fitting_student,
-    require_one_server,
-)
-from kd_plugin.panel.identity import ResumeState
-from kd_plugin.panel.sampling import require_same_student, require_sampling, sampled_teacher
-from kd_plugin.panel.step import Assigned, PanelStep
+from kd_plugin.panel.sampling import sampled_teacher
 from kd_plugin.rollouts.responses import as_responses
 from kd_plugin.rollouts.rows import Rollouts
-from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import Teacher
-from kd_plugin.transformers.evaluation import TokenMeanMixin
-from kd_plugin.transformers.saving import LineageSavingMixin
-from kd_plugin.transformers.start import (
-    load_vocabulary,
-    named_datasets,
-    require_launchable,
-    resumed_checkpoint,
-    start_lineage,
-    student_config,
-)
+from kd_plugin.transformers.panel import PanelHostMixin
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_generation import TRLEngine, require_draws
-from kd_plugin.trl.panel_host import (
-    PanelStateCallback,
-    TrainerHost,
-    last_hidden_states,
-    place_teachers,
-    resume_panel,
-    save_what_was_learned,
-)
 from kd_plugin.trl.upstream import TrlMetricsMixin
 from kd_plugin.trl.vllm_generation import ask_for_logprobs, padded, recorded, share_evenly
 
 
-class TeacherPanelTrainer(TrlMetricsMixin, LineageSavingMixin, TokenMeanMixin, DistillationTrainer):
+class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
     """``DistillationTrainer`` with several teachers, a fused loss, and lineage in every checkpoint.
 
     The student generates responses; each row is scored by the teachers of the panel that its ``teacher_id`` names;
@@ -123,39 +90,18 @@ class TeacherPanelTrainer(TrlMetricsMixin, LineageSavingMixin, TokenMeanMixin, D
                 "same fields."
             )
         self.panel = panel_from(teacher_model, teacher_models, args)
-        self.divergence = self.panel.divergence or args.resolved_divergence()
-        require_defined_panel(self.panel, self.divergence, args.temperature)
-        require_sampling(self.panel, args)
         require_no_tools(args, tools)
-        require_draws(self.panel, args, model)
-        refuse_prompt_learning(model, peft_config)
-        for name, dataset in named_datasets(train_dataset, eval_dataset):
-            check_rows(dataset, name, self.panel)
-        warmup_caches = [TeacherCache(path) for path in args.warmup_caches()]
-
-        run = start_lineage(
-            method="teacher_panel",
-            student=student_source(model, (args.model_init_kwargs or {}).get("revision")),
-            teachers=[teacher.source for teacher in self.panel.teachers.values()],
-            outputs=[cache.source for cache in warmup_caches],
-            datasets=dataset_sources(train_dataset),
-            args=args,
+        run = self.gate_panel(
+            args,
+            args,
+            model,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
             declared=declared_lineage(callbacks),
         )
-        gate_servers(run, self.panel.teachers.values())
-        require_launchable(args, model, self.panel)
-        config = student_config(model, args)
-        if config is not None:
-            refuse_router_loss(config, "The panel's loss has none, as that of TRL's DistillationTrainer.")
-        self._vocabulary = require_fitting_student(
-            self.panel,
-            load_vocabulary(model, processing_class, args),
-            model if isinstance(model, str) else model.config._name_or_path or None,
-            lambda: student_config(model, args),
-            warmup_caches,
-            allow_misaligned=args.allow_misaligned,
-        )
-
+        require_draws(self.panel, args, model)
         super().__init__(
             model=model,
             teacher_model=None,
@@ -173,93 +119,26 @@ class TeacherPanelTrainer(TrlMetricsMixin, LineageSavingMixin, TokenMeanMixin, D
             share_evenly(self.vllm_generation)
             if self._is_sampled:
                 ask_for_logprobs(self.vllm_generation, self.temperature)
-        # The configuration promised as much; an adapter's directory has none
-        self._vocabulary = self._vocabulary.within(output_rows(self.model))
         require_draws(self.panel, args, self.model, self.generation_config)
-        require_same_student(self.panel, self.model)
-        require_one_server(self.panel, self.accelerator.device)
-        place_teachers(self, self.panel, self._vocabulary)
-        self.panel_step = self._built_step(warmup_caches)
-
-    def _built_step(self, warmup_caches: Sequence[TeacherCache]) -> PanelStep:
-        """Join the panel's step with this trainer, which is its host."""
-        args, host = self.args, TrainerHost(self, self._metrics)
-        alarm_settings = args.alarm_settings()
-        alarm = LengthAlarm(alarm_settings) if alarm_settings.is_set else None
-        self._engine = TRLEngine(self, self._vocabulary)
         self._assigned = Assigned((), (), 1)
         self._empty: list[int] = []  # rows of the generation batch whose response has no token
-        self._resume = ResumeState(self.panel, self.divergence, self.temperature, alarm)
-        self.add_callback(PanelStateCallback(self._resume))
-        return watched_step(
-            host,
-            self.panel,
-            args,
+        self.join_panel(
+            self._metrics,
             tokenizer=self._tokenizer,
-            output_dir=args.output_dir,
-            alarm=alarm,
-            divergence=self.divergence,
-            temperature=self.temperature,
-            vocabulary=self._vocabulary,
             end_tokens=self.eos_token_ids,
             pad_token_id=self._tokenizer.pad_token_id,
-            seed=args.seed,
-            warmup_caches=warmup_caches,
-            anchor=self._anchored() if args.anchor_weight > 0.0 else None,
             chat_options={"chat_template": self.chat_template, **self.chat_template_kwargs},
         )
+        self._engine = TRLEngine(self, self._vocabulary)
 
-    def _anchored(self) -> Anchor:
-        """Keep the student's start as a teacher of its own.
-
-        Raises:
-            ConfigError: DeepSpeed or FSDP would shard the copy.
-        """
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ConfigError(
-                "anchor_weight keeps a whole copy of the student, and DeepSpeed or FSDP shard it. Name the start as a "
-                "teacher of the panel instead: combine='weighted_kl', with the student's own path as one teacher."
-            )
-        start = starting_student(self.accelerator.unwrap_model(self.model), self._vocabulary)
-        anchor = Anchor(start, self.args.anchor_weight, self.temperature)
-        place_teachers(self, anchor.panel, self._vocabulary)
-        return anchor
+    def replicated_teacher(self, model: nn.Module) -> nn.Module:
+        """Return a teacher where each rank has a replica, under ZeRO-1 and 2, in the student's precision."""
+        return prepare_deepspeed(model, self.accelerator)
 
     @property
     def _is_sampled(self) -> bool:
         """Whether a teacher's divergence is estimated from the tokens that the student drew."""
         return sampled_teacher(self.panel) is not None
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """Train as the parent does.
-
-        Raises:
-            ServerError: a teacher's server stayed away; the steps done so far are saved as a checkpoint before.
-            ConfigError: the checkpoint was trained under another panel, and ``allow_changed_panel`` is not set; or
-                ``output_dir`` holds another run's checkpoints, and this call does not resume.
-        """
-        checkpoint = resumed_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint is not None:
-            changed = resume_panel(self._resume, checkpoint, allowed=self.args.allow_changed_panel)
-            own = lineage_callback(self.callback_handler.callbacks)
-            if own is not None and own.run is not None:
-                own.run.note_changes([f"panel after {Path(checkpoint).name}: {change}" for change in changed])
-        try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        except ServerError:
-            save_what_was_learned(self)
-            raise
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        for column in ("teacher_id", "domain", "teacher_weights", "completion"):
-            if column not in self._signature_columns:
-                self._signature_columns.append(column)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """Return a micro-batch: cached rows during the warm-up, which passes over prompts, else the student's."""
@@ -348,24 +227,13 @@ class TeacherPanelTrainer(TrlMetricsMixin, LineageSavingMixin, TokenMeanMixin, D
     def _compute_loss(
         self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        batch = inputs["batch"]
-        hidden = last_hidden_states(unwrapped_student, batch.input_ids, batch.attention_mask)
-        head = OutputHead.from_model(unwrapped_student, self._vocabulary.size)
-        found = self.panel_step.loss(hidden, head, batch)
-        count = torch.tensor(found.tokens).to(hidden.device)
-        if self.evaluated is not None:
-            self.evaluated.add("loss", found.loss_sum, count)
-            self.evaluated.add("entropy", found.entropy_sum, count)
+        loss_sum, entropy, count = self.panel_loss(unwrapped_student, inputs["batch"])
         normalizer = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return found.loss_sum / torch.as_tensor(normalizer).to(found.loss_sum.device), found.entropy_sum, count
+        return loss_sum / torch.as_tensor(normalizer).to(loss_sum.device), entropy, count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the parent does, with each teacher's mean divergence (nats per token) and tokens over all ranks."""
-        if self.panel_step.monitor.counted:
-            found, loss = self.panel_step.monitor.read_divergences()
-            if self.args.panel_values == "logging" and self.model.training and "loss" in logs and loss is not None:
-                logs["loss"] = loss  # of this step: the steps before it had lower bounds
-            self.panel_step.host.note(found | self.panel_step.read())
+        self.note_panel(logs)
         super().log(logs, start_time)
 
 

@@ -24,6 +24,10 @@ FORBIDDEN = {
 }
 
 
+# Rooms of the core stand in an order; none imports a later one
+ORDER = ("errors", "signals", "vocab", "divergence", "rollouts", "panel", "monitor")
+
+
 def imported_modules(source: str) -> set[str]:
     """Names of all modules that a file imports, at its top or inside functions."""
     found: set[str] = set()
@@ -78,6 +82,26 @@ def test_no_file_breaks_an_arrow(path):
 )
 def test_the_arrow_test_can_fail(layer, source, broken):
     assert broken_arrows(layer, source) == broken
+
+
+def later_rooms(room: str, source: str) -> set[str]:
+    later = tuple(f"kd_plugin.{name}" for name in ORDER[ORDER.index(room) + 1 :])
+    return {
+        name for name in imported_modules(source) if any(name == one or name.startswith(one + ".") for one in later)
+    }
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_no_room_of_the_core_imports_a_later_one(room):
+    paths = sorted((PACKAGE / room).rglob("*.py")) or [PACKAGE / f"{room}.py"]
+    found = {path.name: later_rooms(room, path.read_text(encoding="utf-8")) for path in paths}
+    assert {name: broken for name, broken in found.items() if broken} == {}
+
+
+def test_the_order_test_can_fail():
+    assert later_rooms("panel", "import kd_plugin.monitor.watch") == {"kd_plugin.monitor.watch"}
+    assert later_rooms("rollouts", "from kd_plugin.panel import TeacherPanel") != set()
+    assert later_rooms("monitor", "from kd_plugin.panel import TeacherPanel; import kd_plugin.signals") == set()
 
 
 TEACHERS = {"LocalTeacher", "AdapterTeacher", "CachedTeacher", "ServerTeacher", "InProcessTeacher", "Teacher"}

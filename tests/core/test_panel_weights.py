@@ -61,7 +61,7 @@ def test_settings_that_are_refused(options, message):
         ({"teacher_weights": [0.0, 0.0, 0.0]}, "teacher_weights sum to zero"),
         ({"teacher_weights": [1.0]}, "1 teacher_weights for 3 teachers"),
         ({"teacher_weights": [1.0, -1.0, 1.0]}, "hold -1.0; expected numbers of at least 0"),
-        ({"teacher_id": ["math"], "teacher_weights": {"code": 1.0}}, "names 'code', which does not judge it"),
+        ({"teacher_id": ["math"], "teacher_weights": {"code": 1.0}}, "names 'code', which does not score it"),
     ],
 )
 def test_rows_that_are_refused(row, message):

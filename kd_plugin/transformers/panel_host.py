@@ -15,6 +15,7 @@ from transformers.utils import logging
 from kd_plugin.errors import ConfigError
 from kd_plugin.monitor.alarm import lower_learning_rate
 from kd_plugin.panel import TeacherPanel
+from kd_plugin.panel.anchor import Anchor, starting_student
 from kd_plugin.panel.identity import ResumeState, read_identity, write_identity
 from kd_plugin.sharding.inference import shard_for_inference, shard_with_fsdp2
 from kd_plugin.teachers.placing import Placement, place
@@ -179,15 +180,13 @@ def place_teachers(trainer: Any, panel: TeacherPanel, vocabulary: Vocabulary) ->
     """
     accelerator = trainer.accelerator
     zero3 = trainer.is_deepspeed_enabled and accelerator.state.deepspeed_plugin.zero_stage == 3
-    shards = zero3 or (trainer.is_deepspeed_enabled and trainer.args.shard_teachers)
+    shards = zero3 or (trainer.is_deepspeed_enabled and trainer.panel_settings.shard_teachers)
 
     def wrap(model: nn.Module) -> nn.Module:
         if shards:
             return shard_for_inference(model, accelerator.state.deepspeed_plugin.deepspeed_config)
         if trainer.is_deepspeed_enabled:
-            from trl.models import prepare_deepspeed
-
-            return prepare_deepspeed(model, accelerator)
+            return trainer.replicated_teacher(model)
         if accelerator.is_fsdp2:
             return shard_with_fsdp2(model, reshard_after_forward=True, **_fsdp2_options(accelerator))
         return accelerator.prepare_model(model, evaluation_mode=True)
@@ -197,6 +196,28 @@ def place_teachers(trainer: Any, panel: TeacherPanel, vocabulary: Vocabulary) ->
         panel.teachers.values(),
         Placement(student, vocabulary, accelerator.device, wrap, shards_move=shards, student_is_sharded_later=zero3),
     )
+
+
+def anchored(trainer: Any, settings: Any, vocabulary: Vocabulary) -> Anchor:
+    """Keep the student's start as a teacher of its own.
+
+    Args:
+        trainer: whose student it is.
+        settings: with ``anchor_weight`` and ``temperature``.
+        vocabulary: of the student.
+
+    Raises:
+        ConfigError: DeepSpeed or FSDP would shard the copy.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ConfigError(
+            "anchor_weight keeps a whole copy of the student, and DeepSpeed or FSDP shard it. Name the start as a "
+            "teacher of the panel instead: combine='weighted_kl', with the student's own path as one teacher."
+        )
+    start = starting_student(trainer.accelerator.unwrap_model(trainer.model), vocabulary)
+    anchor = Anchor(start, settings.anchor_weight, settings.temperature)
+    place_teachers(trainer, anchor.panel, vocabulary)
+    return anchor
 
 
 def _fsdp2_options(accelerator: Any) -> dict[str, Any]:

@@ -1,0 +1,395 @@
+"""The panel of teachers for any subclass of ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from kd_plugin.cache import TeacherCache
+from kd_plugin.divergence import Divergence, require_finite
+from kd_plugin.errors import ConfigError, ServerError
+from kd_plugin.limits import refuse_images, refuse_prompt_learning, refuse_router_loss
+from kd_plugin.lineage import RunLineage
+from kd_plugin.lineage.data import dataset_sources
+from kd_plugin.lineage.start import gate_servers, student_source
+from kd_plugin.lineage.trainer_callback import declared_lineage, lineage_callback, with_lineage
+from kd_plugin.models import output_rows
+from kd_plugin.monitor.alarm import LengthAlarm
+from kd_plugin.monitor.watch import watched_step
+from kd_plugin.panel import TeacherPanel
+from kd_plugin.panel.batches import MicroBatch, ScoredRollouts
+from kd_plugin.panel.build import panel_from
+from kd_plugin.panel.checks import (
+    check_rows,
+    require_defined_panel,
+    require_fitting_student,
+    require_one_server,
+)
+from kd_plugin.panel.identity import ResumeState
+from kd_plugin.panel.sampling import (
+    completed,
+    own_generation_config,
+    require_same_student,
+    require_sampling,
+    require_whole_distribution,
+)
+from kd_plugin.panel.settings import PanelSettings
+from kd_plugin.panel.step import PanelStep
+from kd_plugin.panel.warmup import WarmupBatch
+from kd_plugin.rollouts.in_process import InProcessEngine, Sampling, pad_token
+from kd_plugin.rollouts.rows import mixed_seed
+from kd_plugin.sharding.inference import through
+from kd_plugin.signals import OutputHead
+from kd_plugin.transformers.evaluation import TokenMeanMixin
+from kd_plugin.transformers.panel_host import (
+    PanelStateCallback,
+    TrainerHost,
+    anchored,
+    last_hidden_states,
+    place_teachers,
+    resume_panel,
+    save_what_was_learned,
+)
+from kd_plugin.transformers.saving import LineageSavingMixin
+from kd_plugin.transformers.start import (
+    load_vocabulary,
+    named_datasets,
+    require_launchable,
+    resumed_checkpoint,
+    start_lineage,
+    student_config,
+)
+from kd_plugin.upstream import reference_of
+from kd_plugin.vocab import Vocabulary
+
+_ROW = ("prompt", "teacher_id", "domain", "teacher_weights", "completion")
+_VALIDATION = -1  # in the place of a step: what is generated at each evaluation is the same
+
+
+class PanelHostMixin(TokenMeanMixin, LineageSavingMixin):
+    """What a transformers trainer is as the host of the panel's step, whoever generates for it.
+
+    A trainer calls :meth:`gate_panel` before its parent's ``__init__`` and :meth:`join_panel` after it.
+    """
+
+    panel: TeacherPanel
+    divergence: Divergence
+    panel_settings: Any
+    panel_step: PanelStep
+    _vocabulary: Vocabulary
+
+    def gate_panel(
+        self,
+        args: Any,
+        settings: Any,
+        model: Any,
+        *,
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: Any,
+        peft_config: Any = None,
+        declared: Any = None,
+    ) -> RunLineage:
+        """Pass the license gate, and check all that can be checked before a student is loaded.
+
+        Args:
+            args: of the trainer.
+            settings: of the panel.
+            model: the student, or where it is.
+            train_dataset: of the trainer, like what follows.
+            eval_dataset: see there.
+            processing_class: see there.
+            peft_config: see there.
+            declared: what the user declares of the lineage.
+        """
+        self.panel_settings = settings
+        self.divergence = self.panel.divergence or settings.resolved_divergence()
+        require_defined_panel(self.panel, self.divergence, settings.temperature)
+        require_sampling(self.panel, settings)
+        refuse_prompt_learning(model, peft_config)
+        for name, dataset in named_datasets(train_dataset, eval_dataset):
+            check_rows(dataset, name, self.panel)
+        self._caches = [TeacherCache(path) for path in settings.warmup_caches()]
+        run = start_lineage(
+            args,
+            declared,
+            method="teacher_panel",
+            student=student_source(model, (getattr(args, "model_init_kwargs", None) or {}).get("revision")),
+            teachers=[teacher.source for teacher in self.panel.teachers.values()],
+            outputs=[cache.source for cache in self._caches],
+            datasets=dataset_sources(train_dataset),
+        )
+        gate_servers(run, self.panel.teachers.values())
+        require_launchable(args, model, self.panel)
+        config = student_config(model, args)
+        if config is not None:
+            refuse_router_loss(config, "The panel's loss has none.")
+        self._vocabulary = require_fitting_student(
+            self.panel,
+            load_vocabulary(model, processing_class, args),
+            reference_of(model) or None,
+            lambda: config,
+            self._caches,
+            allow_misaligned=settings.allow_misaligned,
+        )
+        return run
+
+    def join_panel(self, metrics: Any, **tokens: Any) -> None:
+        """Place the teachers, and join the panel's step with this trainer.
+
+        Args:
+            metrics: see :class:`~kd_plugin.transformers.panel_host.TrainerHost`.
+            **tokens: of :class:`~kd_plugin.panel.step.PanelStep`: the student's tokenizer and what is told of it.
+        """
+        settings, host = self.panel_settings, TrainerHost(self, metrics)
+        # The configuration promised as much; an adapter's directory has none
+        self._vocabulary = self._vocabulary.within(output_rows(self.model))
+        require_same_student(self.panel, self.model)
+        require_one_server(self.panel, self.accelerator.device)
+        place_teachers(self, self.panel, self._vocabulary)
+        rings = settings.alarm_settings()
+        alarm = LengthAlarm(rings) if rings.is_set else None
+        self._resume = ResumeState(self.panel, self.divergence, settings.temperature, alarm)
+        self.add_callback(PanelStateCallback(self._resume))
+        self.panel_step = watched_step(
+            host,
+            self.panel,
+            settings,
+            output_dir=self.args.output_dir,
+            alarm=alarm,
+            divergence=self.divergence,
+            temperature=settings.temperature,
+            vocabulary=self._vocabulary,
+            seed=self.args.seed,
+            warmup_caches=self._caches,
+            anchor=anchored(self, settings, self._vocabulary) if settings.anchor_weight > 0.0 else None,
+            **tokens,
+        )
+
+    def replicated_teacher(self, model: nn.Module) -> nn.Module:
+        """Return a teacher where each rank has a replica, under ZeRO-1 and 2."""
+        return model.to(self.accelerator.device)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train as the parent does.
+
+        Raises:
+            ServerError: a teacher's server stayed away; the steps done so far are saved as a checkpoint before.
+            ConfigError: the checkpoint was trained under another panel, and ``allow_changed_panel`` is not set; or
+                ``output_dir`` holds another run's checkpoints, and this call does not resume.
+        """
+        checkpoint = resumed_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        if checkpoint is not None:
+            changed = resume_panel(self._resume, checkpoint, allowed=self.panel_settings.allow_changed_panel)
+            own = lineage_callback(self.callback_handler.callbacks)
+            if own is not None and own.run is not None:
+                own.run.note_changes([f"panel after {Path(checkpoint).name}: {change}" for change in changed])
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except ServerError:
+            save_what_was_learned(self)
+            raise
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns: Any
+        self._signature_columns += [column for column in _ROW if column not in self._signature_columns]
+
+    def panel_loss(self, student: nn.Module, batch: MicroBatch | WarmupBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the summed loss of a micro-batch, the summed entropy, and the number of scored tokens.
+
+        Call it inside the forward pass of whatever wraps the student.
+        """
+        hidden = last_hidden_states(student, batch.input_ids, batch.attention_mask)
+        found = self.panel_step.loss(hidden, OutputHead.from_model(student, self._vocabulary.size), batch)
+        count = torch.tensor(found.tokens).to(hidden.device)
+        if self.evaluated is not None:
+            self.evaluated.add("loss", found.loss_sum, count)
+            self.evaluated.add("entropy", found.entropy_sum, count)
+        return found.loss_sum, found.entropy_sum, count
+
+    def note_panel(self, logs: dict[str, float]) -> None:
+        """Add what was seen since the last log to the metrics; a collective call."""
+        if not self.panel_step.monitor.counted:
+            return
+        found, loss = self.panel_step.monitor.read_divergences()
+        if self.panel_settings.panel_values == "logging" and self.model.training and "loss" in logs:
+            logs["loss"] = logs["loss"] if loss is None else loss  # the steps before this one had lower bounds
+        self.panel_step.host.note(found | self.panel_step.read())
+
+
+class TeacherPanelMixin(PanelHostMixin):
+    """Makes of any ``transformers.Trainer`` one that trains its student on policy, with a panel of teachers.
+
+    Put it before the trainer that you have::
+
+        class MyPanelTrainer(TeacherPanelMixin, MyTrainer): ...
+
+        trainer = MyPanelTrainer(
+            model=model, args=args, processing_class=tokenizer, train_dataset=rows, teacher_models={"math": "..."}
+        )
+
+    The student generates responses to the prompts of an optimizer step, each row is scored by the teachers that its
+    ``teacher_id`` names, and the loss is the divergence from them, summed over the scored tokens and divided once by
+    their number in the global batch. It takes the place of your trainer's ``compute_loss``; all else is yours.
+
+    Args:
+        model: the student, a loaded (PEFT) model.
+        args: your ``TrainingArguments``.
+        teacher_models: name to path, hub id, loaded model or teacher; or a ``TeacherPanel``. None takes those of
+            ``panel_settings``.
+        panel_settings: who is on the panel, how the student generates, and what watches over the run.
+        lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
+        train_dataset: rows with ``prompt``, text or messages, and ``teacher_id`` (or ``domain``) where the panel has
+            several teachers.
+        eval_dataset: likewise, or a dictionary of them.
+        processing_class: the student's tokenizer.
+        callbacks: as ever.
+        **kwargs: of your trainer.
+
+    Raises:
+        LicenseRefusedError: the terms of a teacher forbid training.
+        VocabularyError: a teacher's tokens differ from the student's.
+        DataError: ``prompt`` is missing, or a row names a teacher that is not on the panel.
+        ConfigError: settings that contradict each other, or a data collator.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any,
+        *,
+        teacher_models: Any = None,
+        panel_settings: PanelSettings = PanelSettings(),  # noqa: B008
+        lineage: Mapping[str, Any] | str | Path | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if model is None or isinstance(model, str) or kwargs.get("model_init") is not None:
+            raise ConfigError("The panel needs the student itself, for its lineage: pass a loaded model.")
+        if kwargs.get("data_collator") is not None:
+            raise ConfigError("Rows are rendered after the student has its prompts: leave data_collator out.")
+        if args.n_gpu > 1 or args.fsdp:
+            raise ConfigError(
+                "TeacherPanelMixin generates in one process a GPU, on weights that are whole or sharded by DeepSpeed. "
+                "Launch by torchrun or accelerate; under FSDP use TeacherPanelTrainer or the Lightning callback."
+            )
+        self.panel = panel_from(None, teacher_models, panel_settings)
+        run = self.gate_panel(
+            args,
+            panel_settings,
+            model,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            declared=declared_lineage(callbacks) if lineage is None else lineage,
+        )
+        arguments = Sampling.of(panel_settings).arguments()
+        config = completed(GenerationConfig(), own_generation_config(model))
+        config.update(**arguments)
+        require_whole_distribution(self.panel, config, panel_settings.temperature, arguments)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=with_lineage(callbacks, run),
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # the loss is divided once, by the tokens of the global batch
+        self._noted: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._draws = 0
+        tokenizer: Any = self.processing_class
+        self.join_panel(
+            self._noted,
+            tokenizer=tokenizer,
+            end_tokens=[tokenizer.eos_token_id],
+            pad_token_id=pad_token(tokenizer),
+            chat_options=panel_settings.chat_template_kwargs,
+        )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Return the micro-batches of an optimizer step, whose responses are generated and scored at once."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        self.model.train()  # an evaluation may have come before
+        step, rows = self.panel_step, self.args.per_device_train_batch_size
+        if step.is_warming_up:
+            parts: Any = [step.warm_up(i, rows, micro_steps=num_batches, run=len(batches)) for i in range(len(batches))]
+            return [{"batch": part} for part in parts], torch.tensor(float(parts[0].scored), device=device)
+        scored = self._rolled_out([row for batch in batches for row in batch], rows, step.host.step)
+        parts = scored.micro_batches([len(batch) for batch in batches], scored.longest_first())
+        tokens = step.host.sum_over_ranks(torch.tensor(float(scored.tokens), device=device))
+        return [{"batch": part} for part in parts], tokens
+
+    def _rolled_out(self, rows: Sequence[Mapping[str, Any]], at_once: int, step: int, draw: int = 0) -> ScoredRollouts:
+        for row in rows:
+            refuse_images((name for name, value in row.items() if value), "A row")
+        engine = InProcessEngine(
+            self.accelerator.unwrap_model(self.model_wrapped),
+            self.panel_step.tokenizer,
+            Sampling.of(self.panel_settings),
+            device=self.accelerator.device,
+            seed=mixed_seed(self.args.seed, step, self.panel_step.host.rank, draw),
+            vocabulary=self._vocabulary,
+            together=self.is_deepspeed_enabled and self.accelerator.num_processes > 1,
+            repeats=self.panel_settings.repetition_stop,
+        )
+        counted = None if self.model.training else self.rows_of_its_own(len(rows))
+        return self.panel_step.roll_out(rows, at_once, engine, draw=draw, counted=counted)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the panel's divergence, a sum over scored tokens divided by their number in the global batch."""
+        student = self.accelerator.unwrap_model(model)
+        # Inside the forward pass of the wrapper, which gathers weights and readies itself for the backward pass
+        loss, _, count = through(model, student)(lambda: self.panel_loss(student, inputs["batch"]))
+        if num_items_in_batch is None:
+            normalizer = count.clamp(min=1)
+        else:  # ranks are averaged
+            normalizer = num_items_in_batch.clamp(min=1.0) / self.accelerator.num_processes
+        loss = loss / normalizer
+        require_finite(loss, "the teacher panel's loss")
+        return (loss, None) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the parent does, each time from the same random numbers."""
+        self._draws = 0
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Have the responses to a batch generated and scored, and return the loss alone."""
+        scored = self._rolled_out(inputs, self.args.per_device_eval_batch_size, _VALIDATION, self._draws)
+        self._draws += 1
+        (batch,) = scored.micro_batches([len(inputs)])
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, {"batch": batch})
+        return loss.detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the parent does, with what was seen of the panel since the last log."""
+        self.note_panel(logs)
+        mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
+        logs |= {f"{prefix}{name}": sum(values) / len(values) for name, values in self._noted[mode].items()}
+        self._noted[mode].clear()
+        super().log(logs, start_time)
