@@ -30,7 +30,7 @@ WORDS = re.compile(r"[\w' .,?!*-]+")
 # Repositories from which a test takes the tokenizer alone
 TOKENIZERS = ("Qwen/Qwen3-4B",)
 # What the families' own cards say; the others say apache-2.0, MIT or the like
-LICENSES = {"Gemma": "gemma", "Llama": "llama3.2"}
+LICENSES = {"Gemma": "gemma", "Lfm2": "lfm1.0", "Llama": "llama3.2"}
 
 
 def main(checkout: Path, cache: Path) -> None:
