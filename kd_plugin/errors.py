@@ -4,6 +4,13 @@ Each kind is also a kind of the standard library, so that code which knows nothi
 catches it. Messages say what was seen, what was expected, and the way out.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+_LISTED = 40  # known keys that a message names
+
 
 class KDError(Exception):
     """Base of all errors raised by kd-plugin."""
@@ -49,9 +56,25 @@ class MissingDependencyError(KDError, ImportError):
     """An optional package is needed and not installed."""
 
 
-def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
+def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest of ``known``, or an empty string."""
-    import difflib
-
     close = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def require_known(keys: Iterable[object], known: Sequence[str], where: str, prefix: str = "") -> None:
+    """Refuse a key that nothing takes: a key that is misspelt would be a setting that is lost.
+
+    Args:
+        keys: what was given.
+        known: what there is.
+        where: what the message calls the place.
+        prefix: of a key in the message, such as ``"--model."``.
+
+    Raises:
+        ConfigError: names the first unknown key, the nearest known one and, if they are few, all of them.
+    """
+    for key in keys:
+        if key not in known:
+            listed = f" Known: {', '.join(known)}." if len(known) <= _LISTED else ""
+            raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}.{nearest(str(key), list(known))}{listed}")

@@ -1,16 +1,19 @@
-"""Whether a written answer is the right one, for tasks whose answers can be verified."""
+"""Whether an answer is the right one, for tasks whose answers can be verified: in training and in a capture."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from importlib import import_module
 
 from kd_plugin.errors import ConfigError, MissingDependencyError, nearest
 
+NO_MATHEMATICS, NO_ANSWER = "reference is no mathematics", "no answer"
 Verifier = Callable[[str, str], bool]
 
 
 def verifier(name: str) -> Verifier:
-    """Return the function that compares what was written with the right answer.
+    """Return the function that compares a response with the right answer.
 
     Args:
         name: ``exact``: the same text but for spaces around it. ``contains``: the answer occurs in the text. ``math``:
@@ -25,31 +28,50 @@ def verifier(name: str) -> Verifier:
             f"Unknown verify {name!r}; expected one of {', '.join(_VERIFIERS)}." + nearest(name, list(_VERIFIERS))
         )
     if name == "math":
-        _require_math_verify()
+        require_math_verify("verify='math'")
     return _VERIFIERS[name]
 
 
-def _exact(written: str, answer: str) -> bool:
-    return written.strip() == answer.strip()
+def same_text(response: str, answer: str) -> bool:
+    """Whether two texts are equal but for white space around them."""
+    return response.strip() == answer.strip()
 
 
-def _contains(written: str, answer: str) -> bool:
-    return answer.strip() in written
+def same_mathematics(response: str, answer: str) -> bool | str:
+    """Compare as mathematics: the last answer that ``response`` gives, boxed or not, with ``answer``.
 
-
-def _math(written: str, answer: str) -> bool:
+    Returns:
+        Whether they mean the same, or why that cannot be said.
+    """
     from math_verify import parse, verify
 
-    # Its own time limit uses signals, which only a main thread may set
-    gold = parse(f"${answer}$", parsing_timeout=None)
-    return bool(verify(gold, parse(written, parsing_timeout=None), timeout_seconds=None))
+    # Its time limits are alarms, which only the main thread can set
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    gold = parse(answer, parsing_timeout=limit)
+    if not gold:
+        return NO_MATHEMATICS
+    found = parse(response, parsing_timeout=limit)
+    if not found:
+        return NO_ANSWER
+    return bool(verify(gold, found, timeout_seconds=limit))
 
 
-_VERIFIERS: dict[str, Verifier] = {"exact": _exact, "contains": _contains, "math": _math}
-
-
-def _require_math_verify() -> None:
+def require_math_verify(who: str) -> None:
+    """Raise MissingDependencyError, naming ``who`` needs it, where math-verify is not installed."""
     try:
-        import math_verify  # noqa: F401
+        import_module("math_verify")
     except ImportError as error:
-        raise MissingDependencyError("verify='math' needs math-verify: pip install 'kd-plugin[verify]'.") from error
+        raise MissingDependencyError(
+            f"{who} needs the package math-verify. Install it: pip install 'kd-plugin[verify]'."
+        ) from error
+
+
+def _contains(response: str, answer: str) -> bool:
+    return answer.strip() in response
+
+
+def _mathematics(response: str, answer: str) -> bool:
+    return same_mathematics(response, f"${answer}$") is True
+
+
+_VERIFIERS: dict[str, Verifier] = {"exact": same_text, "contains": _contains, "math": _mathematics}

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_plugin.cache.completeness import Untaught, taught_batch
-from kd_plugin.cache.joining import TARGET
+from kd_plugin.cache.joining import TARGET, Untaught, taught_batch
 from kd_plugin.cache.joint import JointCache
 from kd_plugin.errors import DataError
 

@@ -1,17 +1,30 @@
-"""Writing that survives a crash: a name appears only when the whole file is on the disk."""
+"""Files that several processes share: a name appears only when the whole file is on the disk, and each has an owner.
+
+Workers share a directory across machines, containers and reboots, so neither a host's name nor a process id says who
+lives: machines may have equal names, and ids are used again. A process is only taken for gone where it ran under this
+very kernel and in this process's own namespace of process ids; of all others, age or heartbeat decides.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
+import re
+import shutil
+import socket
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from kd_plugin.errors import CacheError
 
-_BLOCK = 1 << 20
+_DAY_SECONDS = 86_400
+_MARK = re.compile(r"(?:(?P<place>[0-9a-f]{12})-(?P<started>\d+)-)?[0-9a-f]{8}")
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -59,15 +72,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 @contextmanager
 def explained(what: str, way_out: str) -> Iterator[None]:
     """Turn the operating system's refusals to write into one clear error.
@@ -90,3 +94,136 @@ def explained(what: str, way_out: str) -> Iterator[None]:
         if error.errno not in reasons:
             raise
         raise CacheError(f"{what} failed: {reasons[error.errno]} ({error}). {way_out}") from error
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that made a file.
+
+    Attributes:
+        host: its host's name as it stands in files; for people, and to tell machines apart where ``place`` is None.
+        pid: its process id.
+        place: names the running kernel and the namespace of process ids; None in files of earlier versions.
+        started: clock ticks from the kernel's start to that of the process; 0 where the system does not say.
+    """
+
+    host: str
+    pid: int
+    place: str | None = None
+    started: int = 0
+
+    @property
+    def gone(self) -> bool:
+        """Whether the process has certainly ended; False also where that cannot be told from here."""
+        here = self.host == _host() if self.place is None else self.place == _place()
+        if not here:
+            return False
+        if not _exists(self.pid):
+            return True
+        started = _started(self.pid)
+        return started is None or bool(self.started and started and started != self.started)
+
+
+def this_process() -> Owner:
+    """Return the calling process."""
+    return Owner(_host(), os.getpid(), _place(), _started(os.getpid()) or 0)
+
+
+def temporary_name(directory: Path, stem: str) -> Path:
+    """Return a name in ``directory`` that no other process on any host uses."""
+    own = this_process()
+    return directory / f"{stem}.{own.host}.{own.pid}.{own.place}-{own.started}-{uuid.uuid4().hex[:8]}"
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove temporary files and directories of processes that are gone, and of any process after a day.
+
+    What has no name of :func:`temporary_name` is left alone. A day passes by the file system's clock, since hosts
+    differ in theirs. Others may be removing or renaming the same files.
+    """
+    found = [(path, owner) for path in sorted(directory.iterdir()) if (owner := _owner_of_name(path.name))]
+    doubtful = [path for path, owner in found if not owner.gone and owner.place != _place()]
+    now = _file_system_time(directory) if doubtful else 0.0
+    for path, owner in found:
+        with contextlib.suppress(FileNotFoundError):  # its owner gave it its final name, or another was quicker
+            if owner.gone or (path in doubtful and now - path.stat().st_mtime > _DAY_SECONDS):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory that others may be removing at the same time."""
+    while path.is_dir():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def claim_text(owner: Owner) -> str:
+    """Return what the file of a claim holds."""
+    return f"{owner.host} {owner.pid} {owner.place} {owner.started}\n"
+
+
+def read_claim(text: str) -> Owner | None:
+    """Return the owner that :func:`claim_text` wrote, this version's or an earlier one's; None for anything else."""
+    match text.split():
+        case [host, pid] if pid.isdecimal():
+            return Owner(host, int(pid))
+        case [host, pid, place, started] if pid.isdecimal() and started.isdecimal():
+            return Owner(host, int(pid), place, int(started))
+    return None
+
+
+def _owner_of_name(name: str) -> Owner | None:
+    """Read a name of :func:`temporary_name`; the host's own name may hold dots, the stem too."""
+    rest, _, mark = name.rpartition(".")
+    rest, _, pid = rest.rpartition(".")
+    found = _MARK.fullmatch(mark)
+    if not rest or not pid.isdecimal() or found is None:
+        return None
+    # Only where stem ends and host begins is open; a name that ends in this host's is of this host
+    host = _host() if rest.endswith(f".{_host()}") else rest
+    return Owner(host, int(pid), found["place"], int(found["started"] or 0))
+
+
+def _host() -> str:
+    """Return the host's name, fit for a file's: a host may be called anything."""
+    return re.sub(r"[^A-Za-z0-9.-]", "_", socket.gethostname())[:64] or "_"
+
+
+@cache
+def _place() -> str:
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux: the machine's hardware address, and no namespaces
+        kernel, namespace = f"{uuid.getnode():x}", ""
+    return hashlib.sha256(f"{kernel} {namespace}".encode()).hexdigest()[:12]
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _started(pid: int) -> int | None:
+    """Return when a process started, in ticks; 0 where the system does not say, None for one that has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return 0
+    # Fields 3 and 22 of proc(5), counted from behind the command's name; Z has ended and nobody has asked how
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def _file_system_time(directory: Path) -> float:
+    probe = temporary_name(directory, "clock")
+    probe.touch()
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from kd_plugin.cache.alignment import Alignment, require_aligned
-from kd_plugin.cache.examples import example_id
 from kd_plugin.cache.joining import batch_targets, labels_of_targets, not_in_cache
+from kd_plugin.cache.merge import is_together, open_members
 from kd_plugin.cache.reader import TeacherCache
-from kd_plugin.cache.together import is_together, open_members
+from kd_plugin.cache.schema import example_id
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.data import CACHE, with_origin
 from kd_plugin.lineage.sources import Source

@@ -6,18 +6,15 @@ as, so that any flipped byte shows, also one in white space.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cache.fields import fitting
-from kd_plugin.cache.generation import Generation
-from kd_plugin.cache.targets import Sampled, Targets, describe, from_description
-from kd_plugin.errors import CacheCorruptionError, CacheError
+from kd_plugin.cache.records import fitting, record_digest, unseal
+from kd_plugin.cache.targets import Generation, Sampled, Targets, describe, from_description
+from kd_plugin.errors import CacheError
 
 FORMAT = "kd-plugin teacher cache"
 # The first keeps each log-probability of sampled targets, the second names neither a template nor a time; both are read
@@ -108,7 +105,7 @@ class Settings:
     @property
     def digest(self) -> str:
         """Sha256 that shards and units carry, so that a foreign one is recognised."""
-        return _digest(self.to_json())
+        return record_digest(self.to_json())
 
     def differences(self, other: Settings, ignored: Collection[str] = ()) -> list[str]:
         """Say which settings differ, but for the ``ignored`` ones, as ``name: mine against theirs``."""
@@ -249,14 +246,9 @@ class Manifest:
         return {reason: count for reason, count in sorted(counts.items()) if count}
 
     @property
-    def dropped_rows(self) -> int:
-        """Sum of :attr:`dropped`."""
-        return sum(self.dropped.values())
-
-    @property
     def content_digest(self) -> str:
         """Sha256 over the settings and the digests of all shards: the name of exactly these outputs."""
-        return _digest({"settings": self.settings.digest, "shards": [unit.sha256 for unit in self.units]})
+        return record_digest({"settings": self.settings.digest, "shards": [unit.sha256 for unit in self.units]})
 
     def rows_of(self, index: int) -> tuple[Part, int, int]:
         """Return the part of unit ``index``, and its first row and row count there."""
@@ -308,33 +300,6 @@ class Manifest:
             raise CacheError(f"The manifest has {len(self.parts)} parts and {first} units; no cache has so many.")
 
 
-def seal(values: Mapping[str, Any]) -> bytes:
-    """Return ``values`` as the bytes of a record, its digest added."""
-    return (json.dumps({**values, "digest": _digest(values)}, indent=1, ensure_ascii=True) + "\n").encode()
-
-
-def unseal(path: Path, way_out: str) -> dict[str, Any]:
-    """Read a record that :func:`seal` made.
-
-    Args:
-        path: the file.
-        way_out: what the message advises when it is damaged.
-
-    Raises:
-        CacheCorruptionError: a byte differs from what was written.
-    """
-    data = path.read_bytes()
-    try:
-        values = json.loads(data)
-        stored = values.pop("digest")
-        intact = stored == _digest(values) and seal(values) == data
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        intact = False
-    if not intact:
-        raise CacheCorruptionError(f"{path} is not as it was written: its digest does not match. {way_out}")
-    return values
-
-
 def read_manifest(directory: Path) -> Manifest:
     """Read ``manifest.json`` alone.
 
@@ -356,9 +321,3 @@ def read_manifest(directory: Path) -> Manifest:
             f"{FORMAT!r} up to version {FORMAT_VERSION}. Read it with the kd-plugin that wrote it, or a newer one."
         )
     return Manifest.from_json(values)
-
-
-def _digest(values: Any) -> str:
-    import rfc8785
-
-    return hashlib.sha256(rfc8785.dumps(values)).hexdigest()

@@ -1,10 +1,10 @@
-"""Reading a teacher cache."""
+"""Reading a teacher cache, and comparing every byte of it with what was written."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kd_plugin.cache.audit import problems
-from kd_plugin.cache.examples import example_id
-from kd_plugin.cache.manifest import Manifest, read_manifest, seal
-from kd_plugin.cache.mapped import Mapped
-from kd_plugin.cache.mapping import build, mapped_directory, verify_shard
-from kd_plugin.cache.store import gather
+from kd_plugin.cache.manifest import Manifest, read_manifest
+from kd_plugin.cache.mapped_read import Mapped
+from kd_plugin.cache.mapped_write import build, mapped_directory, verify_shard
+from kd_plugin.cache.records import seal
+from kd_plugin.cache.schema import example_id
+from kd_plugin.cache.store import card, gather
 from kd_plugin.cache.targets import Sampled, describe
 from kd_plugin.cache.templates import pinned_tokenizer
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError, VocabularyError
@@ -133,10 +133,6 @@ class TeacherCache:
         for other in others:
             index = [own if own >= 0 else found for own, found in zip(index, other, strict=True)]
         return index + [-1] * (len(input_ids) - len(index))
-
-    def teacher_index_of(self, example_id: str) -> list[int] | None:
-        """Return the ``teacher_index`` column of the first example of this id, or None."""
-        return next(iter(self.teacher_indices_of(example_id)), None)
 
     def teacher_indices_of(self, example_id: str) -> list[list[int]]:
         """Return the ``teacher_index`` column of each example of this id: several where rows have the same tokens."""
@@ -272,3 +268,47 @@ def _undo_rounding(signal: SparseSignal) -> SparseSignal:
     # Next to nothing listed: the mass itself is rounding, and there is nothing to take back
     excess = torch.where(listed > -7.0, excess, 0.0)
     return replace(signal, logprobs=logprobs - excess[:, None])
+
+
+def problems(directory: Path, mapped_dir: str | Path | None = None) -> list[str]:
+    """Compare every file of a cache with what was written.
+
+    Args:
+        directory: the cache, finished or not.
+        mapped_dir: where its memory-mapped form is kept, if not in the cache.
+
+    Returns:
+        One sentence a problem: the file, the rows that are lost, and how to redo just those.
+
+    Raises:
+        CacheError: there is no cache.
+        CacheCorruptionError: the manifest or the record of a unit is damaged, so that nothing else can be judged.
+    """
+    written = read_manifest(directory)
+    manifest = gather(directory, written)
+    found = [f"The record of unit {u.index} is missing or differs." for u in written.units if u not in manifest.units]
+    for unit in manifest.units:
+        found += _caught(lambda unit=unit: verify_shard(directory, unit))  # type: ignore[misc]
+    known = {Path(unit.file).name for unit in manifest.units}
+    # While a capture runs, a shard has its name a moment before its record has.
+    if manifest.complete:
+        found += [f"{path} belongs to no unit of this cache. Move it away." for path in _strangers(directory, known)]
+    readme = directory / "README.md"
+    if written.finished is not None and (not readme.is_file() or readme.read_bytes() != card(manifest)):
+        found.append(f"{readme} is missing or was changed. Run the same capture again.")
+    mapped = mapped_directory(directory, manifest, mapped_dir)
+    if mapped.exists():
+        found += _caught(lambda: Mapped(mapped, manifest).verify())
+    return found
+
+
+def _caught(check: Callable[[], object]) -> list[str]:
+    try:
+        check()
+    except CacheCorruptionError as error:
+        return [str(error)]
+    return []
+
+
+def _strangers(directory: Path, known: set[str]) -> Iterator[Path]:
+    return (path for path in sorted((directory / "data").iterdir()) if path.name not in known)

@@ -21,12 +21,21 @@ from typing import Any
 
 import pyarrow as pa
 
-from kd_plugin.cache.fields import fitting
-from kd_plugin.cache.files import explained, publish, publish_new, sha256_file
-from kd_plugin.cache.manifest import Manifest, Part, Settings, Unit, read_manifest, seal, unseal
-from kd_plugin.cache.owners import claim_text, read_claim, remove_leftovers, temporary_name, this_process
+from kd_plugin.cache.files import (
+    claim_text,
+    explained,
+    publish,
+    publish_new,
+    read_claim,
+    remove_leftovers,
+    temporary_name,
+    this_process,
+)
+from kd_plugin.cache.manifest import Manifest, Part, Settings, Unit, read_manifest
+from kd_plugin.cache.records import fitting, seal, unseal
 from kd_plugin.cache.schema import write_shard
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError
+from kd_plugin.lineage.hashing import sha256_file
 from kd_plugin.lineage.outputs import joined_records
 
 _HEARTBEAT_SECONDS, _STALE_SECONDS = 20.0, 90.0

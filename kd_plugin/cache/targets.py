@@ -1,14 +1,12 @@
-"""What is kept of the teacher's distribution at each scored position."""
+"""What a capture is asked for: what is kept of the teacher's distribution, and how the teacher generates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
-from numpy.typing import NDArray
-
+from kd_plugin.cache.records import fitting
 from kd_plugin.errors import ConfigError, nearest
 
 MAX_DRAWS = 32_767  # counts are mapped as 16-bit signed integers
@@ -85,61 +83,6 @@ Targets = TopK | TopP | Sampled
 _KINDS: dict[str, type[TopK] | type[TopP] | type[Sampled]] = {"top_k": TopK, "top_p": TopP, "sampled": Sampled}
 
 
-@dataclass(frozen=True)
-class Extracted:
-    """Targets of N positions, flat: those of position n are ``counts[n]`` consecutive entries.
-
-    Attributes:
-        counts: (N,) int32.
-        ids: int32 token ids; by falling probability for top-k, by rising id for sampled.
-        logprobs: float16 nats, rounded to nearest: off by at most 2^-11 of the value (0.004 nats at -8).
-        tail_logmass: (N,) float32 log of the probability not listed, -inf when all is.
-        draws: uint16 counts of each token, or None.
-        mean_logprob: (N,) float32 mean over the draws of their log-probability in nats, or None.
-    """
-
-    counts: NDArray[np.int32]
-    ids: NDArray[np.int32]
-    logprobs: NDArray[np.float16]
-    tail_logmass: NDArray[np.float32]
-    draws: NDArray[np.uint16] | None
-    mean_logprob: NDArray[np.float32] | None = None
-
-    def split(self, positions: Sequence[int]) -> list[Extracted]:
-        """Take the targets of N positions apart into those of consecutive examples of so many positions each."""
-        ends = np.cumsum(positions)
-        entry_ends = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
-        parts = []
-        for end, count in zip(ends, positions, strict=True):
-            at = slice(end - count, end)
-            entries = slice(entry_ends[end - count], entry_ends[end])
-            parts.append(
-                Extracted(
-                    self.counts[at],
-                    self.ids[entries],
-                    self.logprobs[entries],
-                    self.tail_logmass[at],
-                    None if self.draws is None else self.draws[entries],
-                    None if self.mean_logprob is None else self.mean_logprob[at],
-                )
-            )
-        return parts
-
-    @classmethod
-    def concatenate(cls, parts: list[Extracted]) -> Extracted:
-        """Join parts in order."""
-        draws = [part.draws for part in parts if part.draws is not None]
-        means = [part.mean_logprob for part in parts if part.mean_logprob is not None]
-        return cls(
-            np.concatenate([part.counts for part in parts]),
-            np.concatenate([part.ids for part in parts]),
-            np.concatenate([part.logprobs for part in parts]),
-            np.concatenate([part.tail_logmass for part in parts]),
-            np.concatenate(draws) if draws else None,
-            np.concatenate(means) if means else None,
-        )
-
-
 def describe(targets: Targets) -> dict[str, Any]:
     """Return ``targets`` as plain values: its kind and its fields."""
     kind = next(name for name, cls in _KINDS.items() if type(targets) is cls)
@@ -175,3 +118,48 @@ def from_description(description: Mapping[str, Any]) -> Targets:
 def _require_count(owner: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{owner}({name}={value!r}): expected a whole number of at least 1.")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How the teacher generates completions; recorded in the manifest.
+
+    Attributes:
+        n: completions a prompt.
+        max_new_tokens: tokens of a completion at most.
+        temperature: of the sampling; 0 takes the likeliest token. That of the stored targets is another one.
+        top_p: sample from the likeliest tokens that reach this mass.
+        top_k: sample from the k likeliest tokens; 0 from all.
+        keep_unfinished: keep completions that reach ``max_new_tokens`` without an end.
+    """
+
+    n: int = 1
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    keep_unfinished: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("n", 1), ("max_new_tokens", 1), ("top_k", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"Generation({name}={value!r}): expected a whole number of at least {least}.")
+        if not self.temperature >= 0:
+            raise ConfigError(f"Generation(temperature={self.temperature}): expected 0 or more.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"Generation(top_p={self.top_p}): expected above 0 and at most 1.")
+        if self.temperature == 0 and self.n > 1:
+            raise ConfigError(
+                f"Generation(n={self.n}, temperature=0): the likeliest completion is one. Use n=1, or a temperature "
+                "above 0."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Generation:
+        """Build from the values of :meth:`to_json`; raises CacheError or ConfigError where they are none."""
+        return cls(**fitting(cls, values, "generation"))

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from kd_plugin.cache.completeness import kept_tokens, require_complete, survey
+from kd_plugin.cache.joining import kept_tokens, require_complete, survey
 from kd_plugin.cache.joint import JointCache
 from kd_plugin.errors import DataError
 from kd_plugin.vocab import Vocabulary

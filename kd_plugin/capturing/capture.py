@@ -7,16 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cache.examples import Tokenization, is_conversation
-from kd_plugin.cache.generation import Generation
 from kd_plugin.cache.manifest import Manifest, Part, Settings, read_manifest
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.cache.store import Store, require_same
-from kd_plugin.cache.targets import Targets, TopK
+from kd_plugin.cache.targets import Generation, Targets, TopK
 from kd_plugin.cache.templates import fingerprint, marks_assistant, pinned_time, prints_time, with_template
 from kd_plugin.capturing.engines import as_asked, open_engine, require_targets, require_teacher
 from kd_plugin.capturing.filters import Check, make_filter, reference
 from kd_plugin.capturing.rows import open_rows, passed_columns
+from kd_plugin.capturing.tokenization import Tokenization, is_conversation
 from kd_plugin.capturing.work import Job, do_units
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
@@ -25,7 +24,7 @@ from kd_plugin.vocab import Vocabulary
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedCapture:
     """A capture whose terms, rows and settings have been checked, before the teacher is loaded.
 
     Attributes:
@@ -198,7 +197,7 @@ def prepare(
     batch_tokens: int = 16_384,
     seed: int = 0,
     lineage: Mapping[str, Any] | str | Path | None = None,
-) -> Prepared:
+) -> PreparedCapture:
     """Check what can be checked before the teacher's weights are loaded, and reach a server; see :func:`capture`."""
     _require_positive(temperature=temperature, shard_rows=shard_rows, batch_tokens=batch_tokens)
     require_teacher(teacher)
@@ -263,7 +262,7 @@ def prepare(
         rendered_with=fingerprint(template),
         rendered_at=rendered_at,
     )
-    return Prepared(teacher, Job(rows, tokenization, kept).rendered_at(rendered_at), settings, gate)
+    return PreparedCapture(teacher, Job(rows, tokenization, kept).rendered_at(rendered_at), settings, gate)
 
 
 def _template(tokenizer: Any, given: str | Callable[[Any], str | None] | None, assistant_only: bool) -> str | None:

@@ -14,13 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kd_plugin.cache.examples import Example
-from kd_plugin.cache.generation import Generation
 from kd_plugin.cache.manifest import Settings
-from kd_plugin.cache.targets import Extracted, Sampled, Targets, TopP
-from kd_plugin.capturing.draws import uniforms
+from kd_plugin.cache.schema import Example, Extracted
+from kd_plugin.cache.targets import Generation, Sampled, Targets, TopP
 from kd_plugin.capturing.extract import extract, from_list, from_logits
-from kd_plugin.capturing.writing import Completion, Request, write_locally
+from kd_plugin.capturing.generating import Completion, Request, generate_locally, uniforms
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal
 from kd_plugin.teachers.agreement import ROUNDING, distances
@@ -55,14 +53,14 @@ class Engine(Protocol):
         ...
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Group sequences of these lengths for one call of :meth:`score` or :meth:`write` each."""
+        """Group sequences of these lengths for one call of :meth:`score` or :meth:`generate` each."""
         ...
 
     def score(self, examples: Sequence[Example], settings: Settings) -> list[Extracted]:
         """Return each example's targets."""
         ...
 
-    def write(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
         """Return a completion a request."""
         ...
 
@@ -180,7 +178,7 @@ class ScoringEngine:
             extracted = from_list(ids, logprobs, signal.tail_logmass.float().cpu().numpy(), settings.targets)
         return extracted.split([len(example.scored) for example in examples])
 
-    def write(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
         """Refuse: :func:`~kd_plugin.capturing.capture.prepare` does before."""
         raise NotImplementedError(f"{type(self._teacher).__name__} generates nothing")
 
@@ -212,9 +210,9 @@ class LocalEngine(ScoringEngine):
             "kd-plugin": _own_version(),
         }
 
-    def write(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
         """Write one batch; what is kept of it is scored by one forward pass afterwards."""
-        return write_locally(self._model_teacher, requests, _generation(settings), settings.seed)
+        return generate_locally(self._model_teacher, requests, _generation(settings), settings.seed)
 
 
 class ServerEngine:
@@ -229,7 +227,7 @@ class ServerEngine:
         self._teacher = teacher
         teacher.check()
         if settings.generation is not None:
-            teacher.check_writing()
+            teacher.check_generation()
         self.weights: str | None = None
         self.dtype: str | None = None
 
@@ -264,10 +262,10 @@ class ServerEngine:
         listed = self._teacher.score_tokens(tokens, [example.scored.tolist() for example in examples])
         return [self._kept(one, [e], settings) for one, e in zip(listed, examples, strict=True)]
 
-    def write(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
         """Write a completion a request, with its targets from the same pass."""
         generation = _generation(settings)
-        written = self._teacher.write_tokens(
+        written = self._teacher.generate_tokens(
             [request.prompt.tolist() for request in requests],
             [request.max_new_tokens for request in requests],
             [_seed(settings.seed, request) for request in requests],

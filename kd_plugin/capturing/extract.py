@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd_plugin.cache.targets import Extracted, Sampled, Targets, TopK, TopP
-from kd_plugin.capturing.rounded import Ranked, at, repaired, rounds
-from kd_plugin.capturing.top import GROUP, top_k
+from kd_plugin.cache.schema import Extracted
+from kd_plugin.cache.targets import Sampled, Targets, TopK, TopP
+from kd_plugin.capturing.logits import GROUP, Ranked, at, repaired, rounds, top_k
 from kd_plugin.divergence.projection import exact_logits
 from kd_plugin.errors import NonFiniteError
 from kd_plugin.signals import OutputHead

@@ -19,16 +19,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from kd_plugin.cache.examples import Example
 from kd_plugin.cache.manifest import Part, Settings
 from kd_plugin.cache.reader import TeacherCache
-from kd_plugin.cache.schema import CapturedRow, to_table
+from kd_plugin.cache.schema import CapturedRow, Example, to_table
 from kd_plugin.cache.store import Store
 from kd_plugin.cache.targets import Sampled, Targets, TopK, describe
 from kd_plugin.capturing.capture import prepare
 from kd_plugin.capturing.engines import batches, padded, random_numbers
 from kd_plugin.capturing.extract import extract
-from kd_plugin.capturing.progress import Progress
+from kd_plugin.capturing.work import Progress
 from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence
 from kd_plugin.divergence.listed import Tail
 from kd_plugin.divergence.sparse import fused_sparse_divergence
@@ -42,6 +41,8 @@ SETTINGS: tuple[Targets, ...] = (
     *(Sampled(draws) for draws in (12, 25, 50, 100, 200)),
 )
 _FORWARD_KL = Divergence("forward_kl")
+# The loss of some positions from the student's hidden states (N, H), its head, and where the batch's targets begin
+_Loss = Callable[[Tensor, OutputHead, int], Any]
 
 
 @dataclass(frozen=True)
@@ -189,10 +190,6 @@ def fidelity(
         exact_kl, exact = probe.gradient(probe.exact_loss)
         found = tuple(_measure(cache, exact, *probe.gradient(probe.loss_on(cache, tail))) for cache in caches)
     return Fidelity(len(examples), probe.positions, exact_kl, found)
-
-
-# The loss of some positions from the student's hidden states (N, H), its head, and where the batch's targets begin
-_Loss = Callable[[Tensor, OutputHead, int], Any]
 
 
 class _Probe:

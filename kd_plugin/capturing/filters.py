@@ -6,15 +6,16 @@ completions a prompt and the student learns from those alone that reach the righ
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from kd_plugin.errors import ConfigError, DataError, MissingDependencyError, nearest
+from kd_plugin.errors import ConfigError, DataError, nearest
+from kd_plugin.verifying import require_math_verify, same_mathematics, same_text
 
 Check = Callable[[str, Mapping[str, Any]], bool | str | None]
+_BUILT_IN: dict[str, Callable[[str, str], bool | str]] = {"exact_match": same_text, "math_verify": same_mathematics}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Filter:
         except Exception as error:
             raise DataError(
                 f"The filter {self.name} failed at {where}: {type(error).__name__}: {error}. Nothing of its unit was "
-                "stored. Let it return False for what it cannot judge."
+                "stored. Let it return False for what it cannot decide."
             ) from error
         if verdict is None or verdict is True:
             return None
@@ -78,22 +79,16 @@ def make_filter(given: str | Check | Filter | None, answer_column: str = "answer
     if callable(given):
         name = f"{getattr(given, '__module__', '?')}:{getattr(given, '__qualname__', type(given).__name__)}"
         return Filter(name, given, None, "filtered")
-    if given == "exact_match":
-        return Filter(f"exact_match({answer_column})", _ExactMatch(answer_column), (answer_column,), "wrong answer")
-    if given == "math_verify":
-        try:
-            import_module("math_verify")
-        except ImportError as error:
-            raise MissingDependencyError(
-                "filter: math_verify needs the package math-verify. Install it: pip install 'kd-plugin[verify]'."
-            ) from error
-        return Filter(f"math_verify({answer_column})", _MathVerify(answer_column), (answer_column,), "wrong answer")
+    if given in _BUILT_IN:
+        if given == "math_verify":
+            require_math_verify("filter: math_verify")
+        check = _Against(answer_column, _BUILT_IN[given])
+        return Filter(f"{given}({answer_column})", check, (answer_column,), "wrong answer")
     module, colon, function = str(given).partition(":")
     if not colon:
-        known = ["exact_match", "math_verify"]
         raise ConfigError(
-            f"filter: {given!r} is unknown; expected one of {', '.join(known)}, or the import path of a function, "
-            f"`package.module:function`.{nearest(str(given), known)}"
+            f"filter: {given!r} is unknown; expected one of {', '.join(_BUILT_IN)}, or the import path of a function, "
+            f"`package.module:function`.{nearest(str(given), list(_BUILT_IN))}"
         )
     try:
         found = getattr(import_module(module), function)
@@ -119,28 +114,11 @@ def reference(row: Mapping[str, Any], column: str) -> str:
 
 
 @dataclass(frozen=True)
-class _ExactMatch:
-    column: str
-
-    def __call__(self, completion: str, row: Mapping[str, Any]) -> bool:
-        return completion.strip() == reference(row, self.column).strip()
-
-
-@dataclass(frozen=True)
-class _MathVerify:
-    """Compare as mathematics: the last answer that the completion gives, boxed or not, with the reference."""
+class _Against:
+    """Compares a completion with the reference answer of its row."""
 
     column: str
+    same: Callable[[str, str], bool | str]
 
     def __call__(self, completion: str, row: Mapping[str, Any]) -> bool | str:
-        from math_verify import parse, verify
-
-        # Its time limits are alarms, which only the main thread can set.
-        limit = 5 if threading.current_thread() is threading.main_thread() else None
-        gold = parse(reference(row, self.column), parsing_timeout=limit)
-        if not gold:
-            return "reference is no mathematics"
-        answer = parse(completion, parsing_timeout=limit)
-        if not answer:
-            return "no answer"
-        return bool(verify(gold, answer, timeout_seconds=limit))
+        return self.same(completion, reference(row, self.column))

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cache.examples import Example
 from kd_plugin.cache.manifest import Settings
-from kd_plugin.cache.schema import CapturedRow, to_table, write_shard
+from kd_plugin.cache.schema import CapturedRow, Example, to_table, write_shard
 from kd_plugin.cache.targets import Targets
-from kd_plugin.capturing.capture import Prepared, prepare
+from kd_plugin.capturing.capture import PreparedCapture, prepare
 from kd_plugin.capturing.engines import Engine, open_engine
-from kd_plugin.capturing.progress import Progress
-from kd_plugin.capturing.work import examples_of, written_rows
+from kd_plugin.capturing.work import Progress, examples_of, generated_rows
 from kd_plugin.errors import DataError
 
 _PROBE_ROWS = 1024
@@ -100,13 +98,13 @@ def estimate(dataset: Any, teacher: Any, *, targets: Targets, batch_tokens: int,
     )
 
 
-def _examples(prepared: Prepared, dropped: Counter[str]) -> Iterator[Example]:
+def _examples(prepared: PreparedCapture, dropped: Counter[str]) -> Iterator[Example]:
     job = prepared.job
     for first in range(0, len(job.rows), _READ_ROWS):
         yield from examples_of(job.rows.slice(first, min(_READ_ROWS, len(job.rows) - first)), first, job, dropped)
 
 
-def _written(prepared: Prepared, engine: Engine) -> Estimate:
+def _written(prepared: PreparedCapture, engine: Engine) -> Estimate:
     """Let one batch be written and scored."""
     job, settings = prepared.job, prepared.settings
     assert settings.generation is not None
@@ -117,7 +115,7 @@ def _written(prepared: Prepared, engine: Engine) -> Estimate:
     dropped: Counter[str] = Counter()
     started = time.perf_counter()
     with Progress(many, 0, False, "dry run") as bar:
-        captured = written_rows(rows[:many], 0, job, engine, settings, dropped, bar)
+        captured = generated_rows(rows[:many], 0, job, engine, settings, dropped, bar)
     seconds = time.perf_counter() - started
     scale = len(job.rows) / many
     return Estimate(

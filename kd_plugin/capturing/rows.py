@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
-from kd_plugin.cache.examples import PASS_THROUGH, USED_COLUMNS
+from kd_plugin.capturing.tokenization import PASS_THROUGH, USED_COLUMNS
 from kd_plugin.errors import DataError
 from kd_plugin.limits import refuse_images
 
@@ -17,7 +17,7 @@ _FINGERPRINT_ROWS = 1000  # rows hashed at a time
 Row = Mapping[str, Any]
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """What a capture needs of a dataset."""
 
     columns: tuple[str, ...]
@@ -33,7 +33,7 @@ class Source(Protocol):
         ...
 
 
-def open_rows(dataset: Any, unit_rows: int, more: Sequence[str] | None = ()) -> Source:
+def open_rows(dataset: Any, unit_rows: int, more: Sequence[str] | None = ()) -> RowSource:
     """Return the rows of ``dataset``.
 
     Args:

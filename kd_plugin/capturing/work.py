@@ -1,30 +1,103 @@
-"""Doing the units of a capture that nobody has done yet."""
+"""Doing the units of a capture that nobody has done yet, and showing how far it is."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from kd_plugin.cache.examples import Example, Tokenization
 from kd_plugin.cache.manifest import NOTHING_TO_SCORE, Settings
-from kd_plugin.cache.schema import CapturedRow, to_table
+from kd_plugin.cache.schema import CapturedRow, Example, Extracted, to_table
 from kd_plugin.cache.store import Store
-from kd_plugin.cache.targets import Extracted
 from kd_plugin.capturing.engines import Engine
 from kd_plugin.capturing.filters import Filter
-from kd_plugin.capturing.progress import Progress
-from kd_plugin.capturing.rows import Row, Source
-from kd_plugin.capturing.writing import Request
+from kd_plugin.capturing.generating import Request
+from kd_plugin.capturing.rows import Row, RowSource
+from kd_plugin.capturing.tokenization import Tokenization
 
+_LINE_SECONDS = 60.0
 logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
 _TOO_LONG, _UNFINISHED = "prompt too long", "unfinished"
+
+
+class Progress:
+    """Counts rows and tokens.
+
+    Args:
+        total: dataset rows to do, those done before included.
+        done: rows done before.
+        shown: whether anything is shown at all.
+        title: what is counted.
+    """
+
+    def __init__(self, total: int, done: int, shown: bool, title: str) -> None:
+        self._total, self._at_start, self._tokens = total, done, 0
+        self._rows: float = done
+        self._title = title
+        self._bar: Any = None
+        self._shown = shown
+        self._started = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self._shown and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn(self._title),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} rows"),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=self._total, completed=self._rows, rate="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._shown and kind is None and self._rows > self._at_start:
+            self._line()
+
+    def advance(self, rows: float, tokens: int) -> None:
+        """Count ``rows`` more dataset rows, with ``tokens`` tokens; a fraction where a row is done in parts."""
+        self._rows += rows
+        self._tokens += tokens
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._rows, rate=self._rate())
+        elif self._shown and time.monotonic() - self._last_line >= _LINE_SECONDS:
+            self._line()
+
+    def _rate(self) -> str:
+        return f"{self._tokens / max(time.monotonic() - self._started, 1e-9):,.0f} tokens/s"
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        elapsed = self._last_line - self._started
+        left = elapsed * (self._total - self._rows) / max(self._rows - self._at_start, 1e-9)
+        print(
+            f"{self._title}: {self._rows:.0f}/{self._total} rows, {self._rate()}, {_minutes(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _minutes(seconds: float) -> str:
+    hours, minutes = divmod(int(seconds // 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds % 60)} s"
 
 
 @dataclass(frozen=True)
@@ -37,7 +110,7 @@ class Job:
         filter: which completions are kept, or None for all.
     """
 
-    rows: Source
+    rows: RowSource
     tokenization: Tokenization
     filter: Filter | None
 
@@ -75,7 +148,7 @@ def _do_unit(store: Store, index: int, job: Job, engine: Engine, bar: Progress) 
     if settings.generation is None:
         captured = given_rows(rows, first, job, engine, settings, dropped, bar)
     else:
-        captured = written_rows(rows, first, job, engine, settings, dropped, bar)
+        captured = generated_rows(rows, first, job, engine, settings, dropped, bar)
     if not captured:
         logger.warning("Rows %d to %d: nothing was kept (%s).", first, first + count - 1, _listed(dropped))
     counted = None if settings.generation is None and job.filter is None else dropped
@@ -116,7 +189,7 @@ def given_rows(
     return _scored([(example, None) for example in kept], engine, settings, bar, 1.0)
 
 
-def written_rows(
+def generated_rows(
     rows: Sequence[Row],
     first: int,
     job: Job,
@@ -141,7 +214,7 @@ def written_rows(
         requests += [(number, Request.of(prompt, number, j, room)) for j in range(generation.n)]
     found: list[tuple[int, Example, Extracted | None]] = []
     for batch in engine.batches([len(request.prompt) + request.max_new_tokens for _, request in requests]):
-        completions = engine.write([requests[i][1] for i in batch], settings)
+        completions = engine.generate([requests[i][1] for i in batch], settings)
         for i, completion in zip(batch, completions, strict=True):
             number, request = requests[i]
             row = rows[number - first]

@@ -1,1 +1,1 @@
-"""The ``kd-plugin`` command: ``main`` dispatches, every other module is one command with ``main(argv) -> int``."""
+"""The ``kd-plugin`` command: main.py dispatches to the functions of the other files, config.py reads their settings."""

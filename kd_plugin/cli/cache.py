@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _merge(caches: Sequence[Path], output_dir: Path, weights: Sequence[float] | None) -> int:
     from kd_plugin.cache import TeacherCache
+    from kd_plugin.cache.merge import keep_together
     from kd_plugin.cache.merge import merge as merge_caches
-    from kd_plugin.cache.together import keep_together
 
     opened = [TeacherCache(path, verify=False) for path in caches]
     settings = [cache.manifest.settings for cache in opened]
@@ -70,9 +70,9 @@ def _merge(caches: Sequence[Path], output_dir: Path, weights: Sequence[float] | 
 
 def _info(directory: Path, as_json: bool) -> int:
     from kd_plugin.cache.manifest import read_manifest
+    from kd_plugin.cache.merge import is_together, read_together
     from kd_plugin.cache.store import gather
     from kd_plugin.cache.targets import describe
-    from kd_plugin.cache.together import is_together, read_together
     from kd_plugin.cli.capture import dropped_text
 
     if is_together(directory):
@@ -116,10 +116,10 @@ def _info(directory: Path, as_json: bool) -> int:
 
 
 def _verify(directory: Path) -> int:
-    from kd_plugin.cache.audit import problems
     from kd_plugin.cache.manifest import read_manifest
+    from kd_plugin.cache.merge import is_together, open_members
+    from kd_plugin.cache.reader import problems
     from kd_plugin.cache.store import gather
-    from kd_plugin.cache.together import is_together, open_members
 
     if is_together(directory):
         return max(_verify(cache.path) for cache in open_members(directory))

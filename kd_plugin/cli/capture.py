@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kd_plugin.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from kd_plugin.cache.generation import Generation
-    from kd_plugin.cache.targets import Targets
+    from kd_plugin.cache.targets import Generation, Targets
     from kd_plugin.teachers import LocalTeacher, ServerTeacher
 
 _DESCRIPTION = """\
@@ -149,7 +148,7 @@ def main(argv: Sequence[str], append: bool = False) -> int:
             raise ConfigError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
     targets, generation, teacher = make_targets(config), make_generation(config), make_teacher(config)
     from kd_plugin.capturing import capture
-    from kd_plugin.capturing.datafiles import load_rows
+    from kd_plugin.inputs import load_rows
 
     rows = load_rows(config.dataset, split=config.split, name=config.dataset_name, streaming=config.streaming)
     options: dict[str, Any] = {

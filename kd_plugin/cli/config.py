@@ -7,12 +7,12 @@ import textwrap
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import yaml
 
-from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.errors import ConfigError, nearest, require_known
+from kd_plugin.inputs import read_yaml
 
 Settings = TypeVar("Settings")
 
@@ -78,7 +78,7 @@ def parse_settings(
     arguments, print_only = _without_bare_config(argv)
     _require_known_options(arguments, [*names, "config", "help", *(flags or {})])
     for path in _config_files(arguments):
-        _require_known_keys(path, names)
+        require_known(read_yaml(path), names, path)
     try:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
@@ -125,22 +125,3 @@ def _require_known_options(arguments: Sequence[str], known: list[str]) -> None:
 def _config_files(arguments: Sequence[str]) -> list[str]:
     after = [arguments[i + 1] for i, a in enumerate(arguments[:-1]) if a == "--config"]
     return after + [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
-
-
-def _require_known_keys(path: str, known: list[str]) -> None:
-    """Refuse a file that is missing, malformed, or holds an unknown key."""
-    if not Path(path).is_file():
-        raise ConfigError(f"--config {path}: there is no such file. `--config` alone prints one to start from.")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{path}: {where}not valid YAML: {getattr(error, 'problem', error)}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8 text: {error}.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected lines `name: value`, found {type(content).__name__}.")
-    for key in content:
-        if key not in known:
-            raise ConfigError(f"{path}: unknown key {key!r}.{nearest(str(key), known)} Known: {', '.join(known)}.")

@@ -1,4 +1,4 @@
-"""``kd-plugin cache fidelity``: what each setting of a capture would keep, before money is spent."""
+"""``kd-plugin cache fidelity``: what each setting of a capture would keep, before money is spent; and its plot."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd_plugin.cache.targets import Sampled
+from kd_plugin.capturing.fidelity import Fidelity
 from kd_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,8 +93,6 @@ def main(argv: Sequence[str]) -> int:
     found = _probe(config)
     print(table(found))
     if config.output is not None:
-        from kd_plugin.capturing.fidelity_plot import plot
-
         directory = Path(config.output)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "fidelity.json").write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -111,8 +111,8 @@ def _probe(config: FidelityConfig) -> Fidelity:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from kd_plugin.cache import Sampled, TopK
-    from kd_plugin.capturing.datafiles import load_rows
     from kd_plugin.capturing.fidelity import fidelity
+    from kd_plugin.inputs import load_rows
     from kd_plugin.teachers import LocalTeacher
 
     settings: list[Targets] = [*(TopK(k) for k in config.k), *(Sampled(draws) for draws in config.draws)]
@@ -155,3 +155,41 @@ def table(found: Fidelity) -> str:
             f"{m.cosine:>9.4f}{m.norm_ratio:>8.3f}"
         )
     return "\n".join(lines)
+
+
+def plot(found: Fidelity, path: str | Path, budget_bytes: float | None = None) -> None:
+    """Draw cosine and norm ratio of the gradients against bytes a position, truncated and sampled apart.
+
+    Args:
+        found: what was measured.
+        path: a .png, .svg or .pdf file.
+        budget_bytes: where to draw the budget, or None.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    series = {
+        "truncated": [m for m in found.measurements if not isinstance(m.targets, Sampled)],
+        "sampled": [m for m in found.measurements if isinstance(m.targets, Sampled)],
+    }
+    for axes, measure, title in zip(
+        panels,
+        ("cosine", "norm_ratio"),
+        ("cosine to the exact gradient", "norm, as a share of the exact one"),
+        strict=True,
+    ):
+        for (label, measured), marker in zip(series.items(), "os", strict=True):
+            measured = sorted(measured, key=lambda m: m.bytes)
+            axes.plot([m.bytes for m in measured], [getattr(m, measure) for m in measured], marker=marker, label=label)
+            for m in measured:
+                axes.annotate(
+                    m.name.split()[1], (m.bytes, getattr(m, measure)), textcoords="offset points", xytext=(4, 5)
+                )
+        axes.axhline(1.0, color="0.7", linewidth=0.8)
+        if budget_bytes is not None:
+            axes.axvline(budget_bytes, color="0.5", linestyle="--", linewidth=0.8)
+        axes.set(xscale="log", xlabel="bytes a position", title=title)
+    panels[0].legend()
+    figure.suptitle(f"Student's gradient from stored targets, over {found.positions} positions")
+    figure.savefig(path)

@@ -163,14 +163,14 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json({"exit_code": code, **verdict.to_json(), "disclaimer": NO_ADVICE})
         return code
-    from kd_plugin.lineage.tree import verdict_lines
+    from kd_plugin.lineage.show import verdict_lines
 
     _console().print(verdict_lines(verdict.to_json(), run.graph))
     return code
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from kd_plugin.lineage.tree import record_tree
+    from kd_plugin.lineage.show import record_tree
 
     record = load_record(arguments.dir)
     if arguments.json:
@@ -217,7 +217,7 @@ def _sign(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from kd_plugin.lineage.diff import differences
+    from kd_plugin.lineage.show import differences
 
     lines = differences(load_record(arguments.a), load_record(arguments.b))
     for line in lines:
@@ -236,7 +236,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _graph(arguments: argparse.Namespace) -> int:
-    from kd_plugin.lineage.svg import graph_svg
+    from kd_plugin.lineage.show import graph_svg
 
     return _deliver(graph_svg(load_record(arguments.dir), arguments.dir.resolve().name), arguments.output)
 

@@ -10,28 +10,6 @@ from importlib import import_module
 
 from kd_plugin.errors import KDError, nearest
 
-
-@dataclass(frozen=True)
-class Command:
-    """A sub-command: ``module`` has ``main(argv) -> int`` and is imported only when the command is called."""
-
-    module: str
-    summary: str
-
-
-COMMANDS = {
-    "demo": Command("kd_plugin.cli.demo", "distil a small real model both ways, and verify its lineage"),
-    "capture": Command("kd_plugin.cli.capture", "store a teacher's outputs once, as a teacher cache"),
-    "trace": Command("kd_plugin.cli.trace", "show saved rollouts as one page, each token by its correction"),
-    "cache": Command("kd_plugin.cli.cache", "inspect, verify, extend and join teacher caches"),
-    "offline": Command("kd_plugin.cli.offline", "train a student on a teacher cache, from YAML (extra: trl)"),
-    "panel": Command("kd_plugin.cli.panel", "train a student on-policy with several teachers, from YAML (extra: trl)"),
-    "plan": Command("kd_plugin.cli.plan", "whether a run fits, with which ZeRO stage, at which price; writes configs"),
-    "doctor": Command("kd_plugin.cli.doctor", "check a launch on all ranks before it trains"),
-    "consolidate": Command("kd_plugin.cli.consolidate", "join a ZeRO checkpoint into one model (extra: deepspeed)"),
-    "lineage": Command("kd_plugin.cli.lineage", "show and verify who taught a checkpoint, under which terms"),
-}
-
 # Optional packages that commands import, and the extra that brings each
 EXTRAS = {
     "trl": "trl",
@@ -41,8 +19,42 @@ EXTRAS = {
     "matplotlib": "plots",
     "deepspeed": "deepspeed",
 }
-
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command.
+
+    Attributes:
+        target: ``module:function``, imported only when the command is called; the function takes the arguments after
+            the command's name and returns the exit code.
+        summary: what it does.
+    """
+
+    target: str
+    summary: str
+
+    def run(self, argv: Sequence[str]) -> int:
+        """Import the function and call it."""
+        module, _, function = self.target.partition(":")
+        return int(getattr(import_module(module), function)(argv))
+
+
+COMMANDS = {
+    "demo": Command("kd_plugin.demo:main", "distil a small real model both ways, and verify its lineage"),
+    "capture": Command("kd_plugin.cli.capture:main", "store a teacher's outputs once, as a teacher cache"),
+    "trace": Command("kd_plugin.cli.runs:trace", "show saved rollouts as one page, each token by its correction"),
+    "cache": Command("kd_plugin.cli.cache:main", "inspect, verify, extend and join teacher caches"),
+    "offline": Command("kd_plugin.cli.training:offline", "train a student on a teacher cache, from YAML (extra: trl)"),
+    "panel": Command("kd_plugin.cli.training:panel", "train a student on-policy with several teachers (extra: trl)"),
+    "plan": Command("kd_plugin.cli.plan:main", "whether a run fits, with which ZeRO stage, at which price"),
+    "doctor": Command("kd_plugin.cli.runs:doctor", "check a launch on all ranks before it trains"),
+    "consolidate": Command(
+        "kd_plugin.cli.runs:consolidate", "join a ZeRO checkpoint into one model (extra: deepspeed)"
+    ),
+    "lineage": Command("kd_plugin.cli.lineage:main", "show and verify who taught a checkpoint, under which terms"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return EXIT_USAGE
     try:
-        return import_module(COMMANDS[name].module).main(rest)
+        return COMMANDS[name].run(rest)
     except ModuleNotFoundError as error:
         if debug or error.name not in EXTRAS:
             raise

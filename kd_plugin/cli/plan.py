@@ -14,12 +14,10 @@ from kd_plugin.cli.plan_report import plot_peaks, print_plan
 from kd_plugin.errors import ConfigError
 from kd_plugin.launch.configs import write_all
 from kd_plugin.planner.architectures import architecture
-from kd_plugin.planner.cluster import Cluster
-from kd_plugin.planner.communication import traffic
-from kd_plugin.planner.cost import BreakEven, bills, break_even
-from kd_plugin.planner.fitting import Option, options, recommended
+from kd_plugin.planner.cost import BreakEven, Option, bills, break_even, options, recommended
 from kd_plugin.planner.pairs import Pair, pairs
-from kd_plugin.planner.run import PlannedRun, parse_teacher
+from kd_plugin.planner.run import Cluster, PlannedRun, parse_teacher
+from kd_plugin.planner.time import traffic
 
 _DESCRIPTION = """\
 Says before you rent machines whether a student and its teachers fit, for each ZeRO stage and offload, recommends the

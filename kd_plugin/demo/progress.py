@@ -27,7 +27,6 @@ class Bar:
 
     def __init__(self, label: str, total: int, console: Console) -> None:
         self.label, self.total, self._console = label, total, console
-        self._done = 0
         self._started = self._told = time.monotonic()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -54,7 +53,6 @@ class Bar:
 
     def advance(self, to: int, note: str = "") -> None:
         """Show that ``to`` steps are done, with a word about the last one."""
-        self._done = to
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=to, note=note)
             return

@@ -9,9 +9,8 @@ from typing import Any
 import yaml
 
 from kd_plugin.launch.preflight import MADE_FOR, made_for
-from kd_plugin.planner.cluster import Cluster
 from kd_plugin.planner.memory import Layout, bucket_elements, persistence_threshold
-from kd_plugin.planner.run import PlannedRun
+from kd_plugin.planner.run import Cluster, PlannedRun
 
 
 def deepspeed_config(run: PlannedRun, layout: Layout, nvme_path: str = "/local_nvme") -> dict[str, Any]:

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.launch.op_locks import abandoned_locks
+from kd_plugin.launch.preflight import abandoned_locks
+from kd_plugin.lineage.hashing import sha256_file
 
 PACKAGES = ("kd-plugin", "torch", "transformers", "trl", "lightning", "accelerate", "deepspeed", "peft", "datasets")
 
@@ -136,7 +137,7 @@ def _digest_of_teacher(directory: Path) -> str:
 
 
 def _digest_of_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "absent"
+    return sha256_file(path)[:16] if path.is_file() else "absent"
 
 
 def own_problems(settings: LaunchSettings) -> list[str]:

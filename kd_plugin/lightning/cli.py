@@ -6,14 +6,13 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
-from kd_plugin.errors import ConfigError, KDError, nearest
+from kd_plugin.errors import ConfigError, KDError, nearest, require_known
+from kd_plugin.inputs import read_yaml
 from kd_plugin.lightning.data import KDDataModule
 from kd_plugin.lightning.module import StudentModule
 from kd_plugin.sharding.gathering import close_process_group
@@ -41,7 +40,7 @@ class KDCommand(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         arguments = sys.argv[1:] if args is None else list(args)
-        require_known(arguments)
+        require_known_settings(arguments)
         super().__init__(
             StudentModule,
             KDDataModule,
@@ -53,7 +52,7 @@ class KDCommand(LightningCLI):
         )
 
 
-def require_known(arguments: Sequence[str]) -> None:
+def require_known_settings(arguments: Sequence[str]) -> None:
     """Refuse unknown keys of configuration files and unknown options.
 
     Raises:
@@ -61,49 +60,38 @@ def require_known(arguments: Sequence[str]) -> None:
     """
     model = _option(arguments, "model")
     for path in _files(arguments):
-        content = _read(path)
+        content = read_yaml(path)
         for command in _COMMANDS:
             content = {**content, **(content.pop(command, None) or {})}
         given = content.get("model")
         if model is None and isinstance(given, Mapping):
             model = given.get("class_path")
         for name, value in content.items():
-            _require(path, "", str(name), _TOP)
+            require_known([name], _TOP, path)
             if name == "model" and isinstance(value, Mapping):
                 _check_model(path, value)
             elif name in ("trainer", "data") and isinstance(value, Mapping):
-                for key in value:
-                    _require(path, f"{name}.", str(key), _fields(Trainer if name == "trainer" else KDDataModule))
+                require_known(value, _fields(Trainer if name == "trainer" else KDDataModule), path, f"{name}.")
     for argument in arguments:
         if not argument.startswith("--"):
             continue
         first, *rest = argument.removeprefix("--").split("=")[0].split(".")
         where = "the command line"
-        _require(where, "--", first, (*_TOP, *_OPTIONS))
+        require_known([first], (*_TOP, *_OPTIONS), where, "--")
         if rest and first in ("trainer", "data"):
-            _require(
-                where, f"--{first}.", rest[0].rstrip("+"), _fields(Trainer if first == "trainer" else KDDataModule)
-            )
+            known = _fields(Trainer if first == "trainer" else KDDataModule)
+            require_known([rest[0].rstrip("+")], known, where, f"--{first}.")
         elif rest and first == "model" and model is not None:
             key = rest[1] if rest[0] == "init_args" and len(rest) > 1 else rest[0]
-            _require(where, "--model.", key, (*_fields(_resolve(where, model)), "class_path"))
+            require_known([key], (*_fields(_resolve(where, model)), "class_path"), where, "--model.")
 
 
 def _check_model(path: str, given: Mapping[str, Any]) -> None:
     if "class_path" not in given:
         raise ConfigError(f"{path}: model has no class_path; choose one of {', '.join(_modules())}.")
-    for key in given:
-        _require(path, "model.", str(key), ("class_path", "init_args", "dict_kwargs"))
+    require_known(given, ("class_path", "init_args", "dict_kwargs"), path, "model.")
     known = _fields(_resolve(path, given["class_path"]))
-    for key in given.get("init_args") or {}:
-        _require(path, "model.init_args.", str(key), known)
-
-
-def _require(where: str, prefix: str, key: str, known: Sequence[str]) -> None:
-    if key not in known:
-        raise ConfigError(
-            f"{where}: unknown key {prefix + key!r}.{nearest(key, list(known))} Known: {', '.join(sorted(known))}."
-        )
+    require_known(given.get("init_args") or {}, known, path, "model.init_args.")
 
 
 def _fields(cls: type) -> list[str]:
@@ -159,18 +147,6 @@ def _values(arguments: Sequence[str], name: str) -> Iterator[str]:
             yield argument.removeprefix(f"--{name}=")
         elif argument == f"--{name}" and i + 1 < len(arguments):
             yield arguments[i + 1]
-
-
-def _read(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise ConfigError(f"--config {path}: there is no such file.")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected lines `name: value`, found {type(content).__name__}.")
-    return dict(content)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

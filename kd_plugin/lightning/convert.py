@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import RunLineage, Source, load_record
-from kd_plugin.lineage.place import lineage_directory
+from kd_plugin.lineage.record import lineage_directory
 from kd_plugin.models import language_model_from_config
 
 

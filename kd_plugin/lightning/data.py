@@ -5,25 +5,22 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from kd_plugin.cache.completeness import taught_batch
-from kd_plugin.cache.joining import TARGET
+from kd_plugin.cache.joining import TARGET, taught_batch
 from kd_plugin.cache.joint import JointCache
 from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.inputs import load_rows
 from kd_plugin.lightning.loader import ResumableLoader
 from kd_plugin.lightning.step import SAMPLES, WINDOW, WINDOW_TOKENS
 from kd_plugin.lightning.windows import served, window_end
-from kd_plugin.lineage.data import with_origin
 
 logger = logging.getLogger(__name__)
 _WINDOWS = itertools.count()  # what tells one window from another
-_SUFFIXES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _PASSED = ("prompt", "completion", "teacher_id", "domain", "teacher_weights", "answer")
 
 
@@ -192,18 +189,10 @@ def _as_samples(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _prompts(name: str, split: str) -> Any:
-    from datasets import load_dataset, load_from_disk
-
-    path = Path(name)
-    if path.suffix in _SUFFIXES and path.is_file():
-        rows = load_dataset(_SUFFIXES[path.suffix], data_files=str(path), split="train")
-    elif (path / "state.json").exists():
-        rows = load_from_disk(name)
-    else:
-        rows = load_dataset(name, split=split)
+    rows = load_rows(name, split=split)
     if "prompt" not in rows.column_names:
         raise DataError(
             f"{name} has no column 'prompt'; it has {', '.join(map(repr, rows.column_names))}. The student writes the "
             "completions itself, so each row needs the prompt alone, as text or as messages."
         )
-    return with_origin(rows, path) if path.exists() else rows
+    return rows

@@ -17,8 +17,7 @@ from kd_plugin.lightning.student import builds_later, find_student, resumed_from
 from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.carried import Carried, take_over
 from kd_plugin.lineage.data import dataset_sources
-from kd_plugin.lineage.place import lineage_directory
-from kd_plugin.lineage.record import RECORD
+from kd_plugin.lineage.record import RECORD, lineage_directory
 from kd_plugin.lineage.start import start_run, student_source
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from kd_plugin.cache.completeness import Untaught, taught_batch
-from kd_plugin.cache.joining import TARGET, targets_within
+from kd_plugin.cache.joining import TARGET, Untaught, targets_within, taught_batch
 from kd_plugin.cache.joint import Caches, JointCache
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError

@@ -23,7 +23,7 @@ from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.warmup import WarmupBatch
 from kd_plugin.sharding.inference import shard_for_inference, shard_with_fsdp2
 from kd_plugin.signals import OutputHead
-from kd_plugin.teachers.placing import Placement, place
+from kd_plugin.teachers.in_process import Placement, place
 from kd_plugin.vocab import Vocabulary
 
 _ROW = ("prompt", "completion", "teacher_id", "domain", "teacher_weights")
@@ -142,7 +142,7 @@ def place_teachers(
     *,
     shard_teachers: bool = False,
 ) -> None:
-    """Load the teachers that run in this process, and place them; see :func:`~kd_plugin.teachers.placing.place`.
+    """Load the teachers that run in this process, and place them; see :func:`~kd_plugin.teachers.in_process.place`.
 
     Under ZeRO-3 and FSDP2, and with ``shard_teachers`` under ZeRO-1 and 2, a teacher is sharded over the ranks;
     elsewhere each rank has a replica.

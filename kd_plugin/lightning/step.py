@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from kd_plugin.cache.completeness import mean_over_taught
+from kd_plugin.cache.joining import mean_over_taught
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lightning.forward import Call, DistillingForward, beside
 from kd_plugin.lightning.student import loss_of, shards_the_student

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, PreTrainedModel
 
 from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.launch.consolidate import require_resumable
+from kd_plugin.launch.checkpoints import require_resumable
 from kd_plugin.launch.preflight import require_batches, require_filled, require_offload, require_student
 from kd_plugin.limits import deepspeed_splits, refuse_splits
 from kd_plugin.models import output_rows

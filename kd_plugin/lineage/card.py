@@ -11,12 +11,10 @@ from typing import Any
 import yaml
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.lineage.card_front import with_keys
-from kd_plugin.lineage.frontmatter import find_front, front_of
+from kd_plugin.lineage.front_matter import find_front, front_of, parse_yaml, with_keys
 from kd_plugin.lineage.graph import SELF, Graph
-from kd_plugin.lineage.strict_yaml import parse_yaml
-from kd_plugin.lineage.traces import SECTION_BEGIN as _BEGIN
-from kd_plugin.lineage.traces import SECTION_END as _END
+from kd_plugin.lineage.record import SECTION_BEGIN as _BEGIN
+from kd_plugin.lineage.record import SECTION_END as _END
 from kd_plugin.lineage.verdict import NO_ADVICE
 from kd_plugin.lineage.write import write_file
 

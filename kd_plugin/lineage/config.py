@@ -10,11 +10,10 @@ from typing import Any
 
 import yaml
 
-from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.lineage.overrides import Override, read_overrides, require_date
+from kd_plugin.errors import ConfigError, require_known
+from kd_plugin.lineage.front_matter import MAX_BYTES, parse_yaml
 from kd_plugin.lineage.sources import Source
-from kd_plugin.lineage.strict_yaml import MAX_BYTES, parse_yaml
-from kd_plugin.lineage.verdict import FACTS
+from kd_plugin.lineage.verdict import FACTS, Override, read_overrides, require_date
 from kd_plugin.settings import option, settings
 
 _KEYS = ("student", "teachers", "datasets", "use", "overrides", "run", "registry")
@@ -274,9 +273,6 @@ def _facts(value: Any, where: str) -> dict[str, bool]:
 def _mapping(value: Any, where: str, keys: tuple[str, ...] | None) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} must be a mapping, got {type(value).__name__} {str(value)[:80]!r}.")
-    for key in value:
-        if keys is not None and key not in keys:
-            raise ConfigError(
-                f"{where}: unknown key {key!r}; expected one of {', '.join(keys)}.{nearest(str(key), list(keys))}"
-            )
+    if keys is not None:
+        require_known(value, keys, where)
     return value

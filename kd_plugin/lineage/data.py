@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from kd_plugin.lineage.origins import COLUMNS
 from kd_plugin.lineage.sources import RowFacts, Source
-from kd_plugin.lineage.writers import COLUMNS
 
 IN_MEMORY = "data in memory"
 CACHE = "kd-plugin-cache://"  # rows of a teacher cache, by its digest: the cache's own record speaks for them

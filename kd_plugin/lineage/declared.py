@@ -1,4 +1,4 @@
-"""Joining what the run has with what the user declares of it."""
+"""Joining what the run has with what the user declares of it, and the line of config that cures a finding."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.config import Declaration, LineageConfig
 from kd_plugin.lineage.data import CACHE, IN_MEMORY
-from kd_plugin.lineage.graph import Graph
+from kd_plugin.lineage.discovery import Found
+from kd_plugin.lineage.graph import Edge, Graph
 from kd_plugin.lineage.registry import UNKNOWN, Registry, default_registry, load_registry
-from kd_plugin.lineage.sources import Source
-from kd_plugin.lineage.verdict import Student
-from kd_plugin.lineage.voice import OWN
+from kd_plugin.lineage.sources import OWN, Source
+from kd_plugin.lineage.verdict import Finding, Student
 
 
 def registry_of(config: LineageConfig) -> Registry:
@@ -138,3 +138,31 @@ def not_cached(datasets: Sequence[Source], outputs: Sequence[Source]) -> list[So
     own = {f"{CACHE}{(one.record or {}).get('outputs', {}).get('digest')}" for one in outputs}
     others = [one for one in datasets if one.name not in own]
     return [replace(one, name=IN_MEMORY) if one.name.startswith(CACHE) else one for one in others]
+
+
+def remedy_of(finding: Finding, roots: Sequence[tuple[Edge, Found]], graph: Graph, registry: Registry) -> str:
+    """Put the run's own name of a source into the line of config that cures an unknown licence.
+
+    Args:
+        finding: what stands in the way.
+        roots: the run's sources, by the edge that leads to each.
+        graph: the whole lineage.
+        registry: tells licences from contracts.
+    """
+    edge = next((e for e, found in roots if finding.node in found.graph.nodes), None)
+    if finding.code != "unknown_license" or edge is None or registry.terms[finding.terms].kind == "service":
+        return finding.remedy
+    if edge.kind == "initialized_from":
+        line = "student: {license: apache-2.0}"
+    elif edge.kind == "merged_from":
+        line = f"student: {{merged_from: [{{repo: .../{edge.role}, license: apache-2.0}}]}}"
+    elif edge.target in graph.nodes and graph.nodes[edge.target].kind == "teacher_outputs":
+        return "capture these outputs again, with a kd-plugin that records who taught"
+    elif edge.kind == "trained_on" and edge.target != finding.node:
+        writer = f"{{model: {finding.subject}, license: apache-2.0}}"
+        line = f"datasets: [{{repo: {edge.role}, generated_by: [{writer}]}}]"
+    elif edge.kind == "trained_on":
+        line = f"datasets: [{{repo: {edge.role}, license: cc-by-4.0}}]"
+    else:
+        line = f"teachers: {{{edge.role}: {{license: apache-2.0}}}}"
+    return f"declare its licence, `own` if it is yours: `lineage: {{{line}}}`"

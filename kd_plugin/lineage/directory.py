@@ -1,7 +1,6 @@
-"""Reading what a model's or dataset's directory says of its terms. The files may come from strangers.
+"""What a model's or dataset's directory, or its repository on the hub, says of its terms.
 
-Only plain files with expected names are read, each at most 1 MiB, and nothing is executed. A link is followed only
-inside the directory, or inside the hub's cache, which keeps its files as links.
+The files may come from strangers. Where the hub cannot be reached, what stood in the way is told.
 """
 
 from __future__ import annotations
@@ -9,21 +8,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.lineage.bases import MERGE_FILES, Bases, bases_of
-from kd_plugin.lineage.frontmatter import front_of, has_begun
+from kd_plugin.lineage.front_matter import front_of, has_begun, parse_yaml
 from kd_plugin.lineage.graph import Evidence
 from kd_plugin.lineage.hashing import sha256_text
-from kd_plugin.lineage.readings import printable, read_licence
+from kd_plugin.lineage.origins import MERGE_FILES, Bases, bases_of, prose_of, writers_of
+from kd_plugin.lineage.readings import copyright_lines, printable, read_licence, recognise
+from kd_plugin.lineage.record import traces_in
 from kd_plugin.lineage.registry import UNKNOWN, Registry
-from kd_plugin.lineage.strict_yaml import parse_yaml
-from kd_plugin.lineage.texts import copyright_lines, recognise
-from kd_plugin.lineage.traces import traces_in
-from kd_plugin.lineage.writers import prose_of, writers_of
 
 _MAX_TEXT = 1 << 20  # bytes
 _MAX_NOTICE = 8 << 20  # bytes; notices of many components are long, and must travel whole
@@ -38,6 +34,8 @@ _LICENSE_FILE = re.compile(
 _NOTICE_FILE = re.compile(r"^notices?(?:\.(?:txt|md|rst))?$", re.IGNORECASE)
 _CARD_FILE = re.compile(r"^readme\.md$", re.IGNORECASE)
 _OTHERS = re.compile("|".join(map(re.escape, ("lineage.json", "adapter_config.json", *MERGE_FILES))), re.IGNORECASE)
+_TIMEOUT = 5.0  # seconds; a gate must not hang
+_MAX_BYTES = 1 << 20
 
 
 def speaks_of_terms(name: str) -> bool:
@@ -210,3 +208,64 @@ def _stays_home(path: Path, directory: Path) -> bool:
     if home.parent.name == "snapshots":  # the hub's cache: models--org--name/snapshots/COMMIT -> ../../blobs
         home = home.parent.parent
     return path.resolve().is_relative_to(home)
+
+
+@dataclass(frozen=True)
+class HubAnswer:
+    """The hub's files of a repository that speak of its terms.
+
+    Attributes:
+        directory: the snapshot in the hub's local cache, or None.
+        problem: why there is nothing, in words; None where there is something.
+        weights: sha256 of the large files that the hub holds, by name.
+    """
+
+    directory: Path | None = None
+    problem: str | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Reach:
+    """Whether the hub answered in this process; after one failed connection it is not asked again."""
+
+    problem: str | None = None
+
+
+def ask_hub(repo: str, revision: str | None, kind: Literal["model", "dataset"]) -> HubAnswer:
+    """Bring card, licence texts and NOTICE of a repository into the hub's local cache; never its weights.
+
+    Args:
+        repo: hub id.
+        revision: branch, tag or commit; None is the default branch.
+        kind: kind of repository.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if is_offline_mode():
+        return HubAnswer(problem="not asked: HF_HUB_OFFLINE is set")
+    if _Reach.problem is not None:
+        return HubAnswer(problem=_Reach.problem)
+    try:
+        info = HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=_TIMEOUT, files_metadata=True)
+        places = [
+            Path(hf_hub_download(repo, file.rfilename, revision=info.sha, repo_type=kind))
+            for file in getattr(info, "siblings", None) or []
+            if speaks_of_terms(file.rfilename) and (file.size or 0) <= _MAX_BYTES
+        ]
+    except HfHubHTTPError as error:
+        return HubAnswer(problem=printable(f"no answer for this repository: {type(error).__name__}"))
+    except Exception as error:
+        # Proxies, certificates, name resolution, two generations of HTTP clients: whatever it was, the gate goes
+        # on without the hub, and the record says so.
+        _Reach.problem = printable(f"could not be reached: {type(error).__name__}")
+        return HubAnswer(problem=_Reach.problem)
+    if not places:
+        return HubAnswer(problem="the repository has neither card nor licence file")
+    return HubAnswer(directory=places[0].parent, weights=_digests(info))
+
+
+def _digests(info: Any) -> dict[str, str]:
+    large = {file.rfilename: getattr(file, "lfs", None) for file in getattr(info, "siblings", None) or []}
+    digests = {str(name): getattr(lfs, "sha256", None) for name, lfs in large.items()}
+    return {name: str(digest) for name, digest in digests.items() if digest}

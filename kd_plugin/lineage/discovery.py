@@ -11,20 +11,25 @@ from typing import Any, Literal
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import hashing
 from kd_plugin.lineage.carried import IN_MEMORY_MODEL
-from kd_plugin.lineage.directory import DirectoryFacts, read_directory
-from kd_plugin.lineage.endpoints import host_of
+from kd_plugin.lineage.directory import DirectoryFacts, ask_hub, read_directory
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Evidence, Graph, Node
-from kd_plugin.lineage.hub import ask_hub
-from kd_plugin.lineage.overrides import Override, read_overrides
-from kd_plugin.lineage.place import is_directory
+from kd_plugin.lineage.names import host_of
+from kd_plugin.lineage.origins import prose_of, writers_in_columns
 from kd_plugin.lineage.proof import Proofs
-from kd_plugin.lineage.readings import IN_PROSE, IN_ROWS, ITS_NAME, OWN_SERVER, decide, printable, read_licence
-from kd_plugin.lineage.recheck import judged_again
-from kd_plugin.lineage.record import RECORD, SCHEMA, load_record
+from kd_plugin.lineage.readings import (
+    IN_PROSE,
+    IN_ROWS,
+    ITS_NAME,
+    OWN_SERVER,
+    decide,
+    judged_again,
+    printable,
+    read_licence,
+)
+from kd_plugin.lineage.record import RECORD, SCHEMA, is_directory, load_record
 from kd_plugin.lineage.registry import UNKNOWN, UNREAD_API, Registry
-from kd_plugin.lineage.sources import RowFacts, Source
-from kd_plugin.lineage.voice import DECLARED, KNOWN_REPOSITORY, OWN
-from kd_plugin.lineage.writers import prose_of, writers_in_columns
+from kd_plugin.lineage.sources import DECLARED, KNOWN_REPOSITORY, OWN, RowFacts, Source
+from kd_plugin.lineage.verdict import Override, read_overrides
 
 _MAX_DEPTH = 16  # bases of bases; deeper is a loop or a prank
 _HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")

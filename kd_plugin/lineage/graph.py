@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import rfc8785
 
 from kd_plugin.errors import LineageError
-from kd_plugin.lineage.voice import DECLARED, Voice, implied_voice
+from kd_plugin.lineage.sources import DECLARED, Voice, implied_voice
 
 Reach = Literal["weights", "logits", "outputs", "data"]
 EdgeKind = Literal[

@@ -12,10 +12,9 @@ from kd_plugin.lineage.config import load_config
 from kd_plugin.lineage.declared import match_datasets, match_teachers, registry_of, shipped_student
 from kd_plugin.lineage.discovery import discover, with_weights
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph, Node
-from kd_plugin.lineage.overrides import in_force
 from kd_plugin.lineage.policy import evaluate
 from kd_plugin.lineage.sources import Source
-from kd_plugin.lineage.verdict import Finding, refuse
+from kd_plugin.lineage.verdict import Finding, in_force, refuse
 
 
 def outputs_record(

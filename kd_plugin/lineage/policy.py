@@ -8,12 +8,21 @@ from typing import Any
 
 from kd_plugin.errors import LineageError
 from kd_plugin.lineage.graph import SELF, Graph, Node, Path
-from kd_plugin.lineage.overrides import Override, apply_overrides
 from kd_plugin.lineage.readings import IN_PROSE, IN_ROWS, ITS_NAME
 from kd_plugin.lineage.shipping import Hit, changed_texts, shipping_findings
+from kd_plugin.lineage.sources import OWN, others_own
 from kd_plugin.lineage.terms import Clause, Terms
-from kd_plugin.lineage.verdict import DECISIONS, FACTS, Decision, Duty, Finding, Student, Verdict
-from kd_plugin.lineage.voice import OWN, others_own
+from kd_plugin.lineage.verdict import (
+    DECISIONS,
+    FACTS,
+    Decision,
+    Duty,
+    Finding,
+    Override,
+    Student,
+    Verdict,
+    apply_overrides,
+)
 
 _STEP = 1000  # from one decision to the next in a severity; below it, what tells readings of one decision apart
 RULES = 2  # version of the rules below; a record says by which it was judged

@@ -1,9 +1,14 @@
-"""``lineage.json``: canonical (RFC 8785), with a digest of itself."""
+"""``lineage.json``: canonical (RFC 8785), with a digest of itself; where it is, and what shows that one is missing.
+
+A checkpoint's lineage is inside a directory of weights, or beside a single file. A card, a NOTICE or a bill of
+materials that this package wrote is the trace of a record that is not there.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
@@ -14,8 +19,8 @@ from typing import Any
 import rfc8785
 
 from kd_plugin.errors import LineageError
-from kd_plugin.lineage.place import lineage_directory
 
+SIDECAR = ".lineage"
 RECORD = "lineage.json"
 NOTICE = "NOTICE"
 BOM = "bom.cdx.json"
@@ -23,6 +28,40 @@ LICENSES = "LICENSES"
 SCHEMA = "kd-plugin/lineage/1"
 MAX_RECORD = 64 << 20  # bytes; a record of a thousand sources stays far below
 _OUTSIDE_DIGEST = ("saved_at", "signature", "digest")
+SECTION_BEGIN, SECTION_END = "<!-- kd-plugin lineage: begin -->", "<!-- kd-plugin lineage: end -->"
+NOTICE_HEADER = "NOTICE of the license lineage of this checkpoint, written by kd-plugin."
+BOM_TOOL = "kd-plugin"
+SIGNATURE = "lineage.sig"
+_READ = 1 << 20  # bytes of a file that are looked at
+
+
+def lineage_directory(checkpoint: str | Path) -> Path:
+    """Return the directory that holds, or will hold, a checkpoint's lineage files.
+
+    Args:
+        checkpoint: a directory of weights, which holds them itself; or a single file such as Lightning's
+            ``epoch=0.ckpt``, whose lineage lies beside it in ``epoch=0.ckpt.lineage/``. A link is followed.
+    """
+    path = Path(checkpoint)
+    if path.is_symlink():
+        path = path.resolve()
+    return path.with_name(path.name + SIDECAR) if path.is_file() else path
+
+
+def is_directory(name: str) -> bool:
+    """Whether a name that a stranger may have written is a directory's; no file system has one that is too long."""
+    return os.path.isdir(name)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is a file's, as :func:`is_directory` says it; ``Path.is_file`` raises OSError for long names."""
+    return os.path.isfile(path)
+
+
+def weights_of(directory: Path) -> Path:
+    """Return where the weights of a lineage directory are: the file beside a sidecar, else the directory itself."""
+    beside = directory.with_name(directory.name.removesuffix(SIDECAR))
+    return beside if directory.name.endswith(SIDECAR) and beside.is_file() else directory
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -126,3 +165,28 @@ def _digest_or_none(record: Mapping[str, Any]) -> str | None:
         return digest_of(record)
     except (ValueError, RecursionError):  # numbers that canonical JSON cannot hold, or surrogates
         return None
+
+
+def traces_in(directory: Path, card: Mapping[str, Any], text: str) -> str | None:
+    """Return the name of a file that says that a record belongs to these weights, or None.
+
+    A copy that leaves the record behind keeps nothing of what the record said, so its own badge says too little.
+
+    Args:
+        directory: weights, or rows.
+        card: front matter of its card.
+        text: the whole card.
+    """
+    block = card.get("distillation")
+    if (isinstance(block, Mapping) and "lineage" in block) or SECTION_BEGIN in text:
+        return "README.md"
+    for name, mark in ((NOTICE, NOTICE_HEADER), (BOM, f'"{BOM_TOOL}"')):
+        path = directory / name
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                if mark.encode() in file.read(_READ):
+                    return name
+    for name in (SIGNATURE, RECORD):
+        if (directory / name).is_symlink() or (directory / name).exists():
+            return name
+    return None

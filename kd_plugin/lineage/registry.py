@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import re
 import tomllib
@@ -15,20 +14,21 @@ from typing import Any
 
 from license_expression import ExpressionError, LicenseSymbol, get_spdx_licensing
 
-from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.lineage.endpoints import host_of, is_own_network, is_under, mentions
-from kd_plugin.lineage.names import is_vendor, model_parts, normalised, without_vendor
+from kd_plugin.errors import ConfigError, nearest, require_known
+from kd_plugin.lineage.names import (
+    ServiceModels,
+    fits_host,
+    host_of,
+    is_own_network,
+    mentions,
+    names_a_host,
+    normalised,
+)
+from kd_plugin.lineage.sources import OWN, Voice, may_say_own
 from kd_plugin.lineage.terms import Terms
-from kd_plugin.lineage.voice import OWN, Voice, may_say_own
 
 UNKNOWN = "unknown"
 UNREAD_API = "unread-api-terms"  # the service of every server that is neither known nor the user's own
-# What names of weights hold, and names of models behind an API do not: a size, a format, or another family
-_WEIGHTS = re.compile(
-    r"(?:^|[-.])(?:\d+(?:\.\d+)?[bm]|gguf|gptq|awq|exl[23]|mlx|bnb|fp8|int[48]|[48]bit|hf|q?lora|distil(?:l|led)?|"
-    r"llama|qwen|mistral|mixtral|phi|gemma|vicuna|alpaca|falcon|pythia|bert|t5)(?:$|[-.\d])"
-)
-_MAX_NAME, _MAX_PARTS = 500, 16  # characters and parts of a name that are looked at
 _MAX_WRITTEN = 1000  # characters of a licence's name or expression
 _TABLES = ("version", "groups", "license", "service", "known")
 
@@ -156,62 +156,25 @@ class Registry:
         if host is None:
             closed = [s for pattern, s in self.hosts.items() if s != UNREAD_API and mentions(endpoint, pattern)]
             return tuple(dict.fromkeys(closed)) or (UNREAD_API,)
-        found = [(pattern, s) for pattern, s in self.hosts.items() if _fits(host, pattern)]
+        found = [(pattern, s) for pattern, s in self.hosts.items() if fits_host(host, pattern)]
         services = [s for _, s in found if s != UNREAD_API]
         # Whoever describes the terms of a server that the package has not read says which one; "*" names none
-        described = any(s != UNREAD_API and _names_a_host(pattern) for pattern, s in found)
+        described = any(s != UNREAD_API and names_a_host(pattern) for pattern, s in found)
         unread = any(s == UNREAD_API for _, s in found) or not is_own_network(host)
         return tuple(dict.fromkeys([*services, *([UNREAD_API] if unread and not described else [])]))
-
-    def service_of_endpoint(self, endpoint: str) -> str | None:
-        """Return the first of the services behind a URL or host, or None; see :meth:`services_of_endpoint`."""
-        return next(iter(self.services_of_endpoint(endpoint)), None)
 
     def is_listed(self, endpoint: str) -> bool:
         """Whether nobody can declare a server their own: an entry names its host, or its address cannot be read."""
         host = host_of(endpoint)
-        return host is None or any(_fits(host, pattern) for pattern in self.hosts)
+        return host is None or any(fits_host(host, pattern) for pattern in self.hosts)
 
     def service_of_model(self, name: str) -> str | None:
-        """Return the service that alone offers the model of this name, or None.
-
-        Families are matched by how their names begin, and open ones are excepted by name. A hub id of somebody else
-        than a vendor may begin so too: it counts unless it says that it is weights of another kind (a size, a format,
-        the base that it was made from).
-        """
-        organisation, parts = model_parts(name[:_MAX_NAME])
-        for part in parts[:_MAX_PARTS]:
-            own = without_vendor(part)
-            if any(self._opens.match(text) for text in (part, own, f"{organisation}/{part}")):
-                continue
-            found = self._whole.fullmatch(own)
-            if found is None and not (organisation and not is_vendor(organisation) and _WEIGHTS.search(own)):
-                found = self._closes.match(own)
-            if found is not None:
-                return self._service(found)
-        for part in normalised(name[:_MAX_NAME]).split("/")[:-1][-_MAX_PARTS:]:  # gateways may go on behind the name
-            found = self._whole.fullmatch(without_vendor(part))
-            if found is not None:
-                return self._service(found)
-        return None
+        """Return the service that alone offers the model of this name, or None."""
+        return self._services.offering(name)
 
     @cached_property
-    def _opens(self) -> re.Pattern[str]:
-        return re.compile("|".join(f"(?:{pattern})" for pattern in self.open) or r"(?!)")
-
-    @cached_property
-    def _whole(self) -> re.Pattern[str]:
-        return re.compile("|".join(f"(?P<m{n}>{pattern})" for n, pattern in enumerate(self.models)) or r"(?!)")
-
-    @cached_property
-    def _closes(self) -> re.Pattern[str]:
-        patterns = "|".join(f"(?P<c{n}>{pattern})" for n, pattern in enumerate(self.closed)) or r"(?!)"
-        return re.compile(rf"(?:{patterns})(?![a-z])")
-
-    def _service(self, found: re.Match[str]) -> str:
-        """Return the service of the pattern that matched, by the name of its group."""
-        group = next(name for name, value in found.groupdict().items() if value is not None)
-        return list((self.models if group[0] == "m" else self.closed).values())[int(group[1:])]
+    def _services(self) -> ServiceModels:
+        return ServiceModels(self.models, self.closed, self.open)
 
     def families_of(self, name: str) -> tuple[str, ...]:
         """Return the licences of the families of models that a name seems to belong to; this can raise doubt only."""
@@ -294,9 +257,7 @@ def parse_registry(raw: bytes, where: str, read: Callable[[str], bytes], base: R
         data = tomllib.loads(raw.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{where} is not valid TOML: {error}.") from error
-    for key in data:
-        if key not in _TABLES:
-            raise ConfigError(f"{where}: unknown table {key!r}.{nearest(key, list(_TABLES))}")
+    require_known(data, _TABLES, where)
     terms: dict[str, Terms] = {}
     aliases: dict[str, str] = {}
     hosts: dict[str, str] = {}
@@ -394,15 +355,6 @@ def _group(groups: Mapping[str, Any], name: str, where: str) -> list[Any]:
     if name not in groups:
         raise ConfigError(f"{where}: no group {name!r}.{nearest(name, sorted(groups))}")
     return list(groups[name])
-
-
-def _fits(host: str, pattern: str) -> bool:
-    """Whether a host is, or lies under, the domain that a pattern names; ``*`` and its like stand as written."""
-    return fnmatch.fnmatchcase(host, pattern) if "*" in pattern else is_under(host, pattern)
-
-
-def _names_a_host(pattern: str) -> bool:
-    return sum(bool(label.strip("*?")) for label in pattern.split(".")) >= 2
 
 
 def _fold(text: str) -> str:

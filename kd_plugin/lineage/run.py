@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.errors import LineageError
-from kd_plugin.lineage import hashing, obligations
+from kd_plugin.lineage import hashing, shipping
 from kd_plugin.lineage import write as files
-from kd_plugin.lineage.background import is_large
 from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.config import LineageConfig, load_config
@@ -25,21 +24,18 @@ from kd_plugin.lineage.declared import (
     match_teachers,
     not_cached,
     registry_of,
+    remedy_of,
     shipped_student,
 )
 from kd_plugin.lineage.discovery import Found, checkpoint_node, discover, record_overrides, with_weights
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph
-from kd_plugin.lineage.overrides import Override, in_force
-from kd_plugin.lineage.place import lineage_directory
 from kd_plugin.lineage.policy import RULES, evaluate
-from kd_plugin.lineage.proof import Proofs
-from kd_plugin.lineage.record import RECORD, SCHEMA, installed_versions, load_record, sealed
+from kd_plugin.lineage.proof import Proofs, subjects_of
+from kd_plugin.lineage.record import RECORD, SCHEMA, installed_versions, lineage_directory, load_record, sealed
 from kd_plugin.lineage.registry import Registry
-from kd_plugin.lineage.remedies import remedy_of
-from kd_plugin.lineage.shares import Place, Shares
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.terms import Terms
-from kd_plugin.lineage.verdict import NO_ADVICE, Finding, Student, Verdict, refuse
+from kd_plugin.lineage.verdict import NO_ADVICE, Finding, Override, Student, Verdict, in_force, refuse
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +215,7 @@ class RunLineage:
 
         Args:
             directory: a directory that holds a checkpoint's weights, or a checkpoint of a single file, whose
-                lineage lies beside it; see :func:`~kd_plugin.lineage.place.lineage_directory`.
+                lineage lies beside it; see :func:`~kd_plugin.lineage.record.lineage_directory`.
             step: optimizer steps done.
             parent: directory of the checkpoint before this one, to whose digest this one is chained.
 
@@ -237,33 +233,21 @@ class RunLineage:
 
     def _place(self, weights: Path, directory: Path, step: int, parent: str | Path | None) -> None:
         stale = files.retract(directory)
-        subjects = self._subjects(weights)
+        subjects = subjects_of(weights)
         if not subjects:
             raise LineageError(f"{str(weights)!r} holds no weight files; lineage is written after the weights.")
         record, terms, verdict = self._content(step, parent, subjects)
         graph = self._recorded_graph
         record["files"] = files.place_files(
             directory,
-            obligations.notice_text(graph, terms, verdict),
+            shipping.notice_text(graph, terms, verdict),
             bom_text(record),
-            obligations.license_files(graph, terms, self.registry),
+            shipping.license_files(graph, terms, self.registry),
             stale,
         )
         update_card(directory, record)
         saved_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         files.place_record(directory, sealed(record, saved_at))
-
-    @staticmethod
-    def _subjects(weights: Path) -> list[hashing.Subject]:
-        """Hash the weights; where several nodes wrote many, with what the other nodes hash meanwhile."""
-        place = Place.from_environment()
-        if place.nodes == 1 or not weights.is_dir() or not is_large(weights):
-            return hashing.subjects(weights)
-        shares = Shares(weights, place)
-        try:
-            return hashing.subjects(weights, digest=shares.digest, order=shares.order)
-        finally:
-            shares.remove()
 
     def summary(self, *, step: int, parent: str | Path | None = None) -> dict[str, Any]:
         """Return what :meth:`write` records, less the digests of weights and files: for inside a checkpoint.
@@ -352,7 +336,7 @@ class RunLineage:
 
     def _judge(self, graph: Graph, facts: Mapping[str, bool], overrides: tuple[Override, ...]) -> Verdict:
         verdict = evaluate(graph, self.registry.terms, facts, self._student, overrides, self.started)
-        return obligations.settle(verdict, graph, self.registry.terms)
+        return shipping.settle(verdict, graph, self.registry.terms)
 
     def _discover(self) -> list[tuple[Edge, Found]]:
         """Find every source; edges start at ``self``."""

@@ -9,8 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from kd_plugin.errors import ConfigError, LineageError, MissingDependencyError
-from kd_plugin.lineage.place import lineage_directory
-from kd_plugin.lineage.traces import SIGNATURE
+from kd_plugin.lineage.record import SIGNATURE, lineage_directory
 from kd_plugin.lineage.verify import verify
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import rfc8785
 
-from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.errors import ConfigError, require_known
 
 Trigger = Literal["training", "distribution"]
 Effect = Literal["duty", "forbid", "unknown"]
@@ -49,7 +49,7 @@ class Clause:
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], where: str) -> Clause:
         """Read a clause from TOML or JSON; ``where`` names it in errors (ConfigError)."""
-        _known_keys(data, set(cls.__dataclass_fields__), where)
+        require_known(data, sorted(cls.__dataclass_fields__), where)
         values = _values(data, ("reach", "precaution", "unless_student", "unless_repo"), where)
         try:
             clause = cls(**values)
@@ -108,7 +108,7 @@ class Terms:
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], where: str) -> Terms:
         """Read an entry from TOML or from a record; ``where`` names it in errors (ConfigError)."""
-        _known_keys(data, set(cls.__dataclass_fields__), where)
+        require_known(data, sorted(cls.__dataclass_fields__), where)
         plain = {k: v for k, v in data.items() if k not in ("clauses", "attachments")}
         values = _values(plain, ("inherits",), where)
         attachments = data.get("attachments", {})
@@ -133,12 +133,6 @@ class Terms:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "clauses"}
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v not in (None, "", {})}
         return {**plain, "clauses": [clause.to_json() for clause in self.clauses]}
-
-
-def _known_keys(data: Mapping[str, Any], known: set[str], where: str) -> None:
-    for key in data:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}.{nearest(str(key), sorted(known))}")
 
 
 def _values(data: Mapping[str, Any], lists: tuple[str, ...], where: str) -> dict[str, Any]:

@@ -12,13 +12,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.utils import logging
 
 from kd_plugin.errors import KDError
-from kd_plugin.lineage.background import Background, is_large
 from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.carried import Carried, carried_by, take_over
 from kd_plugin.lineage.data import dataset_sources
+from kd_plugin.lineage.proof import Background, Place, hash_share, is_large
 from kd_plugin.lineage.record import RECORD, load_record
 from kd_plugin.lineage.run import RunLineage
-from kd_plugin.lineage.shares import Place, hash_share
 from kd_plugin.lineage.start import student_source
 
 logger = logging.get_logger(__name__)

@@ -10,20 +10,30 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError, LineageError
-from kd_plugin.lineage import hashing, obligations
+from kd_plugin.lineage import hashing, shipping
 from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import license_problem, section, section_in
 from kd_plugin.lineage.directory import printable
 from kd_plugin.lineage.discovery import record_overrides
 from kd_plugin.lineage.graph import Graph
-from kd_plugin.lineage.overrides import in_force
-from kd_plugin.lineage.place import lineage_directory, weights_of
 from kd_plugin.lineage.policy import RULES, evaluate
-from kd_plugin.lineage.recheck import judged_again
-from kd_plugin.lineage.record import BOM, LICENSES, MAX_RECORD, NOTICE, RECORD, canonical, digest_of, read_record, seal
+from kd_plugin.lineage.readings import judged_again
+from kd_plugin.lineage.record import (
+    BOM,
+    LICENSES,
+    MAX_RECORD,
+    NOTICE,
+    RECORD,
+    canonical,
+    digest_of,
+    lineage_directory,
+    read_record,
+    seal,
+    weights_of,
+)
 from kd_plugin.lineage.registry import Registry, default_registry
 from kd_plugin.lineage.terms import Terms
-from kd_plugin.lineage.verdict import Student, Verdict
+from kd_plugin.lineage.verdict import Student, Verdict, in_force
 
 
 @dataclass(frozen=True)
@@ -194,8 +204,8 @@ def _check_verdict(record: Mapping[str, Any], registry: Registry) -> tuple[Verdi
         overrides = record_overrides(record)
         rules = _rules_of(record)
         verdict = evaluate(graph, terms, facts, student, overrides, str(record["run"]["date"]), rules)
-        verdict = obligations.settle(verdict, graph, terms)
-        notice = obligations.notice_text(graph, terms, verdict)
+        verdict = shipping.settle(verdict, graph, terms)
+        notice = shipping.notice_text(graph, terms, verdict)
     except (LineageError, ConfigError, KeyError, TypeError, AttributeError) as error:
         return None, [Problem("tampered", RECORD, f"the verdict cannot be recomputed: {error}")]
     problems = []
@@ -210,7 +220,7 @@ def _check_verdict(record: Mapping[str, Any], registry: Registry) -> tuple[Verdi
                 problems.append(Problem("tampered", RECORD, f"its copy of terms {terms_id!r} is not the registry's"))
         promised = {entry["path"]: entry["sha256"] for entry in record["files"]}
         try:
-            texts = {f"{LICENSES}/{n}": t for n, t in obligations.license_files(graph, terms, registry).items()}
+            texts = {f"{LICENSES}/{n}": t for n, t in shipping.license_files(graph, terms, registry).items()}
             wanted = {NOTICE: notice, BOM: bom_text(record), **texts}
             digests = {name: hashing.sha256_text(text) for name, text in wanted.items()}
         except (LookupError, ValueError, TypeError) as error:  # texts that the registry does not have, surrogates
@@ -223,7 +233,7 @@ def _check_verdict(record: Mapping[str, Any], registry: Registry) -> tuple[Verdi
         named = {i for node in judged.nodes.values() for i in (*node.licenses, *node.services)}
         at_hand = {i: registry.terms[i] if i in registry.terms else terms[i] for i in {*terms, *named}}
         again = evaluate(judged, at_hand, facts, student, overrides, str(record["run"]["date"]), rules)
-        problems += _stricter_today(verdict, obligations.settle(again, judged, at_hand), registry)
+        problems += _stricter_today(verdict, shipping.settle(again, judged, at_hand), registry)
     problems += [Problem("violation", f.subject, str(f)) for f in verdict.publication_stops]
     today = datetime.now(UTC).date().isoformat()
     for one in overrides:

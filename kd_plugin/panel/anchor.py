@@ -14,8 +14,8 @@ from kd_plugin.panel.loss import panel_loss
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import RowScores, score_rows
 from kd_plugin.signals import OutputHead
+from kd_plugin.teachers.in_process import tree_over_same_tensors, without_adapters
 from kd_plugin.teachers.local import LocalTeacher
-from kd_plugin.teachers.trees import tree_over_same_tensors, without_adapters
 from kd_plugin.vocab import Vocabulary
 
 _START = Assignment(("start",))

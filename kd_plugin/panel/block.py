@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.divergence.spec import Divergence
-from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.errors import ConfigError, nearest, require_known
+from kd_plugin.inputs import read_yaml
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.roster import OwnTerms, TeacherPanel
 from kd_plugin.teachers import KINDS, AdapterTeacher, LocalTeacher, Teacher
@@ -154,20 +155,10 @@ def _has(spec: Any, key: str) -> bool:
 def _require_keys(given: Any, known: Iterable[str], label: str) -> None:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{label}: expected a mapping, found {type(given).__name__}.")
-    known = list(known)
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"{label}: unknown key {key!r}.{nearest(str(key), known)} Known: {', '.join(known)}.")
+    require_known(given, list(known), label)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise ConfigError(f"panel: there is no file {path}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     # A file may hold the block alone, or under its own name as in a configuration
-    return content["panel"] if isinstance(content, Mapping) and set(content) == {"panel"} else content
+    return content["panel"] if set(content) == {"panel"} else content

@@ -1,15 +1,116 @@
-"""GPU hours and money for a whole training set: offline KD against the panel, own GPUs against a metered API."""
+"""Which ZeRO stage and offload fits, which of those is fastest, and what the whole training set then costs.
+
+Costs are GPU hours and money: offline KD against the panel, own GPUs against a metered API.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from kd_plugin.errors import ConfigError
 from kd_plugin.planner.architectures import Architecture
-from kd_plugin.planner.cluster import Cluster
-from kd_plugin.planner.communication import traffic
-from kd_plugin.planner.fitting import Option, options, recommended
-from kd_plugin.planner.run import Method, PlannedRun
-from kd_plugin.planner.time import generation_seconds, score_flops, train_flops
+from kd_plugin.planner.memory import Layout, Memory, memory
+from kd_plugin.planner.run import Cluster, Method, PlannedRun
+from kd_plugin.planner.time import StepTime, generation_seconds, score_flops, step_time, traffic, train_flops
+
+_OFFLOADS = {
+    1: (("none", "none"), ("cpu", "none")),
+    2: (("none", "none"), ("cpu", "none")),
+    3: (("none", "none"), ("cpu", "none"), ("cpu", "cpu"), ("nvme", "nvme")),
+}
+LAYOUTS = tuple(
+    Layout(stage, *offload, checkpointing=checkpointing)
+    for stage in (0, 1, 2, 3)
+    for offload in _OFFLOADS.get(stage, (("none", "none"),))
+    for checkpointing in (False, True)
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One layout with what it takes.
+
+    Attributes:
+        layout: stage, offload and checkpointing.
+        run: the run, with generation gathered or not.
+        memory: bytes on a GPU.
+        seconds: estimated time of an optimizer step.
+        verdict: empty where it fits, else what does not.
+    """
+
+    layout: Layout
+    run: PlannedRun
+    memory: Memory
+    seconds: StepTime
+    verdict: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything is within what the machines have."""
+        return not self.verdict
+
+
+def options(run: PlannedRun, cluster: Cluster, layouts: Sequence[Layout] = LAYOUTS) -> list[Option]:
+    """Judge every layout.
+
+    Where gathered weights do not fit under ZeRO-3, generation falls back to layers that are gathered one by one.
+
+    Returns:
+        One option a layout, in the order of ``layouts``.
+    """
+    return [_judge(run, layout, cluster) for layout in layouts]
+
+
+def recommended(found: Sequence[Option]) -> Option | None:
+    """Return the fastest option that fits; among equals the lowest stage, which has the fewest moving parts."""
+    return min((o for o in found if o.fits), key=lambda o: (round(o.seconds.total, 3), o.layout.stage), default=None)
+
+
+def require_possible(run: PlannedRun, layout: Layout) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        ConfigError: offloaded weights below stage 3, an adapter teacher on a base that is trained.
+    """
+    if layout.stage not in (0, 1, 2, 3):
+        raise ConfigError(f"There is no ZeRO stage {layout.stage}; expected 0, 1, 2 or 3.")
+    if layout.offload_parameters != "none" and layout.stage != 3:
+        raise ConfigError(
+            f"offload_parameters is {layout.offload_parameters!r} with ZeRO-{layout.stage}, which keeps all weights "
+            "on each GPU. Weights are offloaded under stage 3 only; offload the optimizer, or choose stage 3."
+        )
+    if layout.offload_optimizer != "none" and layout.stage == 0:
+        raise ConfigError(
+            "offload_optimizer needs ZeRO-1, 2 or 3; stage 0 has nothing sharded that could be moved away."
+        )
+    if run.placed("adapter") and run.student.total == run.student.trainable:
+        raise ConfigError(
+            "An adapter teacher sits on the student's frozen base, but the full student is trained and its base "
+            "moves. Train LoRA (lora_rank), or give the teacher a base of its own (sharded, resident or offload)."
+        )
+
+
+def _judge(run: PlannedRun, layout: Layout, cluster: Cluster) -> Option:
+    require_possible(run, layout)
+    held = memory(run, layout, cluster.ranks)
+    if layout.stage == 3 and run.method == "panel" and held.writing > cluster.usable:
+        run = replace(run, gather_for_generation=False)
+        held = memory(run, layout, cluster.ranks)
+    return Option(layout, run, held, step_time(run, layout, held, cluster), _verdict(held, layout, cluster))
+
+
+def _verdict(held: Memory, layout: Layout, cluster: Cluster) -> str:
+    gib = 1024**3
+    if held.peak > cluster.usable:
+        what = "training" if held.training >= held.peak else "generation"
+        return f"{what} needs {held.peak / gib:.1f} GiB, {cluster.usable / gib:.1f} can be used"
+    share = (
+        cluster.nvme_share if "nvme" in (layout.offload_optimizer, layout.offload_parameters) else cluster.host_share
+    )
+    if held.host > share:
+        return f"offload needs {held.host / gib:.0f} GiB for each GPU beside it, there are {share / gib:.0f}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -56,10 +157,10 @@ class Bill:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Own GPUs against an API that writes the same text.
+    """Own GPUs against an API that generates the same text.
 
     Attributes:
-        own_per_million: price of a million completion tokens written on own GPUs.
+        own_per_million: price of a million completion tokens generated on own GPUs.
         api_per_million: price of the same from the API, its prompts included.
         tokens: millions of completion tokens from which own GPUs are cheaper, given what their start takes; None
             where they never are.
@@ -73,9 +174,9 @@ class BreakEven:
 def bills(run: PlannedRun, cluster: Cluster, rows: int, epochs: float) -> list[Bill]:
     """Return the bills of offline KD and of the panel, over ``rows`` prompts seen ``epochs`` times.
 
-    Offline: each teacher writes and scores each row once, then the student trains for all epochs. Panel: in each
-    epoch the student writes, the teachers score what it wrote, and it trains. What training takes is the number of its
-    steps times the time of one under the layout that is recommended for the method, so that the bill and the plan's
+    Offline: each teacher generates and scores each row once, then the student trains for all epochs. Panel: in each
+    epoch the student generates, the teachers score its responses, and it trains. What training takes is the number of
+    its steps times the time of one under the layout that is recommended for the method, so that the bill and the plan's
     table cannot disagree.
 
     Returns:
@@ -116,11 +217,11 @@ def _bill(option: Option, cluster: Cluster, rows: int, epochs: float) -> Bill:
 
 
 def _capture_hours(run: PlannedRun, cluster: Cluster, rows: int, scoring: float) -> float:
-    """Return the GPU hours in which the teachers write and score ``rows`` rows once, ``scoring`` FLOPs of it."""
-    written = sum(_writing_hours(run, teacher.shape, cluster, rows) for teacher in run.teachers if teacher.shape)
+    """Return the GPU hours in which the teachers generate and score ``rows`` rows once, ``scoring`` FLOPs of it."""
+    generating = sum(_generation_hours(run, teacher.shape, cluster, rows) for teacher in run.teachers if teacher.shape)
     if run.teachers and not run.judged_by_all:
-        written /= len(run.teachers)
-    return scoring / (cluster.tflops * 1e12 * cluster.utilization * 3600) + written
+        generating /= len(run.teachers)
+    return scoring / (cluster.tflops * 1e12 * cluster.utilization * 3600) + generating
 
 
 def break_even(
@@ -142,14 +243,14 @@ def break_even(
     if shape is None:
         return None
     rows = 1_000_000 / run.completion_length
-    own = _writing_hours(run, shape, cluster, rows) * cluster.price
+    own = _generation_hours(run, shape, cluster, rows) * cluster.price
     api = output_price + input_price * run.prompt_length / run.completion_length
     start = start_hours * cluster.ranks * cluster.price
     return BreakEven(own, api, start / (api - own) if api > own else None)
 
 
-def _writing_hours(run: PlannedRun, shape: Architecture, cluster: Cluster, rows: float) -> float:
-    """Return the GPU hours in which a model writes ``rows`` completions.
+def _generation_hours(run: PlannedRun, shape: Architecture, cluster: Cluster, rows: float) -> float:
+    """Return the GPU hours in which a model generates ``rows`` completions.
 
     Spread over k GPUs it reads its weights k times as fast, so that the GPU hours do not depend on k.
     """

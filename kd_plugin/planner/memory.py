@@ -9,20 +9,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import torch
+
+from kd_plugin.divergence.modes import MODES
+from kd_plugin.divergence.projection import chunk_rows
+from kd_plugin.divergence.spec import KINDS
 from kd_plugin.planner.architectures import Architecture
 from kd_plugin.planner.run import PlannedRun
-from kd_plugin.planner.workspace import activations, cached_hidden, kv_cache, loss_workspace
 
 # DeepSpeed gathers ahead: the layer that computes and the one that is fetched
 _LAYERS_GATHERED = 2
+_STATISTICS = 4  # softmax statistics and gradient sums are float32
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How training state is cut and where it lives.
+    """How training state is sharded and where it lives.
 
     Attributes:
-        stage: ZeRO stage: 0 nothing is cut, 1 optimizer, 2 also gradients, 3 also weights.
+        stage: ZeRO stage: 0 nothing is sharded, 1 optimizer, 2 also gradients, 3 also weights.
         offload_optimizer: ``none``, ``cpu`` or ``nvme``.
         offload_parameters: likewise; needs stage 3.
         checkpointing: activations are computed again in backward, layer by layer.
@@ -57,12 +62,12 @@ class Memory:
         optimizer: float32 master copy and moments.
         teachers: weights of the teachers that are on the GPU at once.
         activations: kept for backward, in one micro-batch.
-        loss: buffers of the fused loss, whole heads and the head's gradient.
+        loss: buffers of the fused loss, gathered heads and the head's gradient.
         hidden: teachers' hidden states, kept from scoring until the loss.
-        gathered: the largest layers made whole at once under ZeRO-3.
+        gathered: the largest layers gathered at once under ZeRO-3.
         buckets: communication buffers.
-        generation: weights that are made whole while the student writes, under ZeRO-3.
-        kv_cache: keys and values of the completions that are written at once.
+        generation: weights that are gathered while the student generates, under ZeRO-3.
+        kv_cache: keys and values of the completions that are generated at once.
         host: bytes of offloaded state in this GPU's share of host memory or NVMe.
     """
 
@@ -93,7 +98,7 @@ class Memory:
 
     @property
     def writing(self) -> int:
-        """Peak while the student writes completions; nothing waits for backward then."""
+        """Peak while the student generates completions; nothing waits for backward then."""
         return self.resident + self.generation + self.kv_cache
 
     @property
@@ -151,9 +156,9 @@ def state_bytes(run: PlannedRun, stage: int, ranks: int) -> State:
     """Compute the student's weights, gradients and optimizer states on the rank that holds most.
 
     Stages 1 and 2 lay the parameters of an optimizer group one after the other and cut the row into N equal parts. A
-    parameter across a border has its whole gradient on both sides. Under stage 3 each parameter is cut by itself, and
-    one of up to ``persistence_threshold`` elements also stays whole on each rank. DeepSpeed 0.19.8 keeps a float32
-    master copy in stages 1 to 3 even where the weights are float32.
+    parameter across a border has its whole gradient on both sides. Under stage 3 each parameter is sharded by itself,
+    and one of up to ``persistence_threshold`` elements also stays gathered on each rank. DeepSpeed 0.19.8 keeps a
+    float32 master copy in stages 1 to 3 even where the weights are float32.
 
     The gradients' peak: stage 1 keeps all of them until those of a step's last micro-batch are reduced; stage 2 holds
     a micro-batch's part and that of the earlier ones, to which it is added. Under all
@@ -203,9 +208,9 @@ def _cut_rows(student: Architecture, ranks: int) -> tuple[int, int]:
 
 
 def sharded_bytes(run: PlannedRun, shape: Architecture, ranks: int) -> int:
-    """Return the bytes of weights cut by ZeRO-3: a part of each parameter, and small ones whole beside it.
+    """Return the bytes of weights sharded by ZeRO-3: a part of each parameter, and small ones gathered beside it.
 
-    Parts are of equal length, so what is whole is a multiple of the ranks long.
+    Parts are of equal length, so what is gathered is a multiple of the ranks long.
     """
     threshold = persistence_threshold(run.student.hidden)
     parts = [(-(-p.numel // ranks), p.numel <= threshold) for p in shape.parameters]
@@ -213,7 +218,7 @@ def sharded_bytes(run: PlannedRun, shape: Architecture, ranks: int) -> int:
 
 
 def persistence_threshold(hidden: int) -> int:
-    """Elements under which ZeRO-3 keeps a parameter whole; what transformers fills in for ``auto``."""
+    """Elements under which ZeRO-3 keeps a parameter gathered; what transformers fills in for ``auto``."""
     return 10 * hidden
 
 
@@ -238,7 +243,7 @@ def teacher_bytes(run: PlannedRun, ranks: int) -> tuple[int, int]:
 
 
 def gathered_layers(run: PlannedRun, stage: int) -> int:
-    """Return the bytes of the whole layers that ZeRO-3 holds at once: the student's, or a sharded teacher's."""
+    """Return the bytes of the gathered layers that ZeRO-3 holds at once: the student's, or a sharded teacher's."""
     shapes = [run.student] if stage == 3 else []
     shapes += [t.shape for t in run.placed("sharded") if t.shape is not None]
     layers = [max(_LAYERS_GATHERED * s.largest_layer, s.head_numel) for s in shapes]
@@ -246,10 +251,108 @@ def gathered_layers(run: PlannedRun, stage: int) -> int:
 
 
 def generation_bytes(run: PlannedRun, stage: int) -> int:
-    """Return the bytes of weights that are whole beside a ZeRO-3 part while completions are written.
+    """Return the bytes of weights that are gathered beside a ZeRO-3 part while completions are generated.
 
     All of the student, or without ``gather_for_generation`` the layers that are gathered for each token anew.
     """
     if run.method == "offline" or stage < 3:
         return 0
     return run.element * run.student.total if run.gather_for_generation else gathered_layers(run, stage)
+
+
+def activations(run: PlannedRun, checkpointing: bool) -> int:
+    """Return the bytes that a micro-batch of the student keeps for backward.
+
+    With checkpointing: each layer's input, and what one layer keeps while it is computed again.
+    """
+    student, tokens, element = run.student, run.tokens_in_a_pass, run.element
+    layer = layer_activations(run)
+    if checkpointing:
+        return student.layers * tokens * student.hidden * element + layer
+    return student.layers * layer
+
+
+def layer_activations(run: PlannedRun) -> int:
+    """Return the bytes that one decoder layer keeps for backward, with fused attention (no L by L matrix).
+
+    Per token, in elements of the forward dtype: the inputs of the q, k, v projections h, rotated q and k,
+    v, the attention's output; the inputs of the MLP h; gate and up before and after the activation, and
+    their product, 4 i. The two norms keep their input and their normalised input in float32 (4 h of 4 bytes, and
+    2 h in the forward dtype). LoRA keeps the same inputs.
+    """
+    s = run.student
+    queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    elements = 4 * s.hidden + 2 * queries + 2 * keys + 4 * s.intermediate
+    return run.tokens_in_a_pass * (elements * run.element + 4 * s.hidden * 4)
+
+
+def loss_workspace(run: PlannedRun, stage: int, device: str) -> int:
+    """Return the bytes of the fused loss: one chunk's buffers, gradients formed in the pass, and gathered heads.
+
+    Buffers are (rows, V) in float32, and in bf16 one more of two bytes for narrow products. The gradient of hidden
+    states is (N, H), of a trained head (V, H), both float32.
+    """
+    s = run.student
+    positions = run.micro_batch * run.completion_length
+    rows = min(chunk_rows(s.vocab, torch.device(device)), positions)
+    narrow = run.element if run.precision == "bf16" else 0
+    return (
+        rows * s.vocab * (_STATISTICS * loss_buffers(run) + narrow)
+        + loss_gradients(run)
+        + gathered_head_bytes(run, stage)
+    )
+
+
+def loss_buffers(run: PlannedRun) -> int:
+    """Return how many (rows, V) float32 buffers the loss keeps at a step that is logged.
+
+    Offline: the student's logits, and the probabilities of what is not listed. Panel: the student's
+    log-probabilities and probabilities, a teacher's logits and log-probabilities; then scratch for the mixture inside
+    jsd and skew_kl and for confidence's entropies; the sum over teachers where several score a position; a
+    mixture's log-probabilities, and a copy for the divergence of each of its teachers. A test counts them.
+    On CPU some are shorter, so that less is kept than is counted.
+    """
+    if run.method == "offline":
+        return 2
+    mode = MODES[run.combine]
+    scratch = KINDS[run.divergence].scratch or mode.scratch
+    summed = run.judged_by_all and len(run.teachers) > 1
+    return 4 + scratch + (summed if mode.buffers is None else mode.buffers)
+
+
+def loss_gradients(run: PlannedRun) -> int:
+    """Return the bytes of the gradients that the loss forms: hidden states, and the head where it is trained."""
+    s = run.student
+    positions = run.micro_batch * run.completion_length
+    head = s.head_numel if s.total == s.trainable else 0
+    return _STATISTICS * (positions * s.hidden + head)
+
+
+def gathered_head_bytes(run: PlannedRun, stage: int) -> int:
+    """Return the bytes of heads that are gathered for the loss: all sharded teachers', and a ZeRO-3 student's."""
+    heads = [run.student.head_numel] if stage == 3 else []
+    if run.method == "panel":
+        heads += [t.shape.head_numel for t in run.placed("sharded") if t.shape is not None]
+    return run.element * sum(heads)
+
+
+def cached_hidden(run: PlannedRun) -> int:
+    """Return the bytes of teachers' hidden states that wait for the loss, for all rows of a generation batch."""
+    if run.method == "offline":
+        # ids int64, log-probabilities and weights float32, for the listed tokens of one micro-batch
+        return run.micro_batch * run.completion_length * run.listed * (8 + 4)
+    positions = run.rows_generated * run.completion_length
+    widths = [t.shape.hidden for t in run.placed("sharded", "resident", "offload") if t.shape is not None]
+    widths += [run.student.hidden] * len(run.placed("adapter"))
+    if not widths:
+        return 0
+    return positions * run.element * (sum(widths) if run.judged_by_all else max(widths))
+
+
+def kv_cache(run: PlannedRun) -> int:
+    """Return the bytes of keys and values for all rows that are generated at once, at full length; offline none."""
+    if run.method == "offline":
+        return 0
+    s = run.student
+    tokens = run.rows_generated * (run.prompt_length + run.completion_length)
+    return 2 * s.layers * s.kv_heads * s.head_dim * tokens * run.element

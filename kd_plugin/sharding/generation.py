@@ -1,4 +1,4 @@
-"""The student writes while its weights are cut by ZeRO-3: whether they fit when gathered, and what is said if not."""
+"""The student generates while its weights are sharded by ZeRO-3: whether they fit when gathered, and what is said."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def slow_notice(model: nn.Module, ranks: int, *, fits: bool) -> str:
 
     Args:
         model: the student, in parts.
-        ranks: over which it is cut.
+        ranks: over which it is sharded.
         fits: whether gathered weights would fit; False where that is why they are not.
     """
     size = whole_bytes(model) / GIB
@@ -50,17 +50,17 @@ def slow_notice(model: nn.Module, ranks: int, *, fits: bool) -> str:
         why = f"gathered weights would add {missing_bytes(model) / GIB:.1f} GiB to a rank, which has less free"
     faster = "set ds3_gather_for_generation=True" if fits else "free memory, use more ranks"
     return (
-        f"The student writes with its weights cut over {ranks} ranks, because {why}: each token gathers all "
+        f"The student generates with its weights sharded over {ranks} ranks, because {why}: each token gathers all "
         f"{size:.1f} GiB of it anew. That is slow, and no hang; progress is said every {PROGRESS_SECONDS:.0f} s. "
-        f"Faster: {faster}, let a vLLM server write (use_vllm=True), or train under ZeRO-2."
+        f"Faster: {faster}, let a vLLM server generate (use_vllm=True), or train under ZeRO-2."
     )
 
 
-class Progress(StoppingCriteria):
+class GenerationProgress(StoppingCriteria):
     """Says every half minute how far a generation has come; stops nothing.
 
     Args:
-        limit: tokens that may be written.
+        limit: tokens that may be generated.
         says: whether this rank speaks.
     """
 
@@ -75,11 +75,11 @@ class Progress(StoppingCriteria):
         if self.start is None:  # called once a token, for the first time behind the first
             self.start = input_ids.size(1) - 1
         if self.says and now - self.last >= PROGRESS_SECONDS:
-            self.last, written = now, input_ids.size(1) - self.start
-            pace = written / (now - self.began)
+            self.last, generated = now, input_ids.size(1) - self.start
+            pace = generated / (now - self.began)
             logger.warning(
                 "Writing without gathered weights: %d of up to %d tokens a row, %.1f tokens/s a row.",
-                written,
+                generated,
                 self.limit,
                 pace,
             )

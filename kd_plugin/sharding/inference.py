@@ -1,4 +1,4 @@
-"""Teachers cut over all ranks, by DeepSpeed ZeRO-3 whatever stage the student trains under, or by FSDP2."""
+"""Teachers sharded over all ranks, by DeepSpeed ZeRO-3 whatever stage the student trains under, or by FSDP2."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def inference_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def shard_for_inference(model: nn.Module, config: Mapping[str, Any]) -> Any:
     """Wrap a frozen ``model`` in a DeepSpeed engine that keeps one part of it on each rank.
 
-    A model that was loaded under ZeRO-3 is sharded already and is taken as it is; any other is cut now, after each
-    rank has held it whole in host memory.
+    A model that was loaded under ZeRO-3 is sharded already and is taken as it is; any other is sharded now, after
+    each rank has held all of it in host memory.
     """
     import deepspeed
 
@@ -50,7 +50,7 @@ def through(wrapper: nn.Module, model: nn.Module) -> Callable[..., Any]:
     would find parts. The result goes into ``InProcessTeacher.attach``.
 
     Args:
-        wrapper: a DeepSpeed engine, for example; ``model`` itself where FSDP2 cut it, or where nothing wraps it.
+        wrapper: a DeepSpeed engine, for example; ``model`` itself where FSDP2 sharded it, or where nothing wraps it.
         model: inside of it.
     """
 
@@ -77,7 +77,7 @@ def through(wrapper: nn.Module, model: nn.Module) -> Callable[..., Any]:
 
 
 def shard_with_fsdp2(model: nn.Module, **options: Any) -> nn.Module:
-    """Cut a whole ``model`` over all ranks with FSDP2, in place: each layer a unit, the rest another.
+    """Shard ``model`` over all ranks with FSDP2, in place: each layer a unit, the rest another.
 
     Args:
         model: the same on each rank.

@@ -1,9 +1,9 @@
 """Ways to reach a teacher; each emits a signal, and knows where it comes from.
 
-base.py says what a teacher can do and what it declares · local.py runs in this process · adapter.py shares one base
-among many · cached.py looks its scores up · server.py asks a vLLM server, through client.py (requests, retries),
-handshake.py (what it must say of itself) and replies.py (what its answers must hold) · placing.py puts those of this
-process where the host has room · identity.py tells weights apart for a run that is resumed.
+base.py says what a teacher can do and what it declares. In this process: in_process.py is what all have in common,
+local.py one model, adapter.py many over one base, which adapter_check.py compares with them. cached.py looks its scores
+up. server.py asks a vLLM server, through client.py (requests, retries), handshake.py (what it must say of itself),
+replies.py (what its answers must hold) and agreement.py (what is asked twice must be answered alike).
 """
 
 from collections.abc import Callable, Mapping

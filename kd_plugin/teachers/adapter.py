@@ -22,18 +22,18 @@ from kd_plugin.lineage.sources import Source
 from kd_plugin.sharding.gathering import gather_as_it_runs, is_sharded, move
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.adapter_check import read_adapter, require_base
-from kd_plugin.teachers.base import Capabilities, Teacher, resident
-from kd_plugin.teachers.identity import reference_identity
-from kd_plugin.teachers.in_process import InProcessTeacher
-from kd_plugin.teachers.local import LocalTeacher
-from kd_plugin.teachers.placing import Placement, place
-from kd_plugin.teachers.trees import (
+from kd_plugin.teachers.base import Capabilities, Teacher, reference_identity, resident
+from kd_plugin.teachers.in_process import (
+    InProcessTeacher,
+    Placement,
     is_tuner,
+    place,
     plain_stand_ins,
     tree_over_same_tensors,
     with_plain_head,
     without_adapters,
 )
+from kd_plugin.teachers.local import LocalTeacher
 from kd_plugin.vocab import Vocabulary
 
 STUDENT = "student"
@@ -116,11 +116,6 @@ class AdapterTeacher(InProcessTeacher):
         if self.base is not None:
             base = {f"base {key}": value for key, value in self.base.weights_identity.items()}
         return {"kind": "adapter", **reference_identity(self.adapter, self._revision), **base}
-
-    @property
-    def uses_student(self) -> bool:
-        """Whether the base is the student's own."""
-        return self.base is None
 
     def share_base(self, base: LocalTeacher) -> None:
         """Use ``base`` in the place of an equal one, before anything is loaded."""
@@ -222,13 +217,13 @@ class AdapterTeacher(InProcessTeacher):
         return self._model
 
     def _require_makeable(self, base: nn.Module) -> None:
-        """Refuse an adapter that copies whole layers of what FSDP2 cut; under ZeRO-3 PEFT gathers what it copies."""
+        """Refuse an adapter that copies whole layers of what FSDP2 sharded; under ZeRO-3 PEFT gathers those."""
         copied = getattr(self._config, "modules_to_save", None)
         if copied and any(hasattr(p, "full_tensor") for p in base.parameters()):
             raise ConfigError(
                 f"Teacher {self.name!r} is an adapter with layers of its own (modules_to_save: {', '.join(copied)}), "
-                "and FSDP2 cut those of its base over ranks. Give it a base of its own with placement='offload', which "
-                "stays whole, or merge the adapter into a model of its own."
+                "and FSDP2 sharded those of its base over ranks. Give it a base of its own with placement='offload', "
+                "which is not sharded, or merge the adapter into a model of its own."
             )
 
     @cached_property
@@ -267,7 +262,7 @@ class AdapterTeacher(InProcessTeacher):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the base lies in parts on several ranks, so that every rank must join each pass."""
+        """Whether the base is sharded over ranks, so that every rank must join each pass."""
         return self._model is not None and is_sharded(self._model)
 
     def place(self, placement: Placement) -> None:
@@ -283,16 +278,16 @@ class AdapterTeacher(InProcessTeacher):
             move(self.model, placement.device, parts=False)
 
     def run_over_shards(self) -> None:
-        """Gather the base layer by layer in each pass, wherever it is cut when the pass comes; once is enough.
+        """Gather the base layer by layer in each pass, wherever it is sharded when the pass comes; once is enough.
 
         Raises:
             ConfigError: the adapter changes the output head, which would have to be merged into shards.
         """
         if self._changes_head:
             raise ConfigError(
-                f"Teacher {self.name!r} is an adapter that changes the output head, and its base is cut over ranks: "
-                "the two cannot be merged. Merge the adapter into a model of its own, or train it without lm_head in "
-                "target_modules and modules_to_save."
+                f"Teacher {self.name!r} is an adapter that changes the output head, and its base is sharded over "
+                "ranks: the two cannot be merged. Merge the adapter into a model of its own, or train it without "
+                "lm_head in target_modules and modules_to_save."
             )
         if not self._gathers:
             gather_as_it_runs(self.model)

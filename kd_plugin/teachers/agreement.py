@@ -8,15 +8,18 @@ Shape suffixes: N positions, K listed tokens.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kd_plugin.errors import ServerError
-from kd_plugin.teachers.replies import Listed
+from kd_plugin.teachers.client import Client
+from kd_plugin.teachers.replies import Asking, Listed, ServerCompletion
 
 ROUNDING = 0.25  # nats on average; bfloat16 engines were seen to differ by up to 0.2 at single tokens
 _OUTLIER = 1.0  # nats by which a single position may be farther off, where an expert is routed otherwise
@@ -68,11 +71,83 @@ class Reference:
 
     def require_short(self, found: Listed) -> None:
         """Refuse an answer whose short probe is not what it was; see :func:`require_alike`."""
-        require_alike(self.url, "a probe that goes with every request", distances(self.short, found.written))
+        require_alike(self.url, "a probe that goes with every request", distances(self.short, found.next_logprobs))
 
     def require_long(self, found: Listed) -> None:
         """Refuse an answer whose long probe is not what it was; see :func:`require_alike`."""
-        require_alike(self.url, "a probe", distances(self.long, found.written))
+        require_alike(self.url, "a probe", distances(self.long, found.next_logprobs))
+
+    def ask(
+        self,
+        client: Client,
+        asking: Asking,
+        prompts: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        twice: int | None,
+    ) -> list[Listed]:
+        """Ask for rows, each with the short probe, and last for one of them again, with the long one.
+
+        Args:
+            client: the way to the server.
+            asking: what is asked of it.
+            prompts: token ids.
+            positions: of each row, those after which the next token's distribution is wanted.
+            twice: number of the row that is asked for again; None for none.
+
+        Raises:
+            ServerError: it stayed away, its answer lacks something, or it answers one question in two ways.
+        """
+        bodies = [asking.request([tokens, self.probes.short]) for tokens in prompts]
+        own = replace(asking, k=0)  # the row's own tokens are enough to compare
+        if twice is not None:
+            bodies.append(own.request([prompts[twice], self.probes.long], salt=secrets.token_hex(8)))
+
+        def read(number: int, answer: Any) -> Listed:
+            again = number == len(prompts)
+            row, probe = (twice, self.probes.long) if again and twice is not None else (number, self.probes.short)
+            rows, wanted = [prompts[row], probe], [positions[row], range(len(probe) - 1)]
+            found, probed = (own if again else asking).read(answer, rows, wanted)
+            (self.require_long if again else self.require_short)(probed)
+            return found
+
+        found = client.post_all("/v1/completions", bodies, read)
+        if twice is not None:
+            apart = distances(found[twice].next_logprobs, found.pop().next_logprobs)
+            require_alike(self.url, f"a row of {len(prompts[twice])} tokens", apart)
+        return found
+
+    def score_again(
+        self,
+        client: Client,
+        asking: Asking,
+        prompts: Sequence[Sequence[int]],
+        done: Sequence[ServerCompletion],
+        twice: int | None,
+        longest: int | None,
+    ) -> None:
+        """Refuse completions whose log-probabilities are not those of the same tokens, given as prompts.
+
+        Args:
+            client: the way to the server.
+            asking: what is asked of it.
+            prompts: token ids.
+            done: the completion of each, of at least one token.
+            twice: number of the row that is asked for again; None for none.
+            longest: tokens that a row may have; None for any.
+
+        Raises:
+            ServerError: see :meth:`ask`.
+        """
+        rows = [[*prompt, *one.ids][:longest] for prompt, one in zip(prompts, done, strict=True)]
+        wanted = [range(len(prompt) - 1, len(row) - 1) for prompt, row in zip(prompts, rows, strict=True)]
+        scored = self.ask(client, replace(asking, k=0), rows, wanted, twice)
+        apart = [
+            distances(one.listed.next_logprobs[: len(again.next_logprobs)], again.next_logprobs)
+            for one, again in zip(done, scored, strict=True)
+        ]
+        for one in apart:
+            require_alike(self.url, "a generated completion, given as a prompt,", one)
+        require_alike(self.url, "what was generated, given as prompts,", np.concatenate(apart))
 
 
 class Repeats:
@@ -161,7 +236,9 @@ def require_same_prefixes(
             mine, theirs = (_at(listed[i], positions[i], shared) for i in (a, b))
             found = np.maximum(listed_distances(mine, theirs), listed_distances(theirs, mine))
             # Before the rows part, the next token is the same too
-            found = np.where(shared + 1 < common, np.maximum(found, distances(mine.written, theirs.written)), found)
+            found = np.where(
+                shared + 1 < common, np.maximum(found, distances(mine.next_logprobs, theirs.next_logprobs)), found
+            )
             require_alike(url, "a position in two rows that begin alike", found)
             every.append(found)
     if every:

@@ -1,15 +1,19 @@
-"""What every teacher can do, and what it declares of itself."""
+"""What every teacher can do, what it declares of itself, and which weights it has, by content."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kd_plugin.lineage.hashing import sha256_file, weight_files
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import HiddenSignal, SparseSignal
 from kd_plugin.vocab import Vocabulary
@@ -32,7 +36,7 @@ class Capabilities:
         any_row: it scores whatever the student generates; False if only rows that were fixed in advance.
         temperature: at which its log-probabilities are given; None for any, which takes ``hidden``.
         listed: tokens that ``top_k`` lists a position; None where that is not fixed.
-        generates: how it writes completions for a capture: through the ``generate`` of its ``model``, as one in this
+        generates: how it generates completions for a capture: through the ``generate`` of its ``model``, as one in this
             process, through ``requests``, as :class:`~kd_plugin.teachers.server.ServerTeacher`, or not at all.
     """
 
@@ -53,7 +57,7 @@ class Teacher(Protocol):
 
     These four members are all that a teacher needs. A class may also have what the functions below look for:
     ``adopt_vocabulary``, ``end_tokens``, ``identity``, ``reach`` and ``resident``; and, if it computes in this process,
-    ``place`` (see :mod:`kd_plugin.teachers.placing`). A teacher that shares the student's weights has
+    ``place`` (see :mod:`kd_plugin.teachers.in_process`). A teacher that shares the student's weights has
     ``require_student``.
 
     Shape suffixes: B rows, L tokens, N scored positions.
@@ -143,3 +147,37 @@ def resident(teacher: Teacher, device: torch.device | str) -> AbstractContextMan
     """Return a block in which ``teacher`` is on ``device``; teachers that are not moved need nothing."""
     enter = getattr(teacher, "resident", None)
     return nullcontext() if enter is None else enter(device)
+
+
+def reference_identity(reference: str, revision: str | None) -> dict[str, Any]:
+    """Describe weights by the sha256 of their files, for a directory; by hub id and commit elsewhere."""
+    path = Path(reference)
+    if path.is_dir():
+        return {"weights": _files_digest(path)}
+    return {"repo": reference, "revision": revision}
+
+
+def tensors_digest(model: nn.Module) -> str:
+    """Digest a model's parameters, whatever device and module tree holds them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            if flat.numel():
+                digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _files_digest(directory: Path) -> str:
+    """Digest the weight files of a directory; a file that has not changed is read once a process."""
+    digest = hashlib.sha256()
+    for file in weight_files(directory):
+        status = file.stat()
+        digest.update(_sha256(file, status.st_size, status.st_mtime_ns).encode())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _sha256(file: Path, size: int, modified: int) -> str:
+    return sha256_file(file)

@@ -121,8 +121,8 @@ class CachedTeacher:
                 printed = self.cache.manifest.settings.rendered_at
                 raise DataError(
                     f"Teacher {self.name!r}: a row of {int(mask[row].sum())} tokens is not in the cache "
-                    f"{self.cache.path}. A cache judges the rows that it was captured from, not what the student "
-                    "writes: route only rows with fixed completions to it, tokenized and truncated as in the capture"
+                    f"{self.cache.path}. A cache scores the rows that it was captured from, not what the student "
+                    "generates: route only rows with fixed completions to it, tokenized and truncated as in the capture"
                     + (f", whose chat template printed the time {printed}." if printed else ".")
                 )
             index[row][mask[row]] = torch.tensor(found, dtype=index.dtype)

@@ -17,7 +17,7 @@ from kd_plugin.teachers.replies import Asking, Listed
 
 logger = logging.getLogger(__name__)
 _PROBED_TOKENS = 512  # of the vocabulary, evenly spread, that both tokenizers must treat alike
-_WRITTEN_AFTER = 8  # prefixes of the long probe after which a token is written
+_GENERATED_AFTER = 8  # prefixes of the long probe after which a token is generated
 # Under which no two tokens keep the log-probabilities that they had
 _PROCESSING = {"temperature": 2.0, "top_k": 2, "repetition_penalty": 2.0}
 _RAW = "Start the server with the default --logprobs-mode raw_logprobs"
@@ -30,7 +30,7 @@ class Greeting:
     Attributes:
         served: its own description of the model: ``id``, ``max_model_len``, ``root``.
         reference: its answers to the probes that go with later requests.
-        prefixes: (P,) sequences after which it may be asked to write a token.
+        prefixes: (P,) sequences after which it may be asked to generate a token.
         listed: the distributions after them, as those of given tokens.
     """
 
@@ -72,37 +72,37 @@ def shake_hands(
 
 
 def require_raw(client: Client, asking: Asking, greeting: Greeting) -> None:
-    """Refuse a server whose log-probabilities of what it writes follow temperature, top-k or penalties.
+    """Refuse a server whose log-probabilities of what it generates follow temperature, top-k or penalties.
 
     Raises:
         ConfigError: they do.
         ServerError: it is away, or its answer lacks something.
     """
-    found = _written_after(client, asking, greeting, **_PROCESSING)
+    found = _generated_after(client, asking, greeting, **_PROCESSING)
     distance = float(found.mean())
     if not distance <= ROUNDING:
         raise ConfigError(
-            f"{client.root} gives the log-probabilities of what it writes after temperature, top-k and penalties "
+            f"{client.root} gives the log-probabilities of what it generates after temperature, top-k and penalties "
             f"({distance:.2f} nats from those of the model), and a teacher's are needed before them. {_RAW}, or score "
             "completions that are there, for which it gives the model's own."
         )
 
 
 def _require_one_answer(client: Client, asking: Asking, greeting: Greeting) -> None:
-    """Refuse a server that gives given tokens another distribution than those that it writes, both unprocessed."""
-    found = _written_after(client, asking, greeting)
+    """Refuse a server that gives given tokens another distribution than those that it generates, both unprocessed."""
+    found = _generated_after(client, asking, greeting)
     distance = float(found.mean())
     if not distance <= ROUNDING:
         raise ServerError(
-            f"{client.root} gives a token that stands in a prompt another log-probability than one that it writes in "
-            f"the same place: {distance:.2f} nats apart on average over {len(found)} places, where rounding explains "
-            f"{ROUNDING}. Nothing was used. {_RAW}; name one server, not a balancer before several different ones; and "
-            "use one whose prompt_logprobs are vLLM's."
+            f"{client.root} gives a token that stands in a prompt another log-probability than one that it generates "
+            f"in the same place: {distance:.2f} nats apart on average over {len(found)} places, where rounding "
+            f"explains {ROUNDING}. Nothing was used. {_RAW}; name one server, not a balancer before several different "
+            "ones; and use one whose prompt_logprobs are vLLM's."
         )
 
 
-def _written_after(client: Client, asking: Asking, greeting: Greeting, **sampling: float) -> NDArray[np.float64]:
-    """Return how far the distributions of tokens that are written are from those of tokens that are given, (P,)."""
+def _generated_after(client: Client, asking: Asking, greeting: Greeting, **sampling: float) -> NDArray[np.float64]:
+    """Return how far the distributions of tokens that are generated are from those of tokens that are given, (P,)."""
     answer = client.post("/v1/completions", asking.next_request(greeting.prefixes, **sampling))
     return listed_distances(greeting.listed, asking.read_next(answer, greeting.prefixes))
 
@@ -179,10 +179,10 @@ def _probe(client: Client, asking: Asking, name: str, served: Mapping[str, Any],
         raise
     _, short, long = asking.read(answer, rows, [range(len(row) - 1) for row in rows])
     # Where no token is likely, temperature and top-k move all of them the farthest.
-    flattest = np.argsort(long.logprobs[:, 0], kind="stable")[:_WRITTEN_AFTER]
+    flattest = np.argsort(long.logprobs[:, 0], kind="stable")[:_GENERATED_AFTER]
     return Greeting(
         served,
-        Reference(client.root, probes, short.written, long.written),
+        Reference(client.root, probes, short.next_logprobs, long.next_logprobs),
         tuple(probes.long[: at + 1] for at in flattest.tolist()),
         long.at(flattest),
     )

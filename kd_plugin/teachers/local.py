@@ -19,10 +19,8 @@ from kd_plugin.models import load_language_model, output_rows
 from kd_plugin.sharding.gathering import is_sharded, move, swapped_apart, whole_on_each_rank
 from kd_plugin.sharding.inference import through
 from kd_plugin.signals import OutputHead
-from kd_plugin.teachers.base import Capabilities
-from kd_plugin.teachers.identity import reference_identity, tensors_digest
-from kd_plugin.teachers.in_process import InProcessTeacher
-from kd_plugin.teachers.placing import Placement
+from kd_plugin.teachers.base import Capabilities, reference_identity, tensors_digest
+from kd_plugin.teachers.in_process import InProcessTeacher, Placement
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -216,11 +214,6 @@ class LocalTeacher(InProcessTeacher):
         ends = getattr(settings, "eos_token_id", None)
         found |= {ends} if isinstance(ends, int) else set(ends or ())
         return frozenset(token for token in found if token is not None)
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the weights are in memory."""
-        return self._model is not None
 
     @contextmanager
     def resident(self, device: torch.device | str) -> Iterator[None]:

@@ -36,22 +36,22 @@ class Listed:
         ids: (N, K) int64, by falling probability; 0 beyond a position's tokens.
         logprobs: (N, K) float64 nats; -inf beyond a position's tokens.
         tail_logmass: (N,) float64 log of what is not listed.
-        written: (N,) float64 nats of the token that stands next.
+        next_logprobs: (N,) float64 nats of the token that stands next.
     """
 
     ids: NDArray[np.int64]
     logprobs: NDArray[np.float64]
     tail_logmass: NDArray[np.float64]
-    written: NDArray[np.float64]
+    next_logprobs: NDArray[np.float64]
 
     def at(self, index: NDArray[np.int64]) -> Listed:
         """Return some of the positions."""
-        return Listed(self.ids[index], self.logprobs[index], self.tail_logmass[index], self.written[index])
+        return Listed(self.ids[index], self.logprobs[index], self.tail_logmass[index], self.next_logprobs[index])
 
 
 @dataclass(frozen=True)
-class Written:
-    """A completion that a server wrote.
+class ServerCompletion:
+    """A completion that a server generated.
 
     Attributes:
         ids: its token ids, the end token included.
@@ -121,7 +121,7 @@ class Asking:
         return found
 
     def next_request(self, rows: Sequence[Sequence[int]], **sampling: float) -> dict[str, Any]:
-        """Return the body of a request to write one token after each of ``rows``, with its distribution.
+        """Return the body of a request to generate one token after each of ``rows``, with its distribution.
 
         Args:
             rows: token ids.
@@ -131,7 +131,7 @@ class Asking:
         return self._body(rows, 1) | listed | sampling
 
     def read_next(self, answer: Any, rows: Sequence[Sequence[int]]) -> Listed:
-        """Return the distributions of the tokens that ``answer`` wrote after ``rows``; as many positions.
+        """Return the distributions of the tokens that ``answer`` generated after ``rows``; as many positions.
 
         Raises:
             ServerError: another model answered, or something is missing or impossible.
@@ -142,15 +142,15 @@ class Asking:
                 entries.append(_by_id(choice["logprobs"]["top_logprobs"][0]))
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 raise ServerError(
-                    f"{self.url} wrote a token without its log-probabilities ({error!r}); the top_logprobs of vLLM's "
-                    "/v1/completions are needed."
+                    f"{self.url} generated a token without its log-probabilities ({error!r}); the top_logprobs of "
+                    "vLLM's /v1/completions are needed."
                 ) from error
         return read_entries(entries, [int(next(iter(entry))) for entry in entries], self.k, self.vocab_size)
 
-    def write_request(
+    def generate_request(
         self, tokens: Sequence[int], max_tokens: int, seed: int, temperature: float, top_p: float, top_k: int
     ) -> dict[str, Any]:
-        """Return the body of a request to go on from ``tokens``, with the distribution at each token written."""
+        """Return the body of a request to go on from ``tokens``, with the distribution at each token generated."""
         return self._body([tokens], max_tokens) | {
             "seed": seed,
             "temperature": temperature,
@@ -161,8 +161,8 @@ class Asking:
             "return_tokens_as_token_ids": True,
         }
 
-    def read_written(self, answer: Any, tokens: Sequence[int], max_tokens: int) -> Written:
-        """Return what ``answer`` wrote after ``tokens``, and the distributions that it was drawn from.
+    def read_completion(self, answer: Any, tokens: Sequence[int], max_tokens: int) -> ServerCompletion:
+        """Return what ``answer`` generated after ``tokens``, and the distributions that it was drawn from.
 
         Raises:
             ServerError: another model answered, or something is missing or impossible.
@@ -175,7 +175,7 @@ class Asking:
             entries = [_by_id(entry) for entry in choice["logprobs"]["top_logprobs"]] if ids else []
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ServerError(
-                f"{self.url} wrote a completion without token_ids or top_logprobs ({error!r}); those of vLLM's "
+                f"{self.url} generated a completion without token_ids or top_logprobs ({error!r}); those of vLLM's "
                 "/v1/completions are needed."
             ) from error
         if len(entries) != len(ids) or len(ids) > max_tokens:
@@ -183,7 +183,7 @@ class Asking:
                 f"{self.url} answered with {len(entries)} distributions for {len(ids)} tokens, where one a token and "
                 f"{max_tokens} tokens at most were asked. Nothing of this answer was used."
             )
-        return Written(ids, finished, read_entries(entries, ids, self.k, self.vocab_size))
+        return ServerCompletion(ids, finished, read_entries(entries, ids, self.k, self.vocab_size))
 
     def _body(self, rows: Sequence[Sequence[int]], max_tokens: int) -> dict[str, Any]:
         # Explicit settings, since a server mixes in the checkpoint's own for those that a request leaves out.
@@ -234,17 +234,17 @@ def read_entries(
         vocab_size: ids at or above it are padding.
 
     Raises:
-        ServerError: fewer tokens than were asked for, the written one missing, or no log-probabilities.
+        ServerError: fewer tokens than were asked for, the next one missing, or no log-probabilities.
         NonFiniteError: NaN among them.
     """
     n = len(entries)
     ids, logprobs = np.zeros((n, k), np.int64), np.full((n, k), -np.inf)
-    tail, written = np.full(n, -np.inf), np.zeros(n)
+    tail, following = np.full(n, -np.inf), np.zeros(n)
     for row, (entry, next_id) in enumerate(zip(entries, next_ids, strict=True)):
         if entry is None or str(next_id) not in entry or len(entry) < k:
             seen = "nothing" if entry is None else f"{len(entry)} tokens"
             raise ServerError(
-                f"The server gave {seen} for a position where {k} tokens and the written one (id {next_id}) were "
+                f"The server gave {seen} for a position where {k} tokens and the next one (id {next_id}) were "
                 "asked for. Is it vLLM, and does nothing between here and it shorten answers?"
             )
         tokens = np.fromiter(map(int, entry), np.int64, len(entry))
@@ -262,9 +262,9 @@ def read_entries(
             )
         with np.errstate(divide="ignore"):
             values -= np.log1p(-min(np.exp(values[~real]).sum(), 1.0))
-        written[row] = values[tokens == next_id][0]
+        following[row] = values[tokens == next_id][0]
         tokens, values = tokens[real], values[real]
-        order = np.lexsort((tokens, -values))[:k]  # the written token comes beside the k and falls off the end
+        order = np.lexsort((tokens, -values))[:k]  # the next token comes beside the k and falls off the end
         mass = np.exp(values[order]).sum()
         if not mass <= 1 + _SLACK:
             raise ServerError(
@@ -274,4 +274,4 @@ def read_entries(
         ids[row, : len(order)], logprobs[row, : len(order)] = tokens[order], values[order]
         if k < vocab_size and mass < 1:
             tail[row] = np.log1p(-mass)
-    return Listed(ids, logprobs, tail, written)
+    return Listed(ids, logprobs, tail, following)

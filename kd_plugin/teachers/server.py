@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +17,11 @@ from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.models import output_rows
 from kd_plugin.signals import SparseSignal
-from kd_plugin.teachers.agreement import Reference, Repeats, distances, floored, require_alike, require_same_prefixes
+from kd_plugin.teachers.agreement import Reference, Repeats, floored, require_same_prefixes
 from kd_plugin.teachers.base import Capabilities, Gives
 from kd_plugin.teachers.client import Client, RefusedRequest
 from kd_plugin.teachers.handshake import Greeting, require_raw, shake_hands
-from kd_plugin.teachers.replies import Asking, Listed, Written
+from kd_plugin.teachers.replies import Asking, Listed, ServerCompletion
 from kd_plugin.vocab import Vocabulary
 
 
@@ -164,7 +162,7 @@ class ServerTeacher:
         try:
             return output_rows(AutoConfig.from_pretrained(self._repo, revision=self._revision))
         except (OSError, ValueError):
-            return None  # the weights lie elsewhere; the server refuses ids that it does not know
+            return None  # the weights are elsewhere; the server refuses ids that it does not know
 
     @property
     def listed(self) -> int:
@@ -179,12 +177,12 @@ class ServerTeacher:
 
     @property
     def max_length(self) -> int | None:
-        """Tokens that a row may have: the server's limit less the one that it insists on writing."""
+        """Tokens that a row may have: the server's limit less the one that it insists on generating."""
         limit = self.check().get("max_model_len")
         return None if limit is None else int(limit) - 1
 
     def gate(self, admit: Callable[[Sequence[str]], None]) -> None:
-        """Let a run judge the names that the server gives for the model, before the first prompt is sent.
+        """Let a run check the names that the server gives for the model, before the first prompt is sent.
 
         Args:
             admit: called with the names; raises where the model may not teach.
@@ -211,8 +209,8 @@ class ServerTeacher:
         self.check()
         return floored(self.reference.long).tolist()
 
-    def check_writing(self) -> None:
-        """Ask the server once, beside :meth:`check`, for the log-probabilities of what it writes.
+    def check_generation(self) -> None:
+        """Ask the server once, beside :meth:`check`, for the log-probabilities of what it generates.
 
         Raises:
             ConfigError: they are those after temperature, top-k and penalties.
@@ -237,9 +235,9 @@ class ServerTeacher:
         return self._greeting
 
     def score(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> SparseSignal:
-        """Judge the next token at ``positions``; see :meth:`~kd_plugin.teachers.base.Teacher.score`.
+        """Score the next token at ``positions``; see :meth:`~kd_plugin.teachers.base.Teacher.score`.
 
-        A server judges tokens that are written, so the last token of a row is no position. Rows are asked for at
+        A server scores tokens that are there, so the last token of a row is no position. Rows are asked for at
         once, ``max_concurrency`` at a time, each up to the token after its last position.
 
         Raises:
@@ -251,14 +249,14 @@ class ServerTeacher:
         order, prompts, wanted = [], [], []
         for row in np.unique(rows):
             at = np.flatnonzero(rows == row)
-            # Where each column lies once the padding is gone.
+            # Where each column is once the padding is gone.
             places = np.cumsum(mask[row]) - 1
             tokens = ids[row][mask[row]].tolist()
             here = places[columns[at]]
             if not mask[row, columns[at]].all() or here.max() + 1 >= len(tokens):
                 raise DataError(
                     f"Teacher {self.name!r}: row {row} is to be scored at padding or at its last token. A server "
-                    "judges tokens that are written: positions must have a next token."
+                    "scores tokens that are there: positions must have a next token."
                 )
             order.append(at)
             prompts.append(tokens[: here.max() + 2])
@@ -278,11 +276,11 @@ class ServerTeacher:
             joined("logprobs", torch.float32),
             joined("tail_logmass", torch.float32),
             None,
-            joined("written", torch.float32),
+            joined("next_logprobs", torch.float32),
         )
 
     def score_tokens(self, prompts: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> list[Listed]:
-        """Judge token lists without padding, each at its own positions; ``score`` and captures share this.
+        """Score token lists without padding, each at its own positions; ``score`` and captures share this.
 
         Raises:
             DataError: a row is longer than the server takes.
@@ -298,39 +296,11 @@ class ServerTeacher:
             )
         asking = self._asking(str(self.check()["id"]))
         twice = self._repeats.next(len(prompts))
-        listed = self._ask_beside_probes(asking, prompts, positions, twice)
+        listed = self.reference.ask(self.client, asking, prompts, positions, twice)
         require_same_prefixes(self.client.root, prompts, positions, listed)
         return listed
 
-    def _ask_beside_probes(
-        self,
-        asking: Asking,
-        prompts: Sequence[Sequence[int]],
-        positions: Sequence[Sequence[int]],
-        twice: int | None,
-    ) -> list[Listed]:
-        """Ask for rows, each with the short probe, and last for one of them again, with the long one."""
-        reference, probes = self.reference, self.reference.probes
-        bodies = [asking.request([tokens, probes.short]) for tokens in prompts]
-        own = replace(asking, k=0)  # the row's own tokens are enough to compare
-        if twice is not None:
-            bodies.append(own.request([prompts[twice], probes.long], salt=secrets.token_hex(8)))
-
-        def read(number: int, answer: Any) -> Listed:
-            again = number == len(prompts)
-            row, probe = (twice, probes.long) if again and twice is not None else (number, probes.short)
-            rows, wanted = [prompts[row], probe], [positions[row], range(len(probe) - 1)]
-            found, probed = (own if again else asking).read(answer, rows, wanted)
-            (reference.require_long if again else reference.require_short)(probed)
-            return found
-
-        found = self.client.post_all("/v1/completions", bodies, read)
-        if twice is not None:
-            apart = distances(found[twice].written, found.pop().written)
-            require_alike(self.client.root, f"a row of {len(prompts[twice])} tokens", apart)
-        return found
-
-    def write_tokens(
+    def generate_tokens(
         self,
         prompts: Sequence[Sequence[int]],
         max_tokens: Sequence[int],
@@ -339,7 +309,7 @@ class ServerTeacher:
         temperature: float,
         top_p: float = 1.0,
         top_k: int = 0,
-    ) -> list[Written]:
+    ) -> list[ServerCompletion]:
         """Go on from token lists without padding, one completion each, its distributions from the same pass.
 
         Args:
@@ -350,12 +320,12 @@ class ServerTeacher:
             top_p: sample from the likeliest tokens that reach this mass.
             top_k: sample from the k likeliest tokens; 0 from all.
 
-        What was written is scored again, by its own tokens, and must have the log-probabilities that it was written
+        What was generated is scored again, by its own tokens, and must have the log-probabilities that it was generated
         with.
 
         Raises:
             DataError: a prompt with its completion is longer than the server takes, or a prompt is empty.
-            ConfigError: see :meth:`check_writing`.
+            ConfigError: see :meth:`check_generation`.
             ServerError: the server stayed away, its answer lacks something, or its answers do not agree.
         """
         if not prompts:
@@ -363,7 +333,7 @@ class ServerTeacher:
         if not all(map(len, prompts)):
             raise DataError(f"A prompt for teacher {self.name!r} is empty; a server goes on from one token at least.")
         served = self.check()
-        self.check_writing()
+        self.check_generation()
         longest, limit = max(len(p) + m for p, m in zip(prompts, max_tokens, strict=True)), served.get("max_model_len")
         if limit is not None and longest > int(limit):
             raise DataError(
@@ -372,30 +342,22 @@ class ServerTeacher:
             )
         asking = self._asking(str(served["id"]))
         bodies = [
-            asking.write_request(prompt, most, seed, temperature, top_p, top_k)
+            asking.generate_request(prompt, most, seed, temperature, top_p, top_k)
             for prompt, most, seed in zip(prompts, max_tokens, seeds, strict=True)
         ]
-        done: list[Written] = self.client.post_all(
-            "/v1/completions", bodies, lambda i, answer: asking.read_written(answer, prompts[i], max_tokens[i])
+        done: list[ServerCompletion] = self.client.post_all(
+            "/v1/completions", bodies, lambda i, answer: asking.read_completion(answer, prompts[i], max_tokens[i])
         )
         self._score_again(asking, prompts, done)
         return done
 
-    def _score_again(self, asking: Asking, prompts: Sequence[Sequence[int]], done: Sequence[Written]) -> None:
-        """Compare the log-probabilities of what was written with those of the same tokens, given."""
+    def _score_again(self, asking: Asking, prompts: Sequence[Sequence[int]], done: Sequence[ServerCompletion]) -> None:
+        """Compare the log-probabilities of what was generated with those of the same tokens, given."""
         some = [i for i, one in enumerate(done) if one.ids]
-        if not some:
-            return
-        rows = [[*prompts[i], *done[i].ids][: self.max_length] for i in some]
-        wanted = [range(len(prompts[i]) - 1, len(row) - 1) for i, row in zip(some, rows, strict=True)]
-        scored = self._ask_beside_probes(replace(asking, k=0), rows, wanted, self._repeats.next(len(rows)))
-        apart = [
-            distances(done[i].listed.written[: len(one.written)], one.written)
-            for i, one in zip(some, scored, strict=True)
-        ]
-        for one in apart:
-            require_alike(self.client.root, "a completion that was written, given as a prompt,", one)
-        require_alike(self.client.root, "what was written, given as prompts,", np.concatenate(apart))
+        if some:
+            twice = self._repeats.next(len(some))
+            kept = [prompts[i] for i in some], [done[i] for i in some]
+            self.reference.score_again(self.client, asking, *kept, twice, self.max_length)
 
     def server_version(self) -> str:
         """Return the version that the server names, for records."""

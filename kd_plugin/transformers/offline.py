@@ -13,8 +13,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from kd_plugin.cache.collator import TeacherTargetCollator
-from kd_plugin.cache.completeness import Untaught, mean_over_taught, taught_positions, untaught_tokens
-from kd_plugin.cache.joining import TARGET
+from kd_plugin.cache.joining import TARGET, Untaught, mean_over_taught, taught_positions, untaught_tokens
 from kd_plugin.cache.joint import Caches, JointCache
 from kd_plugin.cache.training_rows import Joining, with_labels
 from kd_plugin.divergence.finite import require_finite

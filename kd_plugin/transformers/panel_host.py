@@ -18,7 +18,7 @@ from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.anchor import Anchor, starting_student
 from kd_plugin.panel.identity import ResumeState, read_identity, write_identity
 from kd_plugin.sharding.inference import shard_for_inference, shard_with_fsdp2
-from kd_plugin.teachers.placing import Placement, place
+from kd_plugin.teachers.in_process import Placement, place
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.get_logger(__name__)
@@ -165,7 +165,7 @@ def last_hidden_states(student: Any, input_ids: Tensor, attention_mask: Tensor) 
 
 
 def place_teachers(trainer: Any, panel: TeacherPanel, vocabulary: Vocabulary) -> None:
-    """Load the teachers that run in this process, and place them; see :func:`~kd_plugin.teachers.placing.place`.
+    """Load the teachers that run in this process, and place them; see :func:`~kd_plugin.teachers.in_process.place`.
 
     Under ZeRO-3, and with ``shard_teachers`` under ZeRO-1 and 2, each teacher is sharded over the ranks; under FSDP2
     likewise. Elsewhere each rank has a replica.

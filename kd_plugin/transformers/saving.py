@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from kd_plugin.launch.consolidate import require_resumable
+from kd_plugin.launch.checkpoints import require_resumable
 from kd_plugin.lineage.record import RECORD
 from kd_plugin.lineage.start import refuse_another_run
 from kd_plugin.lineage.trainer_callback import lineage_callback

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainingArg
 from transformers.trainer_utils import get_last_checkpoint
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.launch.consolidate import require_resumable
+from kd_plugin.launch.checkpoints import require_resumable
 from kd_plugin.launch.preflight import require_batches, require_offload, require_student
 from kd_plugin.limits import deepspeed_splits, refuse_splits
 from kd_plugin.lineage import RunLineage

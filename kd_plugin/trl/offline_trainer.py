@@ -20,7 +20,7 @@ from transformers import (
 from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 
-from kd_plugin.cache.completeness import Untaught, untaught_tokens
+from kd_plugin.cache.joining import Untaught, untaught_tokens
 from kd_plugin.cache.joint import Caches
 from kd_plugin.cache.training_rows import CutIndex, Window, something_to_cut, with_labels
 from kd_plugin.errors import ConfigError, DataError

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kd_plugin.cache.examples import is_conversation
 from kd_plugin.cache.joint import JointCache
 from kd_plugin.cache.templates import fingerprint, pinned, pinned_tokenizer, prints_time
+from kd_plugin.capturing.tokenization import is_conversation
 
 
 @contextmanager

@@ -27,11 +27,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from kd_plugin.cache import Sampled, TeacherCache, TopK, example_id
-from kd_plugin.cache.examples import Example, scored_positions
 from kd_plugin.cache.manifest import Part, Settings
-from kd_plugin.cache.schema import CapturedRow, to_table
+from kd_plugin.cache.schema import CapturedRow, Example, Extracted, scored_positions, to_table
 from kd_plugin.cache.store import Store
-from kd_plugin.cache.targets import Extracted
 from kd_plugin.lineage import Source, outputs_record
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
 from kd_plugin.vocab import Vocabulary

@@ -16,11 +16,9 @@ import pyarrow.parquet as pq
 import torch
 
 from kd_plugin.cache import Sampled, TeacherCache, TopK, example_id
-from kd_plugin.cache.examples import Example, scored_positions
 from kd_plugin.cache.manifest import Part, Settings
-from kd_plugin.cache.schema import CapturedRow, to_table
+from kd_plugin.cache.schema import CapturedRow, Example, Extracted, scored_positions, to_table
 from kd_plugin.cache.store import Store
-from kd_plugin.cache.targets import Extracted
 from kd_plugin.capturing import capture
 from kd_plugin.capturing.extract import extract
 from kd_plugin.teachers import LocalTeacher

@@ -98,7 +98,7 @@ def test_layers_of_its_own_over_what_fsdp2_cut_are_refused(base_dir, adapters):
     base = LocalTeacher(base_dir, dtype="float32")
     weight = base.model.model.layers[0].self_attn.q_proj.weight
     weight.full_tensor = None  # what tells a DTensor
-    with pytest.raises(ConfigError, match=r"'expert' .*modules_to_save: lm_head.*FSDP2 cut.*placement='offload'"):
+    with pytest.raises(ConfigError, match=r"'expert' .*modules_to_save: lm_head.*FSDP2 sharded.*placement='offload'"):
         logits(AdapterTeacher(adapters["whole head"], base=base, name="expert"), rows())
     made = AdapterTeacher(adapters["dora"], base=base).model
     assert any(parameter is weight for parameter in made.parameters())

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from kd_plugin.cache.targets import Sampled, TopK, TopP
-from kd_plugin.capturing.draws import uniforms
 from kd_plugin.capturing.engines import batches
 from kd_plugin.capturing.extract import extract, top_k
+from kd_plugin.capturing.generating import uniforms
 from kd_plugin.signals import OutputHead
 
 

@@ -11,11 +11,11 @@ import yaml
 from kd_plugin import LocalTeacher
 from kd_plugin.cache import Generation, Sampled, TeacherCache, TopK
 from kd_plugin.cache import store as store_module
-from kd_plugin.cache.examples import Tokenization
-from kd_plugin.cache.generation import Generation as Settings
+from kd_plugin.cache.targets import Generation as Settings
 from kd_plugin.capturing import capture
 from kd_plugin.capturing.filters import make_filter
-from kd_plugin.capturing.writing import Request, write_locally
+from kd_plugin.capturing.generating import Request, generate_locally
+from kd_plugin.capturing.tokenization import Tokenization
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError, DataError, NonFiniteError
 from tests.core.cache_help import files_of, live_logprobs, prompt_rows, shards_of
@@ -93,7 +93,7 @@ def test_samples_follow_the_teachers_distribution():
         (Settings(n=4000, max_new_tokens=1, top_k=3), _only(logits, logits.topk(3).indices)),
         (Settings(n=4000, max_new_tokens=1, top_p=0.5), _only(logits, _nucleus(logits, 0.5))),
     ):
-        written = write_locally(teacher, requests, settings, seed=0)
+        written = generate_locally(teacher, requests, settings, seed=0)
         counts = torch.zeros(259, dtype=torch.float64)
         for token, count in Counter(int(c.ids[0]) for c in written).items():
             counts[token] = count
@@ -116,7 +116,9 @@ def _nucleus(logits, p):
 
 def test_a_greedy_completion_is_that_of_transformers(teacher):
     prompt = np.array(teacher.tokenizer("Say red: ")["input_ids"], np.int32)
-    (written,) = write_locally(teacher, [Request.of(prompt, 0, 0, 20)], Settings(temperature=0, max_new_tokens=20), 0)
+    (written,) = generate_locally(
+        teacher, [Request.of(prompt, 0, 0, 20)], Settings(temperature=0, max_new_tokens=20), 0
+    )
     theirs = teacher.model.generate(
         torch.tensor(prompt)[None].long(), max_new_tokens=20, do_sample=False, eos_token_id=2, pad_token_id=0
     )
@@ -126,7 +128,7 @@ def test_a_greedy_completion_is_that_of_transformers(teacher):
 def test_padded_rows_of_the_head_are_never_written():
     teacher = LocalTeacher(tiny_llama(vocab_size=400, scale=0.1), tokenizer=byte_tokenizer())
     requests = [Request.of(np.array([5, 6], np.int32), 0, j, 8) for j in range(100)]
-    written = write_locally(teacher, requests, Settings(n=100, max_new_tokens=8), 0)
+    written = generate_locally(teacher, requests, Settings(n=100, max_new_tokens=8), 0)
     assert max(int(c.ids.max()) for c in written) < 259
 
 
@@ -134,7 +136,7 @@ def test_an_end_token_ends_and_is_kept():
     model = tiny_llama(seed=1)
     teacher = LocalTeacher(model, tokenizer=byte_tokenizer())
     requests = [Request.of(np.array([5 + j, 6], np.int32), j, 0, 200) for j in range(20)]
-    written = write_locally(teacher, requests, Settings(max_new_tokens=200, temperature=3.0), 0)
+    written = generate_locally(teacher, requests, Settings(max_new_tokens=200, temperature=3.0), 0)
     ended = [c for c in written if c.finished]
     assert ended and all(c.ids[-1] == 2 and 2 not in c.ids[:-1] for c in ended)
     assert all(2 not in c.ids and len(c.ids) == 200 for c in written if not c.finished)
@@ -332,7 +334,7 @@ def test_a_teacher_of_nans_stores_nothing(tmp_path, tokenizer):
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     teacher = LocalTeacher(model, tokenizer=tokenizer, license="apache-2.0")
-    with pytest.raises(NonFiniteError, match="while it writes"):
+    with pytest.raises(NonFiniteError, match="while it generates"):
         capture(prompts(2), teacher, tmp_path / "c", **options())
     assert not shards_of(tmp_path / "c")
 

@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from kd_plugin.cache import index as module
-from kd_plugin.cache.index import IndexWriter, bucket_bits
+from kd_plugin.cache import mapped_write as module
+from kd_plugin.cache.mapped_write import IndexWriter, bucket_bits
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 4, 700])

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from kd_plugin.cache import TeacherCache, TopK, mapping, owners
+from kd_plugin.cache import TeacherCache, TopK, files, mapped_write
 from kd_plugin.cache import store as store_module
 from kd_plugin.capturing import capture
-from kd_plugin.lineage import shares
+from kd_plugin.lineage import proof
 from kd_plugin.teachers import LocalTeacher
 from tests.core.cache_help import files_of, prompt_rows
 
@@ -30,8 +30,8 @@ def dead_process():
 
 def left_by(directory, pid, *, place=None, started=0, stem="00000.parquet"):
     """Make the temporary file of a process."""
-    place = owners._place() if place is None else place
-    path = directory / f"{stem}.{owners._host()}.{pid}.{place}-{started}-0123abcd"
+    place = files._place() if place is None else place
+    path = directory / f"{stem}.{files._host()}.{pid}.{place}-{started}-0123abcd"
     path.write_bytes(b"")
     return path
 
@@ -46,16 +46,16 @@ def store(teacher_dir, tmp_path):
 def test_a_host_may_have_any_name(store, monkeypatch, host):
     monkeypatch.setattr(socket, "gethostname", lambda: host)
     tmp = store.directory / "tmp"
-    mine = owners.temporary_name(tmp, "manifest.json")
+    mine = files.temporary_name(tmp, "manifest.json")
     mine.write_bytes(b"")
     dead = left_by(tmp, dead_process())
     assert dead.parent == tmp == mine.parent
     with store.claim(0) as claim:
         assert claim is not None and store.claim(0) is None
-        owners.remove_leftovers(tmp)
+        files.remove_leftovers(tmp)
         assert list(tmp.iterdir()) == [mine]
     (store.directory / "claims" / "00001").write_text(
-        owners.claim_text(owners.Owner(owners._host(), dead_process(), owners._place()))
+        files.claim_text(files.Owner(files._host(), dead_process(), files._place()))
     )
     assert store.claim(1) is not None
 
@@ -66,28 +66,28 @@ def test_what_earlier_versions_left_is_removed_too(tmp_path, monkeypatch, host):
     dead, own = (tmp_path / f"00000.parquet.{host}.{pid}.0123abcd" for pid in (dead_process(), os.getpid()))
     for path in (dead, own):
         path.write_bytes(b"")
-    owners.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == [own]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not say when a process started")
 def test_a_process_id_that_is_used_again_is_another_process(store):
-    own = owners.this_process()
+    own = files.this_process()
     assert own.started > 0 and not own.gone
-    before = owners.Owner(own.host, own.pid, own.place, own.started - 1)
+    before = files.Owner(own.host, own.pid, own.place, own.started - 1)
     assert before.gone
-    (store.directory / "claims" / "00000").write_text(owners.claim_text(before))
+    (store.directory / "claims" / "00000").write_text(files.claim_text(before))
     left = left_by(store.directory / "tmp", own.pid, started=own.started - 1)
     kept = left_by(store.directory / "tmp", own.pid, started=own.started, stem="other")
     assert store.claim(0) is not None
-    owners.remove_leftovers(store.directory / "tmp")
+    files.remove_leftovers(store.directory / "tmp")
     assert not left.exists() and kept.exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not say whether a process ended")
 def test_a_killed_process_that_nobody_has_waited_for_is_gone(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    owner = owners.Owner(owners._host(), child.pid, owners._place(), owners._started(child.pid))
+    owner = files.Owner(files._host(), child.pid, files._place(), files._started(child.pid))
     assert not owner.gone
     child.kill()
     deadline = time.monotonic() + 10
@@ -102,10 +102,10 @@ def test_another_machine_or_container_of_the_same_name_is_not_taken_for_dead(sto
     elsewhere = "0" * 12
     left = left_by(store.directory / "tmp", dead_process(), place=elsewhere)
     (store.directory / "claims" / "00000").write_text(
-        owners.claim_text(owners.Owner(owners._host(), dead_process(), elsewhere))
+        files.claim_text(files.Owner(files._host(), dead_process(), elsewhere))
     )
     assert store.claim(0) is None
-    owners.remove_leftovers(store.directory / "tmp")
+    files.remove_leftovers(store.directory / "tmp")
     assert left.exists()
 
 
@@ -115,7 +115,7 @@ def test_age_goes_by_the_clock_of_the_file_system(tmp_path, monkeypatch, skew):
     os.utime(old, (time.time() - 2 * 86_400,) * 2)
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + skew)
-    owners.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == [young]
 
 
@@ -156,7 +156,7 @@ def test_files_that_vanish_while_leftovers_are_looked_for(tmp_path, monkeypatch)
         return iter(found)
 
     monkeypatch.setattr(Path, "iterdir", then_gone)
-    owners.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert list(listing(tmp_path)) == []
 
 
@@ -169,6 +169,7 @@ def test_many_workers_that_finish_together(store):
         for _ in range(20):
             together.wait()
             (store.directory / "README.md").unlink(missing_ok=True)  # so that each writes it anew
+            together.wait()  # nobody removes it while another looks at it
             try:
                 own.finish()
             except BaseException as error:
@@ -219,22 +220,22 @@ def test_two_builds_of_the_mapped_form_without_locks(store, monkeypatch):
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(mapping.fcntl, "flock", no_locks)
-    write, together, errors = mapping._write, threading.Barrier(2), []
+    monkeypatch.setattr(mapped_write.fcntl, "flock", no_locks)
+    write, together, errors = mapped_write._write, threading.Barrier(2), []
 
     def at_once(*args):
         together.wait(timeout=30)
         write(*args)
         together.wait(timeout=30)
 
-    monkeypatch.setattr(mapping, "_write", at_once)
+    monkeypatch.setattr(mapped_write, "_write", at_once)
     manifest = TeacherCache(store.directory).manifest
-    final = mapping.mapped_directory(store.directory, manifest, None)
+    final = mapped_write.mapped_directory(store.directory, manifest, None)
 
     def build(pause):
         try:
             time.sleep(pause)
-            mapping.build(store.directory, manifest, final)
+            mapped_write.build(store.directory, manifest, final)
         except BaseException as error:
             errors.append(error)
 
@@ -251,7 +252,7 @@ def test_two_builds_of_the_mapped_form_without_locks(store, monkeypatch):
 def test_digests_that_the_writer_takes_away_in_the_same_instant(tmp_path, monkeypatch):
     for name in "ab":
         (tmp_path / f"{name}.safetensors").write_bytes(b"x")
-    asked = shares.Shares(tmp_path, shares.Place(0, 2, True))
+    asked = proof.Shares(tmp_path, proof.Place(0, 2, True))
     replace = Path.replace
 
     def late(self, target):
@@ -259,5 +260,5 @@ def test_digests_that_the_writer_takes_away_in_the_same_instant(tmp_path, monkey
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", late)
-    shares.hash_share(tmp_path, shares.Place(1, 2, True))
+    proof.hash_share(tmp_path, proof.Place(1, 2, True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]

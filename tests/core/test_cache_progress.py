@@ -1,6 +1,6 @@
 """Progress without a terminal: one line a minute, and one at the end."""
 
-from kd_plugin.capturing import progress
+from kd_plugin.capturing import work
 
 
 class Clock:
@@ -13,8 +13,8 @@ class Clock:
 
 def test_one_line_a_minute_without_a_terminal(monkeypatch, capsys):
     clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
-    with progress.Progress(total=1000, done=100, shown=True, title="capture") as bar:
+    monkeypatch.setattr(work, "time", clock)
+    with work.Progress(total=1000, done=100, shown=True, title="capture") as bar:
         for _ in range(600):  # ten minutes, an update a second
             clock.now += 1.0
             bar.advance(1, 50)
@@ -27,8 +27,8 @@ def test_one_line_a_minute_without_a_terminal(monkeypatch, capsys):
 
 def test_hours_are_hours_and_parts_of_rows_add_up(monkeypatch, capsys):
     clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
-    with progress.Progress(total=1000, done=0, shown=True, title="capture") as bar:
+    monkeypatch.setattr(work, "time", clock)
+    with work.Progress(total=1000, done=0, shown=True, title="capture") as bar:
         for _ in range(4):  # four completions of one prompt
             clock.now += 15.0
             bar.advance(0.25, 1000)
@@ -36,8 +36,8 @@ def test_hours_are_hours_and_parts_of_rows_add_up(monkeypatch, capsys):
 
 
 def test_nothing_is_said_when_nothing_is_to_be(monkeypatch, capsys):
-    with progress.Progress(total=10, done=0, shown=False, title="capture") as bar:
+    with work.Progress(total=10, done=0, shown=False, title="capture") as bar:
         bar.advance(10, 10)
-    with progress.Progress(total=10, done=10, shown=True, title="capture"):
+    with work.Progress(total=10, done=10, shown=True, title="capture"):
         pass
     assert capsys.readouterr().err == ""

@@ -306,17 +306,17 @@ def test_a_claim_of_a_dead_worker_is_taken_over_and_a_living_one_respected(teach
 
 
 def test_processes_that_open_at_once_build_the_mapped_form_once(teacher, tmp_path, monkeypatch):
-    from kd_plugin.cache import mapping
+    from kd_plugin.cache import mapped_write
 
     capture(prompt_rows(9), teacher, tmp_path, targets=TopK(4), shard_rows=4, progress=False)
-    built, write = [], mapping._write
+    built, write = [], mapped_write._write
 
     def counted(*args):
         built.append(1)
         time.sleep(0.05)
         write(*args)
 
-    monkeypatch.setattr(mapping, "_write", counted)
+    monkeypatch.setattr(mapped_write, "_write", counted)
     caches = [TeacherCache(tmp_path) for _ in range(4)]
     threads = [threading.Thread(target=cache.dataset) for cache in caches]
     for thread in threads:

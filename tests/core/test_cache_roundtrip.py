@@ -237,7 +237,7 @@ def test_bad_rows_and_settings_are_refused_before_anything_is_written(teacher, t
 def test_rows_that_are_cut_away_are_dropped_and_counted(teacher, tmp_path):
     rows = [{"prompt": "p" * 30, "completion": "c"}, {"prompt": "p", "completion": "c" * 30}]
     cache = capture(rows, teacher, tmp_path / "c", targets=TopK(2), max_length=20, progress=False)
-    assert len(cache) == 1 and cache.manifest.dropped_rows == 1
+    assert len(cache) == 1 and sum(cache.manifest.dropped.values()) == 1
     assert len(cache.dataset()[0]["input_ids"]) == 20
     with pytest.raises(DataError, match="None of the 1 rows"):
         capture(rows[:1], teacher, tmp_path / "d", max_length=20, progress=False)
@@ -252,14 +252,14 @@ def test_a_teacher_of_nan_stores_nothing(teacher, tmp_path):
 
 
 def test_row_groups_are_joined_into_few_batches(teacher_dir, tmp_path, monkeypatch):
-    from kd_plugin.cache import mapping, schema
+    from kd_plugin.cache import mapped_write, schema
 
     monkeypatch.setattr(schema, "_ROW_GROUP", 2)
     rows = [{"text": f"row {i}"} for i in range(9)]
     cache = capture(rows, LocalTeacher(teacher_dir), tmp_path / "c", targets=TopK(2), shard_rows=5, progress=False)
 
     def batches(limit):
-        monkeypatch.setattr(mapping, "_BATCH_BYTES", limit)
+        monkeypatch.setattr(mapped_write, "_BATCH_BYTES", limit)
         again = TeacherCache(cache.path, mapped_dir=tmp_path / str(limit))
         return again.dataset().data.column("input_ids").num_chunks, again.dataset().to_dict()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from kd_plugin import LocalTeacher, ServerTeacher
+from kd_plugin import ServerTeacher
 from kd_plugin.cache import Generation, Sampled, TeacherCache, TopK, TopP
 from kd_plugin.capturing import capture
 from kd_plugin.cli.main import main
@@ -18,21 +18,7 @@ from tests.core.cache_help import live_logprobs, prompt_rows, shards_of
 from tests.fake_vllm import fake_vllm
 from tests.tiny import tiny_llama
 
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(client, "_FIRST_PAUSE", 0.01)
-
-
-@pytest.fixture(scope="module")
-def local(teacher_dir):
-    return LocalTeacher(teacher_dir, dtype="float32")
-
-
-@pytest.fixture
-def served(local, tokenizer):
-    with fake_vllm(local.model, tokenizer) as (url, behaviour):
-        yield url, behaviour
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def of(url, teacher_dir, **options):

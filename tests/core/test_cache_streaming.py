@@ -9,10 +9,10 @@ from datasets import Dataset, IterableDataset
 from kd_plugin import LocalTeacher
 from kd_plugin.cache import Generation, TopK
 from kd_plugin.capturing import capture
-from kd_plugin.capturing.datafiles import load_rows
 from kd_plugin.capturing.rows import Rows, StreamedRows, open_rows
 from kd_plugin.cli.main import main
 from kd_plugin.errors import DataError
+from kd_plugin.inputs import load_rows
 from tests.core.cache_help import files_of, prompt_rows, shards_of
 
 USER, ANSWER = {"role": "user", "content": "What is up?"}, {"role": "assistant", "content": "The sky."}

@@ -6,11 +6,11 @@ import sys
 import pytest
 
 from kd_plugin.cache import Generation, TeacherCache, TopK
-from kd_plugin.cache.examples import Tokenization
 from kd_plugin.cache.merge import merge
 from kd_plugin.cache.templates import pinned, pinned_tokenizer, prints_time, read_template
 from kd_plugin.capturing import capture
 from kd_plugin.capturing.plan import estimate
+from kd_plugin.capturing.tokenization import Tokenization
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.teachers import LocalTeacher
 from tests.clock import set_today

@@ -4,11 +4,11 @@ import pytest
 from datasets import Dataset
 
 from kd_plugin.cache import TopK
-from kd_plugin.cache.examples import Tokenization
 from kd_plugin.capturing import capture
-from kd_plugin.capturing.datafiles import load_rows
 from kd_plugin.capturing.rows import Rows
+from kd_plugin.capturing.tokenization import Tokenization
 from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.inputs import load_rows
 from kd_plugin.teachers import LocalTeacher
 
 trl = pytest.importorskip("trl")

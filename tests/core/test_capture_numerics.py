@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kd_plugin.cache.targets import Sampled, TopK, TopP
-from kd_plugin.capturing.draws import uniforms
 from kd_plugin.capturing.extract import extract, from_logits
-from kd_plugin.capturing.rounded import candidates
+from kd_plugin.capturing.generating import uniforms
+from kd_plugin.capturing.logits import candidates
 from kd_plugin.divergence.extract import with_written
 from kd_plugin.divergence.projection import exact_logits
 from kd_plugin.errors import NonFiniteError
@@ -140,9 +140,9 @@ def test_a_written_token_without_probability_where_all_are_listed():
     half = math.log(0.5)
     entry = {"0": {"logprob": half}, "1": {"logprob": half}, "2": {"logprob": -9999.0}, "3": {"logprob": -9999.0}}
     listed = read_entries([entry], [2], 4, 4)
-    assert listed.tail_logmass.tolist() == [-math.inf] and listed.written.tolist() == [-math.inf]
+    assert listed.tail_logmass.tolist() == [-math.inf] and listed.next_logprobs.tolist() == [-math.inf]
     tensors = [torch.tensor(x) for x in (listed.ids, listed.logprobs, listed.tail_logmass)]
-    found = with_written(SparseSignal(*tensors, None, torch.tensor(listed.written)), torch.tensor([2]))
+    found = with_written(SparseSignal(*tensors, None, torch.tensor(listed.next_logprobs)), torch.tensor([2]))
     assert not found.logprobs.isnan().any()
     assert found.logprobs.exp().sum() == pytest.approx(1.0) and found.tail_logmass.tolist() == [-math.inf]
 

@@ -18,7 +18,7 @@ def command(monkeypatch):
         module = types.ModuleType("kd_probe_command")
         module.main = function
         monkeypatch.setitem(sys.modules, "kd_probe_command", module)
-        monkeypatch.setitem(cli.COMMANDS, "probe", cli.Command("kd_probe_command", "a probe"))
+        monkeypatch.setitem(cli.COMMANDS, "probe", cli.Command("kd_probe_command:main", "a probe"))
 
     return install
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kd_plugin.demo import make_prompts, model
+from kd_plugin.demo import model, prompts
 from kd_plugin.demo.config import DemoConfig
 from kd_plugin.demo.prompts import DOMAINS, available, questions
 from kd_plugin.demo.state import STATE, DemoState, RunConflictError
@@ -29,7 +29,7 @@ def config(directory, **changes):
 
 def test_the_bundled_arithmetic_is_what_reasoning_gym_generates():
     bundled = (files("kd_plugin.demo") / "data" / "arithmetic.json").read_text(encoding="utf-8")
-    assert make_prompts.render(make_prompts.build()) == bundled
+    assert prompts.as_json(prompts.generate_bundle()) == bundled
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -8,7 +8,7 @@ import pytest
 
 from kd_plugin.cli.config import parse_settings
 from kd_plugin.cli.plan import PlanSettings, planned
-from kd_plugin.planner.communication import traffic
+from kd_plugin.planner.time import traffic
 
 PAGE = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
 BLOCKS = re.findall(r"```bash\n(kd-plugin plan [^\n]+)\n```\n(.*?)(?=```bash|\Z)", PAGE, re.DOTALL)

@@ -24,10 +24,6 @@ FORBIDDEN = {
 }
 
 
-# Rooms of the core stand in an order; none imports a later one
-ORDER = ("errors", "signals", "vocab", "divergence", "rollouts", "panel", "monitor")
-
-
 def imported_modules(source: str) -> set[str]:
     """Names of all modules that a file imports, at its top or inside functions."""
     found: set[str] = set()
@@ -84,24 +80,61 @@ def test_the_arrow_test_can_fail(layer, source, broken):
     assert broken_arrows(layer, source) == broken
 
 
-def later_rooms(room: str, source: str) -> set[str]:
-    later = tuple(f"kd_plugin.{name}" for name in ORDER[ORDER.index(room) + 1 :])
-    return {
-        name for name in imported_modules(source) if any(name == one or name.startswith(one + ".") for one in later)
-    }
+# The core from its foundations up: a room imports those on lines above its own, and its neighbours.
+ORDER = (
+    ("errors",),
+    ("settings", "sharding"),
+    ("signals", "vocab", "models", "limits", "verifying", "upstream"),
+    ("lineage",),
+    ("inputs",),
+    ("divergence",),
+    ("cache",),
+    ("teachers",),
+    ("student",),
+    ("capturing",),
+    ("rollouts",),
+    ("panel",),
+    ("monitor",),
+    ("planner",),
+    ("launch",),
+)
+LINE = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
 
 
-@pytest.mark.parametrize("room", ORDER)
-def test_no_room_of_the_core_imports_a_later_one(room):
-    paths = sorted((PACKAGE / room).rglob("*.py")) or [PACKAGE / f"{room}.py"]
-    found = {path.name: later_rooms(room, path.read_text(encoding="utf-8")) for path in paths}
-    assert {name: broken for name, broken in found.items() if broken} == {}
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def rooms_imported(source: str) -> set[str]:
+    """Rooms of the core that a file needs when it runs; what only a type checker reads may point anywhere."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    found = (module.split(".") for module in imported_modules(ast.unparse(tree)))
+    return {parts[1] for parts in found if parts[0] == "kd_plugin" and len(parts) > 1 and parts[1] in LINE}
+
+
+CORE = [path for path in sorted(PACKAGE.rglob("*.py")) if layer_of(path) == "core" and room_of(path) != "__init__"]
+
+
+def test_every_room_of_the_core_has_its_place():
+    assert {room_of(path) for path in CORE} == set(LINE)
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_room_imports_one_that_is_built_on_it(path):
+    room = room_of(path)
+    found = rooms_imported(path.read_text(encoding="utf-8"))
+    assert {other for other in found if LINE[other] > LINE[room]} == set()
 
 
 def test_the_order_test_can_fail():
-    assert later_rooms("panel", "import kd_plugin.monitor.watch") == {"kd_plugin.monitor.watch"}
-    assert later_rooms("rollouts", "from kd_plugin.panel import TeacherPanel") != set()
-    assert later_rooms("monitor", "from kd_plugin.panel import TeacherPanel; import kd_plugin.signals") == set()
+    assert rooms_imported("def f():\n    from kd_plugin.panel.loss import x\nimport kd_plugin.cache") == {
+        "panel",
+        "cache",
+    }
+    assert rooms_imported("if TYPE_CHECKING:\n    from kd_plugin.panel import x") == set()
 
 
 TEACHERS = {"LocalTeacher", "AdapterTeacher", "CachedTeacher", "ServerTeacher", "InProcessTeacher", "Teacher"}
@@ -126,6 +159,12 @@ def test_what_a_teacher_can_do_decides_and_not_its_class():
 def test_the_class_test_can_fail():
     assert asked_classes("isinstance(t, LocalTeacher | teachers.ServerTeacher)") == {"LocalTeacher", "ServerTeacher"}
     assert asked_classes("isinstance(t, TeacherCache); t.capabilities") == set()
+
+
+def test_the_function_capture_is_not_shadowed_by_a_room():
+    """A package named ``capture`` would take the function's place as soon as anything imported it."""
+    done = run_python("import kd_plugin.capturing.engines, kd_plugin; print(callable(kd_plugin.capture))")
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:

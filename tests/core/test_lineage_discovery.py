@@ -7,8 +7,8 @@ from kd_plugin.errors import LicenseRefusedError, LineageError
 from kd_plugin.lineage import RunLineage, Source, load_record, verify
 from kd_plugin.lineage.discovery import discover
 from kd_plugin.lineage.graph import SELF, Evidence, Graph, Node
+from kd_plugin.lineage.readings import recognise
 from kd_plugin.lineage.registry import default_registry
-from kd_plugin.lineage.texts import recognise
 from tests.core.lineage_help import checkpoint, model_dir, run_of
 
 REGISTRY = default_registry()

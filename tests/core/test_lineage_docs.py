@@ -5,9 +5,8 @@ import pytest
 import yaml
 
 from kd_plugin.lineage.config import load_config
-from kd_plugin.lineage.overrides import Override
 from kd_plugin.lineage.registry import default_registry, parse_registry
-from kd_plugin.lineage.verdict import NO_ADVICE
+from kd_plugin.lineage.verdict import NO_ADVICE, Override
 
 DOCS = Path(__file__).parents[2] / "docs"
 

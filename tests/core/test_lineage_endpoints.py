@@ -5,7 +5,7 @@ import pytest
 from kd_plugin.errors import ConfigError, LicenseRefusedError
 from kd_plugin.lineage import RunLineage, Source
 from kd_plugin.lineage.directory import read_directory
-from kd_plugin.lineage.endpoints import host_of, is_own_network
+from kd_plugin.lineage.names import host_of, is_own_network
 from kd_plugin.lineage.registry import default_registry
 
 REGISTRY = default_registry()
@@ -28,7 +28,7 @@ def run(endpoint, **declared):
 )  # fmt: skip
 def test_a_server_on_the_users_own_network_is_judged_by_its_weights(host):
     assert is_own_network(host)
-    assert REGISTRY.service_of_endpoint(f"http://{f'[{host}]' if ':' in host else host}:8000/v1") is None
+    assert REGISTRY.services_of_endpoint(f"http://{f'[{host}]' if ':' in host else host}:8000/v1") == ()
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_server_on_the_users_own_network_is_judged_by_its_weights(host):
 )  # fmt: skip
 def test_any_other_server_is_an_api_whose_terms_were_not_read(host):
     assert not is_own_network(host)
-    assert REGISTRY.service_of_endpoint(f"https://{f'[{host}]' if ':' in host else host}/v1") == "unread-api-terms"
+    assert REGISTRY.services_of_endpoint(f"https://{f'[{host}]' if ':' in host else host}/v1") == ("unread-api-terms",)
 
 
 @pytest.mark.parametrize(
@@ -157,3 +157,13 @@ def test_a_long_card_costs_no_time(tmp_path):
     begin = time.process_time()
     assert read_directory(tmp_path, REGISTRY).writers == ()
     assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["api.mistral.ai", "api.cohere.com", "openrouter.ai", "bedrock-runtime.eu-west-1.amazonaws.com"],
+)
+def test_open_weights_behind_an_api_whose_terms_were_not_read_block(host):
+    source = Source("t", endpoint=f"https://{host}/v1", model="mistral-7b", license="apache-2.0")
+    run = RunLineage(method="sft", student=Source("s", ref="org/s", license="mit"), teachers=[source])
+    assert run.verdict.decision == "unknown"

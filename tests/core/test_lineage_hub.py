@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from kd_plugin.errors import LicenseRefusedError
-from kd_plugin.lineage import RunLineage, Source, hub
+from kd_plugin.lineage import RunLineage, Source, directory
 from kd_plugin.lineage.discovery import discover
 from kd_plugin.lineage.registry import default_registry
 
@@ -14,7 +14,7 @@ COMMIT = "b" * 40
 def reachable(monkeypatch, tmp_path):
     """A hub that answers from memory: one repository with card, licence file, weights."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub._Reach, "problem", None)
+    monkeypatch.setattr(directory._Reach, "problem", None)
     snapshot = tmp_path / "models--org--m" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     fetched = []
@@ -47,7 +47,7 @@ def test_a_declaration_milder_than_the_hubs_card_does_not_stand(reachable):
 
 def test_a_hub_out_of_reach_is_asked_once_and_the_record_says_what_it_fell_back_to(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub._Reach, "problem", None)
+    monkeypatch.setattr(directory._Reach, "problem", None)
     asked = []
 
     def fail(self, repo, **kwargs):

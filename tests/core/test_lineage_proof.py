@@ -6,9 +6,8 @@ import threading
 import pytest
 
 from kd_plugin.errors import LicenseRefusedError
-from kd_plugin.lineage import RunLineage, Source, digests, proof
-from kd_plugin.lineage.digests import Digests
-from kd_plugin.lineage.hashing import sha256_file
+from kd_plugin.lineage import RunLineage, Source, hashing, proof
+from kd_plugin.lineage.hashing import Digests, sha256_file
 from tests.core.lineage_help import checkpoint, run_of
 
 
@@ -23,12 +22,14 @@ def reads(monkeypatch):
     """Count how often each file is read; a file counts as settled at once."""
     seen = []
 
-    def counted(path, count=None):
-        seen.append(path.name)
-        return sha256_file(path, count)
+    read = Digests._read
 
-    monkeypatch.setattr(digests, "sha256_file", counted)
-    monkeypatch.setattr(digests, "_TICK_NS", 0)
+    def counted(self, path, key):
+        seen.append(path.name)
+        return read(self, path, key)
+
+    monkeypatch.setattr(Digests, "_read", counted)
+    monkeypatch.setattr(hashing, "_TICK_NS", 0)
     return seen
 
 
@@ -75,7 +76,7 @@ def test_large_weights_are_read_in_the_background_and_settled_before_the_first_b
         return sha256_file(path, count)
 
     monkeypatch.setattr(proof, "LARGE", 1)
-    monkeypatch.setattr(digests, "sha256_file", slow)
+    monkeypatch.setattr(hashing, "sha256_file", slow)
     run = RunLineage(method="sft", student=Source("s", ref=str(saved)))
     run.require_trainable()  # nothing is known yet, and nothing waits
     release.set()
@@ -84,14 +85,14 @@ def test_large_weights_are_read_in_the_background_and_settled_before_the_first_b
 
 
 def test_a_long_reading_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(digests, "_PATIENCE", 0.0)
+    monkeypatch.setattr(hashing, "_PATIENCE", 0.0)
     hold = threading.Event()
 
     def slow(path, count=None):
         hold.wait(0.5)
         return sha256_file(path, count)
 
-    monkeypatch.setattr(digests, "sha256_file", slow)
+    monkeypatch.setattr(hashing, "sha256_file", slow)
     path = tmp_path / "w"
     path.write_bytes(b"x")
     Digests().of([path], "weights of parent")

@@ -5,12 +5,12 @@ import hashlib
 import pytest
 
 from kd_plugin.lineage import hashing
-from kd_plugin.lineage.shares import Place, Shares, hash_share
+from kd_plugin.lineage.proof import Place, Shares, hash_share
 
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr("kd_plugin.lineage.shares._PATIENCE", 0.2)
+    monkeypatch.setattr("kd_plugin.lineage.proof._PATIENCE", 0.2)
     for shard in range(5):
         (tmp_path / f"model-{shard}.safetensors").write_bytes(bytes([shard]) * 1000)
     return tmp_path
@@ -30,7 +30,7 @@ def subjects(checkpoint, place, monkeypatch, others=(), then=None):
         hash_share(checkpoint, other)
     if then:
         then()
-    monkeypatch.setattr("kd_plugin.lineage.shares.sha256_file", reading)
+    monkeypatch.setattr("kd_plugin.lineage.proof.sha256_file", reading)
     found = hashing.subjects(checkpoint, digest=shares.digest, order=shares.order)
     shares.remove()
     assert {s.path: s.sha256 for s in found} == {
@@ -72,7 +72,7 @@ def test_digests_that_come_after_the_record_are_taken_away(checkpoint, monkeypat
         shares.remove()
         return sha256_file(path)
 
-    monkeypatch.setattr("kd_plugin.lineage.shares.sha256_file", late)
+    monkeypatch.setattr("kd_plugin.lineage.proof.sha256_file", late)
     hash_share(checkpoint, Place(1, 2, True))
     assert list(checkpoint.glob(".kd-*")) == []
 

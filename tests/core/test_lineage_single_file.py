@@ -5,7 +5,7 @@ import torch
 
 from kd_plugin.errors import LineageError
 from kd_plugin.lineage import RunLineage, Source, load_record, verify
-from kd_plugin.lineage.place import lineage_directory
+from kd_plugin.lineage.record import lineage_directory
 
 
 @pytest.fixture

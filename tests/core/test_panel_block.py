@@ -58,7 +58,12 @@ def test_all_four_kinds(block):
     kinds = [LocalTeacher, AdapterTeacher, AdapterTeacher, AdapterTeacher, AdapterTeacher, ServerTeacher, CachedTeacher]
     assert [type(teacher) for teacher in panel.teachers.values()] == kinds
     math, code, other, again, mine, *_ = panel.teachers.values()
-    assert math.placement == "offload" and code.base is math and other.base is again.base and mine.uses_student
+    assert (
+        math.placement == "offload"
+        and code.base is math
+        and other.base is again.base
+        and mine.capabilities.shares == "student"
+    )
     assert panel.divergence.name == "jsd" and panel.divergence.beta == 0.3
     assert panel.own["math"].temperature == 0.7 and panel.own["math"].estimator.name == "exact"
     assert panel.own["big"].divergence.name == "reverse_kl" and panel.estimator.top_k == 16
@@ -91,7 +96,7 @@ def test_from_a_file(block, tmp_path):
     for content in (block, {"panel": block}):
         (tmp_path / "panel.yaml").write_text(yaml.safe_dump(content))
         assert panel_from_block(tmp_path / "panel.yaml").combine == "weighted_kl"
-    with pytest.raises(ConfigError, match="there is no file"):
+    with pytest.raises(ConfigError, match="there is no such file"):
         panel_from_block(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("{a: [")
     with pytest.raises(ConfigError, match="not valid YAML"):

@@ -7,8 +7,7 @@ from torch import nn
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.sharding.gathering import move
 from kd_plugin.teachers import AdapterTeacher, LocalTeacher
-from kd_plugin.teachers.placing import Placement, place
-from kd_plugin.teachers.trees import tree_over_same_tensors
+from kd_plugin.teachers.in_process import Placement, place, tree_over_same_tensors
 from kd_plugin.vocab import Vocabulary
 from tests.core.test_adapter_teacher import save_adapter
 from tests.tiny import byte_tokenizer, tiny_llama

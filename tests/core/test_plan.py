@@ -10,13 +10,10 @@ from kd_plugin.cli.main import main
 from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence, projection
 from kd_plugin.errors import ConfigError
 from kd_plugin.planner.architectures import architecture
-from kd_plugin.planner.cluster import Cluster
-from kd_plugin.planner.communication import traffic
-from kd_plugin.planner.cost import bills, break_even
-from kd_plugin.planner.fitting import require_possible
-from kd_plugin.planner.memory import Layout, memory, state_bytes
-from kd_plugin.planner.run import GIB, PlannedRun, PlannedTeacher, parse_teacher
-from kd_plugin.planner.workspace import activations, kv_cache, layer_activations, loss_buffers
+from kd_plugin.planner.cost import bills, break_even, require_possible
+from kd_plugin.planner.memory import Layout, activations, kv_cache, layer_activations, loss_buffers, memory, state_bytes
+from kd_plugin.planner.run import GIB, Cluster, PlannedRun, PlannedTeacher, parse_teacher
+from kd_plugin.planner.time import traffic
 from kd_plugin.signals import HiddenSignal, OutputHead
 from tests.tiny import save_tiny, tiny_llama
 

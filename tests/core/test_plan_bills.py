@@ -6,10 +6,8 @@ import pytest
 
 from kd_plugin.cli.main import main
 from kd_plugin.planner.architectures import architecture
-from kd_plugin.planner.cluster import Cluster
-from kd_plugin.planner.cost import bills
-from kd_plugin.planner.fitting import options, recommended
-from kd_plugin.planner.run import PlannedRun, parse_teacher
+from kd_plugin.planner.cost import bills, options, recommended
+from kd_plugin.planner.run import Cluster, PlannedRun, parse_teacher
 
 GRID = [
     (student, teachers, nodes, combine, lora)

@@ -6,34 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from kd_plugin import LocalTeacher, ServerTeacher
+from kd_plugin import ServerTeacher
 from kd_plugin.cache import Generation, TeacherCache, TopK
 from kd_plugin.capturing import capture
 from kd_plugin.errors import ConfigError, KDError, ServerError
-from kd_plugin.teachers import client
 from kd_plugin.teachers.agreement import Repeats
 from tests.core.cache_help import live_logprobs, prompt_rows
 from tests.fake_vllm import fake_vllm
 from tests.tiny import tiny_llama
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
 DISAGREES = "answers one question in two ways"
 GENERATION = Generation(n=2, max_new_tokens=8, temperature=0.6, top_p=0.9, keep_unfinished=True)
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(client, "_FIRST_PAUSE", 0.01)
-
-
-@pytest.fixture(scope="module")
-def local(teacher_dir):
-    return LocalTeacher(teacher_dir, dtype="float32")
-
-
-@pytest.fixture
-def served(local, tokenizer):
-    with fake_vllm(local.model, tokenizer) as (url, behaviour):
-        yield url, behaviour
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +95,7 @@ def test_log_probabilities_of_prompts_at_another_temperature_are_refused(served,
                     item["logprob"] = value
 
     served[1].change = scaled
-    with pytest.raises(ServerError, match="another log-probability than one that it writes in the same place"):
+    with pytest.raises(ServerError, match="another log-probability than one that it generates in the same place"):
         of(served, teacher_dir, top_k=top_k).check()
 
 

@@ -21,21 +21,7 @@ from kd_plugin.teachers import Teacher, client
 from tests.fake_vllm import fake_vllm
 from tests.tiny import byte_tokenizer, save_tiny, tiny_llama
 
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(client, "_FIRST_PAUSE", 0.01)
-
-
-@pytest.fixture(scope="module")
-def local(teacher_dir):
-    return LocalTeacher(teacher_dir, dtype="float32")
-
-
-@pytest.fixture
-def served(local, tokenizer):
-    with fake_vllm(local.model, tokenizer) as (url, behaviour):
-        yield url, behaviour
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.fixture
@@ -200,7 +186,7 @@ def _nothing(answer):
     ("change", "error", "match"),
     [
         (_short, ServerError, "for 1 tokens where 2 were sent"),
-        (_fewer, ServerError, "where 8 tokens and the written one"),
+        (_fewer, ServerError, "where 8 tokens and the next one"),
         (_nan, NonFiniteError, "NaN"),
         (_logits, ServerError, "sum to a probability of.*raw_logprobs"),
         (_nothing, ServerError, "for 0 tokens where 2 were sent"),

@@ -16,7 +16,7 @@ def main(student: str, output: str) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-    from kd_plugin.lineage import background, hashing, shares
+    from kd_plugin.lineage import hashing, proof
     from kd_plugin.trl import LicenseLineageCallback
 
     hashed = []
@@ -27,8 +27,8 @@ def main(student: str, output: str) -> None:
         time.sleep(0.3)  # as large files take their time
         return sha256_file(path)
 
-    shares.sha256_file = slowly
-    background.LARGE = 0
+    proof.sha256_file = slowly
+    proof.LARGE = 0
     original = PreTrainedModel.save_pretrained
     PreTrainedModel.save_pretrained = functools.wraps(original)(
         lambda self, place, **kwargs: original(self, place, **{**kwargs, "max_shard_size": "8KB"})

@@ -104,7 +104,7 @@ class TestTheTrlTrainersRefuse:
     def test_a_checkpoint_of_another_number_of_ranks(self, panel, tmp_path):
         checkpoint = shards(tmp_path / "out" / "checkpoint-2", "global_step2", ranks=2)
         for resume in (str(checkpoint), "true"):
-            with pytest.raises(ConfigError, match=r"written by 2 ranks and this run has 1"):
+            with pytest.raises(ConfigError, match=r"saved by 2 ranks and this run has 1"):
                 panel(deepspeed_config(3), resume_from_checkpoint=resume)
 
     def test_a_placement_that_cannot_be(self, panel, student_dir, tmp_path, monkeypatch):
@@ -147,7 +147,7 @@ class TestTrainRefuses:
         return call
 
     def test_shards_of_another_number_of_ranks(self, resume, tmp_path):
-        with pytest.raises(ConfigError, match=r"written by 4 ranks and this run has 1.*consolidate .* --universal"):
+        with pytest.raises(ConfigError, match=r"saved by 4 ranks and this run has 1.*consolidate .* --universal"):
             resume(shards(tmp_path / "a", "global_step2", ranks=4))
         with pytest.raises(AssertionError, match="training began"):
             resume(shards(tmp_path / "b", "global_step2", ranks=1))
@@ -242,7 +242,7 @@ class TestLightningRefuses:
         )  # fmt: skip
         module = TeacherPanelModule(student_dir, teacher_models={"a": teacher_dir})
         data = KDDataModule(prompts=str(tmp_path / "prompts.jsonl"), batch_size=2)
-        said = pytest.raises(ConfigError, match=r"step=2.ckpt was written by 4 ranks and this run has 1")
+        said = pytest.raises(ConfigError, match=r"step=2.ckpt was saved by 4 ranks and this run has 1")
         if universal:
             (checkpoint / "latest_universal").touch()
             said = pytest.raises(AssertionError, match="a model was loaded")

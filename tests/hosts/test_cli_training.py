@@ -12,7 +12,7 @@ from trl import ModelConfig, ScriptArguments
 
 from kd_plugin.cache import TopK
 from kd_plugin.capturing import capture
-from kd_plugin.cli import panel
+from kd_plugin.cli import training
 from kd_plugin.cli.main import main
 from kd_plugin.cli.training import parse
 from kd_plugin.divergence.objective import OfflineSettings
@@ -76,7 +76,7 @@ def test_help_shows_our_fields_first_and_all_fields_on_request(command, config_c
 
 
 def test_the_example_in_the_help_is_a_configuration_that_is_taken(tmp_path, teacher_dir, other_teacher_dir):
-    _, _, text = panel._INTRODUCTION.example.partition("panel.yaml:\n")
+    _, _, text = training._PANEL.example.partition("panel.yaml:\n")
     content = textwrap.dedent(text[: text.index("\n\n")])
     (tmp_path / "run.yaml").write_text(content.replace("TEACHER", teacher_dir).replace("OTHER", other_teacher_dir))
     _, config, model = parse("panel", TeacherPanelConfig, ["--config", str(tmp_path / "run.yaml"), "--use_cpu"])

@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from kd_plugin.cache import TopK
 from kd_plugin.capturing import capture
 from kd_plugin.errors import LicenseRefusedError, LineageError
-from kd_plugin.lineage import RunLineage, background, load_record, verify
+from kd_plugin.lineage import RunLineage, load_record, proof, verify
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import (
     LicenseLineageCallback,
@@ -188,7 +188,7 @@ def test_a_push_without_lineage_uploads_nothing(build, hub, monkeypatch):
 
 
 def test_large_checkpoints_are_hashed_while_training_goes_on(build, monkeypatch, tmp_path):
-    monkeypatch.setattr(background, "LARGE", 0)
+    monkeypatch.setattr(proof, "LARGE", 0)
     trainer = build("panel", save_total_limit=1, max_steps=4)
     threads, write = [], RunLineage.write
 

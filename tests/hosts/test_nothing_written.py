@@ -102,7 +102,7 @@ def test_a_server_that_writes_nothing_for_some_prompts(local, tokenizer, teacher
     options = {"targets": TopK(4), "generate": generation, "progress": False}
     with fake_vllm(local.model, tokenizer, Behaviour(writes_nothing=True)) as (url, behaviour):
         teacher = ServerTeacher(url, repo=teacher_dir, license="apache-2.0")
-        assert teacher.write_tokens([[5, 6]], [3], [1], temperature=1.0)[0].ids == []
+        assert teacher.generate_tokens([[5, 6]], [3], [1], temperature=1.0)[0].ids == []
         with pytest.raises(DataError, match="2 nothing to score"):
             capture([{"prompt": "a"}, {"prompt": "b"}], teacher, tmp_path / "none", **options)
         asked = []
@@ -119,9 +119,9 @@ def test_a_server_that_writes_nothing_for_some_prompts(local, tokenizer, teacher
 def test_nothing_is_asked_of_a_server_for_nothing(local, tokenizer, teacher_dir):
     with fake_vllm(local.model, tokenizer) as (url, behaviour):
         teacher = ServerTeacher(url, repo=teacher_dir)
-        assert teacher.score_tokens([], []) == [] == teacher.write_tokens([], [], [], temperature=1.0)
+        assert teacher.score_tokens([], []) == [] == teacher.generate_tokens([], [], [], temperature=1.0)
         with pytest.raises(DataError, match="empty; a server goes on from one token at least"):
-            teacher.write_tokens([[]], [3], [1], temperature=1.0)
+            teacher.generate_tokens([[]], [3], [1], temperature=1.0)
         assert not behaviour.requests
 
 

@@ -11,8 +11,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from torch.utils.file_baton import FileBaton
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.launch.op_locks import abandoned_locks, op_directory
-from kd_plugin.launch.preflight import require_offload
+from kd_plugin.launch.preflight import abandoned_locks, op_directory, require_offload
 
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 TAKE = "import os, sys; from torch.utils.file_baton import FileBaton as B; assert B(sys.argv[1]).try_acquire()"
@@ -51,7 +50,7 @@ def test_a_run_that_would_wait_for_ever_is_refused_and_the_lock_is_left(lock):
 
 def test_a_young_lock_and_one_of_another_op_are_said_alone(lock, caplog):
     age(lock, 61)
-    with caplog.at_level(logging.WARNING, logger="kd_plugin.launch.op_locks"):
+    with caplog.at_level(logging.WARNING, logger="kd_plugin.launch.preflight"):
         require_offload({"zero_optimization": {"stage": 2}})
     assert f"No build takes so long: delete {lock}" in caplog.text
     age(lock, 3)

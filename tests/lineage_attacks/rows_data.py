@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets, interleave_datasets, load_dataset, load_from_disk
 
-from kd_plugin.capturing.datafiles import load_rows
+from kd_plugin.inputs import load_rows
 from kd_plugin.lineage import Source
 from kd_plugin.lineage.data import dataset_sources, with_origin
 from tests.core.lineage_help import model_dir

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.lineage import RunLineage, Source, obligations, outputs_record
+from kd_plugin.lineage import RunLineage, Source, outputs_record, shipping
 from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.graph import Edge, Evidence, Graph, Node
@@ -159,10 +159,10 @@ def forge(saved: Path, change: Callable[[Node], Node], policy: dict[str, Any] | 
     rules = record["policy"]["rules"]
     student = Student(record["student"]["name"], tuple(record["student"]["declared_license"]))
     found = evaluate(graph, terms, record["policy"]["facts"], student, (), record["run"]["date"], rules)
-    found = obligations.settle(found, graph, terms)
+    found = shipping.settle(found, graph, terms)
     record.update(graph.to_json(), terms={i: t.to_json() for i, t in terms.items()}, effective=found.to_json())
-    texts = {f"LICENSES/{n}": t for n, t in obligations.license_files(graph, terms, REGISTRY).items()}
-    texts |= {"NOTICE": obligations.notice_text(graph, terms, found), "bom.cdx.json": bom_text(record)}
+    texts = {f"LICENSES/{n}": t for n, t in shipping.license_files(graph, terms, REGISTRY).items()}
+    texts |= {"NOTICE": shipping.notice_text(graph, terms, found), "bom.cdx.json": bom_text(record)}
     for name, text in texts.items():
         (saved / name).write_text(text)
     record["files"] = [

@@ -11,7 +11,7 @@ import torch
 from kd_plugin import LocalTeacher, ServerTeacher
 from kd_plugin.cache import Generation, Sampled, TeacherCache, TopK, TopP
 from kd_plugin.capturing import capture
-from kd_plugin.capturing.draws import uniforms
+from kd_plugin.capturing.generating import uniforms
 from kd_plugin.demo.model import prepare_teacher
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from tests.core.cache_help import live_logprobs, prompt_rows

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError
-from kd_plugin.launch.consolidate import require_resumable
+from kd_plugin.launch.checkpoints import require_resumable
 from kd_plugin.lineage import load_record, verify
 from tests.zero.ranks import run, run_all
 from tests.zero.worker import deepspeed_config
@@ -92,7 +92,7 @@ def shards(tmp_path) -> Path:
 
 def test_another_number_of_ranks_needs_the_universal_format(shards):
     assert not require_resumable(shards, 2, deepspeed_config(2))
-    with pytest.raises(ConfigError, match=r"written by 2 ranks and this run has 4.*--universal"):
+    with pytest.raises(ConfigError, match=r"saved by 2 ranks and this run has 4.*--universal"):
         require_resumable(shards, 4, deepspeed_config(2))
     (shards / "latest_universal").write_text("global_step2")
     assert require_resumable(shards, 4, deepspeed_config(2))

@@ -10,10 +10,9 @@ import pytest
 
 from kd_plugin.launch.configs import deepspeed_config
 from kd_plugin.planner.architectures import architecture
-from kd_plugin.planner.communication import traffic
-from kd_plugin.planner.memory import Layout, bucket_elements, state_bytes, teacher_bytes
+from kd_plugin.planner.memory import Layout, bucket_elements, cached_hidden, loss_workspace, state_bytes, teacher_bytes
 from kd_plugin.planner.run import PlannedRun, PlannedTeacher
-from kd_plugin.planner.workspace import cached_hidden, loss_workspace
+from kd_plugin.planner.time import traffic
 from tests.zero.ranks import run
 
 pytestmark = pytest.mark.zero

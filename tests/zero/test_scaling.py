@@ -8,9 +8,9 @@ import pytest
 
 from kd_plugin.launch.configs import deepspeed_config
 from kd_plugin.planner.architectures import architecture
-from kd_plugin.planner.communication import traffic
 from kd_plugin.planner.memory import Layout, state_bytes
 from kd_plugin.planner.run import PlannedRun, PlannedTeacher
+from kd_plugin.planner.time import traffic
 from tests.tiny import save_tiny
 from tests.zero.fake_world import SHAPE
 from tests.zero.ranks import CHECKOUT, environment

@@ -1,7 +1,13 @@
-"""One ordinary Hugging Face directory out of a checkpoint whose weights lie in ZeRO shards."""
+"""Checkpoints of several ranks: one ordinary Hugging Face directory, or DeepSpeed's universal format.
+
+The universal format is sharded by parameter, not by rank, so that any number of ranks resumes.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +23,16 @@ from kd_plugin.models import language_model_from_config
 UNIVERSAL_MARKER = "latest_universal"
 _BESIDE_THE_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt")
 _NOT_COPIED = frozenset({"lineage.json", "bom.cdx.json", "trainer_state.json", "model.safetensors.index.json"})
+# Weights by rank or whole, which the universal form replaces; and what lineage writes anew
+_LEFT_BEHIND = (
+    ".safetensors",
+    ".bin",
+    ".safetensors.index.json",
+    "latest",
+    "zero_to_fp32.py",
+    "lineage.json",
+    "NOTICE",
+)
 
 
 def consolidate(checkpoint: str | Path, output: str | Path, *, dtype: str = "bfloat16") -> Path:
@@ -30,7 +46,7 @@ def consolidate(checkpoint: str | Path, output: str | Path, *, dtype: str = "bfl
         checkpoint: ``checkpoint-N`` with a ``global_step*`` directory in it. Its shards are pickles: consolidate only
             checkpoints that you trust.
         output: a new or empty directory.
-        dtype: of the written weights.
+        dtype: of the saved weights.
 
     Returns:
         ``output``.
@@ -113,18 +129,18 @@ def _save(state: dict[str, Tensor], checkpoint: Path, output: Path, dtype: torch
 
 
 def saved_ranks(checkpoint: str | Path) -> int:
-    """Return how many ranks wrote a DeepSpeed checkpoint."""
+    """Return how many ranks saved a DeepSpeed checkpoint."""
     checkpoint = Path(checkpoint)
     return len(list((checkpoint / shard_tag(checkpoint)).glob("*_optim_states.pt")))
 
 
 def require_resumable(checkpoint: str | Path, ranks: int, config: Mapping[str, Any]) -> bool:
-    """Refuse to resume shards that another number of ranks wrote; return whether they are in universal format.
+    """Refuse to resume shards that another number of ranks saved; return whether they are in universal format.
 
     Args:
         checkpoint: the checkpoint.
         ranks: ranks of this run.
-        config: the DeepSpeed configuration of this run; at stage 0 nothing is cut, so there need be no shards.
+        config: the DeepSpeed configuration of this run; at stage 0 nothing is sharded, so there need be no shards.
 
     Raises:
         ConfigError: says how to convert the checkpoint.
@@ -137,11 +153,75 @@ def require_resumable(checkpoint: str | Path, ranks: int, config: Mapping[str, A
     stage = (config.get("zero_optimization") or {}).get("stage", 0)
     if stage == 0 and not any(checkpoint.glob("*/*_optim_states.pt")):
         return False
-    written = saved_ranks(checkpoint)
-    if written == ranks:
+    saved = saved_ranks(checkpoint)
+    if saved == ranks:
         return False
     raise ConfigError(
-        f"{checkpoint} was written by {written} ranks and this run has {ranks}. Launch {written} ranks; or convert it "
+        f"{checkpoint} was saved by {saved} ranks and this run has {ranks}. Launch {saved} ranks; or convert it "
         f"once with `kd-plugin consolidate {checkpoint} --universal` and resume from {checkpoint}-universal, which any "
         "number of ranks can."
     )
+
+
+def to_universal(checkpoint: str | Path, output: str | Path, *, workers: int = 1) -> Path:
+    """Write a ZeRO checkpoint anew so that a run with another number of ranks, or another stage, resumes it.
+
+    Args:
+        checkpoint: ``checkpoint-N`` with a ``global_step*`` directory in it. Its shards are pickles: convert only
+            checkpoints that you trust.
+        output: a new or empty directory; ``train(resume_from_checkpoint=output)`` takes it up.
+        workers: processes that shard and join; each holds one rank's float32 state.
+
+    Returns:
+        ``output``, with weights, optimizer, scheduler, the trainer's state and a lineage record of the same run,
+        chained to the checkpoint's.
+
+    Raises:
+        ConfigError: there are no ZeRO shards, some are missing, DeepSpeed cannot convert them, or ``output`` holds
+            files.
+        LineageError: the checkpoint's lineage is missing or damaged.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    tag = shard_tag(checkpoint)
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"{output} is not empty; name a new directory.")
+    record = load_record(checkpoint)
+    output.mkdir(parents=True, exist_ok=True)
+    _convert(checkpoint / tag, output / tag, workers)
+    for path in checkpoint.iterdir():
+        if path.is_file() and not path.name.endswith(_LEFT_BEHIND):
+            shutil.copyfile(path, output / path.name)
+    facts = record["policy"]["facts"]
+    run = RunLineage(
+        method="conversion",
+        student=Source(name="student", ref=str(checkpoint)),
+        config={"use": dict(facts)} if facts else None,
+        resume_from=checkpoint,
+    )
+    run.write(output, step=record["checkpoint"]["step"])
+    (output / UNIVERSAL_MARKER).write_text(tag, encoding="utf-8")  # last: it says that the rest is there
+    return output
+
+
+def _convert(shards: Path, output: Path, workers: int) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    settings = argparse.Namespace(
+        input_folder=str(shards),
+        output_folder=str(output),
+        num_extract_workers=workers,
+        num_merge_workers=workers,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,  # stages 1 and 2 of transformers' trainer write no universal_checkpoint_info
+    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            ds_to_universal.main(settings)
+    except (OSError, KeyError, ValueError, RuntimeError, AssertionError) as error:
+        shutil.rmtree(output, ignore_errors=True)
+        raise ConfigError(
+            f"DeepSpeed cannot convert {shards} to its universal format: {' '.join(str(error).split())}. Shards of "
+            "every rank must be there; a run without optimizer states cannot be resumed, only consolidated."
+        ) from error

@@ -7,15 +7,14 @@ loses the row. The rules below follow ``SFTTrainer._prepare_dataset`` of TRL 1.1
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_plugin.cache.schema import Example, example_id, scored_positions
 from kd_plugin.cache.templates import Template, pinned_tokenizer, read_template
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 
@@ -23,45 +22,6 @@ PASS_THROUGH = ("text", "domain")
 _MESSAGE_COLUMNS = ("prompt", "completion", "messages", "conversations")
 _USED = (*_MESSAGE_COLUMNS, "text", "input_ids", "completion_mask", "assistant_masks", "labels", "tools", "domain")
 USED_COLUMNS = (*_USED, "chat_template_kwargs")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row as it is scored. L tokens.
-
-    Attributes:
-        example_id: see :func:`example_id`.
-        input_ids: (L,) int32.
-        completion_mask: (L,) int8, 1 for tokens that are trained on.
-        scored: (N,) int64, positions t whose token t+1 is trained on.
-        passed: the columns that pass through, such as ``text`` and ``domain``.
-    """
-
-    example_id: str
-    input_ids: NDArray[np.int32]
-    completion_mask: NDArray[np.int8]
-    scored: NDArray[np.int64]
-    passed: Mapping[str, str | None]
-
-    @classmethod
-    def of(cls, ids: NDArray[np.int32], prompt_length: int, passed: Mapping[str, str | None]) -> Example:
-        """Return the example of a prompt of so many tokens and a completion."""
-        mask = np.ones(len(ids), np.int8)
-        mask[:prompt_length] = 0
-        return cls(example_id(ids), ids, mask, scored_positions(mask), passed)
-
-
-def example_id(input_ids: Sequence[int] | NDArray[Any]) -> str:
-    """Return the name of a token sequence: 32 hexadecimal digits, the same on every machine.
-
-    It is the first half of the SHA-256 of the ids written as 4-byte little-endian integers.
-    """
-    return hashlib.sha256(np.asarray(input_ids, dtype="<i4").tobytes()).hexdigest()[:32]
-
-
-def scored_positions(completion_mask: NDArray[np.int8]) -> NDArray[np.int64]:
-    """Return the positions t, in order, whose token t+1 has a mask of 1."""
-    return np.flatnonzero(completion_mask[1:]).astype(np.int64)
 
 
 class Tokenization:

@@ -21,14 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd_plugin.cache.fields import fitting
-from kd_plugin.cache.files import sha256_file
-from kd_plugin.cache.flat import BLOCK_BYTES, FlatFile
-from kd_plugin.cache.index import bucket_bits
-from kd_plugin.cache.manifest import Manifest, unseal
-from kd_plugin.cache.mapping import MAPPED_VERSION
+from kd_plugin.cache.manifest import Manifest
+from kd_plugin.cache.mapped_write import BLOCK_BYTES, MAPPED_VERSION, FlatFile, bucket_bits
+from kd_plugin.cache.records import fitting, unseal
 from kd_plugin.cache.targets import Sampled, Targets, TopK
 from kd_plugin.errors import CacheCorruptionError, DataError
+from kd_plugin.lineage.hashing import sha256_file
 from kd_plugin.signals import SparseSignal
 
 _TORCH = {"<i4": torch.int32, "<f2": torch.float16, "<f4": torch.float32, "<i8": torch.int64, "<i2": torch.int16}
@@ -39,7 +37,7 @@ _DTYPES = {
 
 
 def _names_of(targets: Targets) -> set[str]:
-    """Return the files of a mapped form, as :func:`~kd_plugin.cache.mapping.build` writes them."""
+    """Return the files of a mapped form, as :func:`~kd_plugin.cache.mapped_write.build` writes them."""
     names = {"ids.bin", "tail.bin", "index_keys.bin", "index_rows.bin", "index_buckets.bin"}
     means = isinstance(targets, Sampled) and targets.logprobs == "mean"
     names |= {"mean_logprob.bin" if means else "logprobs.bin"}
@@ -98,12 +96,6 @@ class CheckedFile:
         if len(blocks):
             self._any_unread = bool(self._unread.any())
 
-    def verify_all(self) -> None:
-        """Check every block."""
-        if len(self._checks):
-            size = self.tensor.numel()
-            self.verify(np.zeros(1, np.int64), np.full(1, size - 1, np.int64))
-
 
 @dataclass(frozen=True)
 class _Targets:
@@ -119,7 +111,7 @@ class Mapped:
     """The mapped form, opened.
 
     Args:
-        directory: where :func:`~kd_plugin.cache.mapping.build` put it.
+        directory: where :func:`~kd_plugin.cache.mapped_write.build` put it.
         manifest: of the cache that it was built from.
 
     Raises:

@@ -1,12 +1,13 @@
-"""Letting a teacher in this process write.
+"""Letting a teacher in this process generate completions.
 
 A completion depends on the seed, the row's number, its prompt and the completion's own number, never on the worker.
-Sampling is the inverse of the cumulative distribution at numbers drawn from those (see draws.py), inside
+Sampling is the inverse of the cumulative distribution at numbers drawn from those (:func:`uniforms`), inside
 transformers' own ``generate``.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +17,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd_plugin.cache.examples import example_id
-from kd_plugin.cache.generation import Generation
-from kd_plugin.cache.targets import Extracted
-from kd_plugin.capturing.draws import uniforms
+from kd_plugin.cache.schema import Extracted, example_id
+from kd_plugin.cache.targets import Generation
 from kd_plugin.errors import ConfigError, NonFiniteError
+from kd_plugin.teachers.base import end_tokens
 from kd_plugin.teachers.in_process import InProcessTeacher
+
+
+def uniforms(seed: int, example_id: str, positions: int, draws: int) -> NDArray[np.float64]:
+    """Return uniforms in [0, 1), shape (positions, draws), for the scored positions of an example in order.
+
+    Counter-based (Philox 4x64, keyed by the SHA-256 of seed and example). Raw words are scaled here, since NumPy
+    promises the stream of a bit generator for ever, and that of ``Generator.random`` not.
+    """
+    key = np.frombuffer(hashlib.sha256(f"{seed}/{example_id}".encode()).digest()[:16], dtype="<u8")
+    words = np.random.Philox(key=key.astype(np.uint64)).random_raw(positions * draws)
+    numbers: NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers.reshape(positions, draws)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to write.
+    """One completion to generate.
 
     Attributes:
         prompt: (P,) int32 token ids.
@@ -46,7 +58,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the teacher wrote.
+    """What the teacher generated.
 
     Attributes:
         ids: (C,) int32, its end token included.
@@ -60,14 +72,14 @@ class Completion:
 
 
 @torch.no_grad()
-def write_locally(
+def generate_locally(
     teacher: InProcessTeacher, requests: Sequence[Request], generation: Generation, seed: int
 ) -> list[Completion]:
-    """Write one batch of completions with a teacher in this process.
+    """Generate one batch of completions with a teacher in this process.
 
     Args:
         teacher: the teacher.
-        requests: the batch; all are written at once.
+        requests: the batch; all are generated at once.
         generation: how.
         seed: of the random numbers.
 
@@ -78,7 +90,9 @@ def write_locally(
     from transformers import GenerationConfig, LogitsProcessorList
 
     model = teacher.model
-    ends = end_tokens(teacher)
+    ends = sorted(end_tokens(teacher))
+    if not ends:
+        raise ConfigError(f"Teacher {teacher.name!r} has no end token, so its completions never end. Set eos_token.")
     width = max(len(request.prompt) for request in requests)
     ids = np.full((len(requests), width), ends[0], np.int64)
     attention = np.zeros((len(requests), width), np.int64)
@@ -99,30 +113,15 @@ def write_locally(
         pad_token_id=ends[0],
     )
     choose = _Choose(generation, teacher.vocabulary.size, width, _numbers(requests, generation, seed, longest), device)
-    written = model.generate(  # type: ignore[operator]
+    generated = model.generate(  # type: ignore[operator]
         torch.from_numpy(ids).to(device),
         attention_mask=torch.from_numpy(attention).to(device),
         generation_config=settings,
         logits_processor=LogitsProcessorList([choose]),
     )
     choose.require_finite()
-    tokens = written[:, width:].cpu().numpy().astype(np.int32)
+    tokens = generated[:, width:].cpu().numpy().astype(np.int32)
     return [_cut(tokens[row], ends, request.max_new_tokens) for row, request in enumerate(requests)]
-
-
-def end_tokens(teacher: InProcessTeacher) -> list[int]:
-    """Return the ids that end a completion: those of the model's generation settings, else the tokenizer's.
-
-    Raises:
-        ConfigError: neither names any.
-    """
-    configured = getattr(getattr(teacher.model, "generation_config", None), "eos_token_id", None)
-    ends = [configured] if isinstance(configured, int) else list(configured or [])
-    own = teacher.tokenizer.eos_token_id
-    ends += [own] if own is not None and own not in ends else []
-    if not ends:
-        raise ConfigError(f"Teacher {teacher.name!r} has no end token, so its completions never end. Set eos_token.")
-    return ends
 
 
 def _numbers(
@@ -187,9 +186,9 @@ class _Choose:
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
     def require_finite(self) -> None:
-        """Refuse what was written from logits that are NaN or infinite; waits for the device once."""
+        """Refuse what was generated from logits that are NaN or infinite; waits for the device once."""
         if not bool(self._finite):
             raise NonFiniteError(
-                "The teacher's logits are NaN or infinite while it writes. Nothing of this unit was stored. Check the "
-                "teacher's weights, or run it in bfloat16 or float32 rather than float16."
+                "The teacher's logits are NaN or infinite while it generates. Nothing of this unit was stored. Check "
+                "the teacher's weights, or run it in bfloat16 or float32 rather than float16."
             )

@@ -1,11 +1,11 @@
-"""Rows to capture from files: JSON, Parquet, a saved dataset, or the hub."""
+"""Files that users name, for every command and host: datasets, and settings as YAML."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.errors import DataError
+from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.data import with_origin
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -48,3 +48,26 @@ def load_rows(reference: str, *, split: str = "train", name: str | None = None, 
             raise DataError(f"{reference} has no split {split!r}; it has {', '.join(loaded)}.")
         loaded = loaded[split]
     return with_origin(loaded, path) if path.exists() else loaded
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read settings, lines ``name: value``, from a YAML file.
+
+    Raises:
+        ConfigError: there is no such file, it is no YAML (with line and column), or it holds something else.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: there is no such file.")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{path}: {where}not valid YAML: {getattr(error, 'problem', error)}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text: {error}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected lines `name: value`, found {type(content).__name__}.")
+    return content

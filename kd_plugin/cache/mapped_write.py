@@ -1,35 +1,175 @@
 """Building the mapped form of a cache: flat files that training reads without loading them.
 
-Built once from the shards, each verified as it is read, one row group in memory at a time.
+Built once from the shards, each verified as it is read, one row group in memory at a time. The index (which row has the
+tokens of a given hash) is sorted on the disk, so that many millions of examples take no memory that grows with them but
+for 1 to 2 bytes an example.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from kd_plugin.cache.examples import scored_positions
-from kd_plugin.cache.files import explained, sha256_file, sync
-from kd_plugin.cache.flat import FlatWriter
-from kd_plugin.cache.index import IndexWriter
-from kd_plugin.cache.manifest import Manifest, Unit, seal
-from kd_plugin.cache.owners import remove, remove_leftovers, temporary_name
-from kd_plugin.cache.schema import list_values, read_row_groups
+from kd_plugin.cache.files import explained, remove, remove_leftovers, sync, temporary_name
+from kd_plugin.cache.manifest import Manifest, Unit
+from kd_plugin.cache.records import seal
+from kd_plugin.cache.schema import list_values, read_row_groups, scored_positions
 from kd_plugin.cache.targets import Sampled, TopK
 from kd_plugin.errors import CacheCorruptionError
+from kd_plugin.lineage.hashing import sha256_file
 
+BLOCK_BYTES = 256 << 10
+_BUCKET_ROWS = 4  # entries a bucket, on average
+# An entry is a key and its row number, both big-endian, so that bytes sort as numbers
+_KEY_BYTES = 16
+_ENTRY_BYTES = 24
+_CHUNK = 1 << 16  # entries in memory at a time
 MAPPED_VERSION = 1
 _CONTENT = re.compile(r"[0-9a-f]{16}")  # names of mapped_directory
 # Every batch of rows.arrow costs each process that opens it some 3 kB of descriptions
 _BATCH_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class FlatFile:
+    """A file of equal items, and its digests.
+
+    Attributes:
+        name: in the mapped directory.
+        items: how many.
+        dtype: NumPy's name of an item's type.
+        sha256: of the whole file.
+        checks_sha256: of the file ``<name>.crc``, which holds the CRC-32 of every 256 KiB block; None for a file
+            that is only checked whole.
+    """
+
+    name: str
+    items: int
+    dtype: str
+    sha256: str
+    checks_sha256: str | None
+
+
+class FlatWriter:
+    """Appends arrays to a flat file and takes the checksum of each block."""
+
+    def __init__(self, directory: Path, name: str, dtype: str) -> None:
+        self._path = directory / name
+        self._dtype = np.dtype(dtype)
+        self._file = open(self._path, "wb")  # noqa: SIM115  closed in finish()
+        self._digest = hashlib.sha256()
+        self._pending = b""
+        self._checks: list[int] = []
+        self._items = 0
+
+    def append(self, array: NDArray[Any]) -> None:
+        """Add the items of an array (N,)."""
+        data = np.ascontiguousarray(array, self._dtype).tobytes()
+        self._items += len(array)
+        self._file.write(data)
+        self._digest.update(data)
+        data = self._pending + data
+        whole = len(data) - len(data) % BLOCK_BYTES
+        view = memoryview(data)
+        self._checks += [zlib.crc32(view[start : start + BLOCK_BYTES]) for start in range(0, whole, BLOCK_BYTES)]
+        self._pending = data[whole:]
+
+    def discard(self) -> None:
+        """Remove the file."""
+        self._file.close()
+        self._path.unlink()
+
+    def finish(self, with_checks: bool = True) -> FlatFile:
+        """Bring the file to the disk, read-only; return its record."""
+        if self._pending:
+            self._checks.append(zlib.crc32(self._pending))
+        self._file.close()
+        sync(self._path)
+        self._path.chmod(0o444)
+        whole = self._digest.hexdigest()
+        if not with_checks:
+            return FlatFile(self._path.name, self._items, self._dtype.str, whole, None)
+        checks = np.asarray(self._checks, "<u4").tobytes()
+        checks_path = self._path.with_name(self._path.name + ".crc")
+        checks_path.write_bytes(checks)
+        sync(checks_path)
+        checks_path.chmod(0o444)
+        return FlatFile(self._path.name, self._items, self._dtype.str, whole, hashlib.sha256(checks).hexdigest())
+
+
+class IndexWriter:
+    """Collects the ids of examples in a file, and turns them into a sorted index.
+
+    Args:
+        directory: of the mapped form.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._unsorted = directory / "index.unsorted"
+        self._file = open(self._unsorted, "wb")  # noqa: SIM115  closed in finish()
+        self._rows = 0
+
+    def append(self, example_ids: Sequence[str]) -> None:
+        """Add examples, 32 hexadecimal digits each, in the order of their rows."""
+        entries = np.empty((len(example_ids), _ENTRY_BYTES), np.uint8)
+        keys = np.frombuffer(bytes.fromhex("".join(example_ids)), np.uint8)
+        entries[:, :_KEY_BYTES] = keys.reshape(-1, _KEY_BYTES)
+        rows = np.arange(self._rows, self._rows + len(example_ids), dtype=">i8")
+        entries[:, _KEY_BYTES:] = rows.view(np.uint8).reshape(len(rows), -1)
+        self._file.write(entries.tobytes())
+        self._rows += len(example_ids)
+
+    def finish(self) -> list[FlatFile]:
+        """Sort, and write keys, rows, and where each bucket of the keys' leading bits begins."""
+        self._file.close()
+        keys, rows, buckets = (
+            FlatWriter(self._directory, f"index_{name}.bin", dtype)
+            for name, dtype in (("keys", "<u8"), ("rows", "<i8"), ("buckets", "<i8"))
+        )
+        bits = bucket_bits(self._rows)
+        counts = np.zeros(2**bits, np.int64)
+        for entries in self._sorted():
+            key = entries[:, :_KEY_BYTES].copy().view(">u8").astype(np.uint64)
+            keys.append(key.ravel())
+            rows.append(entries[:, _KEY_BYTES:].copy().view(">i8").ravel())
+            bucket = leading_bits(key[:, 0], bits).astype(np.int64)
+            counts[bucket[0] : bucket[-1] + 1] += np.bincount(bucket - bucket[0])
+        buckets.append(np.zeros(1, np.int64))
+        buckets.append(np.cumsum(counts, out=counts))
+        self._unsorted.unlink()
+        return [writer.finish(with_checks=False) for writer in (keys, rows, buckets)]
+
+    def _sorted(self) -> Iterator[NDArray[Any]]:
+        """Sort the file where it lies, and yield its entries (N, 24) in order; equal keys by row."""
+        if not self._rows:
+            return
+        entries = np.memmap(self._unsorted, np.uint8, "r+", shape=(self._rows, _ENTRY_BYTES))
+        entries.view(f"V{_ENTRY_BYTES}").ravel().sort()  # raw bytes compare as unsigned numbers from the first on
+        for first in range(0, self._rows, _CHUNK):
+            yield np.asarray(entries[first : first + _CHUNK])
+
+
+def bucket_bits(rows: int) -> int:
+    """Return the number of leading key bits that choose a bucket of an index over ``rows`` rows."""
+    return max(0, (rows // _BUCKET_ROWS).bit_length() - 1)
+
+
+def leading_bits(keys: NDArray[np.uint64], bits: int) -> NDArray[np.uint64]:
+    """Return the bucket of each key."""
+    return keys >> np.uint64(64 - bits) if bits else np.zeros_like(keys)
 
 
 def mapped_directory(cache: Path, manifest: Manifest, mapped_dir: str | Path | None) -> Path:

@@ -1,14 +1,20 @@
-"""Records of a cache read back into dataclasses: a record may be whole by its digest, and still say what none may."""
+"""Records of a cache: canonical JSON with its own digest, read back into dataclasses.
+
+A record may be intact by its digest, and still say what no record may.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from kd_plugin.errors import CacheError
+from kd_plugin.errors import CacheCorruptionError, CacheError
 
 
 def fitting(kind: type, values: Any, where: str, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -68,3 +74,37 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping | list):
         return f"{type(value).__name__} of {len(value)}"
     return repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:79]}…"
+
+
+def seal(values: Mapping[str, Any]) -> bytes:
+    """Return ``values`` as the bytes of a record, its digest added."""
+    return (json.dumps({**values, "digest": record_digest(values)}, indent=1, ensure_ascii=True) + "\n").encode()
+
+
+def unseal(path: Path, way_out: str) -> dict[str, Any]:
+    """Read a record that :func:`seal` made.
+
+    Args:
+        path: the file.
+        way_out: what the message advises when it is damaged.
+
+    Raises:
+        CacheCorruptionError: a byte differs from what was written.
+    """
+    data = path.read_bytes()
+    try:
+        values = json.loads(data)
+        stored = values.pop("digest")
+        intact = stored == record_digest(values) and seal(values) == data
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        intact = False
+    if not intact:
+        raise CacheCorruptionError(f"{path} is not as it was written: its digest does not match. {way_out}")
+    return values
+
+
+def record_digest(values: Any) -> str:
+    """Return the sha256 of ``values`` as canonical JSON (RFC 8785)."""
+    import rfc8785
+
+    return hashlib.sha256(rfc8785.dumps(values)).hexdigest()
