@@ -11,9 +11,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from kd_plugin.cache import TeacherCache
 from kd_plugin.errors import ConfigError
 from kd_plugin.lightning.callback import StudentCallback
 from kd_plugin.lightning.forward import Call, DistillingForward
@@ -41,30 +40,19 @@ from kd_plugin.lightning.student import (
 )
 from kd_plugin.lightning.windows import require_whole_windows, window_end, window_size
 from kd_plugin.limits import refuse_images, refuse_router_loss
-from kd_plugin.lineage import RunLineage
-from kd_plugin.lineage.start import gate_servers, start_run, student_source
-from kd_plugin.monitor.alarm import LengthAlarm
-from kd_plugin.monitor.watch import watched_step
-from kd_plugin.panel.anchor import Anchor, starting_student
+from kd_plugin.lineage.start import start_run
+from kd_plugin.monitor.run import PanelRun
+from kd_plugin.panel.anchor import SHARDED_ANCHOR, Anchor
 from kd_plugin.panel.batches import MicroBatch, ScoredRollouts
-from kd_plugin.panel.build import panel_from
 from kd_plugin.panel.checks import (
     check_rows,
-    require_defined_panel,
-    require_fitting_student,
     require_one_server,
     require_one_vocabulary,
 )
-from kd_plugin.panel.identity import ResumeState
 from kd_plugin.panel.sampling import (
-    completed,
-    own_generation_config,
     require_same_student,
-    require_sampling,
-    require_whole_distribution,
 )
 from kd_plugin.panel.settings import PanelSettings
-from kd_plugin.panel.warmup import warmup_objective
 from kd_plugin.rollouts.in_process import Sampling, pad_token
 from kd_plugin.rollouts.rows import mixed_seed
 from kd_plugin.settings import built, takes
@@ -116,40 +104,25 @@ class TeacherPanelCorrection(StudentCallback):
         **fields: Any,
     ) -> None:
         self.settings = built(PanelSettings, fields)
-        self.panel = panel_from(None, teachers, self.settings)
-        divergence = self.panel.divergence or self.settings.resolved_divergence()
-        require_defined_panel(self.panel, divergence, self.settings.temperature)
-        require_sampling(self.panel, self.settings)
+        self.panel_run = PanelRun(self.settings, teachers)
+        self.panel = self.panel_run.panel
         if ce_weight < 0:
             raise ConfigError(f"ce_weight is {ce_weight}; expected a number of at least 0.")
-        self._caches = [TeacherCache(path) for path in self.settings.warmup_caches()]
-        if self._caches:
-            warmup_objective(self._caches, self.settings.warmup_divergence)  # a wrong name shows now
         self.objective = PanelObjective(ce_weight)
         super().__init__(student)
-        self.divergence = divergence
         self.seed = seed
         self.lineage = lineage
         self._given_tokenizer = tokenizer
         self._tokenizer: Any = None
         self._ahead: dict[Any, Prepared] = {}  # by window and place in it, see `_place`
-        self._run: RunLineage | None = None
-        self._changes: list[str] = []
         self._keeper: StartKeeper | None = None
         self._anchor: Anchor | None = None
-        alarm = self.settings.alarm_settings()
-        self._alarm = LengthAlarm(alarm) if alarm.is_set else None
-        # The student generates at the temperature that the divergence is taken at, as in TRL
-        self._resume = ResumeState(self.panel, divergence, self.settings.temperature, self._alarm)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the trainer, the module, the panel and the licenses; keep the student's start if it is anchored."""
         anchored = stage == "fit" and self.settings.anchor_weight > 0.0
         if anchored and shards_the_student(trainer):
-            raise ConfigError(
-                "anchor_weight keeps a whole copy of the student, and ZeRO-3 and FSDP2 shard it. Name the start as "
-                "a teacher of the panel instead: combine='weighted_kl', with the student's own path as one teacher."
-            )
+            raise ConfigError(SHARDED_ANCHOR.format("ZeRO-3 and FSDP2"))
         super().setup(trainer, pl_module, stage)
         if anchored:
             self._keeper = StartKeeper(pl_module, functools.partial(self._keep_start, pl_module))
@@ -160,12 +133,12 @@ class TeacherPanelCorrection(StudentCallback):
         if not self._checked:
             self._check(trainer, pl_module, model)
         self._refuse(pl_module, model)
-        self._require_draws(model)
+        self.panel_run.require_draws(model)
         require_same_student(self.panel, model)
         if self._anchor is not None:
             place_teachers(self._anchor.panel, trainer, pl_module, model, self._vocabulary)
         self._join(trainer, pl_module, model)
-        self._note_changes()
+        self.panel_run.note_changes()
         assert self._forward is not None
         report = functools.partial(self._report, pl_module)
         self._step = DistillingStep(trainer, pl_module, self._forward, self._next, report)
@@ -275,7 +248,7 @@ class TeacherPanelCorrection(StudentCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return which panel taught, and what the alarm saw; both are in every checkpoint."""
-        return self._resume.state_dict()
+        return self.panel_run.resume.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -283,42 +256,18 @@ class TeacherPanelCorrection(StudentCallback):
         Raises:
             ConfigError: it was trained under another panel, and ``allow_changed_panel`` is not set.
         """
-        allowed = self.settings.allow_changed_panel
-        self._changes = self._resume.load_state_dict(state_dict, "The checkpoint", allowed=allowed)
-        self._note_changes()
-
-    def _note_changes(self) -> None:
-        """Put what changed of the panel into the lineage, once there is a run; a checkpoint may be loaded before."""
-        if self._run is None or not self._changes:
-            return
-        for change in self._changes:
-            logger.warning("The panel changed since the checkpoint: %s.", change)
-        self._run.note_changes([f"panel after the checkpoint: {change}" for change in self._changes])
-        self._changes = []
+        self.panel_run.load(state_dict, "the checkpoint")
 
     def _check(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel | str) -> None:
         """Pass the license gate, and compare vocabularies and placements; none of it needs any weights."""
         require_placeable(trainer, shard_teachers=self.settings.shard_teachers)
         declared = self.lineage if self.lineage is not None else declared_lineage(trainer)
-        self._run = start_run(
-            method="teacher_panel",
-            student=student_source(model),
-            teachers=[teacher.source for teacher in self.panel.teachers.values()],
-            outputs=[cache.source for cache in self._caches],
-            settings={**dict(module.hparams), "panel": self.settings, "ce_weight": self.objective.ce_weight},
-            declared=declared,
-        )
-        lineage_of(trainer, self._run, self.student)
-        gate_servers(self._run, self.panel.teachers.values())
-        self._require_draws(model)
-        self._vocabulary = require_fitting_student(
-            self.panel,
-            self._student_vocabulary(module, model),
-            model if isinstance(model, str) else model.config._name_or_path or None,
-            lambda: config_of(model),
-            self._caches,
-            allow_misaligned=self.settings.allow_misaligned,
-        )
+        settings = {**dict(module.hparams), "panel": self.settings, "ce_weight": self.objective.ce_weight}
+        run = self.panel_run.gate(functools.partial(start_run, settings=settings, declared=declared), model)
+        lineage_of(trainer, run, self.student)
+        self.panel_run.require_draws(model)
+        own = self._student_vocabulary(module, model)
+        self._vocabulary = self.panel_run.require_student(model, own, lambda: config_of(model))
         self._checked = True
 
     def _refuse(self, module: LightningModule, student: PreTrainedModel | str) -> None:
@@ -328,13 +277,6 @@ class TeacherPanelCorrection(StudentCallback):
         )
         refuse_router_loss(config_of(student), reason)
 
-    def _require_draws(self, model: PreTrainedModel | str) -> None:
-        """Refuse a student whose own generation configuration biases the sampled estimator."""
-        arguments = Sampling.of(self.settings).arguments()
-        config = completed(GenerationConfig(), own_generation_config(model))
-        config.update(**arguments)
-        require_whole_distribution(self.panel, config, self.settings.temperature, arguments)
-
     def _student_vocabulary(self, module: LightningModule, model: PreTrainedModel | str) -> Vocabulary:
         self._tokenizer = self._given_tokenizer or getattr(module, "tokenizer", None) or load_tokenizer(model)
         return Vocabulary.from_tokenizer(self._tokenizer).within(student_rows(model))
@@ -343,8 +285,7 @@ class TeacherPanelCorrection(StudentCallback):
         model = find_student(module, self.student)
         if not self._checked:
             self._vocabulary = require_one_vocabulary(self.panel, self._student_vocabulary(module, model))
-        start = starting_student(as_trained(module, model), self._vocabulary)
-        self._anchor = Anchor(start, self.settings.anchor_weight, self.settings.temperature)
+        self._anchor = self.panel_run.anchor(as_trained(module, model), self._vocabulary)
 
     def _join(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel) -> None:
         """Load the teachers, join the panel's step with its host, and patch the student's forward pass."""
@@ -352,20 +293,14 @@ class TeacherPanelCorrection(StudentCallback):
         require_one_server(self.panel, trainer.strategy.root_device)
         place_teachers(self.panel, trainer, module, model, self._vocabulary, shard_teachers=settings.shard_teachers)
         self._host = LightningHost(trainer, module)
-        self._panel_step = watched_step(
+        self._panel_step = self.panel_run.step(
             self._host,
-            self.panel,
-            settings,
+            trainer.default_root_dir,
             tokenizer=tokenizer,
-            output_dir=trainer.default_root_dir,
-            alarm=self._alarm,
-            divergence=self.divergence,
-            temperature=settings.temperature,
             vocabulary=self._vocabulary,
             end_tokens=[tokenizer.eos_token_id],
             pad_token_id=pad_token(tokenizer),
             seed=self.seed,
-            warmup_caches=self._caches,
             anchor=self._anchor,
             chat_options=settings.chat_template_kwargs,
         )

@@ -57,5 +57,5 @@ class TeacherPanelModule(StudentModule):
         if "prompt" not in batch or SAMPLES in batch:
             super().validation_step(batch, batch_idx, dataloader_idx)
             return
-        written = self._correction.measure(self, batch, lambda seen: self.model(**seen).loss, batch_idx)
-        self.log_accuracy("val/rollout_accuracy", written, batch)
+        responses = self._correction.measure(self, batch, lambda seen: self.model(**seen).loss, batch_idx)
+        self.log_accuracy("val/rollout_accuracy", responses, batch)

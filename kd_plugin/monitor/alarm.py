@@ -92,10 +92,10 @@ def lower_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:
         group["lr"] *= factor
 
 
-def response_sums(written: Sequence[Response]) -> list[float]:
+def response_sums(responses: Sequence[Response]) -> list[float]:
     """Return rows, tokens, truncated rows and repetition; their sums over all ranks go into :func:`responses_of`."""
-    tokens = [one.tokens for one in written]
-    return [len(tokens), sum(map(len, tokens)), sum(one.truncated for one in written), sum(map(repetition, tokens))]
+    tokens = [one.tokens for one in responses]
+    return [len(tokens), sum(map(len, tokens)), sum(one.truncated for one in responses), sum(map(repetition, tokens))]
 
 
 def responses_of(sums: Sequence[float]) -> Responses:

@@ -41,7 +41,7 @@ class PanelTally:
     def add(self, groups: Sequence[GroupTerms], student_hidden: Tensor, student_head: OutputHead) -> None:
         """Compare the student and its teachers at some positions of a micro-batch; waits for nothing.
 
-        Heads of sharded teachers must be whole meanwhile, since ranks have different groups.
+        It gathers nothing: heads are plain tensors, since ranks have different groups.
 
         Args:
             groups: who scored which of the N positions, and what they said.
@@ -54,7 +54,7 @@ class PanelTally:
         sampled = [(group, self._sample(group, student_hidden)) for group in groups if group.terms]
         empty = torch.zeros(0, dtype=torch.int64, device=student_hidden.device)
         where = torch.cat([empty, *(places for _, (_, places) in sampled)])
-        # Projected once, also where nothing is compared: a sharded head is gathered by all ranks together
+        # Projected once, for all groups together
         whole = _View.of(HiddenSignal(student_hidden.index_select(0, where), student_head))
         begin = 0
         for group, (chosen, _) in sampled:
@@ -134,7 +134,7 @@ class DivergenceTally:
         self._sums[-1, 1] += entropy.numel()
 
     def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> tuple[dict[str, float], float | None]:
-        """Return the metrics since the last call, and the mean loss in nats a token; waits for the device once.
+        """Return the metrics since the last call, and the mean loss in nats per token; waits for the device once.
 
         Args:
             reduce: sums a tensor over all ranks; called on every rank.

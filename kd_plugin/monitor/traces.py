@@ -161,7 +161,7 @@ def _values(by_teacher: Sequence[TeacherDivergence], name: str, tokens: Tensor) 
 def _token_view(
     signal: HiddenSignal | SparseSignal, tokens: Tensor, top_k: int, decode: Callable[[int], str]
 ) -> tuple[list[float | None], list[list[tuple[str, float]]]]:
-    """Return a teacher's log-probability of each written token, and its own first K tokens with probabilities."""
+    """Return a teacher's log-probability of each sampled token, and its own first K tokens with probabilities."""
     if isinstance(signal, HiddenSignal):
         ids = top_tokens(signal, top_k)
         written = logprobs_of(signal, tokens, 1.0)
@@ -193,7 +193,7 @@ class RolloutSaver:
         output_dir: of the run.
         rank: of this process.
         rows: at most so many of a step, the first of a generation batch: micro-batches have them by length.
-        top_k: tokens that each teacher would have written, kept with a row.
+        top_k: tokens that each teacher finds likeliest, kept with a row.
         tokenizer: the student's.
     """
 

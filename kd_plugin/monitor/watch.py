@@ -18,36 +18,10 @@ from kd_plugin.panel.combining import group_terms
 from kd_plugin.panel.host import Host
 from kd_plugin.panel.loss import MicroBatchLoss
 from kd_plugin.panel.roster import TeacherPanel
-from kd_plugin.panel.step import PanelStep
 from kd_plugin.rollouts.responses import Response
 from kd_plugin.signals import OutputHead
 
 logger = logging.getLogger(__name__)
-
-
-def watched_step(
-    host: Host,
-    panel: TeacherPanel,
-    settings: Any,
-    *,
-    tokenizer: Any,
-    output_dir: str | Path,
-    alarm: LengthAlarm | None,
-    **options: Any,
-) -> PanelStep:
-    """Return the on-policy step of a host with a :class:`Monitor` that looks on.
-
-    Args:
-        host: see :class:`~kd_plugin.panel.step.PanelStep`, like ``panel``, ``settings`` and ``tokenizer``.
-        panel: see there.
-        settings: see there.
-        tokenizer: see there.
-        output_dir: where rollouts are saved.
-        alarm: see :class:`Monitor`.
-        **options: the step's other arguments.
-    """
-    monitor = Monitor(host, panel, settings, tokenizer=tokenizer, output_dir=output_dir, alarm=alarm)
-    return PanelStep(host, panel, settings, tokenizer=tokenizer, monitor=monitor, **options)
 
 
 class Monitor:

@@ -19,6 +19,10 @@ from kd_plugin.teachers.local import LocalTeacher
 from kd_plugin.vocab import Vocabulary
 
 _START = Assignment(("start",))
+SHARDED_ANCHOR = (
+    "anchor_weight keeps a whole copy of the student, and {} shard it. Name the start as a teacher of the panel "
+    "instead: combine='weighted_kl', with the student's own path as one teacher."
+)
 
 
 class Anchor:
@@ -26,7 +30,7 @@ class Anchor:
 
     Args:
         start: see :func:`starting_student`.
-        weight: of the divergence, in nats a token.
+        weight: of the divergence, in nats per token.
         temperature: divides the logits of both sides.
     """
 
@@ -70,7 +74,7 @@ class Anchor:
             scores: what :meth:`score` said, one a row.
             hidden: (N, H) the student's, at the scored positions.
             head: the student's.
-            tokens: (N,) written there.
+            tokens: (N,) that are scored.
             training: whether it is counted for training or for evaluation, until :meth:`read`.
         """
         found = panel_loss(
@@ -89,7 +93,7 @@ class Anchor:
         return self.weight * found.loss_sum
 
     def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device, *, training: bool = True) -> float:
-        """Return the mean divergence in nats a token since the last call.
+        """Return the mean divergence in nats per token since the last call.
 
         Args:
             reduce: sums a tensor over all ranks; called on every rank.

@@ -127,7 +127,7 @@ def check_rows(dataset: Any, name: str, panel: TeacherPanel) -> None:
     refuse_images(columns, name)
     if "prompt" not in columns:
         raise DataError(
-            f"{name} has no column 'prompt'; it has {', '.join(map(repr, columns))}. The student writes the "
+            f"{name} has no column 'prompt'; it has {', '.join(map(repr, columns))}. The student generates the "
             "completions itself, so each row needs the prompt alone, as text or as messages."
         )
     if not isinstance(dataset, Dataset):

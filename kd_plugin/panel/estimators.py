@@ -31,10 +31,10 @@ class Estimator:
     """How a teacher's divergence from the student is estimated.
 
     - ``exact``: the divergence itself, over the whole vocabulary. Needs a teacher in this process.
-    - ``sampled``: the policy gradient on the token that the student wrote, (log q − log p)·∇ log q. Its mean is the
+    - ``sampled``: the policy gradient on the token that the student sampled, (log q − log p)·∇ log q. Its mean is the
       gradient of the reverse KL, of no other divergence. Needs each teacher's log-probability of that token.
     - ``topk_tail``: the divergence over the listed tokens and one outcome for all others. Listed are the teacher's
-      ``top_k`` likeliest tokens, the written token, and the student's ``student_top_k`` likeliest. Biased.
+      ``top_k`` likeliest tokens, the sampled token, and the student's ``student_top_k`` likeliest. Biased.
 
     Attributes:
         name: one of the three.
@@ -42,7 +42,7 @@ class Estimator:
         student_top_k: of ``topk_tail``. None takes ``top_k`` for teachers in this process. A server or a cache cannot
             be asked about the student's tokens, so there it is 0 in any case.
         ratio_bounds: of ``sampled``: the ratio of the student's probability of the token now to that when it was
-            written is kept between these two. It is 1 where the student has not changed in between.
+            sampled is kept between these two. It is 1 where the student has not changed in between.
 
     Raises:
         ConfigError: an unknown name, or a number out of range.
@@ -93,7 +93,7 @@ def require_defined(
         )
     if estimator.name == "sampled" and divergence.name != "reverse_kl":
         raise ConfigError(
-            f"{divergence.name} cannot be estimated from the token that the student wrote (teacher {name!r}): only "
+            f"{divergence.name} cannot be estimated from the token that the student sampled (teacher {name!r}): only "
             "reverse_kl is a mean over the student's own tokens, the others also average over the teacher's. Use "
             "divergence='reverse_kl', or estimator='topk_tail' or 'exact'."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.panel.schedule import Schedule
 from kd_plugin.teachers.base import identity as teacher_identity
 
-FILE = "panel.json"
+logger = logging.getLogger(__name__)
+FILE, ALARM_FILE = "panel.json", "alarm.json"
 _VERSION = 1
 
 
@@ -86,6 +88,36 @@ class ResumeState:
         if state["panel"] is None:
             return []
         return require_same_panel(state["panel"], panel_identity(*self._of), where, allowed=allowed)
+
+
+def write_state(directory: str | Path, state: Mapping[str, Any]) -> None:
+    """Write what :meth:`ResumeState.state_dict` returned: ``panel.json``, and with an alarm ``alarm.json``."""
+    write_identity(directory, state["panel"])
+    if state["alarm"] is not None:
+        Path(directory, ALARM_FILE).write_text(json.dumps(state["alarm"]))
+
+
+def read_state(directory: str | Path, *, allowed: bool) -> dict[str, Any]:
+    """Read what :func:`write_state` wrote; None in the place of what is not there.
+
+    Args:
+        directory: of the checkpoint.
+        allowed: whether another panel is taken, so that a damaged ``panel.json`` counts as none.
+
+    Raises:
+        ConfigError: ``panel.json`` is damaged.
+    """
+    alarm = Path(directory, ALARM_FILE)
+    state = {"panel": None, "alarm": json.loads(alarm.read_text()) if alarm.is_file() else None}
+    try:
+        state["panel"] = read_identity(directory)
+    except ConfigError as error:
+        if not allowed:
+            raise
+        logger.warning(str(error))
+    if state["panel"] is None:
+        logger.warning(f"{directory} does not say which panel it was trained under, so it cannot be compared.")
+    return state
 
 
 def write_identity(directory: str | Path, identity: Mapping[str, Any]) -> None:

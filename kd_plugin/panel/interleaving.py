@@ -23,7 +23,7 @@ _INTERLEAVED = 1 << 20  # added to a rank: keeps its generator apart from that o
 
 @dataclass(frozen=True)
 class InterleavedSettings:
-    """How the student writes with the panel at its elbow.
+    """How the student generates while the panel replaces tokens outside its support.
 
     Attributes:
         max_new_tokens: longest response.
@@ -55,7 +55,7 @@ def interleaved_responses(
     seed: int,
     rank: int = 0,
 ) -> tuple[list[list[int]], float]:
-    """Let the student write ``prompts``; see :func:`kd_plugin.rollouts.interleaved.interleave`.
+    """Let the student respond to ``prompts``; see :func:`kd_plugin.rollouts.interleaved.interleave`.
 
     Args:
         panel: the teachers.

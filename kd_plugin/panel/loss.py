@@ -179,7 +179,7 @@ class _Run:
         return None if total is None else MicroBatchLoss(total, entropy, tuple(by_teacher) if self.values else ())
 
     def sampled(self, groups: Sequence[GroupTerms]) -> MicroBatchLoss | None:
-        """All teachers that are asked about the written token alone, one pass for each temperature among them."""
+        """All teachers that are asked about the sampled token alone, one pass for each temperature among them."""
         alike: dict[tuple[float, tuple[float, float]], list[tuple[GroupTerms, list[tuple[str, Tensor, Tensor]]]]] = {}
         for group in groups:
             asked: dict[tuple[float, tuple[float, float]], list[tuple[str, Tensor, Tensor]]] = {}
@@ -187,9 +187,9 @@ class _Run:
                 estimator = self._estimator(term.teacher)
                 if estimator.name == "sampled":
                     _, temperature = self._compared(term.teacher)
-                    written = self._written(term.signal, group.positions, temperature, term.teacher)
+                    sampled = self._sampled(term.signal, group.positions, temperature, term.teacher)
                     key = (temperature, estimator.ratio_bounds)
-                    asked.setdefault(key, []).append((term.teacher, written, term.weights))
+                    asked.setdefault(key, []).append((term.teacher, sampled, term.weights))
             for key, terms in asked.items():
                 alike.setdefault(key, []).append((group, terms))
         total, entropy, by_teacher = None, self._zeros(), []
@@ -197,7 +197,7 @@ class _Run:
             where = torch.cat([self._indices(group.positions) for group, _ in parts])
             weights = torch.cat([torch.stack([w for _, _, w in terms]).sum(0) for _, terms in parts])
             weighed = [
-                torch.stack([torch.where(w != 0, w * written, 0.0) for _, written, w in terms]).sum(0)
+                torch.stack([torch.where(w != 0, w * sampled, 0.0) for _, sampled, w in terms]).sum(0)
                 for _, terms in parts
             ]
             found = fused_sampled_divergence(
@@ -214,16 +214,16 @@ class _Run:
             entropy.index_copy_(0, where, found.entropy.to(entropy.dtype))
             own = found.logprobs.split([len(terms[0][1]) for _, terms in parts])
             by_teacher += [
-                TeacherDivergence(name, group.positions, torch.where(w != 0, logq - written, 0.0), w)
+                TeacherDivergence(name, group.positions, torch.where(w != 0, logq - sampled, 0.0), w)
                 for (group, terms), logq in zip(parts, own, strict=True)
-                for name, written, w in terms
+                for name, sampled, w in terms
             ]
         return None if total is None else MicroBatchLoss(total, entropy, tuple(by_teacher) if self.values else ())
 
     def _as_list(
         self, signal: HiddenSignal | SparseSignal, positions: Tensor | None, estimator: Estimator, at: float, name: str
     ) -> SparseSignal:
-        """Return tokens and log-probabilities of a signal, the written token among them."""
+        """Return tokens and log-probabilities of a signal, the sampled token among them."""
         tokens = self.tokens if positions is None else self.tokens.index_select(0, positions)
         if isinstance(signal, SparseSignal):
             if signal.draws is not None or signal.written_logprobs is None:
@@ -236,7 +236,7 @@ class _Run:
             further = torch.cat([top_tokens(student_signal(hidden, self.head), count), further], -1)
         return listed_from(signal, estimator.top_k, further, at)
 
-    def _written(
+    def _sampled(
         self, signal: HiddenSignal | SparseSignal, positions: Tensor | None, temperature: float, name: str
     ) -> Tensor:
         tokens = self.tokens if positions is None else self.tokens.index_select(0, positions)
@@ -244,7 +244,7 @@ class _Run:
             return logprobs_of(signal, tokens, temperature)
         if signal.written_logprobs is None:
             raise ConfigError(
-                f"Teacher {name!r} does not tell the log-probability of the written token, which estimator='sampled' "
+                f"Teacher {name!r} does not tell the log-probability of the sampled token, which estimator='sampled' "
                 "needs. Use estimator='topk_tail'."
             )
         return signal.written_logprobs

@@ -97,12 +97,12 @@ def require_sampling(panel: TeacherPanel, args: Any) -> None:
     if args.rollouts == "interleaved":
         raise ConfigError(
             f"rollouts='interleaved' with estimator='sampled' (teacher {name!r}): tokens that the panel put in "
-            "were not drawn from the student. Use another estimator, or let the student write alone."
+            "were not drawn from the student. Use another estimator, or let the student generate alone."
         )
     if args.on_policy_schedule().values() != (1.0, 1.0):
         raise ConfigError(
             f"on_policy_fraction below 1 with estimator='sampled' (teacher {name!r}): the dataset's tokens were "
-            "not drawn from the student. Use another estimator, or let the student write all rows."
+            "not drawn from the student. Use another estimator, or let the student generate all rows."
         )
     if args.mask_truncated_completions:
         raise ConfigError(
@@ -119,7 +119,7 @@ def require_sampling(panel: TeacherPanel, args: Any) -> None:
         sampled = (own.estimator or panel.estimator).name == "sampled"
         if sampled and own.temperature not in (None, args.temperature):
             raise ConfigError(
-                f"Teacher {other!r} has temperature={own.temperature} and estimator='sampled', but the student writes "
+                f"Teacher {other!r} has temperature={own.temperature} and estimator='sampled', but the student samples "
                 f"at temperature={args.temperature}: the estimator needs tokens drawn at the temperature of the "
                 f"divergence. Set temperature={own.temperature} for the run, or use another estimator."
             )

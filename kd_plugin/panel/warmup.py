@@ -1,7 +1,7 @@
-"""Start a panel run off-policy: the first steps fit what teachers once wrote, from a teacher cache.
+"""Start a panel run off-policy: the first steps fit what teachers once generated, from a teacher cache.
 
 A student that puts no mass where its teachers do learns slowly from its own rollouts (reverse KL cannot reward what
-is never written); a few steps on the teachers' own text bring it onto their support.
+is never generated); a few steps on the teachers' own text bring it onto their support.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class WarmupBatch:
 
 
 class CacheWarmup:
-    """Deals the rows of some caches to optimizer steps.
+    """Assigns the rows of some caches to optimizer steps.
 
     Which rows a step gets depends on the seed, the step and the shape of the batch alone: nothing has to be saved for
     a run to resume, and every rank knows the whole step's number of tokens without asking the others.
@@ -120,7 +120,7 @@ class CacheWarmup:
         self._max_length = max_length
         self._rows = [cache.dataset().with_format("numpy") for cache in self.caches]
         self._masks = [rows.select_columns(["completion_mask"]) for rows in self._rows]
-        self._dealt: tuple[tuple[int, ...], list[int], int] = ((), [], 0)  # which step of whom, and what it is
+        self._assigned: tuple[tuple[int, ...], list[int], int] = ((), [], 0)  # which step of whom, and what it is
         self._ends = torch.tensor([len(rows) for rows in self._rows]).cumsum(0)
         self._orders: dict[int, Tensor] = {}
 
@@ -141,13 +141,13 @@ class CacheWarmup:
             ranks: number of processes.
             run: how many of the ``micro_steps`` are run, where an epoch ends before; None for all.
         """
-        dealt = (step, rows * micro_steps, rank, ranks, rows * (micro_steps if run is None else run))
-        if self._dealt[0] != dealt:
-            self._dealt = dealt, *self._deal(*dealt)
-        _, mine, scored = self._dealt
+        asked = (step, rows * micro_steps, rank, ranks, rows * (micro_steps if run is None else run))
+        if self._assigned[0] != asked:
+            self._assigned = asked, *self._assign(*asked)
+        _, mine, scored = self._assigned
         return self._collated(mine[micro_step * rows :][:rows], scored)
 
-    def _deal(self, step: int, rows: int, rank: int, ranks: int, run: int) -> tuple[list[int], int]:
+    def _assign(self, step: int, rows: int, rank: int, ranks: int, run: int) -> tuple[list[int], int]:
         """Return a rank's rows of a step, the longest first, and how many positions each rank's first ``run`` score."""
         numbers = [self._nth(step * rows * ranks + i) for i in range(rows * ranks)]
         masks = [self._mask(number) for number in numbers]

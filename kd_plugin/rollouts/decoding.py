@@ -3,13 +3,13 @@
 ``model.generate(..., custom_generate=decode)`` prepares everything as always, and calls this in the place of its own
 sampling loop. The tokens are the same; what falls away, where it applies:
 
-- Rows that ended. ``transformers`` computes them until the longest row ends, and writes padding; here they leave the
+- Rows that ended. ``transformers`` computes them until the longest row ends, and gives padding; here they leave the
   batch, and their keys and values the cache.
 - A copy of all keys and values for each token. The cache grows in blocks.
 - With ``draws="uniform"``, a random number for each token of the vocabulary: one a row is enough to draw from a
   cumulative distribution. The distribution is the same, the tokens of a given seed are others.
 
-Shape suffixes: B rows of the call, R rows that are still written, L tokens, V vocabulary.
+Shape suffixes: B rows of the call, R rows that are still going, L tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def decode(
         model_kwargs: the other inputs of the model.
 
     Returns:
-        (B, L + longest) prompts and what was written, padded on the right.
+        (B, L + longest) prompts and what was generated, padded on the right.
     """
     config = generation_config
     if not _applies(model, logits_processor, stopping_criteria, config, model_kwargs):
@@ -189,7 +189,7 @@ def _longer(new: Tensor, held: Tensor | None, length: int) -> Tensor:
 
 
 def _choose(scores_RV: Tensor, here_R: Tensor, rows: int, draws: str | None) -> Tensor:
-    """Choose a token for each row that is still written; ``rows`` is how many there were at first."""
+    """Choose a token for each row that is still going; ``rows`` is how many there were at first."""
     if draws is None:
         return scores_RV.argmax(-1)
     probs_RV = scores_RV.softmax(-1)

@@ -20,7 +20,7 @@ Score = Callable[[Sequence[int], list[Tokens], list[Tokens]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Interleaved:
-    """A response that the student wrote and the panel kept on its own support.
+    """A response that the student generated and the panel kept on its own support.
 
     Attributes:
         tokens: the response, the end-of-sequence token included where it was reached.
@@ -43,7 +43,7 @@ def interleave(
     generator: torch.Generator,
     most: Callable[[int], int] = lambda count: count,
 ) -> list[Interleaved]:
-    """Let the student write, and replace each token that the panel ranks below ``top_k`` by one of the panel's.
+    """Let the student generate, and replace each token that the panel ranks below ``top_k`` by one of the panel's.
 
     Speculative knowledge distillation (Xu et al., arXiv 2410.11325, algorithm 1): early rollouts of a weak student
     stay where the teachers' scores mean something. The student proposes some tokens at once; those before the
@@ -60,7 +60,7 @@ def interleave(
         top_k: rank up to which a student's token stands, from 1.
         end_tokens: ids that end a response.
         generator: CPU generator of the panel's tokens.
-        most: the largest of a number over all ranks. Where weights are cut over ranks, each takes part in every round
+        most: the largest of a number over all ranks. Where weights are sharded, each rank takes part in every round
             of the others: a rank that is done has its first row proposed and scored, and puts it aside.
 
     Returns:
@@ -69,22 +69,22 @@ def interleave(
     ends = set(end_tokens)
     tokens: list[Tokens] = [[] for _ in prompts]
     replaced: list[list[bool]] = [[] for _ in prompts]
-    writing = [row for row in range(len(prompts)) if max_new_tokens > 0]
-    while most(len(writing)):
-        present = writing or [0]
+    going = [row for row in range(len(prompts)) if max_new_tokens > 0]
+    while most(len(going)):
+        present = going or [0]
         prefixes = [list(prompts[row]) + tokens[row] for row in present]
         room = max(1, min(block, max(max_new_tokens - len(tokens[row]) for row in present)))
         proposals = propose(prefixes, room)
-        if writing:
-            proposals = [p[: max_new_tokens - len(tokens[row])] for row, p in zip(writing, proposals, strict=True)]
+        if going:
+            proposals = [p[: max_new_tokens - len(tokens[row])] for row, p in zip(going, proposals, strict=True)]
         scored = score(present, prefixes, proposals)
-        if not writing:
+        if not going:
             continue
-        for row, proposal, logprobs in zip(writing, proposals, scored, strict=True):
+        for row, proposal, logprobs in zip(going, proposals, scored, strict=True):
             accepted, substitute = _first_rejection(proposal, logprobs, top_k, generator)
             tokens[row] += proposal[:accepted] + substitute
             replaced[row] += [False] * accepted + [True] * len(substitute)
-        writing = [row for row in writing if len(tokens[row]) < max_new_tokens and tokens[row][-1] not in ends]
+        going = [row for row in going if len(tokens[row]) < max_new_tokens and tokens[row][-1] not in ends]
     return [Interleaved(tuple(t), tuple(r)) for t, r in zip(tokens, replaced, strict=True)]
 
 

@@ -81,7 +81,7 @@ def completion_ids(
     if completion is None or completion == []:
         raise DataError(
             "on_policy_fraction is below 1, but a row has no `completion` to fill in. Add the column, or let the "
-            "student write all rows."
+            "student generate all rows."
         )
     if isinstance(completion, str):
         ids = tokenizer(completion + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
@@ -92,7 +92,7 @@ def completion_ids(
         if whole[: len(prompt)] != prompt:
             raise DataError(
                 "The chat template renders a prompt otherwise when a completion follows it, so the dataset's "
-                "completions cannot be mixed in. Let the student write all rows (on_policy_fraction=1)."
+                "completions cannot be mixed in. Let the student generate all rows (on_policy_fraction=1)."
             )
         ids = whole[len(prompt) :]
     return until_end(ids, end_tokens)[:max_length]
@@ -108,18 +108,18 @@ def as_responses(responses: Sequence[Sequence[int]], end_tokens: Sequence[int]) 
 
 
 def scored_offsets(
-    used: Sequence[Sequence[int]], written: Sequence[Response], *, mask_truncated: bool
+    used: Sequence[Sequence[int]], responses: Sequence[Response], *, mask_truncated: bool
 ) -> list[list[int]]:
     """Return for each row the offsets of the completion's tokens that are trained on.
 
     Args:
-        used: B rows of flags, 1 for tokens that the student wrote.
-        written: the rows' responses.
+        used: B rows of flags, 1 for tokens that count.
+        responses: one a row.
         mask_truncated: leave out responses that the limit cut.
     """
     return [
         [] if mask_truncated and one.truncated else [c for c, is_used in enumerate(row) if is_used]
-        for row, one in zip(used, written, strict=True)
+        for row, one in zip(used, responses, strict=True)
     ]
 
 
@@ -169,7 +169,7 @@ def loop_end(tokens: Sequence[int], repeats: int, longest: int = LONGEST_LOOP) -
 
 
 def ends_in_loop(input_ids: Tensor, start: int, repeats: int, longest: int = LONGEST_LOOP) -> Tensor:
-    """Return (B,) whether each response ends in a sequence that came ``repeats`` times; for use while it is written.
+    """Return (B,) whether each response ends in a sequence that came ``repeats`` times; for use while it is generated.
 
     Args:
         input_ids: (B, L) prompts and responses.
@@ -177,10 +177,10 @@ def ends_in_loop(input_ids: Tensor, start: int, repeats: int, longest: int = LON
         repeats: from 2.
         longest: tokens of the longest sequence that is looked for.
     """
-    written = input_ids[:, start:]
-    looping = torch.zeros(len(written), dtype=torch.bool, device=input_ids.device)
-    for period in range(1, min(longest, written.size(1) // repeats) + 1):
-        tail = written[:, -period * repeats :]
+    generated = input_ids[:, start:]
+    looping = torch.zeros(len(generated), dtype=torch.bool, device=input_ids.device)
+    for period in range(1, min(longest, generated.size(1) // repeats) + 1):
+        tail = generated[:, -period * repeats :]
         looping = looping | (tail[:, period:] == tail[:, :-period]).all(dim=1)
     return looping
 

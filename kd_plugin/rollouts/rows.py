@@ -80,20 +80,20 @@ def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tenso
 
 
 def on_policy_rows(rows: int, fraction: float, *, seed: int, step: int, rank: int = 0) -> list[bool]:
-    """Choose the rows of a generation batch that the student writes; the dataset's completions fill the others.
+    """Choose the rows of a generation batch that the student generates; the dataset's completions fill the others.
 
     The number is ``rows * fraction``, rounded up or down so that it is right on average over steps. The choice
     is a function of the arguments alone, so that a resumed run repeats it.
 
     Args:
         rows: rows of this rank's generation batch.
-        fraction: share that the student writes, in [0, 1].
+        fraction: share that the student generates, in [0, 1].
         seed: of the run.
         step: optimizer step that the batch is generated for.
         rank: of this process.
 
     Returns:
-        One flag a row; True where the student writes.
+        One flag a row; True where the student generates.
     """
     generator = seeded(seed, step, rank)
     wanted = rows * fraction

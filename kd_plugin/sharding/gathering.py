@@ -1,4 +1,4 @@
-"""What models cut over many ranks ask of everyone: that all ranks take part in each gathering, in one order."""
+"""What models sharded over many ranks ask of everyone: that all ranks take part in each gathering, in one order."""
 
 from __future__ import annotations
 

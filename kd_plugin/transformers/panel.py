@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,35 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
-from kd_plugin.cache import TeacherCache
 from kd_plugin.divergence import Divergence, require_finite
 from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.limits import refuse_images, refuse_prompt_learning, refuse_router_loss
 from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.data import dataset_sources
-from kd_plugin.lineage.start import gate_servers, student_source
-from kd_plugin.lineage.trainer_callback import declared_lineage, lineage_callback, with_lineage
+from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage
 from kd_plugin.models import output_rows
-from kd_plugin.monitor.alarm import LengthAlarm
-from kd_plugin.monitor.watch import watched_step
+from kd_plugin.monitor.run import PanelRun
 from kd_plugin.panel import TeacherPanel
+from kd_plugin.panel.anchor import SHARDED_ANCHOR
 from kd_plugin.panel.batches import MicroBatch, ScoredRollouts
-from kd_plugin.panel.build import panel_from
 from kd_plugin.panel.checks import (
     check_rows,
-    require_defined_panel,
-    require_fitting_student,
     require_one_server,
 )
-from kd_plugin.panel.identity import ResumeState
+from kd_plugin.panel.identity import read_state
 from kd_plugin.panel.sampling import (
-    completed,
-    own_generation_config,
     require_same_student,
-    require_sampling,
-    require_whole_distribution,
 )
 from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.panel.step import PanelStep
@@ -50,10 +41,8 @@ from kd_plugin.transformers.evaluation import TokenMeanMixin
 from kd_plugin.transformers.panel_host import (
     PanelStateCallback,
     TrainerHost,
-    anchored,
     last_hidden_states,
     place_teachers,
-    resume_panel,
     save_what_was_learned,
 )
 from kd_plugin.transformers.saving import LineageSavingMixin
@@ -65,7 +54,6 @@ from kd_plugin.transformers.start import (
     start_lineage,
     student_config,
 )
-from kd_plugin.upstream import reference_of
 from kd_plugin.vocab import Vocabulary
 
 _ROW = ("prompt", "teacher_id", "domain", "teacher_weights", "completion")
@@ -80,6 +68,7 @@ class PanelHostMixin(TokenMeanMixin, LineageSavingMixin):
 
     panel: TeacherPanel
     divergence: Divergence
+    panel_run: PanelRun
     panel_settings: Any
     panel_step: PanelStep
     _vocabulary: Vocabulary
@@ -87,7 +76,7 @@ class PanelHostMixin(TokenMeanMixin, LineageSavingMixin):
     def gate_panel(
         self,
         args: Any,
-        settings: Any,
+        run: PanelRun,
         model: Any,
         *,
         train_dataset: Any,
@@ -100,7 +89,7 @@ class PanelHostMixin(TokenMeanMixin, LineageSavingMixin):
 
         Args:
             args: of the trainer.
-            settings: of the panel.
+            run: the panel.
             model: the student, or where it is.
             train_dataset: of the trainer, like what follows.
             eval_dataset: see there.
@@ -108,37 +97,21 @@ class PanelHostMixin(TokenMeanMixin, LineageSavingMixin):
             peft_config: see there.
             declared: what the user declares of the lineage.
         """
-        self.panel_settings = settings
-        self.divergence = self.panel.divergence or settings.resolved_divergence()
-        require_defined_panel(self.panel, self.divergence, settings.temperature)
-        require_sampling(self.panel, settings)
+        self.panel_run, self.panel, self.divergence = run, run.panel, run.divergence
+        self.panel_settings = run.settings
         refuse_prompt_learning(model, peft_config)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_rows(dataset, name, self.panel)
-        self._caches = [TeacherCache(path) for path in settings.warmup_caches()]
-        run = start_lineage(
-            args,
-            declared,
-            method="teacher_panel",
-            student=student_source(model, (getattr(args, "model_init_kwargs", None) or {}).get("revision")),
-            teachers=[teacher.source for teacher in self.panel.teachers.values()],
-            outputs=[cache.source for cache in self._caches],
-            datasets=dataset_sources(train_dataset),
-        )
-        gate_servers(run, self.panel.teachers.values())
+        start = functools.partial(start_lineage, args, declared)
+        revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
+        lineage = run.gate(start, model, revision, dataset_sources(train_dataset))
         require_launchable(args, model, self.panel)
         config = student_config(model, args)
         if config is not None:
             refuse_router_loss(config, "The panel's loss has none.")
-        self._vocabulary = require_fitting_student(
-            self.panel,
-            load_vocabulary(model, processing_class, args),
-            reference_of(model) or None,
-            lambda: config,
-            self._caches,
-            allow_misaligned=settings.allow_misaligned,
-        )
-        return run
+        own = load_vocabulary(model, processing_class, args)
+        self._vocabulary = run.require_student(model, own, lambda: config)
+        return lineage
 
     def join_panel(self, metrics: Any, **tokens: Any) -> None:
         """Place the teachers, and join the panel's step with this trainer.
@@ -146,29 +119,28 @@ class PanelHostMixin(TokenMeanMixin, LineageSavingMixin):
         Args:
             metrics: see :class:`~kd_plugin.transformers.panel_host.TrainerHost`.
             **tokens: of :class:`~kd_plugin.panel.step.PanelStep`: the student's tokenizer and what is told of it.
+
+        Raises:
+            ConfigError: the student is anchored, and DeepSpeed or FSDP would shard the copy.
         """
-        settings, host = self.panel_settings, TrainerHost(self, metrics)
         # The configuration promised as much; an adapter's directory has none
         self._vocabulary = self._vocabulary.within(output_rows(self.model))
         require_same_student(self.panel, self.model)
         require_one_server(self.panel, self.accelerator.device)
         place_teachers(self, self.panel, self._vocabulary)
-        rings = settings.alarm_settings()
-        alarm = LengthAlarm(rings) if rings.is_set else None
-        self._resume = ResumeState(self.panel, self.divergence, settings.temperature, alarm)
-        self.add_callback(PanelStateCallback(self._resume))
-        self.panel_step = watched_step(
-            host,
-            self.panel,
-            settings,
-            output_dir=self.args.output_dir,
-            alarm=alarm,
-            divergence=self.divergence,
-            temperature=settings.temperature,
+        self.add_callback(PanelStateCallback(self.panel_run.resume))
+        anchor = None
+        if self.panel_settings.anchor_weight > 0.0:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise ConfigError(SHARDED_ANCHOR.format("DeepSpeed and FSDP"))
+            anchor = self.panel_run.anchor(self.accelerator.unwrap_model(self.model), self._vocabulary)
+            place_teachers(self, anchor.panel, self._vocabulary)
+        self.panel_step = self.panel_run.step(
+            TrainerHost(self, metrics),
+            str(self.args.output_dir),
             vocabulary=self._vocabulary,
             seed=self.args.seed,
-            warmup_caches=self._caches,
-            anchor=anchored(self, settings, self._vocabulary) if settings.anchor_weight > 0.0 else None,
+            anchor=anchor,
             **tokens,
         )
 
@@ -191,10 +163,8 @@ class PanelHostMixin(TokenMeanMixin, LineageSavingMixin):
         """
         checkpoint = resumed_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         if checkpoint is not None:
-            changed = resume_panel(self._resume, checkpoint, allowed=self.panel_settings.allow_changed_panel)
-            own = lineage_callback(self.callback_handler.callbacks)
-            if own is not None and own.run is not None:
-                own.run.note_changes([f"panel after {Path(checkpoint).name}: {change}" for change in changed])
+            allowed = self.panel_settings.allow_changed_panel
+            self.panel_run.load(read_state(checkpoint, allowed=allowed), checkpoint)
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except ServerError:
@@ -288,20 +258,16 @@ class TeacherPanelMixin(PanelHostMixin):
                 "TeacherPanelMixin generates in one process a GPU, on weights that are whole or sharded by DeepSpeed. "
                 "Launch by torchrun or accelerate; under FSDP use TeacherPanelTrainer or the Lightning callback."
             )
-        self.panel = panel_from(None, teacher_models, panel_settings)
         run = self.gate_panel(
             args,
-            panel_settings,
+            PanelRun(panel_settings, teacher_models),
             model,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             declared=declared_lineage(callbacks) if lineage is None else lineage,
         )
-        arguments = Sampling.of(panel_settings).arguments()
-        config = completed(GenerationConfig(), own_generation_config(model))
-        config.update(**arguments)
-        require_whole_distribution(self.panel, config, panel_settings.temperature, arguments)
+        self.panel_run.require_draws(model)
         super().__init__(
             model=model,
             args=args,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from kd_plugin.errors import ConfigError
 from kd_plugin.monitor.alarm import lower_learning_rate
 from kd_plugin.panel import TeacherPanel
-from kd_plugin.panel.anchor import Anchor, starting_student
-from kd_plugin.panel.identity import ResumeState, read_identity, write_identity
+from kd_plugin.panel.identity import ResumeState, write_state
 from kd_plugin.sharding.inference import shard_for_inference, shard_with_fsdp2
 from kd_plugin.teachers.in_process import Placement, place
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.get_logger(__name__)
-ALARM_STATE = "alarm.json"
 
 
 class TrainerHost:
@@ -91,47 +87,16 @@ class TrainerHost:
 
 
 class PanelStateCallback(TrainerCallback):
-    """Writes ``panel.json``, and with an alarm ``alarm.json``, into every checkpoint."""
+    """Writes into every checkpoint which panel taught, and what the alarm saw."""
 
     def __init__(self, resume: ResumeState) -> None:
         self._resume = resume
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write them, on the process that writes checkpoints."""
+        """Write it, on the process that writes checkpoints."""
         checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if not (state.is_world_process_zero and checkpoint.is_dir()):
-            return
-        kept = self._resume.state_dict()
-        write_identity(checkpoint, kept["panel"])
-        if kept["alarm"] is not None:
-            (checkpoint / ALARM_STATE).write_text(json.dumps(kept["alarm"]))
-
-
-def resume_panel(resume: ResumeState, checkpoint: str, *, allowed: bool) -> list[str]:
-    """Go on from a checkpoint, and return what changed of the panel since, one sentence each.
-
-    Args:
-        resume: of the present run.
-        checkpoint: its directory.
-        allowed: take another panel.
-
-    Raises:
-        ConfigError: something changed, and that is not allowed.
-    """
-    alarm = Path(checkpoint, ALARM_STATE)
-    kept = {"panel": None, "alarm": json.loads(alarm.read_text()) if alarm.is_file() else None}
-    try:
-        kept["panel"] = read_identity(checkpoint)
-    except ConfigError as error:
-        if not allowed:
-            raise
-        logger.warning(str(error))
-    if kept["panel"] is None:
-        logger.warning(f"{checkpoint} does not say which panel it was trained under, so it cannot be compared.")
-    changed = resume.load_state_dict(kept, checkpoint, allowed=allowed)
-    for change in changed:
-        logger.warning(f"The panel changed since {checkpoint}: {change}.")
-    return changed
+        if state.is_world_process_zero and checkpoint.is_dir():
+            write_state(checkpoint, self._resume.state_dict())
 
 
 def save_what_was_learned(trainer: Trainer) -> None:
@@ -196,28 +161,6 @@ def place_teachers(trainer: Any, panel: TeacherPanel, vocabulary: Vocabulary) ->
         panel.teachers.values(),
         Placement(student, vocabulary, accelerator.device, wrap, shards_move=shards, student_is_sharded_later=zero3),
     )
-
-
-def anchored(trainer: Any, settings: Any, vocabulary: Vocabulary) -> Anchor:
-    """Keep the student's start as a teacher of its own.
-
-    Args:
-        trainer: whose student it is.
-        settings: with ``anchor_weight`` and ``temperature``.
-        vocabulary: of the student.
-
-    Raises:
-        ConfigError: DeepSpeed or FSDP would shard the copy.
-    """
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ConfigError(
-            "anchor_weight keeps a whole copy of the student, and DeepSpeed or FSDP shard it. Name the start as a "
-            "teacher of the panel instead: combine='weighted_kl', with the student's own path as one teacher."
-        )
-    start = starting_student(trainer.accelerator.unwrap_model(trainer.model), vocabulary)
-    anchor = Anchor(start, settings.anchor_weight, settings.temperature)
-    place_teachers(trainer, anchor.panel, vocabulary)
-    return anchor
 
 
 def _fsdp2_options(accelerator: Any) -> dict[str, Any]:

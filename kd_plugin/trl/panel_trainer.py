@@ -17,9 +17,9 @@ from kd_plugin.divergence.finite import require_finite
 from kd_plugin.errors import ConfigError
 from kd_plugin.limits import refuse_images
 from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage
+from kd_plugin.monitor.run import PanelRun
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.batches import Assigned, ScoredRollouts
-from kd_plugin.panel.build import panel_from
 from kd_plugin.panel.sampling import sampled_teacher
 from kd_plugin.rollouts.responses import as_responses
 from kd_plugin.rollouts.rows import Rollouts
@@ -89,11 +89,10 @@ class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
                 f"args is a {type(args).__name__}; TeacherPanelTrainer needs a TeacherPanelConfig, which takes the "
                 "same fields."
             )
-        self.panel = panel_from(teacher_model, teacher_models, args)
         require_no_tools(args, tools)
         run = self.gate_panel(
             args,
-            args,
+            PanelRun(args, teacher_models, teacher_model),
             model,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

@@ -81,7 +81,7 @@ def ask_for_logprobs(generation: Any, temperature: float) -> None:
     mode = generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
     if mode != "processed_logprobs":
         raise ConfigError(
-            f"The vLLM server that writes for the student runs with --logprobs-mode {mode}, and the temperature is "
+            f"The vLLM server that generates for the student runs with --logprobs-mode {mode}, and the temperature is "
             f"{temperature}: estimator='sampled' needs log-probabilities at that temperature. Start the server with "
             "--logprobs-mode processed_logprobs, or use temperature=1."
         )

@@ -12,9 +12,8 @@ import torch
 import kd_plugin.sharding.gathering as sharding
 from kd_plugin import LocalTeacher, TeacherPanel, capture
 from kd_plugin.cache import TopK
-from kd_plugin.divergence import Divergence
 from kd_plugin.errors import ConfigError
-from kd_plugin.monitor.watch import watched_step
+from kd_plugin.monitor.run import PanelRun
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.roster import OwnTerms
 from kd_plugin.panel.settings import PanelSettings
@@ -93,25 +92,16 @@ def panel_of(models, how):
 
 def step_of(panel, tmp_path, caches=(), **settings):
     tokenizer = byte_tokenizer()
-    chosen = PanelSettings(
-        save_rollouts=4,
-        **({"warmup_cache": "two", "warmup_cache_steps": 1} if caches else {}),
-        **settings,
-    )
-    return watched_step(
+    if caches:
+        settings |= {"warmup_cache": ",".join(str(cache.path) for cache in caches), "warmup_cache_steps": 1}
+    return PanelRun(PanelSettings(save_rollouts=4, **settings), panel).step(
         Host(),
-        panel,
-        chosen,
-        divergence=Divergence("reverse_kl"),
-        temperature=1.0,
-        vocabulary=Vocabulary.from_tokenizer(tokenizer),
+        tmp_path,
         tokenizer=tokenizer,
+        vocabulary=Vocabulary.from_tokenizer(tokenizer),
         end_tokens=[2],
         pad_token_id=0,
         seed=0,
-        output_dir=tmp_path,
-        alarm=None,
-        warmup_caches=caches,
     )
 
 

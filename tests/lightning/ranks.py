@@ -7,6 +7,7 @@ of the accelerator, the check of device indices, and a device without an index. 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def built(settings, callbacks):
 
 def fit(name, directory, settings, steps, ckpt_path=None):
     """Train to ``steps``, and return the mean over ranks of each step's loss."""
-    ranks = 1 if name == "single" else 2
+    ranks = 1 if name == "single" else int(os.environ["WORLD_SIZE"])
     seen = Losses()
     callbacks = [seen]
     torch.manual_seed(0)

@@ -64,18 +64,24 @@ def jobs(tmp_path_factory, student_dir, untied_student_dir, teacher_dir, other_t
         "panel, accumulated, ce": on_policy(own="plain", trainer=WINDOW, **CE),
         "panel, warm-up": on_policy(**warm),
         "panel, warm-up, ce": on_policy(**warm, **CE),
-        "panel, two caches": on_policy(warmup_cache=f"{cache.path},{cache.path}", warmup_cache_steps=2),
-        "panel, mixed estimators, saved": on_policy(
-            teacher_models=None, panel=block(teacher_dir, other_teacher_dir), save_rollouts=2, trainer=WINDOW
-        ),
         "panel, some ranks without tokens, ce": on_policy(mask_truncated_completions=True, **CE),
+    }
+
+    mixed = {"teacher_models": None, "panel": block(teacher_dir, other_teacher_dir)}
+    # What ranks ask of each other: teachers of several estimators, two caches, rows that are saved, none at all
+    collectives = {
+        "routed, saved, accumulated": on_policy(save_rollouts=2, trainer=WINDOW),
+        "mixed estimators, saved": on_policy(**mixed, save_rollouts=2, trainer=WINDOW),
+        "two caches": on_policy(**{**warm, "warmup_cache": f"{cache.path},{cache.path}"}),
+        "ranks without tokens": on_policy(mask_truncated_completions=True),
     }
 
     def write(name, given):
         (root / f"{name}.json").write_text(json.dumps(given))
         return root / f"{name}.json"
 
-    return {"quick": write("quick", quick), "further": write("further", {**quick, **further})}
+    files = {"quick": quick, "further": {**quick, **further}, "collectives": collectives}
+    return {name: write(name, given) for name, given in files.items()}
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +114,12 @@ def test_two_ranks_take_the_steps_of_one(strategy, name, tmp_path, jobs, alone):
         if losses != pytest.approx(expected[job], rel=1e-4)
     }
     assert not apart
+
+
+@pytest.mark.zero
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_open_heads_alike_whatever_their_rows_ask(ranks, tmp_path, jobs, alone):
+    found, expected = start("zero3", tmp_path, jobs["collectives"], ranks), alone("collectives")
+    assert found.keys() == expected.keys()
+    for job, losses in found.items():
+        assert losses == pytest.approx(expected[job], rel=1e-4), job

@@ -4,6 +4,10 @@ Tolerance as in tests/equivalence for TRL: 1e-4 relative in float32.
 """
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,6 +156,26 @@ def test_a_resumed_run_is_the_undisturbed_one_and_keeps_its_panel(
     other = build(tmp_path / "out", student_dir, {"t": other_teacher_dir}, **chosen)
     with pytest.raises(ConfigError, match="trained under another panel"):
         other.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_two_ranks_take_the_steps_of_one(tmp_path, student_dir, teacher_dir, other_teacher_dir):
+    found = []
+    for ranks, rows in ((1, 8), (2, 4)):
+        out = tmp_path / str(ranks)
+        out.mkdir()
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        done = subprocess.run(
+            [sys.executable, *launch, "-m", "tests.transformers.panel_worker", str(out), student_dir, teacher_dir,
+             other_teacher_dir, str(rows)],
+            cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+            timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(torch.load(out / "result.pt"))
+    one, two = found
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4) and len(one["losses"]) == 3
+    assert_same(two["weights"], one["weights"], 1e-4)
+    assert two["eval"] == pytest.approx(one["eval"], rel=1e-4)
 
 
 def test_an_evaluation_is_a_mean_over_tokens_and_always_the_same(tmp_path, student_dir, teacher_dir):
