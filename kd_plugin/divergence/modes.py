@@ -102,7 +102,7 @@ class Mixture(Mode):
     name = "mixture"
     help = "the divergence from the weighted mean of their probabilities"
     needs = "the mean of the teachers' probabilities over the whole vocabulary"
-    one_divergence = "is one distribution with one divergence"
+    one_divergence = "makes one distribution of all teachers, which has one divergence"
     buffers = 2
 
     def chunk(self, group: GroupPass, logits_RV: Tensor, part: slice) -> Tensor:
