@@ -176,7 +176,7 @@ class TestOneHead:
 def test_a_mixture_has_one_divergence():
     leaves, own = student(bias=False)
     group = PanelGroup(None, (TeacherTerm(teacher(1), divergence=Divergence("jsd")),), "mixture")
-    with pytest.raises(ConfigError, match="one distribution with one divergence"):
+    with pytest.raises(ConfigError, match="one distribution of all teachers, which has one divergence"):
         fused_panel_divergence(leaves[0], own, [group], Divergence())
 
 
