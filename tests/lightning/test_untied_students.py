@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from tests.lightning.ranks import STEPS
 from tests.lightning.test_strategies import GREEDY, ROWS, start
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
@@ -122,4 +123,7 @@ def test_ranks_open_heads_alike_whatever_their_rows_ask(ranks, tmp_path, jobs, a
     found, expected = start("zero3", tmp_path, jobs["collectives"], ranks), alone("collectives")
     assert found.keys() == expected.keys()
     for job, losses in found.items():
-        assert losses == pytest.approx(expected[job], rel=1e-4), job
+        # Which rows of a window come together, as those of like length, depends on the rows of a rank
+        parts = len(losses) // STEPS
+        sums, whole = ([sum(of[i : i + parts]) for i in range(0, len(of), parts)] for of in (losses, expected[job]))
+        assert sums == pytest.approx(whole, rel=1e-4), job
