@@ -145,15 +145,7 @@ def place_teachers(
     """Load the teachers that run in this process, and place them; see :func:`~kd_plugin.teachers.in_process.place`.
 
     Under ZeRO-3 and FSDP2, and with ``shard_teachers`` under ZeRO-1 and 2, a teacher is sharded over the ranks;
-    elsewhere each rank has a replica.
-
-    Args:
-        panel: the teachers.
-        trainer: for its strategy, which has set up the student.
-        module: for its device.
-        student: the student, of a PEFT model its base.
-        vocabulary: of the student.
-        shard_teachers: shard them under ZeRO-1 and 2 too.
+    elsewhere each rank has a replica. The strategy has set up the student, of a PEFT model its base.
 
     Raises:
         ConfigError: a placement that cannot be.

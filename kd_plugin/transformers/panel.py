@@ -87,15 +87,7 @@ class PanelHostMixin(TokenMeanMixin, LineageSavingMixin):
     ) -> RunLineage:
         """Pass the license gate, and check all that can be checked before a student is loaded.
 
-        Args:
-            args: of the trainer.
-            run: the panel.
-            model: the student, or where it is.
-            train_dataset: of the trainer, like what follows.
-            eval_dataset: see there.
-            processing_class: see there.
-            peft_config: see there.
-            declared: what the user declares of the lineage.
+        Arguments are the trainer's, but for ``run``, the panel, and ``declared``, what the user says of the lineage.
         """
         self.panel_run, self.panel, self.divergence = run, run.panel, run.divergence
         self.panel_settings = run.settings

@@ -135,11 +135,6 @@ def place_teachers(trainer: Any, panel: TeacherPanel, vocabulary: Vocabulary) ->
     Under ZeRO-3, and with ``shard_teachers`` under ZeRO-1 and 2, each teacher is sharded over the ranks; under FSDP2
     likewise. Elsewhere each rank has a replica.
 
-    Args:
-        trainer: for its accelerator, its arguments and its student.
-        panel: the teachers.
-        vocabulary: of the student.
-
     Raises:
         ConfigError: a placement that cannot be.
     """
