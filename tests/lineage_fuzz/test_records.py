@@ -47,11 +47,14 @@ def bytes_of(record, how):
 
 
 def meaning(record):
-    """Return what a record says of subjects and sources, less what may be left out of a node."""
+    """Return what a record says of subjects and sources, less what may be left out and no rule rests on.
+
+    An edge's ``role`` is the name that the run gave to a teacher. Who makes the digest anew can take it out.
+    """
 
     def bare(value):
         if isinstance(value, dict):
-            kept = {key: bare(one) for key, one in value.items() if key not in ("sure", "voice")}
+            kept = {key: bare(one) for key, one in value.items() if key not in ("sure", "voice", "role")}
             return {key: one for key, one in kept.items() if one not in ([], {}, False)}
         return [bare(one) for one in value] if isinstance(value, list) else value
 
