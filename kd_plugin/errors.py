@@ -62,7 +62,7 @@ def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def require_known(keys: Iterable[object], known: Sequence[str], where: str, prefix: str = "") -> None:
+def require_known_keys(keys: Iterable[object], known: Sequence[str], where: str, prefix: str = "") -> None:
     """Refuse a key that nothing takes: a key that is misspelt would be a setting that is lost.
 
     Args:

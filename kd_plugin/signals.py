@@ -146,7 +146,7 @@ class SparseSignal:
         logprobs: (N, K) nats under the teacher's full softmax.
         tail_logmass: (N,) log of the probability not listed; ``-inf`` when everything is listed.
         draws: (N, K) how often each token was drawn, for sampled targets; None for top-k.
-        written_logprobs: (N,) nats of the token that really stands at the next position, listed or not, where
+        sampled_token_logprobs: (N,) nats of the sampled token, which stands at the next position, listed or not, where
             the teacher tells; None where it does not.
     """
 
@@ -154,7 +154,7 @@ class SparseSignal:
     logprobs: Tensor
     tail_logmass: Tensor
     draws: Tensor | None = None
-    written_logprobs: Tensor | None = None
+    sampled_token_logprobs: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -166,7 +166,7 @@ class SparseSignal:
             self.logprobs.to(device, non_blocking=True),
             self.tail_logmass.to(device, non_blocking=True),
             None if self.draws is None else self.draws.to(device, non_blocking=True),
-            None if self.written_logprobs is None else self.written_logprobs.to(device, non_blocking=True),
+            None if self.sampled_token_logprobs is None else self.sampled_token_logprobs.to(device, non_blocking=True),
         )
 
     def within(self, vocab_size: int) -> SparseSignal:
@@ -185,7 +185,7 @@ class SparseSignal:
             (self.logprobs - scale.unsqueeze(-1)).masked_fill(gone, -math.inf),
             self.tail_logmass - scale,
             None if self.draws is None else self.draws.masked_fill(gone, 0),
-            None if self.written_logprobs is None else self.written_logprobs - scale,
+            None if self.sampled_token_logprobs is None else self.sampled_token_logprobs - scale,
         )
 
     def split(self, counts: Sequence[int]) -> list[SparseSignal]:
@@ -202,7 +202,7 @@ class SparseSignal:
             return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
 
         draws = [signal.draws for signal in signals]
-        written = [signal.written_logprobs for signal in signals]
+        written = [signal.sampled_token_logprobs for signal in signals]
         return cls(
             torch.cat([padded(signal.ids, 0) for signal in signals]),
             torch.cat([padded(signal.logprobs, -math.inf) for signal in signals]),
@@ -212,7 +212,7 @@ class SparseSignal:
         )
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.ids, self.logprobs, self.tail_logmass, self.draws, self.written_logprobs
+        return self.ids, self.logprobs, self.tail_logmass, self.draws, self.sampled_token_logprobs
 
 
 @dataclass(frozen=True)

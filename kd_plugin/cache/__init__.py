@@ -1,7 +1,7 @@
 """The teacher cache: a teacher's outputs, captured once, stored so that every flipped byte shows.
 
 ``kd_plugin.capturing`` fills one, ``TeacherCache`` reads it. On the disk: targets.py says what is kept, schema.py is a
-row, manifest.py and store.py are the directory, records.py and files.py hold what makes a crash or a flipped byte show.
+row, manifest.py and store.py are the directory, files.py is what makes a crash or a flipped byte show.
 For training: mapped_write.py and mapped_read.py are the memory-mapped form, joining.py and joint.py bring targets and
 tokens together, alignment.py notices targets that belong to the token beside.
 """

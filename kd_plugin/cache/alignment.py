@@ -209,7 +209,7 @@ def _follows(parts: list[_Row]) -> Mean:
         pairs.append(torch.stack([first[use], second[use]])[:, :_MOST_PAIRS])
     if min(pair.shape[1] for pair in pairs) < _FEWEST_PAIRS:
         return Mean(0.0, torch.inf)
-    signal = SparseSignal.joined([replace(part.signal, draws=None, written_logprobs=None) for part in parts])
+    signal = SparseSignal.joined([replace(part.signal, draws=None, sampled_token_logprobs=None) for part in parts])
     features = _features(signal, torch.cat(pairs, dim=1))
     alike = dict(zip((-1, 0), (features[0] * features[1]).sum(1).split([p.shape[1] for p in pairs]), strict=True))
     ours, theirs = alike[-1].double(), alike[0].double()

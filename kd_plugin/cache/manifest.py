@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cache.records import fitting, record_digest, unseal
+from kd_plugin.cache.files import fitting, record_digest, unseal
 from kd_plugin.cache.targets import Generation, Sampled, Targets, describe, from_description
 from kd_plugin.errors import CacheError
 

@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kd_plugin.cache.files import fitting, unseal
 from kd_plugin.cache.manifest import Manifest
 from kd_plugin.cache.mapped_write import BLOCK_BYTES, MAPPED_VERSION, FlatFile, bucket_bits
-from kd_plugin.cache.records import fitting, unseal
 from kd_plugin.cache.targets import Sampled, Targets, TopK
 from kd_plugin.errors import CacheCorruptionError, DataError
 from kd_plugin.lineage.hashing import sha256_file

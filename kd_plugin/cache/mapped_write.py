@@ -22,9 +22,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kd_plugin.cache.files import explained, remove, remove_leftovers, sync, temporary_name
+from kd_plugin.cache.files import explained, remove, remove_leftovers, seal, sync, temporary_name
 from kd_plugin.cache.manifest import Manifest, Unit
-from kd_plugin.cache.records import seal
 from kd_plugin.cache.schema import list_values, read_row_groups, scored_positions
 from kd_plugin.cache.targets import Sampled, TopK
 from kd_plugin.errors import CacheCorruptionError

@@ -14,15 +14,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from kd_plugin.cache.files import explained, publish_new, sync, temporary_name
+from kd_plugin.cache.files import explained, fitting, publish_new, seal, sync, temporary_name, unseal
 from kd_plugin.cache.manifest import Manifest, Part
 from kd_plugin.cache.mapped_write import verify_shard
 from kd_plugin.cache.reader import TeacherCache
-from kd_plugin.cache.records import fitting, seal, unseal
 from kd_plugin.cache.schema import read_row_groups
 from kd_plugin.cache.store import Store
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError
-from kd_plugin.lineage.outputs import joined_records
+from kd_plugin.lineage.declared import joined_records
 
 RECORD = "members.json"
 _OLD_RECORD = "panel.json"  # the name that a checkpoint's description of its panel has

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kd_plugin.cache.files import seal
 from kd_plugin.cache.manifest import Manifest, read_manifest
 from kd_plugin.cache.mapped_read import Mapped
 from kd_plugin.cache.mapped_write import build, mapped_directory, verify_shard
-from kd_plugin.cache.records import seal
 from kd_plugin.cache.schema import example_id
 from kd_plugin.cache.store import card, gather
 from kd_plugin.cache.targets import Sampled, describe

@@ -24,19 +24,21 @@ import pyarrow as pa
 from kd_plugin.cache.files import (
     claim_text,
     explained,
+    fitting,
     publish,
     publish_new,
     read_claim,
     remove_leftovers,
+    seal,
     temporary_name,
     this_process,
+    unseal,
 )
 from kd_plugin.cache.manifest import Manifest, Part, Settings, Unit, read_manifest
-from kd_plugin.cache.records import fitting, seal, unseal
 from kd_plugin.cache.schema import write_shard
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError
+from kd_plugin.lineage.declared import joined_records
 from kd_plugin.lineage.hashing import sha256_file
-from kd_plugin.lineage.outputs import joined_records
 
 _HEARTBEAT_SECONDS, _STALE_SECONDS = 20.0, 90.0
 _WAY_OUT = "No finished unit is affected. Make room or fix the permissions, and run the same command again."

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from kd_plugin.cache.records import fitting
+from kd_plugin.cache.files import fitting
 from kd_plugin.errors import ConfigError, nearest
 
 MAX_DRAWS = 32_767  # counts are mapped as 16-bit signed integers

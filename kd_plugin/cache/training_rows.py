@@ -1,4 +1,4 @@
-"""A trainer's rows, joined to the targets of a cache: labelled, looked up, surveyed, and cut with their tokens.
+"""A trainer's rows and batches with the targets of a cache: labelled, looked up, surveyed, cut and collated.
 
 Whole columns are worked on where they can be: a row at a time takes minutes for a million rows.
 """
@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
+from torch import Tensor
 
-from kd_plugin.cache.joining import kept_tokens, require_complete, survey
+from kd_plugin.cache.joining import TARGET, Untaught, kept_tokens, require_complete, survey, taught_batch
 from kd_plugin.cache.joint import JointCache
 from kd_plugin.errors import DataError
 from kd_plugin.vocab import Vocabulary
@@ -224,3 +227,55 @@ class _Labels:
             table = table.drop_columns([self.mask])
         ends = pa.array(np.append(0, np.cumsum(lengths)), pa.int32())
         return table.append_column("labels", pa.ListArray.from_arrays(ends, pa.array(labels)))
+
+
+@dataclass
+class TeacherTargetCollator:
+    """Wraps a collator, which need not know of targets.
+
+    It runs in the data loader's workers, so that targets are read from disk ahead of the step.
+
+    Attributes:
+        inner: a collator that pads on the right, or puts all examples into one row, one after the other.
+        cache: where the columns ``teacher_index`` point to.
+        untaught: what becomes of tokens with a label and no target.
+    """
+
+    inner: Any
+    cache: JointCache
+    untaught: Untaught
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate ``examples``, and add under ``teacher_target`` what :func:`taught_batch` gathers, and ``ends``.
+
+        ``ends`` says where each example ends among the flattened (B * L) positions of the batch.
+
+        Raises:
+            DataError: the collator padded on the left, cut or reordered rows, or gave no labels.
+        """
+        columns = self.cache.columns
+        batch = self.inner([{k: v for k, v in example.items() if k not in columns} for example in examples])
+        if "labels" not in batch or "input_ids" not in batch:
+            raise self._unfit(f"gives {sorted(batch)}; input_ids and labels are needed")
+        rows = [torch.as_tensor(example["input_ids"]) for example in examples]
+        padding_free = batch["labels"].shape[0] != len(rows)
+        self._require_unmoved(batch["input_ids"], [torch.cat(rows)] if padding_free else rows)
+        indices = {column: [example[column] for example in examples] for column in columns}
+        batch["labels"], batch[TARGET] = taught_batch(self.cache, batch["labels"], indices, self.untaught)
+        width = batch["labels"].shape[1]
+        batch[TARGET]["ends"] = list(accumulate(len(row) if padding_free else width for row in rows))
+        return batch
+
+    def _require_unmoved(self, ids: Tensor, rows: list[Tensor]) -> None:
+        """Refuse a batch whose tokens are not where the targets expect them: at the left edge, whole, in order."""
+        for number, row in enumerate(rows):
+            if len(ids) != len(rows) or not torch.equal(ids[number, : len(row)].cpu(), row.to("cpu", ids.dtype)):
+                raise self._unfit(
+                    f"moved the tokens of row {number} of a batch: cached targets would belong to other ones"
+                )
+
+    def _unfit(self, what: str) -> DataError:
+        return DataError(
+            f"The data collator {type(self.inner).__name__} {what}. Leave data_collator out, or give one that keeps "
+            "the order of the rows and their tokens, and pads on the right."
+        )

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 
-from kd_plugin.errors import ConfigError, nearest, require_known
+from kd_plugin.errors import ConfigError, nearest, require_known_keys
 from kd_plugin.inputs import read_yaml
 
 Settings = TypeVar("Settings")
@@ -78,7 +78,7 @@ def parse_settings(
     arguments, print_only = _without_bare_config(argv)
     _require_known_options(arguments, [*names, "config", "help", *(flags or {})])
     for path in _config_files(arguments):
-        require_known(read_yaml(path), names, path)
+        require_known_keys(read_yaml(path), names, path)
     try:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-from kd_plugin.errors import ConfigError, nearest, require_known
+from kd_plugin.errors import ConfigError, nearest, require_known_keys
 from kd_plugin.inputs import load_rows, read_yaml
 from kd_plugin.sharding.gathering import close_process_group
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig, TeacherPanelTrainer
@@ -63,7 +63,7 @@ def parse(command: str, config_class: type, argv: Sequence[str]) -> tuple[Script
         after = arguments[arguments.index("--config") + 1 :]
         if not after:
             raise ConfigError("--config needs a YAML file; none is named.")
-        require_known(read_yaml(after[0]), [*known, "env"], after[0])
+        require_known_keys(read_yaml(after[0]), [*known, "env"], after[0])
     for argument in arguments:
         name = argument.removeprefix("--").split("=")[0].replace("-", "_")
         if argument.startswith("--") and name not in (*known, "config") and not name.startswith("no_"):

@@ -1,13 +1,15 @@
-"""How far a student's next-token distribution is from a teacher's, in nats a token.
+"""How far a student's next-token distribution is from a teacher's, in nats per token. Mathematics only.
 
-``spec`` names a divergence, ``reference`` states each one as its formula, ``fused`` computes it for a panel
-without ever holding full logits, ``sparse`` for the tokens that a cache or a server kept. ``projection``, ``tiles``
-and ``listed`` are their inner parts; ``finite`` holds the check for NaN.
+spec.py names the divergences and modes.py the ways to combine teachers; reference.py computes one from full logits, the
+oracle of the others. fused.py is the loss of a panel without ever holding full logits, groups.py what it is asked;
+sparse.py is the loss of the tokens that a cache or a server kept, listed.py what is known of them; sampled.py is the
+loss of the sampled token alone. projection.py and tiles.py are their inner parts. objective.py is offline KD's loss of
+a batch.
 """
 
-from kd_plugin.divergence.finite import require_finite
 from kd_plugin.divergence.fused import PanelGroup, PanelLoss, TeacherTerm, fused_panel_divergence
 from kd_plugin.divergence.listed import Tail
+from kd_plugin.divergence.projection import require_finite
 from kd_plugin.divergence.sparse import SparseLoss, fused_sparse_divergence
 from kd_plugin.divergence.spec import Divergence
 

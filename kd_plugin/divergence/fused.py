@@ -9,29 +9,185 @@ Shape suffixes: N positions of the batch, n positions of a group, R positions of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_plugin.divergence.finite import require_finite
-from kd_plugin.divergence.groups import PanelGroup, TeacherTerm, check_groups
-from kd_plugin.divergence.panel_pass import Plan, panel_pass
+from kd_plugin.divergence.groups import PanelGroup, TeacherTerm, check_groups, head_identity, merged_by_head
+from kd_plugin.divergence.modes import MODES
 from kd_plugin.divergence.projection import (
+    Projector,
+    StudentGradient,
+    Workspace,
     autocast_dtype,
+    chunk_rows,
+    chunks,
     needs_gradient,
+    require_finite,
     require_hidden,
+    require_matching_rows,
     scaled_once,
     statistics_dtype,
+    without_unused,
 )
-from kd_plugin.divergence.shared import merged_by_head
 from kd_plugin.divergence.spec import Divergence
+from kd_plugin.divergence.tiles import Tiles
 from kd_plugin.signals import OutputHead
 
 __all__ = ["PanelGroup", "PanelLoss", "TeacherTerm", "fused_panel_divergence"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arguments of the loss that autograd does not look into; see ``fused_panel_divergence``."""
+
+    student: OutputHead
+    groups: tuple[PanelGroup, ...]
+    divergence: Divergence
+    temperature: float
+    needs: tuple[bool, bool, bool]
+    statistics: torch.dtype
+    autocast: torch.dtype | None
+    values: bool
+    rows: int | None = None  # longest chunk; None chooses by vocabulary and device
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a pass leaves: the loss, entropy (N,), per group and term value and weight (n,), and the gradients."""
+
+    loss: Tensor
+    entropy_N: Tensor
+    values: list[Tensor]
+    weights: list[Tensor]
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def panel_pass(hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: OutputHead, plan: Plan) -> Found:
+    """Compute everything; ``student`` is the head's real rows, ``weight`` and ``bias`` are autograd's."""
+    device, statistics, dtype = hidden_NH.device, plan.statistics, plan.autocast or hidden_NH.dtype
+    vocab_size, need_grad = student.weight.shape[0], any(plan.needs)
+    rows = plan.rows or chunk_rows(vocab_size, device)
+    workspace = Workspace(min(rows, max(hidden_NH.shape[0], 1)), vocab_size, device)
+    project = Projector(student, "student", workspace, dtype, statistics, plan.temperature, keep_slope=need_grad)
+    gradient = StudentGradient(hidden_NH, weight, bias, project, plan.needs, statistics)
+    tiles = Tiles(workspace, statistics, need_grad)
+    entropy_N = torch.zeros(hidden_NH.shape[0], dtype=statistics, device=device)
+    found = Found(torch.zeros((), dtype=statistics, device=device), entropy_N, [], [], gradient.take())
+    for group in plan.groups:
+        count = hidden_NH.shape[0] if group.positions is None else group.positions.shape[0]
+        teachers = _projectors(group, student, workspace, plan)
+        walk = GroupPass(group, teachers, project, tiles, plan, count)
+        for part in chunks(count if teachers else 0, rows):
+            where = part if group.positions is None else group.positions[part]
+            used_R = torch.stack([weight[part] != 0 for weight in walk.weights]).any(0)
+            hidden_RH = without_unused(hidden_NH.detach()[where].to(dtype), used_R.unsqueeze(-1))
+            entropy_N[where] = walk.chunk(hidden_RH, part).where(used_R, 0.0)
+            if need_grad:
+                gradient.add(tiles.gradient(), hidden_RH, where)
+        found.loss.add_(walk.loss())
+        found.values.extend(walk.values)
+        found.weights.extend(walk.weights)
+    return found
+
+
+def _projectors(group: PanelGroup, student: OutputHead, workspace: Workspace, plan: Plan) -> list[Projector]:
+    """Bring the heads of a group to the dtype of the product, each once."""
+    projectors = []
+    ready: dict[object, OutputHead] = {}
+    for term in group.terms:
+        dtype = plan.autocast or term.signal.hidden.dtype
+        key = (head_identity(term.signal.head), dtype)
+        if key not in ready:
+            head = term.signal.head.real_rows()
+            require_matching_rows(student, head, "a teacher of the panel")
+            ready[key] = replace(head, weight=head.weight.detach().to(workspace.device, dtype))
+        temperature = plan.temperature if term.temperature is None else term.temperature
+        projectors.append(Projector(ready[key], "teacher", workspace, dtype, plan.statistics, temperature))
+    return projectors
+
+
+class GroupPass:
+    """The chunks of one group, and the values and weights of its terms, filled chunk by chunk.
+
+    Attributes:
+        project: the student.
+        teachers: the group's, in the order of its terms.
+        tiles: compares two distributions and holds the gradient.
+        plan: of the whole loss.
+        sharpness: of the group.
+        weights: for each term (n,), replaced where the mode forms its own.
+        values: for each term (n,) divergence in nats.
+        joint_value: (n,) divergence in nats from what a mode makes of all terms.
+        confidences: of the present chunk, for that mode.
+    """
+
+    confidences: Any
+
+    def __init__(
+        self,
+        group: PanelGroup,
+        teachers: Sequence[Projector],
+        project: Projector,
+        tiles: Tiles,
+        plan: Plan,
+        count: int,
+    ) -> None:
+        self._group, self.teachers, self.project, self.tiles, self.plan = group, teachers, project, tiles, plan
+        self._mode, self.sharpness = MODES[group.combining], group.sharpness
+        device = project.workspace.device
+        self.weights = [_weights(term, count, plan.statistics, device) for term in group.terms]
+        self.values = [torch.zeros(count, dtype=plan.statistics, device=device) for _ in group.terms]
+        self.joint_value = torch.zeros(count, dtype=plan.statistics, device=device)
+        self._alike: dict[float, list[int]] = {}
+        for i, term in enumerate(group.terms):
+            temperature = plan.temperature if term.temperature is None else term.temperature
+            self._alike.setdefault(temperature, []).append(i)
+
+    def chunk(self, hidden_RH: Tensor, part: slice) -> Tensor:
+        """Compare the student with every teacher at the positions of ``part``; return its entropy (R,)."""
+        return self._mode.chunk(self, self.project(hidden_RH), part)
+
+    def loss(self) -> Tensor:
+        """Return the group's part of the loss, over all its positions."""
+        return self._mode.loss(self)
+
+    def order(self) -> list[int]:
+        """Return the terms in the order of :meth:`by_temperature`."""
+        return [i for indices in self._alike.values() for i in indices]
+
+    def by_temperature(self, logits_RV: Tensor) -> Iterator[tuple[Tensor, list[int]]]:
+        """Start the tiles at each temperature, with the student projected once; yield its entropy and the terms."""
+        if len(self._alike) > 1:
+            raw_RV = self.project.workspace.get("raw", logits_RV.shape[0], logits_RV.dtype).copy_(logits_RV)
+        for i, (temperature, indices) in enumerate(self._alike.items()):
+            if i > 0:
+                self.tiles.settle()
+                logits_RV.copy_(raw_RV)
+            factor = self.plan.temperature / temperature
+            at_RV = logits_RV if factor == 1.0 else logits_RV.mul_(factor)
+            yield self.tiles.start(at_RV, self.project.multiplier * factor, len(indices)), indices
+
+    def take(self, i: int, part: slice) -> None:
+        """Project a teacher and hand it to the tiles."""
+        teacher, used_R1 = self.teachers[i], (self.weights[i][part] != 0).unsqueeze(-1)
+        hidden_RH = self._group.terms[i].signal.hidden[part].to(teacher.workspace.device, teacher.weight_VH.dtype)
+        self.tiles.take(teacher(without_unused(hidden_RH, used_R1)))
+
+    def add(self, i: int, part: slice, weight_R: Tensor) -> None:
+        """Add the teacher that was taken in last to the loss, by its own divergence."""
+        value_R = self.tiles.add(weight_R, self._group.terms[i].divergence or self.plan.divergence)
+        self.values[i][part] = value_R.where(self.weights[i][part] != 0, 0.0)
+
+
+def _weights(term: TeacherTerm, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if term.weights is None:
+        return torch.ones(count, dtype=dtype, device=device)
+    return term.weights.detach().to(device=device, dtype=dtype, copy=True)
 
 
 @dataclass(frozen=True)

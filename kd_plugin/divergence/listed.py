@@ -1,31 +1,138 @@
 """Sparse targets as a coarse distribution: the K listed tokens, and one outcome for all the rest.
 
-Shape suffixes: N positions, K listed tokens, J = K + 1 outcomes (the last is the rest).
+From a full distribution such targets are taken chunk by chunk, as a server would give them.
+
+Shape suffixes: N positions, R positions of a chunk, K listed tokens, E further tokens, J = K + 1 outcomes (the last is
+the rest), V tokens, H hidden width.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from kd_plugin.divergence.projection import (
+    Projector,
+    Workspace,
+    autocast_dtype,
+    chunk_rows,
+    chunks,
+    statistics_dtype,
+)
 from kd_plugin.divergence.reference import from_logprobs
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError
-from kd_plugin.signals import SparseSignal
+from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 
 Tail = Literal["bucket", "keep", "renormalise"]
-
 # Log-probability given on both sides to an outcome that neither side can produce (padding, an empty rest): it adds
 # exactly 0 to every divergence and its gradient, where -inf would add inf - inf.
 _ABSENT = -1e4
 
 
+@torch.no_grad()
+def top_tokens(signal: HiddenSignal, k: int) -> Tensor:
+    """Return the ids (N, K) of the ``k`` likeliest tokens, or of all if there are fewer."""
+    found = [logits_RV.topk(min(k, logits_RV.shape[1]), -1).indices for _, logits_RV in _projected(signal, 1.0)]
+    return torch.cat(found) if found else torch.zeros(0, k, dtype=torch.int64, device=signal.hidden.device)
+
+
+@torch.no_grad()
+def logprobs_of(signal: HiddenSignal, tokens: Tensor, temperature: float) -> Tensor:
+    """Return the log-probabilities (N,) of ``tokens`` (N,) at a temperature, in nats."""
+    found = torch.zeros(len(signal), dtype=statistics_dtype(signal.hidden), device=tokens.device)
+    for part, logits_RV in _projected(signal, temperature):
+        found[part] = logits_RV.gather(1, tokens[part].unsqueeze(-1))[:, 0] - logits_RV.logsumexp(-1)
+    return found
+
+
+@torch.no_grad()
+def listed_from(signal: HiddenSignal, k: int, further: Tensor, temperature: float) -> SparseSignal:
+    """List the ``k`` likeliest tokens and some others, with the exact mass of the rest.
+
+    Args:
+        signal: the full distribution.
+        k: tokens listed by their probability.
+        further: (N, E) ids that are listed beside them; those that are listed already become padding.
+        temperature: divides the logits.
+
+    Returns:
+        N positions with K + E entries.
+    """
+    ids, logprobs, tails = [], [], []
+    for part, logits_RV in _projected(signal, temperature):
+        top_RK = logits_RV.topk(min(k, logits_RV.shape[1]), -1).indices
+        ids_RJ, again_RJ = joined_ids(top_RK, further[part].to(top_RK.device))
+        logp_RV = logits_RV.sub_(logits_RV.logsumexp(-1, keepdim=True))
+        listed_RJ = logp_RV.gather(1, ids_RJ)
+        tails.append(logp_RV.scatter_(1, ids_RJ, -math.inf).logsumexp(-1))
+        ids.append(ids_RJ)
+        logprobs.append(listed_RJ.masked_fill(again_RJ, -math.inf))
+    if not ids:
+        empty = signal.hidden.new_zeros((0, k + further.shape[1]), dtype=statistics_dtype(signal.hidden))
+        return SparseSignal(empty.long(), empty, empty.sum(1))
+    return SparseSignal(torch.cat(ids), torch.cat(logprobs), torch.cat(tails))
+
+
+def with_sampled_token(signal: SparseSignal, tokens: Tensor) -> SparseSignal:
+    """List the written tokens (N,) too, taking their mass from the rest.
+
+    What a server leaves for the rest is one minus a sum, so the written token may seem to have all of it or more; a
+    small part of the rest then stays.
+    """
+    assert signal.sampled_token_logprobs is not None
+    ids_NJ, again_NJ = joined_ids(signal.ids, tokens.unsqueeze(-1), listed=signal.logprobs != -math.inf)
+    new_N = ~again_NJ[:, -1]
+    written_N = torch.where(new_N, signal.sampled_token_logprobs.to(signal.logprobs.dtype), -math.inf)
+    # A written token without probability takes nothing, also from a rest that is nothing
+    share_N = torch.where(written_N > -math.inf, written_N - signal.tail_logmass, -math.inf).exp().clamp(max=1.0 - 1e-4)
+    tail_N = torch.where(new_N, signal.tail_logmass + torch.log1p(-share_N), signal.tail_logmass)
+    return SparseSignal(ids_NJ, torch.cat([signal.logprobs, written_N.unsqueeze(-1)], -1), tail_N)
+
+
+def joined_ids(first: Tensor, second: Tensor, listed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Join ids (R, K) and (R, E) and flag those of the second that came before, as (R, K + E) each.
+
+    Args:
+        first: ids that differ within a row.
+        second: further ids.
+        listed: (R, K) which of ``first`` are tokens at all; None for all.
+    """
+    ids = torch.cat([first, second], -1)
+    k = first.shape[1]
+    same = second.unsqueeze(-1) == ids.unsqueeze(1)  # (R, E, K + E)
+    if listed is not None:
+        same[:, :, :k] &= listed.unsqueeze(1)
+    earlier = torch.ones(second.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril(k - 1)
+    again = (same & earlier).any(-1)
+    return ids, torch.cat([torch.zeros_like(first, dtype=torch.bool), again], -1)
+
+
+def student_signal(hidden: Tensor, head: OutputHead) -> HiddenSignal:
+    """Return the student's own distribution at some positions, without a gradient."""
+    return HiddenSignal(hidden.detach(), head)
+
+
+def _projected(signal: HiddenSignal, temperature: float) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of positions with their logits over the temperature, in a buffer that the next one overwrites."""
+    hidden_NH = signal.hidden
+    dtype = autocast_dtype(hidden_NH.device) or hidden_NH.dtype
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        head = signal.head.real_rows()
+        rows = chunk_rows(head.weight.shape[0], hidden_NH.device)
+        workspace = Workspace(min(rows, max(len(signal), 1)), head.weight.shape[0], hidden_NH.device)
+        project = Projector(head, "logits", workspace, dtype, statistics_dtype(hidden_NH), temperature)
+        for part in chunks(len(signal), rows):
+            yield part, project(hidden_NH[part].to(dtype))
+
+
 @dataclass(frozen=True)
-class Listed:
+class CoarseTarget:
     """Targets of some positions, made safe to gather and scatter with.
 
     Attributes:
@@ -46,7 +153,7 @@ class Listed:
     any_N1: Tensor
 
     @classmethod
-    def from_signal(cls, signal: SparseSignal, dtype: torch.dtype) -> Listed:
+    def from_signal(cls, signal: SparseSignal, dtype: torch.dtype) -> CoarseTarget:
         """Prepare ``signal``; log-probabilities become ``dtype``."""
         real_NK = signal.logprobs != -math.inf
         first_N1 = real_NK.to(torch.uint8).argmax(-1, keepdim=True)
@@ -57,9 +164,9 @@ class Listed:
         draws = None if signal.draws is None else signal.draws.to(dtype)
         return cls(ids_NK, source_NK, signal.logprobs.to(dtype), signal.tail_logmass.to(dtype)[:, None], draws, any_N1)
 
-    def __getitem__(self, part: slice) -> Listed:
+    def __getitem__(self, part: slice) -> CoarseTarget:
         draws = None if self.draws_NK is None else self.draws_NK[part]
-        return Listed(
+        return CoarseTarget(
             self.ids_NK[part], self.source_NK[part], self.logp_NK[part], self.tail_N1[part], draws, self.any_N1[part]
         )
 
@@ -94,7 +201,7 @@ def check_tail(tail: str, divergence: Divergence, sampled: bool) -> None:
 
 
 def listed_divergence(
-    target: Listed, logq_NJ: Tensor, divergence: Divergence, tail: str, need_grad: bool
+    target: CoarseTarget, logq_NJ: Tensor, divergence: Divergence, tail: str, need_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence of coarse distributions, and its derivative in the student's coarse log-probabilities.
 

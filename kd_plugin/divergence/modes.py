@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kd_plugin.divergence.panel_pass import GroupPass
+    from kd_plugin.divergence.fused import GroupPass
 
 Combine = Literal["route", "weighted_kl", "mixture", "confidence"]
 _NEVER = -1e30  # stands for log 0 below all weights: exp(_NEVER − x) is 0, and -inf − (-inf) would be NaN

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_plugin.errors import ConfigError
+from kd_plugin.errors import ConfigError, NonFiniteError
 from kd_plugin.signals import OutputHead
 
 # Logits of one chunk, in elements. On CPU small enough to stay near the caches and large enough that the matrix
@@ -25,6 +25,30 @@ _CHUNK_ELEMENTS_ACCELERATOR = 64 * 1024 * 1024
 # MKL's float32 product of a few hundred rows with a whole head takes 1.1 to 1.4 times as long as in blocks of so many
 # columns; in bfloat16 and float64 blocks gain nothing. Any width from 512 to 2,048 measured the same.
 _CPU_COLUMNS = 1536
+
+
+def require_finite(loss: Tensor, where: str) -> None:
+    """Raise unless every element of ``loss`` is finite.
+
+    Reading the answer waits for the device. The losses of this room call it themselves only on CPU, where waiting
+    costs nothing; on an accelerator the host calls it when it reads the loss anyway, for its log.
+
+    Args:
+        loss: any tensor.
+        where: what the message calls it, such as ``"the panel loss at step 12"``.
+
+    Raises:
+        NonFiniteError: an element is NaN or infinite.
+    """
+    if bool(torch.isfinite(loss.detach()).all()):
+        return
+    bad = loss.detach().flatten()
+    bad = bad[~torch.isfinite(bad)]
+    raise NonFiniteError(
+        f"{where} is not finite: {bad.numel()} of {loss.numel()} values, the first is {bad[0].item()}. Look at the "
+        "student's and the teacher's last hidden states for NaN or infinity; lower the learning rate, clip "
+        "gradients, or use bfloat16 instead of float16."
+    )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_plugin.divergence.finite import require_finite
 from kd_plugin.divergence.projection import (
     Projector,
     StudentGradient,
@@ -26,6 +25,7 @@ from kd_plugin.divergence.projection import (
     chunk_rows,
     chunks,
     needs_gradient,
+    require_finite,
     require_hidden,
     scaled_once,
     statistics_dtype,

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_plugin.divergence.finite import require_finite
-from kd_plugin.divergence.listed import Listed, Tail, check_tail, listed_divergence
+from kd_plugin.divergence.listed import CoarseTarget, Tail, check_tail, listed_divergence
 from kd_plugin.divergence.projection import (
     Projector,
     StudentGradient,
@@ -27,6 +26,7 @@ from kd_plugin.divergence.projection import (
     chunk_rows,
     chunks,
     needs_gradient,
+    require_finite,
     require_hidden,
     scaled_once,
     statistics_dtype,
@@ -189,7 +189,7 @@ class _SparsePass:
             student, "student", self.workspace, self.dtype, statistics, 1.0, keep_slope=self.need_grad
         )
         self.gradient = StudentGradient(hidden_NH, weight, bias, self.project, plan.needs, statistics)
-        self.listed = Listed.from_signal(plan.target, statistics)
+        self.listed = CoarseTarget.from_signal(plan.target, statistics)
 
         def zeros(dtype: torch.dtype = statistics) -> Tensor:
             return torch.zeros(count, dtype=dtype, device=device)

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
-from kd_plugin.errors import ConfigError, KDError, nearest, require_known
+from kd_plugin.errors import ConfigError, KDError, nearest, require_known_keys
 from kd_plugin.inputs import read_yaml
 from kd_plugin.lightning.data import KDDataModule
 from kd_plugin.lightning.module import StudentModule
@@ -67,31 +67,31 @@ def require_known_settings(arguments: Sequence[str]) -> None:
         if model is None and isinstance(given, Mapping):
             model = given.get("class_path")
         for name, value in content.items():
-            require_known([name], _TOP, path)
+            require_known_keys([name], _TOP, path)
             if name == "model" and isinstance(value, Mapping):
                 _check_model(path, value)
             elif name in ("trainer", "data") and isinstance(value, Mapping):
-                require_known(value, _fields(Trainer if name == "trainer" else KDDataModule), path, f"{name}.")
+                require_known_keys(value, _fields(Trainer if name == "trainer" else KDDataModule), path, f"{name}.")
     for argument in arguments:
         if not argument.startswith("--"):
             continue
         first, *rest = argument.removeprefix("--").split("=")[0].split(".")
         where = "the command line"
-        require_known([first], (*_TOP, *_OPTIONS), where, "--")
+        require_known_keys([first], (*_TOP, *_OPTIONS), where, "--")
         if rest and first in ("trainer", "data"):
             known = _fields(Trainer if first == "trainer" else KDDataModule)
-            require_known([rest[0].rstrip("+")], known, where, f"--{first}.")
+            require_known_keys([rest[0].rstrip("+")], known, where, f"--{first}.")
         elif rest and first == "model" and model is not None:
             key = rest[1] if rest[0] == "init_args" and len(rest) > 1 else rest[0]
-            require_known([key], (*_fields(_resolve(where, model)), "class_path"), where, "--model.")
+            require_known_keys([key], (*_fields(_resolve(where, model)), "class_path"), where, "--model.")
 
 
 def _check_model(path: str, given: Mapping[str, Any]) -> None:
     if "class_path" not in given:
         raise ConfigError(f"{path}: model has no class_path; choose one of {', '.join(_modules())}.")
-    require_known(given, ("class_path", "init_args", "dict_kwargs"), path, "model.")
+    require_known_keys(given, ("class_path", "init_args", "dict_kwargs"), path, "model.")
     known = _fields(_resolve(path, given["class_path"]))
-    require_known(given.get("init_args") or {}, known, path, "model.init_args.")
+    require_known_keys(given.get("init_args") or {}, known, path, "model.init_args.")
 
 
 def _fields(cls: type) -> list[str]:

@@ -16,7 +16,7 @@ from kd_plugin.models import load_language_model
 from kd_plugin.rollouts.in_process import Sampling
 from kd_plugin.rollouts.rows import render
 from kd_plugin.settings import option, settings, takes
-from kd_plugin.sharding.inference import shard_with_fsdp2
+from kd_plugin.sharding.running import shard_with_fsdp2
 from kd_plugin.verifying import verifier
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.batches import MicroBatch, StepLoss
 from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.warmup import WarmupBatch
-from kd_plugin.sharding.inference import shard_for_inference, shard_with_fsdp2
+from kd_plugin.sharding.running import shard_for_inference, shard_with_fsdp2
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.in_process import Placement, place
 from kd_plugin.vocab import Vocabulary

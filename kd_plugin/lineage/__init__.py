@@ -3,8 +3,8 @@
 registry (licenses.toml) -> discovery -> graph -> policy -> obligations -> record -> write; verify recomputes it all.
 """
 
+from kd_plugin.lineage.declared import outputs_record
 from kd_plugin.lineage.hashing import weight_files
-from kd_plugin.lineage.outputs import outputs_record
 from kd_plugin.lineage.record import load_record
 from kd_plugin.lineage.run import RunLineage
 from kd_plugin.lineage.sources import Source

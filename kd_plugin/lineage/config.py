@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from kd_plugin.errors import ConfigError, require_known
+from kd_plugin.errors import ConfigError, require_known_keys
 from kd_plugin.lineage.front_matter import MAX_BYTES, parse_yaml
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.verdict import FACTS, Override, read_overrides, require_date
@@ -274,5 +274,5 @@ def _mapping(value: Any, where: str, keys: tuple[str, ...] | None) -> Mapping[st
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} must be a mapping, got {type(value).__name__} {str(value)[:80]!r}.")
     if keys is not None:
-        require_known(value, keys, where)
+        require_known_keys(value, keys, where)
     return value

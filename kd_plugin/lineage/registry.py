@@ -14,7 +14,7 @@ from typing import Any
 
 from license_expression import ExpressionError, LicenseSymbol, get_spdx_licensing
 
-from kd_plugin.errors import ConfigError, nearest, require_known
+from kd_plugin.errors import ConfigError, nearest, require_known_keys
 from kd_plugin.lineage.names import (
     ServiceModels,
     fits_host,
@@ -257,7 +257,7 @@ def parse_registry(raw: bytes, where: str, read: Callable[[str], bytes], base: R
         data = tomllib.loads(raw.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{where} is not valid TOML: {error}.") from error
-    require_known(data, _TABLES, where)
+    require_known_keys(data, _TABLES, where)
     terms: dict[str, Terms] = {}
     aliases: dict[str, str] = {}
     hosts: dict[str, str] = {}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import rfc8785
 
-from kd_plugin.errors import ConfigError, require_known
+from kd_plugin.errors import ConfigError, require_known_keys
 
 Trigger = Literal["training", "distribution"]
 Effect = Literal["duty", "forbid", "unknown"]
@@ -49,7 +49,7 @@ class Clause:
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], where: str) -> Clause:
         """Read a clause from TOML or JSON; ``where`` names it in errors (ConfigError)."""
-        require_known(data, sorted(cls.__dataclass_fields__), where)
+        require_known_keys(data, sorted(cls.__dataclass_fields__), where)
         values = _values(data, ("reach", "precaution", "unless_student", "unless_repo"), where)
         try:
             clause = cls(**values)
@@ -108,7 +108,7 @@ class Terms:
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], where: str) -> Terms:
         """Read an entry from TOML or from a record; ``where`` names it in errors (ConfigError)."""
-        require_known(data, sorted(cls.__dataclass_fields__), where)
+        require_known_keys(data, sorted(cls.__dataclass_fields__), where)
         plain = {k: v for k, v in data.items() if k not in ("clauses", "attachments")}
         values = _values(plain, ("inherits",), where)
         attachments = data.get("attachments", {})

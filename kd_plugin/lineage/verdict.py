@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, Literal
 
-from kd_plugin.errors import ConfigError, LicenseRefusedError, require_known
+from kd_plugin.errors import ConfigError, LicenseRefusedError, require_known_keys
 from kd_plugin.lineage.terms import Terms
 
 Decision = Literal["allow", "allow_with_duties", "overridden", "conditional", "unknown", "block"]
@@ -236,7 +236,7 @@ class Override:
             ConfigError: a field is missing, empty, unknown or malformed.
         """
         known = list(cls.__dataclass_fields__)
-        require_known(data, known, where)
+        require_known_keys(data, known, where)
         values = {key: str(data.get(key) or "").strip() for key in known}
         missing = [key for key in known if not values[key]]
         if missing:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence.extract import logprobs_of, top_tokens
+from kd_plugin.divergence.listed import logprobs_of, top_tokens
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel.batches import MicroBatch
 from kd_plugin.panel.loss import TeacherDivergence
@@ -173,8 +173,8 @@ def _token_view(
         listed = (signal.ids == tokens.unsqueeze(-1)) & (signal.logprobs > -math.inf)
         known = torch.where(listed, signal.logprobs.float(), math.nan).nan_to_num(nan=-math.inf).amax(-1)
         written = known.masked_fill(known == -math.inf, math.nan)
-        if signal.written_logprobs is not None:
-            written = signal.written_logprobs.float()
+        if signal.sampled_token_logprobs is not None:
+            written = signal.sampled_token_logprobs.float()
     top = [
         [(decode(i), round(math.exp(p), 4)) for i, p in zip(row_ids, row, strict=True) if p > -math.inf]
         for row_ids, row in zip(ids.tolist(), logprobs.tolist(), strict=True)

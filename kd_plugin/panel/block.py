@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.divergence.spec import Divergence
-from kd_plugin.errors import ConfigError, nearest, require_known
+from kd_plugin.errors import ConfigError, nearest, require_known_keys
 from kd_plugin.inputs import read_yaml
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.roster import OwnTerms, TeacherPanel
@@ -155,7 +155,7 @@ def _has(spec: Any, key: str) -> bool:
 def _require_keys(given: Any, known: Iterable[str], label: str) -> None:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{label}: expected a mapping, found {type(given).__name__}.")
-    require_known(given, list(known), label)
+    require_known_keys(given, list(known), label)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence.extract import (
+from kd_plugin.divergence.fused import fused_panel_divergence
+from kd_plugin.divergence.listed import (
     listed_from,
     logprobs_of,
     student_signal,
     top_tokens,
-    with_written,
+    with_sampled_token,
 )
-from kd_plugin.divergence.fused import fused_panel_divergence
 from kd_plugin.divergence.sampled import fused_sampled_divergence
 from kd_plugin.divergence.sparse import fused_sparse_divergence
 from kd_plugin.divergence.spec import Divergence
@@ -226,9 +226,9 @@ class _Run:
         """Return tokens and log-probabilities of a signal, the sampled token among them."""
         tokens = self.tokens if positions is None else self.tokens.index_select(0, positions)
         if isinstance(signal, SparseSignal):
-            if signal.draws is not None or signal.written_logprobs is None:
+            if signal.draws is not None or signal.sampled_token_logprobs is None:
                 return signal
-            return with_written(signal, tokens)
+            return with_sampled_token(signal, tokens)
         further = tokens.unsqueeze(-1)
         count = estimator.top_k if estimator.student_top_k is None else estimator.student_top_k
         if count:
@@ -242,12 +242,12 @@ class _Run:
         tokens = self.tokens if positions is None else self.tokens.index_select(0, positions)
         if isinstance(signal, HiddenSignal):
             return logprobs_of(signal, tokens, temperature)
-        if signal.written_logprobs is None:
+        if signal.sampled_token_logprobs is None:
             raise ConfigError(
                 f"Teacher {name!r} does not tell the log-probability of the sampled token, which estimator='sampled' "
                 "needs. Use estimator='topk_tail'."
             )
-        return signal.written_logprobs
+        return signal.sampled_token_logprobs
 
     def _estimator(self, name: str) -> Estimator:
         return self.panel.own[name].estimator or self.panel.estimator

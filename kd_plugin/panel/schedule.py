@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from kd_plugin.errors import ConfigError, nearest, require_known
+from kd_plugin.errors import ConfigError, nearest, require_known_keys
 
 Shape = Literal["linear", "cosine"]
 
@@ -79,7 +79,7 @@ def as_schedule(value: Any, name: str) -> Schedule:
     known = [field.name for field in fields(Schedule)]
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} is {value!r}; expected a number or a mapping with {', '.join(known)}.")
-    require_known(value, known, name)
+    require_known_keys(value, known, name)
     missing = [key for key in ("start", "end") if key not in value]
     if missing:
         raise ConfigError(f"{name} lacks {' and '.join(missing)}; a schedule goes from `start` to `end` in `steps`.")

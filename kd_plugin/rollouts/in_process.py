@@ -17,7 +17,7 @@ from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_
 from kd_plugin.rollouts.engine import Propose
 from kd_plugin.rollouts.responses import StopLoops, until_end
 from kd_plugin.rollouts.rows import left_padded
-from kd_plugin.sharding.inference import through
+from kd_plugin.sharding.running import through
 from kd_plugin.vocab import Vocabulary
 
 

@@ -1,5 +1,5 @@
 """Models whose weights are sharded over ranks: gathering parameters, offloading, teachers that are never trained.
 
-gathering.py is what every rank does together; inference.py shards a teacher; generation.py is the student that
-generates while its weights are sharded.
+gathering.py is what every rank does together; running.py is a teacher that is sharded and a student that generates
+while its weights are.
 """

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-from kd_plugin.cache.collator import TeacherTargetCollator
 from kd_plugin.cache.joining import TARGET, Untaught, mean_over_taught, taught_positions, untaught_tokens
 from kd_plugin.cache.joint import Caches, JointCache
-from kd_plugin.cache.training_rows import Joining, with_labels
-from kd_plugin.divergence.finite import require_finite
+from kd_plugin.cache.training_rows import Joining, TeacherTargetCollator, with_labels
 from kd_plugin.divergence.objective import OfflineSettings
+from kd_plugin.divergence.projection import require_finite
 from kd_plugin.divergence.sparse import SparseLoss
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.limits import refuse_images, refuse_label_smoothing, refuse_prompt_learning, refuse_router_loss

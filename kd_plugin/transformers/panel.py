@@ -35,7 +35,7 @@ from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.warmup import WarmupBatch
 from kd_plugin.rollouts.in_process import InProcessEngine, Sampling, pad_token
 from kd_plugin.rollouts.rows import mixed_seed
-from kd_plugin.sharding.inference import through
+from kd_plugin.sharding.running import through
 from kd_plugin.signals import OutputHead
 from kd_plugin.transformers.evaluation import TokenMeanMixin
 from kd_plugin.transformers.panel_host import (

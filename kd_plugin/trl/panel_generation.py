@@ -18,7 +18,7 @@ from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_
 from kd_plugin.rollouts.engine import Propose
 from kd_plugin.rollouts.responses import StopLoops
 from kd_plugin.sharding.gathering import most_of_any_rank
-from kd_plugin.sharding.generation import GenerationProgress, free_bytes, missing_bytes, slow_notice
+from kd_plugin.sharding.running import GenerationProgress, free_bytes, missing_bytes, slow_notice
 from kd_plugin.trl.vllm_generation import ranks_together
 from kd_plugin.vocab import Vocabulary
 

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import DistillationTrainer
 from trl.models import prepare_deepspeed
 
-from kd_plugin.divergence.finite import require_finite
+from kd_plugin.divergence.projection import require_finite
 from kd_plugin.errors import ConfigError
 from kd_plugin.limits import refuse_images
 from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kd_plugin.demo.prompts import GENERAL, questions
 from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence, fused_sparse_divergence
-from kd_plugin.divergence.extract import listed_from, logprobs_of, student_signal, top_tokens
+from kd_plugin.divergence.listed import listed_from, logprobs_of, student_signal, top_tokens
 from kd_plugin.divergence.sampled import fused_sampled_divergence
 from kd_plugin.signals import HiddenSignal, OutputHead
 

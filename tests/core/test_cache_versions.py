@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kd_plugin.cache import Sampled, TeacherCache
+from kd_plugin.cache.files import seal
 from kd_plugin.cache.manifest import read_manifest
-from kd_plugin.cache.records import seal
 from kd_plugin.cache.targets import describe, from_description
 from kd_plugin.capturing import capture
 from kd_plugin.divergence import Divergence

@@ -10,7 +10,7 @@ from kd_plugin.cache.targets import Sampled, TopK, TopP
 from kd_plugin.capturing.extract import extract, from_logits
 from kd_plugin.capturing.generating import uniforms
 from kd_plugin.capturing.logits import candidates
-from kd_plugin.divergence.extract import with_written
+from kd_plugin.divergence.listed import with_sampled_token
 from kd_plugin.divergence.projection import exact_logits
 from kd_plugin.errors import NonFiniteError
 from kd_plugin.signals import OutputHead, SparseSignal
@@ -142,7 +142,7 @@ def test_a_written_token_without_probability_where_all_are_listed():
     listed = read_entries([entry], [2], 4, 4)
     assert listed.tail_logmass.tolist() == [-math.inf] and listed.next_logprobs.tolist() == [-math.inf]
     tensors = [torch.tensor(x) for x in (listed.ids, listed.logprobs, listed.tail_logmass)]
-    found = with_written(SparseSignal(*tensors, None, torch.tensor(listed.next_logprobs)), torch.tensor([2]))
+    found = with_sampled_token(SparseSignal(*tensors, None, torch.tensor(listed.next_logprobs)), torch.tensor([2]))
     assert not found.logprobs.isnan().any()
     assert found.logprobs.exp().sum() == pytest.approx(1.0) and found.tail_logmass.tolist() == [-math.inf]
 
@@ -159,7 +159,7 @@ def test_a_written_token_of_any_probability_leaves_no_nan(tail, written, token):
         None,
         torch.tensor([written], dtype=torch.float64),
     )
-    found = with_written(signal, torch.tensor([token]))
+    found = with_sampled_token(signal, torch.tensor([token]))
     assert not found.logprobs.isnan().any() and not found.tail_logmass.isnan().any()
     assert found.tail_logmass <= tail
 

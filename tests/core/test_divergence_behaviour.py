@@ -9,9 +9,9 @@ from kd_plugin.divergence import (
     Divergence,
     PanelGroup,
     TeacherTerm,
+    fused,
     fused_panel_divergence,
     fused_sparse_divergence,
-    panel_pass,
     require_finite,
 )
 from kd_plugin.errors import ConfigError, NonFiniteError, VocabularyError
@@ -180,9 +180,9 @@ def test_compiled_function_agrees(loss_of):
 
 def test_head_is_projected_once_whatever_the_number_of_teachers(monkeypatch):
     calls = []
-    original = panel_pass.Projector.__call__
+    original = fused.Projector.__call__
     monkeypatch.setattr(
-        panel_pass.Projector, "__call__", lambda self, h: calls.append(self.weight_VH.shape[1]) or original(self, h)
+        fused.Projector, "__call__", lambda self, h: calls.append(self.weight_VH.shape[1]) or original(self, h)
     )
     hidden, weight = leaves()
     terms = tuple(TeacherTerm(teacher()) for _ in range(3))

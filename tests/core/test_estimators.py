@@ -8,7 +8,7 @@ import torch
 from kd_plugin.cache import Sampled, TopK
 from kd_plugin.capturing import capture
 from kd_plugin.divergence import Divergence
-from kd_plugin.divergence.extract import joined_ids, listed_from
+from kd_plugin.divergence.listed import joined_ids, listed_from
 from kd_plugin.divergence.reference import divergence_from_logits, from_logprobs
 from kd_plugin.divergence.sampled import fused_sampled_divergence
 from kd_plugin.errors import ConfigError, DataError, NonFiniteError

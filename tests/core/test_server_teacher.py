@@ -53,9 +53,9 @@ def test_the_signal_is_that_of_the_local_teacher(served, local, tokenizer, batch
     torch.testing.assert_close(mass, torch.ones_like(mass), atol=1e-5, rtol=0)
     assert bool(torch.isinf(signal.tail_logmass).all()) == (top_k == "all")
     written = ids.flatten()[positions + 1]
-    torch.testing.assert_close(signal.written_logprobs, full.gather(1, written[:, None])[:, 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(signal.sampled_token_logprobs, full.gather(1, written[:, None])[:, 0], atol=1e-5, rtol=0)
     moved = signal.to("cpu")
-    assert torch.equal(moved.written_logprobs, signal.written_logprobs)
+    assert torch.equal(moved.sampled_token_logprobs, signal.sampled_token_logprobs)
 
 
 def test_padded_rows_of_the_head_are_cut_as_in_process(tokenizer, batch):
@@ -76,7 +76,7 @@ def test_padded_rows_of_the_head_are_cut_as_in_process(tokenizer, batch):
 def test_no_position_asks_for_nothing(served, tokenizer, batch):
     ids, mask, _ = batch
     signal = of(served[0], tokenizer, top_k=5).score(ids, mask, torch.zeros(0, dtype=torch.int64))
-    assert signal.ids.shape == (0, 5) and signal.written_logprobs.shape == (0,) and not served[1].requests
+    assert signal.ids.shape == (0, 5) and signal.sampled_token_logprobs.shape == (0,) and not served[1].requests
 
 
 @pytest.mark.parametrize("position", [11, 12 + 2, 24 + 6])

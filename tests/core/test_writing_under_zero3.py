@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from kd_plugin.sharding import generation
-from kd_plugin.sharding.generation import GenerationProgress, missing_bytes, slow_notice, whole_bytes
+from kd_plugin.sharding import running
+from kd_plugin.sharding.running import GenerationProgress, missing_bytes, slow_notice, whole_bytes
 from kd_plugin.trl.panel_generation import generating
 
 
@@ -35,9 +35,9 @@ def test_the_notice_says_why_it_is_slow_and_what_is_faster(cut, fits, why):
 
 def test_progress_is_said_every_half_minute_and_stops_nothing(monkeypatch, caplog):
     clock = [0.0]
-    monkeypatch.setattr(generation.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(running.time, "monotonic", lambda: clock[0])
     progress = GenerationProgress(100, says=True)
-    with caplog.at_level(logging.WARNING, logger=generation.logger.name):
+    with caplog.at_level(logging.WARNING, logger=running.logger.name):
         for written in range(1, 8):
             clock[0] += 10.0
             assert not progress(torch.zeros(2, 5 + written), None).any()
@@ -48,9 +48,9 @@ def test_progress_is_said_every_half_minute_and_stops_nothing(monkeypatch, caplo
 
 
 def test_other_ranks_are_silent(monkeypatch, caplog):
-    monkeypatch.setattr(generation, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(running, "PROGRESS_SECONDS", 0.0)
     progress = GenerationProgress(100, says=False)
-    with caplog.at_level(logging.WARNING, logger=generation.logger.name):
+    with caplog.at_level(logging.WARNING, logger=running.logger.name):
         progress(torch.zeros(2, 6), None)
     assert not caplog.records
 

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from kd_plugin.cache import TopK
-from kd_plugin.cache.records import seal
+from kd_plugin.cache.files import seal
 from kd_plugin.capturing import capture
 from kd_plugin.errors import (
     CacheCorruptionError,

@@ -190,7 +190,7 @@ def test_what_is_cut_off_a_list_is_scaled_into_the_rest():
     cut = signal.within(LAST)
     torch.testing.assert_close(cut.logprobs.exp(), torch.tensor([[0.625, 0.0, 0.25]]))
     torch.testing.assert_close(cut.tail_logmass.exp(), torch.tensor([0.125]))
-    torch.testing.assert_close(cut.written_logprobs.exp(), torch.tensor([0.625]))
+    torch.testing.assert_close(cut.sampled_token_logprobs.exp(), torch.tensor([0.625]))
     drawn = SparseSignal(torch.tensor([[7, 258]]), logp[:, :2], logp[:, 3], torch.tensor([[3, 1]])).within(LAST)
     assert drawn.draws.tolist() == [[3, 0]] and drawn.logprobs[0, 1] == -torch.inf
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd_plugin.cache import TeacherCache
-from kd_plugin.cache.records import seal
+from kd_plugin.cache.files import seal
 from kd_plugin.errors import CacheError, KDError
 from kd_plugin.lineage import RunLineage, Source
 from kd_plugin.lineage.graph import Edge, Evidence, Graph, Node

@@ -114,7 +114,9 @@ def test_the_signal_equals_that_of_the_local_teacher(teacher, local):
     differences = {
         "listed": (signal.logprobs - full.gather(1, signal.ids)).abs().max(),
         "ranks": (signal.logprobs - full.topk(64).values).abs().max(),
-        "written": (signal.written_logprobs - full.gather(1, batch["input_ids"].flatten()[positions + 1, None])[:, 0])
+        "written": (
+            signal.sampled_token_logprobs - full.gather(1, batch["input_ids"].flatten()[positions + 1, None])[:, 0]
+        )
         .abs()
         .max(),
         "tail": (signal.tail_logmass.exp() + full.topk(64).values.exp().sum(1) - 1).abs().max(),
