@@ -1,6 +1,7 @@
 """What the teacher cache costs to fill, to keep and to read.
 
 python -m tests.benchmarks.teacher_cache read --examples 10000 --k 64
+python -m tests.benchmarks.teacher_cache arrow --examples 2000 --length 128
 python -m tests.benchmarks.teacher_cache capture --model DIR --dtype bfloat16
 python -m tests.benchmarks.teacher_cache size --model DIR --text FILE
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -88,6 +90,62 @@ def read(arguments: argparse.Namespace) -> None:
         print(f"verified {max(rate(50) for _ in range(3)):.2f} M targets/s, {private_megabytes() - before:+d} MB")
 
 
+def arrow(arguments: argparse.Namespace) -> None:
+    """Read the targets of random examples from the cache's flat files, and from one memory-mapped Arrow file."""
+    per_row, generator = arguments.length - 1, torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as directory:
+        cache = synthetic(Path(directory) / "cache", arguments.examples, arguments.length, arguments.k)
+        path = Path(directory) / "targets.arrow"
+        writer = None
+        for start in range(0, cache.tokens, 65_536):
+            signal = cache.signal(torch.arange(start, min(start + 65_536, cache.tokens)))
+            ids, logprobs = (
+                pa.FixedSizeListArray.from_arrays(values.numpy().ravel(), arguments.k)
+                for values in (signal.ids.int(), signal.logprobs.half())
+            )
+            batch = pa.record_batch([ids, logprobs, signal.tail_logmass.numpy()], ["ids", "logprobs", "tail"])
+            writer = writer or pa.ipc.new_file(str(path), batch.schema)
+            writer.write_batch(batch)
+        assert writer is not None
+        writer.close()
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+        def tensors(part: pa.Table) -> list[torch.Tensor]:
+            ids, logprobs = (
+                part[name].combine_chunks().flatten().to_numpy().reshape(-1, arguments.k)
+                for name in ("ids", "logprobs")
+            )
+            tail = part["tail"].combine_chunks().to_numpy()
+            return [torch.tensor(ids).long(), torch.tensor(logprobs).float(), torch.tensor(tail)]
+
+        def taken(chosen: torch.Tensor) -> list[torch.Tensor]:
+            index = (chosen[:, None] * per_row + torch.arange(per_row)).flatten()
+            return tensors(table.take(pa.array(index.numpy())))
+
+        def sliced(chosen: torch.Tensor) -> list[torch.Tensor]:
+            return tensors(pa.concat_tables([table.slice(int(row) * per_row, per_row) for row in chosen]))
+
+        def flat(chosen: torch.Tensor) -> list[torch.Tensor]:
+            signal = cache._mapped.signal((chosen[:, None] * per_row + torch.arange(per_row)).flatten())
+            return [signal.ids, signal.logprobs, signal.tail_logmass]
+
+        flat(torch.arange(arguments.examples))  # every block verified, and all pages of either in memory
+        sliced(torch.arange(arguments.examples))
+        first = torch.arange(4)
+        assert all(torch.equal(a, b) for a, b in zip(taken(first), sliced(first), strict=True))
+        ways, best = {"flat files": flat, "Arrow, take": taken, "Arrow, a slice an example": sliced}, {}
+        for _ in range(15):
+            for name, way in ways.items():
+                chosen = torch.randint(0, arguments.examples, (20, 8), generator=generator)
+                start_time = time.perf_counter()
+                for rows in chosen:
+                    way(rows)
+                seconds = time.perf_counter() - start_time
+                best[name] = min(best.get(name, seconds), seconds)
+        for name, seconds in best.items():
+            print(f"{name}: {chosen.numel() * per_row / seconds / 1e6:.2f} M targets/s")
+
+
 def throughput(arguments: argparse.Namespace) -> None:
     """Time scoring and extraction against the teacher's bare forward, interleaved, best of the rounds."""
     teacher = LocalTeacher(arguments.model, dtype=arguments.dtype)
@@ -144,11 +202,12 @@ def private_megabytes() -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
-    reading = commands.add_parser("read")
-    reading.add_argument("--examples", type=int, default=10_000)
-    reading.add_argument("--length", type=int, default=40)
-    reading.add_argument("--k", type=int, default=64)
-    reading.set_defaults(run=read)
+    for name, way in (("read", read), ("arrow", arrow)):
+        reading = commands.add_parser(name)
+        reading.add_argument("--examples", type=int, default=10_000)
+        reading.add_argument("--length", type=int, default=40)
+        reading.add_argument("--k", type=int, default=64)
+        reading.set_defaults(run=way)
     for name, run in (("capture", throughput), ("size", size)):
         command = commands.add_parser(name)
         command.add_argument("--model", required=True)
