@@ -54,12 +54,7 @@ class OutputHead:
         module = model.get_output_embeddings()  # type: ignore[operator]
         if module is None:
             raise ConfigError(f"{type(model).__name__} has no output head; a causal language model is needed.")
-        if hasattr(module, "get_base_layer"):
-            raise ConfigError(
-                "The output head has an adapter (lm_head is among its target_modules). The loss reads the head's own "
-                "weight, so that the adapter would be neither used nor trained. Leave lm_head out of target_modules, "
-                "or train the head as a whole (modules_to_save)."
-            )
+        refuse_adapted_head(module)
         config = model.config.get_text_config()  # type: ignore[union-attr, operator]
         head = cls(
             weight=module.weight,
@@ -226,6 +221,21 @@ class TextSignal:
 
     response: str
     score: float | None = None
+
+
+def refuse_adapted_head(head: nn.Module) -> None:
+    """Refuse an output head that an adapter changes: a loss reads the head's own weight alone.
+
+    Raises:
+        ConfigError: says which layer of PEFT it is, and what trains a head beside an adapter.
+    """
+    kinds = [kind for kind in type(head).__mro__ if kind.__module__.startswith("peft.")]
+    if kinds and not any(kind.__name__ == "ModulesToSaveWrapper" for kind in kinds):
+        raise ConfigError(
+            f"An adapter changes the output head (lm_head is a {kinds[0].__module__}.{kinds[0].__name__}), and the "
+            "loss reads the head's own weight, so that the adapter would be neither used nor trained. Take the head "
+            "out of target_modules and trainable_token_indices, or train it as a whole (modules_to_save)."
+        )
 
 
 def _logit_scale(config: Any) -> float:

@@ -3,6 +3,11 @@
 All processes of a machine share the files through the page cache, and opening costs nothing that grows with
 them. Every 256 KiB block of the target files has a CRC-32 that is checked when this process first touches the
 block: a flipped byte is an error at its first read. Rows and index are checked whole when first used.
+
+Why no memory-mapped Arrow: a batch asks for targets by number, in any order (rows are packed, cut and padded), which
+one ``index_select`` answers at 8.5 million targets a second; Arrow's ``take`` gives 0.07, and a slice for each example,
+where whole examples are asked for, 5.5. And no part of an Arrow file has a checksum. Top-64 in files that are in
+memory, one thread: ``python -m tests.benchmarks.teacher_cache arrow --examples 2000 --length 128``.
 """
 
 from __future__ import annotations

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from kd_plugin.lightning.student import require_trained_head
 from kd_plugin.sharding.gathering import gathered_heads
-from kd_plugin.signals import OutputHead
+from kd_plugin.signals import OutputHead, refuse_adapted_head
 
 _NOT_OF_THE_BACKBONE = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict")
 _TRAINED = "kd_loss"  # the name in the student's output under which the loss leaves
@@ -133,7 +132,7 @@ class DistillingForward:
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, objective: Objective, within: nn.Module) -> None:
-        require_trained_head(model)
+        refuse_adapted_head(model.get_output_embeddings())
         self.model = model
         self.vocab_size = vocab_size
         self.objective = objective

@@ -174,22 +174,6 @@ def require_returned_loss(module: LightningModule) -> None:
         )
 
 
-def require_trained_head(student: PreTrainedModel) -> None:
-    """Refuse a student whose output head an adapter changes: a loss projects by the head's own weight alone.
-
-    Raises:
-        ConfigError: says which layer, and what trains a head beside an adapter.
-    """
-    head = student.get_output_embeddings()
-    kinds = [kind for kind in type(head).__mro__ if kind.__module__.startswith("peft.")]
-    if kinds and not any(kind.__name__ == "ModulesToSaveWrapper" for kind in kinds):
-        raise ConfigError(
-            f"An adapter changes the student's output head (lm_head is a {kinds[0].__module__}.{kinds[0].__name__}), "
-            "and the loss would leave it out. Take the head out of target_modules and trainable_token_indices; "
-            "modules_to_save trains it whole."
-        )
-
-
 def loss_of(output: Any, module: LightningModule) -> Any:
     """Return the loss in what a ``training_step`` returned.
 
