@@ -1,7 +1,7 @@
 """``kd-plugin demo``: a small real model distilled both ways, with its lineage, in minutes on two CPU cores.
 
-config.py holds the settings, prompts.py the bundled questions, model.py finds the teacher and cuts the student,
-state.py keeps two runs apart, stages.py does the work, evaluate.py measures it and run.py shows it.
+state.py holds the settings and keeps two runs apart, prompts.py the bundled questions, model.py finds the teacher and
+cuts the student, stages.py does the work, evaluate.py measures it and run.py shows it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ two CPU cores, and writes to --output_dir only. Called again it goes on where it
 def main(argv: Sequence[str]) -> int:
     """Run the command with ``argv`` and return its exit code."""
     from kd_plugin.cli.config import as_yaml, parse_settings
-    from kd_plugin.demo.config import DemoConfig
+    from kd_plugin.demo.state import DemoConfig
 
     parsed = parse_settings(
         DemoConfig,

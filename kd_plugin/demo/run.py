@@ -17,11 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from kd_plugin.demo import stages
-from kd_plugin.demo.config import DemoConfig
 from kd_plugin.demo.model import Prepared, prepare_teacher
 from kd_plugin.demo.prompts import GENERAL, MATH, Question
 from kd_plugin.demo.stages import CACHE, MODELS, OFFLINE, PANEL, SPECIALIST, START, Stage
-from kd_plugin.demo.state import DemoState, require_writable
+from kd_plugin.demo.state import DemoConfig, DemoState, require_writable
 
 _SAMPLE_WIDTH = 76
 _POINTS = {"before": START, "after offline KD": OFFLINE, "after the panel": PANEL}

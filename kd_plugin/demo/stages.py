@@ -14,12 +14,11 @@ from rich.console import Console
 
 from kd_plugin.cache import TeacherCache, TopK
 from kd_plugin.capturing import capture
-from kd_plugin.demo.config import DemoConfig
 from kd_plugin.demo.evaluate import Answer, Measurement, answer, fast_dtype, held_out_kl, open_model
 from kd_plugin.demo.model import Prepared, cut_student
 from kd_plugin.demo.progress import Bar, training_bar
 from kd_plugin.demo.prompts import DOMAINS, GENERAL, MATH, Question, questions
-from kd_plugin.demo.state import DemoState
+from kd_plugin.demo.state import DemoConfig, DemoState
 from kd_plugin.lineage import RunLineage, Source
 from kd_plugin.teachers import LocalTeacher
 

@@ -101,9 +101,9 @@ def share_of_a_run(place: Path, steps: int, batch: int, models: Path) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from kd_plugin.demo.config import DemoConfig
     from kd_plugin.demo.model import cut_student, prepare_teacher
     from kd_plugin.demo.prompts import MATH, questions
+    from kd_plugin.demo.state import DemoConfig
     from kd_plugin.trl import LicenseLineageCallback
 
     class Timed(LicenseLineageCallback):

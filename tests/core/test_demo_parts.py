@@ -12,9 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kd_plugin.demo import model, prompts
-from kd_plugin.demo.config import DemoConfig
 from kd_plugin.demo.prompts import DOMAINS, available, questions
-from kd_plugin.demo.state import STATE, DemoState, RunConflictError
+from kd_plugin.demo.state import STATE, DemoConfig, DemoState, RunConflictError
 from kd_plugin.errors import ConfigError, DataError, LicenseRefusedError, LineageError
 from kd_plugin.lineage import load_record, verify
 from tests.tiny import save_tiny

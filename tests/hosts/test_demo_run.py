@@ -10,8 +10,8 @@ from rich.console import Console
 
 from kd_plugin.cli.main import main
 from kd_plugin.demo import stages
-from kd_plugin.demo.config import DemoConfig
 from kd_plugin.demo.run import run_demo
+from kd_plugin.demo.state import DemoConfig
 from kd_plugin.errors import LicenseRefusedError
 from kd_plugin.lineage import load_record, verify
 from tests.tiny import save_tiny
