@@ -1,15 +1,23 @@
-"""Whether an answer is the right one, for tasks whose answers can be verified: in training and in a capture."""
+"""Whether an answer is the right one, for tasks whose answers can be verified: in training and in a capture.
+
+A capture may reject by answer, as DeepSeek-R1's distillation did (arXiv 2501.12948, 2.3.3): the teacher generates
+several completions a prompt and the student learns from those alone that reach the right answer. A user's own callable
+may decide instead.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
-from kd_plugin.errors import ConfigError, MissingDependencyError, nearest
+from kd_plugin.errors import ConfigError, DataError, MissingDependencyError, nearest
 
 NO_MATHEMATICS, NO_ANSWER = "reference is no mathematics", "no answer"
 Verifier = Callable[[str, str], bool]
+Check = Callable[[str, Mapping[str, Any]], bool | str | None]
 
 
 def verifier(name: str) -> Verifier:
@@ -75,3 +83,111 @@ def _mathematics(response: str, answer: str) -> bool:
 
 
 _VERIFIERS: dict[str, Verifier] = {"exact": same_text, "contains": _contains, "math": _mathematics}
+
+_BUILT_IN: dict[str, Callable[[str, str], bool | str]] = {"exact_match": same_text, "math_verify": same_mathematics}
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A check of completions, with the name under which the manifest counts what it drops.
+
+    Attributes:
+        name: recorded in the manifest; two captures share a directory only if it is equal.
+        check: called with the completion's text and the dataset row; True or None keeps it, False drops it, and
+            text drops it and is the reason that is counted.
+        columns: columns that it reads; None for any.
+        reason: what is counted where it returns False.
+    """
+
+    name: str
+    check: Check
+    columns: tuple[str, ...] | None
+    reason: str
+
+    def why_not(self, completion: str, row: Mapping[str, Any], where: str) -> str | None:
+        """Return the reason for which ``completion`` is dropped, or None to keep it.
+
+        Raises:
+            DataError: the check itself failed, or returned something else; names the row.
+        """
+        try:
+            verdict = self.check(completion, row)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        except Exception as error:
+            raise DataError(
+                f"The filter {self.name} failed at {where}: {type(error).__name__}: {error}. Nothing of its unit was "
+                "stored. Let it return False for what it cannot decide."
+            ) from error
+        if verdict is None or verdict is True:
+            return None
+        if verdict is False:
+            return self.reason
+        if isinstance(verdict, str) and verdict:
+            return verdict
+        raise DataError(
+            f"The filter {self.name} returned {verdict!r} at {where}; expected True to keep a completion, False or "
+            "the reason as text to drop it."
+        )
+
+
+def make_filter(given: str | Check | Filter | None, answer_column: str = "answer") -> Filter | None:
+    """Return the filter that ``given`` names.
+
+    Args:
+        given: ``exact_match``, ``math_verify``, an import path ``package.module:function``, or a callable that takes
+            the completion's text and the row.
+        answer_column: column of the reference, for the built-in ones.
+
+    Raises:
+        ConfigError: no such built-in filter, module or function.
+        MissingDependencyError: ``math_verify`` is not installed.
+    """
+    if given is None or isinstance(given, Filter):
+        return given
+    if callable(given):
+        name = f"{getattr(given, '__module__', '?')}:{getattr(given, '__qualname__', type(given).__name__)}"
+        return Filter(name, given, None, "filtered")
+    if given in _BUILT_IN:
+        if given == "math_verify":
+            require_math_verify("filter: math_verify")
+        check = _Against(answer_column, _BUILT_IN[given])
+        return Filter(f"{given}({answer_column})", check, (answer_column,), "wrong answer")
+    module, colon, function = str(given).partition(":")
+    if not colon:
+        raise ConfigError(
+            f"filter: {given!r} is unknown; expected one of {', '.join(_BUILT_IN)}, or the import path of a function, "
+            f"`package.module:function`.{nearest(str(given), list(_BUILT_IN))}"
+        )
+    try:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"filter: {given!r} cannot be imported ({error}). Is its directory in PYTHONPATH?") from error
+    if not callable(found):
+        raise ConfigError(f"filter: {given!r} is a {type(found).__name__}; expected a function.")
+    return Filter(str(given), found, None, "filtered")
+
+
+def reference(row: Mapping[str, Any], column: str) -> str:
+    """Return the reference answer of a row as text.
+
+    Raises:
+        DataError: the row has none.
+    """
+    if row.get(column) is None:
+        raise DataError(
+            f"the column {column!r} with the reference answer is missing or empty; the row has {sorted(row)}. Name "
+            "the right one with answer_column."
+        )
+    return str(row[column])
+
+
+@dataclass(frozen=True)
+class _Against:
+    """Compares a completion with the reference answer of its row."""
+
+    column: str
+    same: Callable[[str, str], bool | str]
+
+    def __call__(self, completion: str, row: Mapping[str, Any]) -> bool | str:
+        return self.same(completion, reference(row, self.column))

@@ -13,13 +13,13 @@ from kd_plugin.cache.store import Store, require_same
 from kd_plugin.cache.targets import Generation, Targets, TopK
 from kd_plugin.cache.templates import fingerprint, marks_assistant, pinned_time, prints_time, with_template
 from kd_plugin.capturing.engines import as_asked, open_engine, require_targets, require_teacher
-from kd_plugin.capturing.filters import Check, make_filter, reference
 from kd_plugin.capturing.rows import open_rows, passed_columns
 from kd_plugin.capturing.tokenization import Tokenization, is_conversation
 from kd_plugin.capturing.work import Job, do_units
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.teachers.base import reach
+from kd_plugin.verifying import Check, make_filter, reference
 from kd_plugin.vocab import Vocabulary
 
 

@@ -17,10 +17,10 @@ from kd_plugin.cache.manifest import NOTHING_TO_SCORE, Settings
 from kd_plugin.cache.schema import CapturedRow, Example, Extracted, to_table
 from kd_plugin.cache.store import Store
 from kd_plugin.capturing.engines import Engine
-from kd_plugin.capturing.filters import Filter
 from kd_plugin.capturing.generating import Request
 from kd_plugin.capturing.rows import Row, RowSource
 from kd_plugin.capturing.tokenization import Tokenization
+from kd_plugin.verifying import Filter
 
 _LINE_SECONDS = 60.0
 logger = logging.getLogger(__name__)

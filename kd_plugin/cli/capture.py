@@ -130,7 +130,7 @@ class CaptureConfig:
 
 def main(argv: Sequence[str], append: bool = False) -> int:
     """Run the command with ``argv`` and return its exit code."""
-    from kd_plugin.cli.config import as_yaml, parse_settings
+    from kd_plugin.cli.main import as_yaml, parse_settings
 
     parsed = parse_settings(
         CaptureConfig,

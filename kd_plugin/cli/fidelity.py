@@ -78,7 +78,7 @@ class FidelityConfig:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with ``argv`` and return its exit code."""
-    from kd_plugin.cli.config import as_yaml, parse_settings
+    from kd_plugin.cli.main import as_yaml, parse_settings
 
     parsed = parse_settings(FidelityConfig, argv, command="cache fidelity", description=_DESCRIPTION)
     config = parsed.settings

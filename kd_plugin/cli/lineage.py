@@ -242,7 +242,7 @@ def _graph(arguments: argparse.Namespace) -> int:
 
 
 def _deliver(text: str, output: Path | None) -> int:
-    from kd_plugin.lineage.write import write_file
+    from kd_plugin.lineage.record import write_file
 
     if output is None:
         sys.stdout.write(text)

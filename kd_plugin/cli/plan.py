@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cli.config import as_yaml, parse_settings
+from kd_plugin.cli.main import as_yaml, parse_settings
 from kd_plugin.cli.plan_report import plot_peaks, print_plan
 from kd_plugin.errors import ConfigError
 from kd_plugin.launch.configs import write_all

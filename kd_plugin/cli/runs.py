@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from kd_plugin.cli.config import as_yaml, parse_settings
+from kd_plugin.cli.main import as_yaml, parse_settings
 from kd_plugin.errors import ConfigError
 from kd_plugin.launch.doctor import LaunchSettings, check_launch, own_problems, with_plan
 

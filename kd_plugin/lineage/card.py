@@ -15,8 +15,8 @@ from kd_plugin.lineage.front_matter import find_front, front_of, parse_yaml, wit
 from kd_plugin.lineage.graph import SELF, Graph
 from kd_plugin.lineage.record import SECTION_BEGIN as _BEGIN
 from kd_plugin.lineage.record import SECTION_END as _END
+from kd_plugin.lineage.record import write_file
 from kd_plugin.lineage.verdict import NO_ADVICE
-from kd_plugin.lineage.write import write_file
 
 # Expressions without an SPDX id that the hub has an id for
 _HUB_EXPRESSIONS = frozenset(

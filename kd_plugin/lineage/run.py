@@ -13,7 +13,6 @@ from typing import Any
 
 from kd_plugin.errors import LineageError
 from kd_plugin.lineage import hashing, shipping
-from kd_plugin.lineage import write as files
 from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.config import LineageConfig, load_config
@@ -31,7 +30,19 @@ from kd_plugin.lineage.discovery import Found, checkpoint_node, discover, record
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Graph
 from kd_plugin.lineage.policy import RULES, evaluate
 from kd_plugin.lineage.proof import Proofs, subjects_of
-from kd_plugin.lineage.record import RECORD, SCHEMA, installed_versions, lineage_directory, load_record, sealed
+from kd_plugin.lineage.record import (
+    RECORD,
+    SCHEMA,
+    alone,
+    copy_lineage,
+    installed_versions,
+    lineage_directory,
+    load_record,
+    place_files,
+    place_record,
+    retract,
+    sealed,
+)
 from kd_plugin.lineage.registry import Registry
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.terms import Terms
@@ -228,17 +239,17 @@ class RunLineage:
         if not weights.exists():
             raise LineageError(f"{str(weights)!r} is not there; lineage is written beside weights that are there.")
         directory.mkdir(exist_ok=True)
-        with files.alone(directory):
+        with alone(directory):
             self._place(weights, directory, step, parent)
 
     def _place(self, weights: Path, directory: Path, step: int, parent: str | Path | None) -> None:
-        stale = files.retract(directory)
+        stale = retract(directory)
         subjects = subjects_of(weights)
         if not subjects:
             raise LineageError(f"{str(weights)!r} holds no weight files; lineage is written after the weights.")
         record, terms, verdict = self._content(step, parent, subjects)
         graph = self._recorded_graph
-        record["files"] = files.place_files(
+        record["files"] = place_files(
             directory,
             shipping.notice_text(graph, terms, verdict),
             bom_text(record),
@@ -247,7 +258,7 @@ class RunLineage:
         )
         update_card(directory, record)
         saved_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        files.place_record(directory, sealed(record, saved_at))
+        place_record(directory, sealed(record, saved_at))
 
     def summary(self, *, step: int, parent: str | Path | None = None) -> dict[str, Any]:
         """Return what :meth:`write` records, less the digests of weights and files: for inside a checkpoint.
@@ -305,8 +316,8 @@ class RunLineage:
             LineageError: the checkpoint's record is missing or damaged, or ``directory`` is not writable.
         """
         record = load_record(checkpoint)
-        with files.alone(Path(directory)):
-            files.copy_lineage(Path(checkpoint), record, Path(directory))
+        with alone(Path(directory)):
+            copy_lineage(Path(checkpoint), record, Path(directory))
             update_card(Path(directory), record)
 
     @cached_property

@@ -13,11 +13,11 @@ from kd_plugin.cache import Generation, Sampled, TeacherCache, TopK
 from kd_plugin.cache import store as store_module
 from kd_plugin.cache.targets import Generation as Settings
 from kd_plugin.capturing import capture
-from kd_plugin.capturing.filters import make_filter
 from kd_plugin.capturing.generating import Request, generate_locally
 from kd_plugin.capturing.tokenization import Tokenization
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError, DataError, NonFiniteError
+from kd_plugin.verifying import make_filter
 from tests.core.cache_help import files_of, live_logprobs, prompt_rows, shards_of
 from tests.tiny import byte_tokenizer, tiny_llama
 

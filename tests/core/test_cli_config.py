@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
-from kd_plugin.cli.config import as_yaml, parse_settings
+from kd_plugin.cli.main import as_yaml, parse_settings
 from kd_plugin.errors import ConfigError
 
 
