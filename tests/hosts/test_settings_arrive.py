@@ -7,6 +7,7 @@ from kd_plugin.cache import TopK
 from kd_plugin.capturing import capture
 from kd_plugin.cli.training import parse
 from kd_plugin.divergence.objective import OfflineSettings
+from kd_plugin.divergence.spec import DivergenceSettings
 from kd_plugin.lightning import OfflineKD, OfflineKDModule, TeacherPanelCorrection, TeacherPanelModule
 from kd_plugin.lightning.cli import KDCommand
 from kd_plugin.lightning.module import StudentSettings
@@ -18,6 +19,7 @@ from kd_plugin.trl import OfflineKDConfig, TeacherPanelConfig
 
 ROWS = [{"prompt": f"{i}?", "completion": f" {i}"} for i in range(4)]
 LINEAGE = {"use": "research"}
+PARAMETERS = {name: default / 2 for name, default in vars(DivergenceSettings()).items()}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def cache(tmp_path_factory, teacher_dir):
 def panel(teacher_dir, other_teacher_dir, cache):
     """Every field of PanelSettings but ``panel``, which excludes others, and what needs DeepSpeed."""
     values = {
-        "skew_alpha": 0.2, "teacher_models": {"a": teacher_dir, "b": other_teacher_dir}, "combine": "confidence",
+        **PARAMETERS, "teacher_models": {"a": teacher_dir, "b": other_teacher_dir}, "combine": "confidence",
         "teacher_weights": {"a": 0.3, "b": 0.7}, "domain_weights": {"x": {"a": 1.0}}, "confidence_temperature": 0.5,
         "routes": {"x": "a"}, "estimator": "exact", "top_k_tail": 7, "student_top_k": 3, "ratio_bounds": [0.4, 3.0],
         "panel_values": "logging", "allow_other_eos": True, "allow_changed_panel": True, "divergence": "jsd",
@@ -51,7 +53,7 @@ def panel(teacher_dir, other_teacher_dir, cache):
 @pytest.fixture(scope="module")
 def offline():
     values = {
-        "divergence": "jsd", "jsd_beta": 0.3, "skew_alpha": 0.2, "temperature": 0.9, "tail": "keep", "kd_weight": 0.4,
+        "divergence": "jsd", "jsd_beta": 0.3, **PARAMETERS, "temperature": 0.9, "tail": "keep", "kd_weight": 0.4,
         "ce_weight": 0.6, "allow_partial": True, "allow_misaligned": True,
     }  # fmt: skip
     return complete(OfflineSettings, values, set())
