@@ -19,6 +19,7 @@ from kd_plugin.errors import ConfigError, nearest
 
 Class = TypeVar("Class", bound=type)
 Settings = TypeVar("Settings")
+Taker = TypeVar("Taker", bound=Callable[..., Any])
 
 
 def option(*, default: Any = MISSING, factory: Any = MISSING, help: str) -> Any:
@@ -112,26 +113,26 @@ def require_known(name: str, value: Any, known: Sequence[str]) -> None:
         )
 
 
-def takes(group: type) -> Callable[[Class], Class]:
-    """Show a class's ``**fields`` as the fields of ``group``, in its signature and in its docstring.
+def takes(group: type) -> Callable[[Taker], Taker]:
+    """Show the ``**fields`` of a class or a function as the fields of ``group``, in its signature and its docstring.
 
-    ``inspect.signature`` of the class, pydoc and the commands then teach every field. That of ``__init__`` stays as it
-    is written, because Lightning reads the arguments of ``save_hyperparameters`` by it.
+    ``inspect.signature``, pydoc and the commands then teach every field. The signature of a class's ``__init__`` stays
+    as it is written, because Lightning reads the arguments of ``save_hyperparameters`` by it.
     """
 
-    def mark(cls: Class) -> Class:
-        init: Any = vars(cls)["__init__"]
-        own = list(inspect.signature(init).parameters.values())[1:]
-        named = [p for p in own if p.kind is not p.VAR_KEYWORD]
+    def mark(taker: Taker) -> Taker:
+        own = list(inspect.signature(vars(taker)["__init__"] if isinstance(taker, type) else taker).parameters.values())
+        named = [p for p in own[isinstance(taker, type) :] if p.kind is not p.VAR_KEYWORD]
         hints = get_type_hints(group)
         fields = [f for f in dataclasses.fields(group) if f.name not in {p.name for p in named}]  # type: ignore[arg-type]
         added = [
             inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=_default(f), annotation=hints[f.name])
             for f in fields
         ]
-        cls.__signature__ = _Signature(init, inspect.Signature([*named, *added]))  # type: ignore[attr-defined]
-        _document(cls, "Args", fields)
-        return cls
+        shown: Any = inspect.Signature([*named, *added])
+        taker.__signature__ = _Signature(vars(taker)["__init__"], shown) if isinstance(taker, type) else shown  # type: ignore[attr-defined]
+        _document(taker, "Args", fields)
+        return taker
 
     return mark
 
@@ -154,8 +155,8 @@ def _default(one: dataclasses.Field[Any]) -> Any:
     return inspect.Parameter.empty if one.default is MISSING else one.default
 
 
-def _document(cls: type, section: str, fields: Sequence[dataclasses.Field[Any]]) -> None:
-    """Write the help of some fields into the docstring of a class, at the end of a section."""
+def _document(of: Any, section: str, fields: Sequence[dataclasses.Field[Any]]) -> None:
+    """Write the help of some fields into a docstring, at the end of a section."""
     lines = [
         line
         for one in fields
@@ -163,10 +164,10 @@ def _document(cls: type, section: str, fields: Sequence[dataclasses.Field[Any]])
             f"{one.name}: {one.metadata.get('help', '')}", 112, initial_indent="    ", subsequent_indent="        "
         )
     ]
-    text, title = inspect.cleandoc(cls.__doc__ or ""), f"\n\n{section}:"
+    text, title = inspect.cleandoc(of.__doc__ or ""), f"\n\n{section}:"
     if title not in text:
         before, raises, after = text.partition("\n\nRaises:")
         text = before + title + raises + after
     before, title, after = text.partition(title)
     own, blank, rest = after.partition("\n\n")
-    cls.__doc__ = before + title + "\n".join([own, *lines]) + blank + rest
+    of.__doc__ = before + title + "\n".join([own, *lines]) + blank + rest

@@ -14,12 +14,14 @@ from kd_plugin.cache.targets import Generation, Targets, TopK
 from kd_plugin.cache.templates import fingerprint, marks_assistant, pinned_time, prints_time, with_template
 from kd_plugin.capturing.engines import as_asked, open_engine, require_targets, require_teacher
 from kd_plugin.capturing.rows import open_rows, passed_columns
+from kd_plugin.capturing.settings import ScoringSettings
 from kd_plugin.capturing.tokenization import Tokenization, is_conversation
 from kd_plugin.capturing.work import Job, do_units
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
+from kd_plugin.settings import built, option, settings, takes
 from kd_plugin.teachers.base import reach
-from kd_plugin.verifying import Check, make_filter, reference
+from kd_plugin.verifying import make_filter, reference
 from kd_plugin.vocab import Vocabulary
 
 
@@ -72,28 +74,37 @@ class CaptureGate:
         self.record: Mapping[str, Any] = outputs_record(teacher, self._rows, config=self._lineage)
 
 
-def capture(
+@settings
+class CaptureSettings(ScoringSettings):
+    """How a dataset is scored, and what is kept."""
+
+    targets: Targets = option(default=TopK(64), help="What is kept of the distribution.")
+    generate: Generation | None = option(
+        default=None, help="Let the teacher generate the completions, so; None scores those that the rows hold."
+    )
+    chat_template: str | Callable[[Any], str | None] | None = option(
+        default=None,
+        help="Renders conversations in the place of the tokenizer's own template; its text, or a function from the "
+        "tokenizer to it, which is asked where `assistant_only` needs marks and the tokenizer's own template has none. "
+        "`trl.get_training_chat_template` gives the template that TRL trains with then.",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "shard_rows", "batch_tokens"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected a number above 0.")
+
+
+@takes(CaptureSettings)
+def capture(  # noqa: D417
     dataset: Any,
     teacher: Any,
     output_dir: str | Path,
     *,
-    targets: Targets = TopK(64),  # noqa: B008  frozen
-    generate: Generation | None = None,
-    filter: str | Check | None = None,
-    answer_column: str = "answer",
-    temperature: float = 1.0,
     tokenizer: Any = None,
-    max_length: int | None = None,
-    completion_only: bool | None = None,
-    assistant_only: bool = False,
-    chat_template: str | Callable[[Any], str | None] | None = None,
-    date: str | None = None,
-    shard_rows: int = 1024,
-    batch_tokens: int = 16_384,
-    seed: int = 0,
-    lineage: Mapping[str, Any] | str | Path | None = None,
     progress: bool = True,
     append: bool = False,
+    **fields: Any,
 ) -> TeacherCache:
     """Score ``dataset`` with ``teacher`` and store its outputs in ``output_dir``.
 
@@ -107,28 +118,7 @@ def capture(
         teacher: the teacher; its weights are loaded, or its server asked, after its terms and all settings have
             been checked.
         output_dir: the cache; a new or empty directory, or one that holds the same capture.
-        targets: what is kept of the distribution.
-        generate: let the teacher write the completions, so; None scores those that the rows hold.
-        filter: which completions are kept: ``exact_match`` or ``math_verify`` against ``answer_column``, the import
-            path ``package.module:function``, or a callable that takes the completion's text and the row and returns
-            True, False, or the reason to drop it as text.
-        answer_column: column of the reference answer.
-        temperature: the teacher's logits are divided by it before the softmax.
         tokenizer: the tokenizer of the dataset; None takes the teacher's. It must have the same tokens.
-        max_length: tokens kept from the start of a row, as in ``SFTConfig``; None keeps all.
-        completion_only: score completions only; None does so where rows have a prompt and a completion.
-        assistant_only: score the assistant's turns only, as ``assistant_only_loss`` trains on them. The chat template
-            must mark them with ``{% generation %}``.
-        chat_template: renders conversations in the place of the tokenizer's own template; its text, or a function
-            from the tokenizer to it, which is asked where ``assistant_only`` needs marks and the tokenizer's own
-            template has none. ``trl.get_training_chat_template`` gives the template that TRL trains with then.
-        date: the day that a template which prints today's date is given, such as ``2026-11-29``. None takes that of
-            the capture which is there, else today. It is kept in the manifest, and training renders with it.
-        shard_rows: dataset rows a unit, the most that an interruption costs, and whose targets are held at once.
-        batch_tokens: tokens of a forward pass, padding included. Lower it when memory runs out; stored values
-            then differ in rounding.
-        seed: of the draws of sampled targets.
-        lineage: the declarations that ``kd-plugin lineage check`` reads: a mapping or a YAML file.
         progress: show how far it is, on standard error.
         append: add ``dataset`` to the finished cache of other data that is in ``output_dir``.
 
@@ -141,76 +131,39 @@ def capture(
         CacheError: the directory cannot be written, or is damaged.
         NonFiniteError: the teacher's logits are not finite.
     """
-    prepared = prepare(
-        dataset,
-        teacher,
-        targets=targets,
-        generate=generate,
-        filter=filter,
-        answer_column=answer_column,
-        temperature=temperature,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        completion_only=completion_only,
-        assistant_only=assistant_only,
-        chat_template=chat_template,
-        date=date,
-        shard_rows=shard_rows,
-        batch_tokens=batch_tokens,
-        seed=seed,
-        lineage=lineage,
-    )
-    job, settings = prepared.job, prepared.settings
+    asked = built(CaptureSettings, fields)
+    prepared = prepare(dataset, teacher, asked, tokenizer)
+    job, held = prepared.job, prepared.settings
     part = Part(job.rows.fingerprint(), len(job.rows), first_unit=0)
     directory = Path(output_dir)
     # Who joins a capture renders with its time, unless that printed one which the manifest does not know
-    ignored = ("rendered_at",) if date is None and settings.rendered_at is not None else ()
+    ignored = ("rendered_at",) if asked.date is None and held.rendered_at is not None else ()
     # What can be compared without the weights is compared before they are loaded.
     if (directory / "manifest.json").exists():
         unknown = read_manifest(directory).settings.rendered_at is None
-        require_same(directory, settings, part, ("weights", "dtype", *(() if unknown else ignored)), append=append)
-    engine = open_engine(prepared.teacher, settings, batch_tokens)
-    settings = replace(settings, weights=engine.weights, dtype=engine.dtype)
-    store = Store.create_or_join(directory, settings, [part], prepared.lineage, engine.describe(), append, ignored)
+        require_same(directory, held, part, ("weights", "dtype", *(() if unknown else ignored)), append=append)
+    engine = open_engine(prepared.teacher, held, asked.batch_tokens)
+    held = replace(held, weights=engine.weights, dtype=engine.dtype)
+    store = Store.create_or_join(directory, held, [part], prepared.lineage, engine.describe(), append, ignored)
     engine.require_same(store.manifest.engine)
     do_units(store, job.rendered_at(store.manifest.settings.rendered_at), engine, progress)
     _require_rows(store.finish(), len(job.rows))
     return TeacherCache(output_dir)
 
 
-def prepare(
-    dataset: Any,
-    teacher: Any,
-    *,
-    targets: Targets,
-    generate: Generation | None = None,
-    filter: str | Check | None = None,
-    answer_column: str = "answer",
-    temperature: float = 1.0,
-    tokenizer: Any = None,
-    max_length: int | None = None,
-    completion_only: bool | None = None,
-    assistant_only: bool = False,
-    chat_template: str | Callable[[Any], str | None] | None = None,
-    date: str | None = None,
-    shard_rows: int = 1024,
-    batch_tokens: int = 16_384,
-    seed: int = 0,
-    lineage: Mapping[str, Any] | str | Path | None = None,
-) -> PreparedCapture:
+def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any = None) -> PreparedCapture:
     """Check what can be checked before the teacher's weights are loaded, and reach a server; see :func:`capture`."""
-    _require_positive(temperature=temperature, shard_rows=shard_rows, batch_tokens=batch_tokens)
     require_teacher(teacher)
-    gate = CaptureGate(teacher.source, dataset, lineage)
+    gate = CaptureGate(teacher.source, dataset, asked.lineage)
     if hasattr(teacher, "gate"):
         teacher.gate(gate.admit)
-    require_targets(teacher, targets, temperature)
-    if generate is not None and teacher.capabilities.generates is None:
+    require_targets(teacher, asked.targets, asked.temperature)
+    if asked.generate is not None and teacher.capabilities.generates is None:
         raise ConfigError(
             f"Teacher {teacher.source.name!r} is {teacher.capabilities.kind} that generates nothing, so it writes no "
             "completions. Leave generate out and give rows that hold them, or use a model in this process or a server."
         )
-    kept = make_filter(filter, answer_column)
+    kept = make_filter(asked.filter, asked.answer_column)
     vocabulary = teacher.vocabulary
     if tokenizer is None:
         tokenizer = getattr(teacher, "tokenizer", None)
@@ -221,19 +174,21 @@ def prepare(
             )
     else:
         Vocabulary.from_tokenizer(tokenizer).require_same_tokens(vocabulary, "dataset's tokenizer", "teacher")
-    teacher = as_asked(teacher, targets)
+    teacher = as_asked(teacher, asked.targets)
     reach(teacher)
-    rows = open_rows(dataset, shard_rows, () if kept is None else kept.columns)
+    rows = open_rows(dataset, asked.shard_rows, () if kept is None else kept.columns)
     passed = passed_columns(rows.columns)
     (first,) = rows.slice(0, 1)
-    if assistant_only and generate is not None:
+    if asked.assistant_only and asked.generate is not None:
         raise ConfigError("assistant_only=True scores turns that are there; with generate the teacher writes them.")
-    template = _template(tokenizer, chat_template, assistant_only)
+    template = _template(tokenizer, asked.chat_template, asked.assistant_only)
     rendering = tokenizer if template is None else with_template(tokenizer, template)
-    now = pinned_time(date)
+    now = pinned_time(asked.date)
     rendered_at = now if is_conversation(first) and prints_time(rendering) else None
-    tokenization = Tokenization(rendering, vocabulary.size, max_length, completion_only, assistant_only)
-    if generate is None:
+    tokenization = Tokenization(
+        rendering, vocabulary.size, asked.max_length, asked.completion_only, asked.assistant_only
+    )
+    if asked.generate is None:
         tokenization(first, "row 0")
     else:
         tokenization.prompt(first, "row 0")
@@ -249,16 +204,16 @@ def prepare(
         tokenizer=vocabulary.fingerprint,
         chat_template=Vocabulary.from_tokenizer(tokenizer).template_fingerprint,
         vocab_size=vocabulary.size,
-        targets=targets,
-        temperature=float(temperature),
-        seed=seed,
-        max_length=max_length,
-        completion_only=completion_only,
-        shard_rows=shard_rows,
+        targets=asked.targets,
+        temperature=float(asked.temperature),
+        seed=asked.seed,
+        max_length=asked.max_length,
+        completion_only=asked.completion_only,
+        shard_rows=asked.shard_rows,
         passed=passed,
-        generation=generate,
+        generation=asked.generate,
         filter=None if kept is None else kept.name,
-        assistant_only=assistant_only,
+        assistant_only=asked.assistant_only,
         rendered_with=fingerprint(template),
         rendered_at=rendered_at,
     )
@@ -297,12 +252,6 @@ def _require_rows(manifest: Manifest, source_rows: int) -> None:
         f"Nothing is left of {source_rows} rows: every completion was dropped ({reasons}). The empty capture is "
         "finished; look at some rows, then choose another filter, more max_new_tokens or another output directory."
     )
-
-
-def _require_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ConfigError(f"{name}={value}: expected a number above 0.")
 
 
 def _portable(ref: str | None) -> str | None:

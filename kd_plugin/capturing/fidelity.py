@@ -24,7 +24,7 @@ from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.cache.schema import CapturedRow, Example, to_table
 from kd_plugin.cache.store import Store
 from kd_plugin.cache.targets import Sampled, Targets, TopK, describe
-from kd_plugin.capturing.capture import prepare
+from kd_plugin.capturing.capture import CaptureSettings, prepare
 from kd_plugin.capturing.engines import batches, padded, random_numbers
 from kd_plugin.capturing.extract import extract
 from kd_plugin.capturing.work import Progress
@@ -169,10 +169,11 @@ def fidelity(
         raise ConfigError(f"sequences={sequences} and {len(settings)} settings: expected at least one of both.")
     if tail not in get_args(Tail):
         raise ConfigError(f"Unknown tail {tail!r}; expected one of {', '.join(get_args(Tail))}.")
-    prepared = prepare(
-        dataset, teacher, targets=settings[0], temperature=temperature, tokenizer=tokenizer, max_length=max_length,
-        completion_only=completion_only, seed=seed, lineage=lineage,
+    asked = CaptureSettings(
+        targets=settings[0], temperature=temperature, max_length=max_length, completion_only=completion_only, seed=seed,
+        lineage=lineage,  # type: ignore[arg-type]
     )  # fmt: skip
+    prepared = prepare(dataset, teacher, asked, tokenizer)
     rows = prepared.job.rows
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(sequences, len(rows))).astype(int)).tolist()
     examples = [e for i in chosen if (e := prepared.job.tokenization(rows.slice(i, 1)[0], f"row {i}")) is not None]

@@ -12,11 +12,11 @@ from typing import Any
 
 from kd_plugin.cache.manifest import Settings
 from kd_plugin.cache.schema import CapturedRow, Example, to_table, write_shard
-from kd_plugin.cache.targets import Targets
-from kd_plugin.capturing.capture import PreparedCapture, prepare
+from kd_plugin.capturing.capture import CaptureSettings, PreparedCapture, prepare
 from kd_plugin.capturing.engines import Engine, open_engine
 from kd_plugin.capturing.work import Progress, examples_of, generated_rows
 from kd_plugin.errors import DataError
+from kd_plugin.settings import built, takes
 
 _PROBE_ROWS = 1024
 _PROBE_BATCHES = 2  # the first warms up, the second is timed
@@ -48,21 +48,23 @@ class Estimate:
     hours: float
 
 
-def estimate(dataset: Any, teacher: Any, *, targets: Targets, batch_tokens: int, **options: Any) -> Estimate:
-    """Count ``dataset`` whole, score two batches of it or let one be written, and extrapolate; nothing is stored.
+@takes(CaptureSettings)
+def estimate(  # noqa: D417
+    dataset: Any, teacher: Any, *, tokenizer: Any = None, **fields: Any
+) -> Estimate:
+    """Count ``dataset`` whole, score two batches of it or let one be generated, and extrapolate; nothing is stored.
 
     Args:
         dataset: as for :func:`~kd_plugin.capturing.capture.capture`.
         teacher: likewise.
-        targets: likewise.
-        batch_tokens: likewise.
-        **options: likewise.
+        tokenizer: likewise.
 
     Raises:
         LicenseRefusedError, ConfigError, VocabularyError, DataError, ServerError: as ``capture``.
     """
-    prepared = prepare(dataset, teacher, targets=targets, batch_tokens=batch_tokens, **options)
-    engine = open_engine(prepared.teacher, prepared.settings, batch_tokens)
+    asked = built(CaptureSettings, fields)
+    prepared = prepare(dataset, teacher, asked, tokenizer)
+    engine = open_engine(prepared.teacher, prepared.settings, asked.batch_tokens)
     if prepared.settings.generation is not None:
         return _written(prepared, engine)
     input_tokens = scored = rows = 0

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd_plugin.capturing.settings import ScoringSettings
 from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.settings import option, settings, values_of
 
 if TYPE_CHECKING:
     from kd_plugin.cache.targets import Generation, Targets
     from kd_plugin.teachers import LocalTeacher, ServerTeacher
 
 _DESCRIPTION = """\
-Score a dataset with a teacher, or let it write completions first, and store what it said: a directory of Parquet
+Score a dataset with a teacher, or let it generate completions first, and store its outputs: a directory of Parquet
 shards that `kd-plugin offline` trains on. Run the same command again to go on after an interruption; run it several
 times at once over one directory, on one machine or many, to share the work. The teacher's terms are checked before
 its weights are loaded or its server is asked.
@@ -44,88 +45,63 @@ _SERVER_KEYS = (
 )
 
 
-@dataclass(frozen=True)
-class CaptureConfig:
-    """Settings of a capture.
+@settings
+class TeachingSettings:
+    """What is captured, from whom, and what is kept of it; see :class:`CaptureConfig`."""
 
-    Attributes:
-        dataset: A .json, .jsonl or .parquet file, a directory of such files or of save_to_disk, or a hub id.
-        teacher: A local model directory, a hub id, or a vLLM server as a mapping with url and model, and if need be
-            tokenizer, repo (of the weights, for their terms), top_k (all lists every token), api_key_env, timeout,
-            max_concurrency, max_retries.
-        output_dir: The cache: a new directory, or one with the same capture, which then goes on.
-        split: Split of the dataset.
-        streaming: Read the dataset twice as a stream, and never hold or download it whole.
-        dataset_name: Configuration of a hub dataset.
-        teacher_name: How lineage calls the teacher.
-        revision: Branch, tag or commit of the teacher.
-        license: The teacher's licence where none can be found: a hub id such as apache-2.0, or own.
-        dtype: dtype of the weights; auto takes the checkpoint's own.
-        device: Where the teacher runs; null takes the accelerator, if there is one.
-        mode: score the completions that the dataset holds, or generate them.
-        completions: Completions that the teacher writes a prompt.
-        max_new_tokens: Tokens of a written completion at most.
-        sampling_temperature: Temperature at which the teacher writes; 0 takes the likeliest token.
-        sampling_top_p: Write from the likeliest tokens that reach this mass.
-        sampling_top_k: Write from the k likeliest tokens; 0 from all.
-        keep_unfinished: Keep written completions that reach max_new_tokens without an end.
-        filter: Which completions are kept; exact_match or math_verify against answer_column, or a function as
-            package.module:function, called with the completion and the row.
-        answer_column: Column of the reference answer.
-        targets: What is kept of the distribution: top_k, top_p or sampled.
-        k: Tokens kept by top_k.
-        p: Mass that top_p reaches.
-        cap: Tokens that top_p keeps at most.
-        draws: Tokens that sampled draws.
-        temperature: The logits are divided by it before the softmax.
-        max_length: Tokens kept from the start of a row; null keeps all.
-        completion_only: Score completions only; null does so where rows have a prompt and a completion.
-        assistant_only: Score the assistant's turns only, as assistant_only_loss trains on them; a template that does
-            not mark them is replaced by TRL's training template, as it is in training.
-        chat_template: A .jinja file that renders conversations in the place of the tokenizer's own template.
-        date: Day that a template which prints today's date is given, such as 2026-11-29; null takes that of the capture
-            which is there, else today.
-        shard_rows: Dataset rows a unit, the most that an interruption costs.
-        batch_tokens: Tokens of a forward pass, padding included.
-        seed: Seed of sampled.
-        lineage: Declarations of teachers and use, as a mapping or the path of a YAML file.
-    """
+    dataset: str = option(
+        default="",
+        help="A .json, .jsonl or .parquet file, a directory of such files or of save_to_disk, or a hub id.",
+    )
+    teacher: dict[str, Any] | str = option(
+        default="",
+        help="A local model directory, a hub id, or a vLLM server as a mapping with url and model, and if need be "
+        "tokenizer, repo (of the weights, for their terms), top_k (all lists every token), api_key_env, timeout, "
+        "max_concurrency, max_retries.",
+    )
+    output_dir: str = option(
+        default="", help="The cache: a new directory, or one with the same capture, which then goes on."
+    )
+    split: str = option(default="train", help="Split of the dataset.")
+    streaming: bool = option(
+        default=False, help="Read the dataset twice as a stream, and never hold or download it whole."
+    )
+    dataset_name: str | None = option(default=None, help="Configuration of a hub dataset.")
+    teacher_name: str = option(default="teacher", help="How lineage calls the teacher.")
+    revision: str | None = option(default=None, help="Branch, tag or commit of the teacher.")
+    license: str | None = option(
+        default=None, help="The teacher's licence where none can be found: a hub id such as apache-2.0, or own."
+    )
+    dtype: str = option(default="auto", help="dtype of the weights; auto takes the checkpoint's own.")
+    device: str | None = option(
+        default=None, help="Where the teacher runs; null takes the accelerator, if there is one."
+    )
+    mode: str = option(default="score", help="score the completions that the dataset holds, or generate them.")
+    completions: int = option(default=1, help="Completions that the teacher generates a prompt.")
+    max_new_tokens: int = option(default=512, help="Tokens of a generated completion at most.")
+    sampling_temperature: float = option(
+        default=1.0, help="Temperature at which the teacher generates; 0 takes the likeliest token."
+    )
+    sampling_top_p: float = option(default=1.0, help="Sample from the likeliest tokens that reach this mass.")
+    sampling_top_k: int = option(default=0, help="Sample from the k likeliest tokens; 0 from all.")
+    keep_unfinished: bool = option(
+        default=False, help="Keep generated completions that reach max_new_tokens without an end."
+    )
+    targets: str = option(default="top_k", help="What is kept of the distribution: top_k, top_p or sampled.")
+    k: int = option(default=64, help="Tokens kept by top_k.")
+    p: float = option(default=0.98, help="Mass that top_p reaches.")
+    cap: int = option(default=256, help="Tokens that top_p keeps at most.")
+    draws: int = option(default=50, help="Tokens that sampled draws.")
+    chat_template: str | None = option(
+        default=None,
+        help="A .jinja file that renders conversations in the place of the tokenizer's own template. Left out, "
+        "assistant_only takes TRL's training template where the tokenizer's own does not mark the turns.",
+    )
 
-    dataset: str = ""
-    teacher: dict[str, Any] | str = ""
-    output_dir: str = ""
-    split: str = "train"
-    streaming: bool = False
-    dataset_name: str | None = None
-    teacher_name: str = "teacher"
-    revision: str | None = None
-    license: str | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    mode: str = "score"
-    completions: int = 1
-    max_new_tokens: int = 512
-    sampling_temperature: float = 1.0
-    sampling_top_p: float = 1.0
-    sampling_top_k: int = 0
-    keep_unfinished: bool = False
-    filter: str | None = None
-    answer_column: str = "answer"
-    targets: str = "top_k"
-    k: int = 64
-    p: float = 0.98
-    cap: int = 256
-    draws: int = 50
-    temperature: float = 1.0
-    max_length: int | None = None
-    completion_only: bool | None = None
-    assistant_only: bool = False
-    chat_template: str | None = None
-    date: str | None = None
-    shard_rows: int = 1024
-    batch_tokens: int = 16_384
-    seed: int = 0
-    lineage: dict[str, Any] | str | None = None
+
+@settings
+class CaptureConfig(ScoringSettings, TeachingSettings):
+    """Settings of a capture."""
 
 
 def main(argv: Sequence[str], append: bool = False) -> int:
@@ -152,20 +128,10 @@ def main(argv: Sequence[str], append: bool = False) -> int:
 
     rows = load_rows(config.dataset, split=config.split, name=config.dataset_name, streaming=config.streaming)
     options: dict[str, Any] = {
+        **values_of(ScoringSettings, vars(config)),
         "targets": targets,
         "generate": generation,
-        "filter": config.filter,
-        "answer_column": config.answer_column,
-        "temperature": config.temperature,
-        "max_length": config.max_length,
-        "completion_only": config.completion_only,
-        "assistant_only": config.assistant_only,
         "chat_template": make_template(config),
-        "date": config.date,
-        "shard_rows": config.shard_rows,
-        "batch_tokens": config.batch_tokens,
-        "seed": config.seed,
-        "lineage": config.lineage,
     }
     if "dry_run" in parsed.flags:
         from kd_plugin.capturing.plan import estimate
@@ -244,8 +210,8 @@ def make_generation(config: CaptureConfig) -> Generation | None:
     for name in _GENERATION_FIELDS:
         if getattr(config, name) != getattr(CaptureConfig, name):
             raise ConfigError(
-                f"{name} is set, and mode is score, in which the teacher writes nothing. Set mode: generate, or leave "
-                f"{name} out."
+                f"{name} is set, and mode is score, in which the teacher generates nothing. Set mode: generate, or "
+                f"leave {name} out."
             )
     return None
 

@@ -1,10 +1,20 @@
 """Every setting arrives: each host, given every field at another value than its default, has them all at the core."""
 
+import importlib
+import inspect
+import json
+
 import pytest
 import yaml
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from kd_plugin.cache import TopK
+from kd_plugin.cache import Generation, TopK, TopP
 from kd_plugin.capturing import capture
+from kd_plugin.capturing import plan as plan_module
+from kd_plugin.capturing.capture import CaptureSettings
+from kd_plugin.capturing.settings import ScoringSettings
+from kd_plugin.cli.capture import main as capture_command
 from kd_plugin.cli.training import parse
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.divergence.spec import DivergenceSettings
@@ -15,8 +25,11 @@ from kd_plugin.lightning.panel_module import PanelModuleSettings
 from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.settings import values_of
 from kd_plugin.teachers import LocalTeacher
+from kd_plugin.transformers import OfflineKDMixin, TeacherPanelMixin
 from kd_plugin.trl import OfflineKDConfig, TeacherPanelConfig
+from tests.tiny import byte_tokenizer
 
+capture_module = importlib.import_module("kd_plugin.capturing.capture")
 ROWS = [{"prompt": f"{i}?", "completion": f" {i}"} for i in range(4)]
 LINEAGE = {"use": "research"}
 PARAMETERS = {name: default / 2 for name, default in vars(DivergenceSettings()).items()}
@@ -131,3 +144,47 @@ def test_lightning_command(panel, tmp_path):
     built = KDCommand(["--config", str(file)], run=False).model
     assert built._correction.settings == PanelSettings(**panel)
     assert values_of(PanelModuleSettings, built.hparams) == vars(PanelModuleSettings(**given))
+
+
+def test_transformers_hosts_take_the_settings_whole(panel, offline, cache, tmp_path, student_dir):
+    """They have no fields of their own; what they keep is the object that they were given."""
+    rows = Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS])
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    common = {"model": AutoModelForCausalLM.from_pretrained(student_dir), "args": args}
+    common |= {"processing_class": byte_tokenizer()}
+    panel = {k: v for k, v in panel.items() if k not in ("teacher_model_name_or_path", "rollouts", "repetition_stop")}
+    given = PanelSettings(**panel)
+    built = type("Panel", (TeacherPanelMixin, Trainer), {})(**common, panel_settings=given, train_dataset=rows)
+    assert built.panel_settings == given
+    given = OfflineSettings(**offline | {"temperature": 1.0})
+    built = type("Offline", (OfflineKDMixin, Trainer), {})(**common, teacher_cache=cache, offline_settings=given)
+    assert built.objective == given.objective() and built.allow_partial
+
+
+CAPTURE = {
+    "filter": "exact_match", "answer_column": "right", "temperature": 1.5, "max_length": 9, "completion_only": True,
+    "assistant_only": True, "date": "2026-11-29", "shard_rows": 7, "batch_tokens": 99, "seed": 3, "lineage": LINEAGE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_capture(dry_run, tmp_path, teacher_dir, monkeypatch):
+    """The command passes on all that Python's ``capture`` takes, and a dry run too."""
+    complete(ScoringSettings, CAPTURE, set())
+    asked = []
+    for module in (capture_module, plan_module):
+        monkeypatch.setattr(module, "prepare", lambda rows, teacher, settings, tokenizer=None: asked.append(settings))
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    file = tmp_path / "run.yaml"
+    own = {"dataset": str(tmp_path / "rows.json"), "teacher": teacher_dir, "output_dir": str(tmp_path / "c")}
+    own |= {"targets": "top_p", "p": 0.7, "cap": 8, "chat_template": str(tmp_path / "t.jinja")}
+    own |= {"mode": "generate", "completions": 3, "max_new_tokens": 5, "sampling_temperature": 0.7}
+    own |= {"sampling_top_p": 0.6, "sampling_top_k": 4, "keep_unfinished": True}
+    file.write_text(yaml.safe_dump({**CAPTURE, **own}))
+    with pytest.raises(AttributeError):  # nothing was prepared
+        capture_command(["--config", str(file), *["--dry-run"] * dry_run])
+    generation = Generation(3, 5, 0.7, 0.6, 4, True)
+    expected = CaptureSettings(**CAPTURE, targets=TopP(0.7, 8), generate=generation, chat_template="{{ messages }}")
+    assert asked == [expected]
+    assert set(vars(expected)) <= set(inspect.signature(capture).parameters)
