@@ -24,7 +24,7 @@ _PARTS = {
     "hidden": "hidden",
     "gathered": "gathered",
     "buckets": "buckets",
-    "generation": "whole to write",
+    "generation": "gathered to generate",
     "kv_cache": "KV cache",
     "peak": "peak",
     "host": "host",

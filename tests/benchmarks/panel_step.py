@@ -7,7 +7,7 @@ DIR is SmolLM2-135M-Instruct; student and teachers have its size. Both sides of 
 process, with one seed a round, so they write the same tokens; medians are compared. All rollouts have one length, but
 in the comparison "natural": its prompts are the demo's, its rollouts end where the student ends them, its step has four
 micro-batches, and the lengths are printed. ``--precision autocast`` is TRL's default, ``bf16=True`` over float32
-weights; ``bfloat16`` has weights in bfloat16. It changes the comparisons of whole steps, not the others.
+weights; ``bfloat16`` has weights in bfloat16. It changes the comparisons of full steps, not the others.
 Adapters are random LoRAs of rank 16 on all linear layers, over one base. Memory is measured in a process of its own a
 row: the resident set after one generation batch was scored, and for offloaded teachers the most bytes of weights that
 were on the device at once, counted as they are moved (on a CPU the device's memory is the host's).
@@ -91,7 +91,7 @@ class Side:
             self.trainer.optimizer.zero_grad()
         finally:
             setattr(self.module, self.loss_name, original)
-        self.rounds.append({"whole step": time.perf_counter() - started, **self.clock.seconds})
+        self.rounds.append({"full step": time.perf_counter() - started, **self.clock.seconds})
 
     def _keeping_lengths(self, generate: Callable) -> Callable:
         def kept(*args, **kwargs):
@@ -139,7 +139,7 @@ def compare(options, sides: dict[str, Side], title: str) -> None:
         del side.rounds[0]  # the first touches memory for the first time
     (first, a), (second, b) = ((name, side.medians()) for name, side in sides.items())
     print(f"\n### {title}\n\n| part | {first}, s | {second}, s | ratio |\n|---|---|---|---|")
-    for part in ("whole step", "generation", "loss and backward"):
+    for part in ("full step", "generation", "loss and backward"):
         print(f"| {part} | {a[part]:.3f} | {b[part]:.3f} | {a[part] / b[part]:.2f} |", flush=True)
 
 

@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
 BLOCKS = re.findall(
     r"```bash\n(kd-plugin plan [^\n]+)\n```\n(.*?)(?=```bash|\Z)", PAGE.read_text().split("## A 32B")[1], re.DOTALL
 )
-COLUMNS = {"gradients": "gradients_peak", "whole to write": "generation", "KV cache": "kv_cache"}
+COLUMNS = {"gradients": "gradients_peak", "gathered to generate": "generation", "KV cache": "kv_cache"}
 OPERATORS = {ast.Add: operator.add, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: operator.pow}
 
 
