@@ -72,7 +72,7 @@ def answer(
 
 
 def held_out_kl(student: LocalTeacher, teacher: LocalTeacher, answers: Sequence[Answer]) -> float:
-    """Mean KL(teacher ‖ student) in nats a token, over the tokens of the teacher's own held-out answers."""
+    """Mean KL(teacher ‖ student) in nats per token, over the tokens of the teacher's own held-out answers."""
     total, count = 0.0, 0
     for start in range(0, len(answers), _ROWS_AT_ONCE):
         rows = answers[start : start + _ROWS_AT_ONCE]
@@ -101,7 +101,7 @@ class Measurement:
     """What a student was worth at one point of the demo.
 
     Attributes:
-        kl: domain to held-out KL from that domain's teacher, in nats a token.
+        kl: domain to held-out KL from that domain's teacher, in nats per token.
         samples: one answer of each domain, the same question every time.
     """
 

@@ -34,7 +34,7 @@ class Question:
     """A prompt of the demo.
 
     Attributes:
-        domain: ``math`` (problems from reasoning-gym) or ``general``; names the teacher that judges it.
+        domain: ``math`` (problems from reasoning-gym) or ``general``; names the teacher that scores it.
         text: what the user asks.
         answer: the known answer of a math problem, from which the math teacher learns; None in ``general``.
     """

@@ -80,16 +80,16 @@ def listed_from(signal: HiddenSignal, k: int, further: Tensor, temperature: floa
 
 
 def with_sampled_token(signal: SparseSignal, tokens: Tensor) -> SparseSignal:
-    """List the written tokens (N,) too, taking their mass from the rest.
+    """List the sampled tokens (N,) too, taking their mass from the rest.
 
-    What a server leaves for the rest is one minus a sum, so the written token may seem to have all of it or more; a
+    What a server leaves for the rest is one minus a sum, so the sampled token may seem to have all of it or more; a
     small part of the rest then stays.
     """
     assert signal.sampled_token_logprobs is not None
     ids_NJ, again_NJ = joined_ids(signal.ids, tokens.unsqueeze(-1), listed=signal.logprobs != -math.inf)
     new_N = ~again_NJ[:, -1]
     written_N = torch.where(new_N, signal.sampled_token_logprobs.to(signal.logprobs.dtype), -math.inf)
-    # A written token without probability takes nothing, also from a rest that is nothing
+    # A sampled token without probability takes nothing, also from a rest that is nothing
     share_N = torch.where(written_N > -math.inf, written_N - signal.tail_logmass, -math.inf).exp().clamp(max=1.0 - 1e-4)
     tail_N = torch.where(new_N, signal.tail_logmass + torch.log1p(-share_N), signal.tail_logmass)
     return SparseSignal(ids_NJ, torch.cat([signal.logprobs, written_N.unsqueeze(-1)], -1), tail_N)

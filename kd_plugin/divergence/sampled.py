@@ -1,4 +1,4 @@
-"""The reverse KL from the one token that the student wrote: its policy gradient, without full logits.
+"""The reverse KL from the one token that the student sampled: its policy gradient, without full logits.
 
 KL(q ‖ p) is the mean over the student's tokens y of log q(y) − log p(y), and its gradient is the mean of
 (log q(y) − log p(y))·∇ log q(y): the term that differentiating the log-ratio itself would add has mean zero, and that
@@ -40,9 +40,9 @@ class SampledLoss:
     """What :func:`fused_sampled_divergence` returns; sums, never means.
 
     Attributes:
-        loss_sum: scalar with a graph, Σ weights·(log q − log p) of the written tokens, in nats: an unbiased
+        loss_sum: scalar with a graph, Σ weights·(log q − log p) of the sampled tokens, in nats: an unbiased
             estimate of the reverse KL, which may be negative. Its gradient is the policy gradient.
-        logprobs: (N,) nats, the student's of the written tokens at the temperature; 0 where the weight is 0. Detached.
+        logprobs: (N,) nats, the student's of the sampled tokens at the temperature; 0 where the weight is 0. Detached.
         entropy: (N,) nats, of the student's distribution; 0 where the weight is 0. Detached.
     """
 
@@ -64,7 +64,7 @@ def fused_sampled_divergence(
     ratio_bounds: tuple[float, float] = (0.5, 2.0),
     _rows: int | None = None,
 ) -> SampledLoss:
-    """Estimate Σ w·KL(student ‖ teacher) and its gradient from the written tokens, in one pass.
+    """Estimate Σ w·KL(student ‖ teacher) and its gradient from the sampled tokens, in one pass.
 
     Dtypes, gradients and backward are as in :func:`fused_panel_divergence`.
 

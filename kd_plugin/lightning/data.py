@@ -35,8 +35,8 @@ class KDDataModule(LightningDataModule):
         prompts: rows with ``prompt`` (text or messages), with ``teacher_id`` or ``domain`` where the panel needs them,
             and ``completion`` where ``on_policy_fraction`` is below 1: a JSON or Parquet file, a directory of
             ``save_to_disk``, or a hub id.
-        validation_rows: rows that are kept out of training, from the end, and measured at validation: cached ones
-            against their targets, prompts by letting the student write and the panel judge.
+        validation_rows: rows that are held out, from the end, and measured at validation: cached ones
+            against their targets, prompts by letting the student generate and the panel score.
         samples: prompts that are answered at validation, with ``answer`` where the task can be verified; a file,
             directory or hub id like ``prompts``.
         sample_rows: how many of them.
@@ -111,7 +111,7 @@ class KDDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> list[ResumableLoader]:
-        """Return the rows that were kept out, and the prompts that are answered."""
+        """Return the rows that are held out, and the prompts that are answered."""
         collate = self._collate if self.hp.cache is not None else _as_columns
         loaders = [] if self.validation is None else [self._loader(self.validation, collate)]
         return loaders if self.samples is None else [*loaders, self._loader(self.samples, _as_samples)]
@@ -168,7 +168,7 @@ def _count_window(window: list[Any]) -> None:
 
 
 def _attach_window(window: list[Any]) -> None:
-    """Show the first batch of a window all of its prompts: they are answered and judged together."""
+    """Show the first batch of a window all of its prompts: they are answered and scored together."""
     number = next(_WINDOWS)
     prompts = [dict(batch) for batch in window]
     for place, batch in enumerate(window):

@@ -52,7 +52,7 @@ class TeacherSettings(DivergenceSettings):
     estimator: str = option(
         default="exact",
         help="How divergences are estimated: 'exact' (teachers in this process), 'sampled' (policy gradient on "
-        "the written token; reverse_kl only) or 'topk_tail' (listed tokens and the rest as one).",
+        "the sampled token; reverse_kl only) or 'topk_tail' (listed tokens and the rest as one).",
     )
     top_k_tail: int = option(default=64, help="Tokens that 'topk_tail' lists of a teacher in this process.")
     student_top_k: int | None = option(
@@ -62,7 +62,7 @@ class TeacherSettings(DivergenceSettings):
     )
     ratio_bounds: list[float] = option(
         help="For 'sampled': between which the ratio of the student's probability of a token now to that when "
-        "it was written is kept.",
+        "it was sampled is kept.",
         factory=lambda: [0.5, 2.0],
     )
     panel_values: str = option(
@@ -124,13 +124,13 @@ class RolloutSettings:
 
     rollouts: str = option(
         default="student",
-        help="'student' lets it write alone, as in TRL. 'interleaved' (speculative KD) lets the panel replace "
+        help="'student' lets it generate alone, as in TRL. 'interleaved' (speculative KD) has the panel replace "
         "each token that it does not rank among its first `interleaved_top_k`.",
     )
     rollout_draws: str = option(
         default="multinomial",
         help="'multinomial' draws the tokens that TRL draws with the same seed. 'uniform' draws from the same "
-        "distribution with one random number a row instead of one a token of the vocabulary, which is faster on "
+        "distribution with one random number per row instead of one per token of the vocabulary, which is faster on "
         "CPUs.",
     )
     interleaved_top_k: int = option(
@@ -148,9 +148,7 @@ class RolloutSettings:
         default=None,
         help="Teacher cache, or several with commas between, that the first `warmup_cache_steps` fit offline.",
     )
-    warmup_cache_steps: int = option(
-        default=0, help="Optimizer steps on `warmup_cache` before the student writes its own text."
-    )
+    warmup_cache_steps: int = option(default=0, help="Optimizer steps on `warmup_cache` before the student generates.")
     warmup_divergence: str = option(
         default="forward_kl", help="Divergence of the steps on `warmup_cache`, at the captured temperature."
     )
@@ -201,7 +199,7 @@ class AlarmSettings:
 
     Attributes:
         length: factor over the first window's mean response length, above or below which it rings; 0 is off.
-        truncated: share of responses cut by the limit; 0 is off.
+        truncated: share of responses truncated by the limit; 0 is off.
         repetition: share of repeated 4-grams; 0 is off.
         window: generation batches that are averaged; the first window is the baseline.
         action: ``warn``, ``lower_learning_rate`` by ``factor``, or ``stop`` after a save.
@@ -254,26 +252,26 @@ class WatchSettings:
         help="Rows of each logging step and rank that are kept under output_dir/rollouts, for `kd-plugin trace`.",
     )
     save_rollouts_top_k: int = option(
-        default=5, help="Tokens that each teacher would have written, kept with a saved rollout."
+        default=5, help="Likeliest tokens of each teacher that are kept with a saved rollout."
     )
     mask_truncated_completions: bool = option(
-        default=False, help="Leave completions that the limit cut out of the loss, as in GRPOConfig."
+        default=False, help="Leave truncated completions out of the loss, as in GRPOConfig."
     )
     repetition_stop: int = option(
         default=0,
-        help="End a rollout when it has written the same sequence (of up to 32 tokens) this many times in a "
-        "row; what follows is neither scored nor trained on. 0 is off.",
+        help="End a rollout when it repeats the same sequence (of up to 32 tokens) this many times in a row; what "
+        "follows is neither scored nor trained on. 0 is off.",
     )
     anchor_weight: float = option(
         default=0.0,
-        help="Weight of KL(student || its start), in nats a token, beside the panel's divergence. The start "
+        help="Weight of KL(student || its start), in nats per token, beside the panel's divergence. The start "
         "of a LoRA student is its base without the adapter; another student is copied. 0 is off.",
     )
     length_alarm: float = option(
         default=0.0, help="Ring when the mean response length leaves its start by this factor, up or down. 0 is off."
     )
     truncation_alarm: float = option(
-        default=0.0, help="Ring when this share of responses is cut by the limit. 0 is off."
+        default=0.0, help="Ring when this share of responses is truncated by the limit. 0 is off."
     )
     repetition_alarm: float = option(
         default=0.0, help="Ring when this share of 4-grams in responses is repeated. 0 is off."
