@@ -93,9 +93,9 @@ def test_fields(fields, message, tmp_path, student_dir, teacher_dir, unloaded):
 def test_a_teachers_own_temperature(tmp_path, student_dir, teacher_dir, unloaded):
     own = {"t": {"model": teacher_dir, "estimator": "sampled", "temperature": 2.0}}
     block = {"divergence": "reverse_kl", "teachers": own}
-    with pytest.raises(ConfigError, match=r"Teacher 't' has temperature=2\.0.*writes at temperature=1\.0"):
+    with pytest.raises(ConfigError, match=r"Teacher 't' has temperature=2\.0.*samples at temperature=1\.0"):
         panel_trainer(tmp_path, student_dir, None, panel=block, estimator="exact", divergence=None)
-    with pytest.raises(ConfigError, match=r"Teacher 't' has temperature=2\.0.*writes at temperature=1\.0"):
+    with pytest.raises(ConfigError, match=r"Teacher 't' has temperature=2\.0.*samples at temperature=1\.0"):
         TeacherPanelCorrection(panel=block)
     TeacherPanelCorrection(panel=block, temperature=2.0)
 
