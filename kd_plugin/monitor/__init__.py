@@ -1,1 +1,1 @@
-"""What is seen of an on-policy run: ``metrics`` to log, an ``alarm`` on rollouts, ``traces`` that people read."""
+"""What is seen of an on-policy run: metrics.py is logged, traces.py is for people, watch.py acts; run.py runs it."""

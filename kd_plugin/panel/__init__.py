@@ -11,8 +11,8 @@ from kd_plugin.divergence.modes import Combine
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.loss import MicroBatchLoss, panel_loss
 from kd_plugin.panel.roster import Assignment, OwnTerms, TeacherPanel
-from kd_plugin.panel.schedule import Schedule
 from kd_plugin.panel.scoring import RowScores, score_rows
+from kd_plugin.panel.weights import Schedule
 
 __all__ = [
     "Assignment",

@@ -13,7 +13,7 @@ class Host(Protocol):
     """A trainer, as the step and the monitor see it.
 
     A host has three things of its own: how it is called, how its student generates (a
-    :class:`~kd_plugin.rollouts.engine.RolloutEngine`), and how a sum over tokens is divided.
+    :class:`~kd_plugin.rollouts.RolloutEngine`), and how a sum over tokens is divided.
     """
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError
 from kd_plugin.panel.roster import TeacherPanel
-from kd_plugin.panel.schedule import Schedule
+from kd_plugin.panel.weights import Schedule
 from kd_plugin.teachers.base import identity as teacher_identity
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from kd_plugin.divergence.modes import MODES
 from kd_plugin.divergence.spec import Divergence, DivergenceSettings, choices
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.panel.estimators import Estimator
-from kd_plugin.panel.schedule import Schedule, as_schedule
+from kd_plugin.panel.weights import Schedule, as_schedule
 from kd_plugin.rollouts.decoding import Draws
 from kd_plugin.settings import option, require_known, settings
 

@@ -30,7 +30,7 @@ from kd_plugin.panel.loss import MicroBatchLoss, panel_loss
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import score_rows
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
-from kd_plugin.rollouts.engine import Propose, RolloutEngine
+from kd_plugin.rollouts import Propose, RolloutEngine
 from kd_plugin.rollouts.responses import Response, completion_ids, cut_loops, require_prompts, scored_offsets
 from kd_plugin.rollouts.rows import Rollouts, assembled, mixed_seed, on_policy_rows, render
 from kd_plugin.sharding.gathering import gathered_heads, most_of_any_rank

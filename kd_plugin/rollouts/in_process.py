@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
+from kd_plugin.rollouts import Propose
 from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_tokens
-from kd_plugin.rollouts.engine import Propose
 from kd_plugin.rollouts.responses import StopLoops, until_end
 from kd_plugin.rollouts.rows import left_padded
 from kd_plugin.sharding.running import through
@@ -74,7 +74,7 @@ class Sampling:
 
 
 class InProcessEngine:
-    """A :class:`~kd_plugin.rollouts.engine.RolloutEngine` over transformers' ``generate``.
+    """A :class:`~kd_plugin.rollouts.RolloutEngine` over transformers' ``generate``.
 
     The random state outside is left alone, so that a resumed run generates what an undisturbed one does.
 

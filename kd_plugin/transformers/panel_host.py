@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from kd_plugin.monitor.alarm import lower_learning_rate
+from kd_plugin.monitor.watch import lower_learning_rate
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.identity import ResumeState, write_state
 from kd_plugin.sharding.running import shard_for_inference, shard_with_fsdp2

@@ -14,8 +14,8 @@ from trl.models import unwrap_model_for_generation
 
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.sampling import completed, draw_settings, own_generation_config, require_whole_distribution
+from kd_plugin.rollouts import Propose
 from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_tokens
-from kd_plugin.rollouts.engine import Propose
 from kd_plugin.rollouts.responses import StopLoops
 from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.sharding.running import GenerationProgress, free_bytes, missing_bytes, slow_notice
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 
 class TRLEngine:
-    """``DistillationTrainer``'s generation as :class:`~kd_plugin.rollouts.engine.RolloutEngine`.
+    """``DistillationTrainer``'s generation as :class:`~kd_plugin.rollouts.RolloutEngine`.
 
     Args:
         trainer: whose student generates.

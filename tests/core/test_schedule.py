@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.panel.schedule import Schedule, as_schedule
+from kd_plugin.panel.weights import Schedule, as_schedule
 
 
 def test_a_number_stays():

@@ -7,7 +7,7 @@ import pytest
 
 from kd_plugin.cli.main import main
 from kd_plugin.cli.training import parse
-from kd_plugin.panel.build import panel_from
+from kd_plugin.panel.block import panel_from
 from kd_plugin.panel.checks import require_defined_panel
 from kd_plugin.panel.sampling import require_sampling
 from kd_plugin.trl import OfflineKDConfig, TeacherPanelConfig
