@@ -1,4 +1,4 @@
-"""Let two teachers correct what the student writes, each in its domain.
+"""Let two teachers score the student's responses, each in its domain.
 
     python examples/teacher_panel.py --student STUDENT --math MATH_TEACHER --general TEACHER \
         --prompts prompts.jsonl --output_dir out

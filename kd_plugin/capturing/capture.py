@@ -33,7 +33,7 @@ class PreparedCapture:
         teacher: as it is asked; a server has been reached.
         job: the rows, and what turns them into examples.
         settings: of the cache, without the weights' digest and dtype.
-        gate: what judged the teacher and the rows.
+        gate: what checks the terms of the teacher and of the rows.
     """
 
     teacher: Any

@@ -135,7 +135,7 @@ def open_engine(teacher: Any, settings: Settings, batch_tokens: int) -> Engine:
 
 
 class ScoringEngine:
-    """Any teacher, through its ``score`` alone; it writes nothing.
+    """Any teacher, through its ``score`` alone; it generates nothing.
 
     Args:
         teacher: it; is given tensors on the CPU.
@@ -220,7 +220,7 @@ class ServerEngine:
 
     Args:
         teacher: the way to it, as :func:`as_asked` returns it; asked here what it serves, if it was not before.
-        settings: what is kept, and whether it writes.
+        settings: what is kept, and whether it generates.
     """
 
     def __init__(self, teacher: ServerTeacher, settings: Settings) -> None:

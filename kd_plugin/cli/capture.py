@@ -187,7 +187,7 @@ def make_teacher(config: CaptureConfig) -> LocalTeacher | ServerTeacher:
 
 
 def make_generation(config: CaptureConfig) -> Generation | None:
-    """Return how the teacher writes, None where it scores what is there.
+    """Return how the teacher generates, None where it scores the dataset's completions.
 
     Raises:
         ConfigError: an unknown mode, a number out of range, or settings of a mode that is not chosen.

@@ -198,7 +198,7 @@ def train_offline(stage: Stage) -> dict[str, float]:
 
 
 def train_panel(stage: Stage) -> dict[str, float]:
-    """Run the teacher panel: the student writes, the teacher of each question's domain corrects every token."""
+    """Run the teacher panel: the student generates, the teacher of each question's domain scores every token."""
     from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 
     config = stage.config

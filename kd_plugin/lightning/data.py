@@ -192,7 +192,7 @@ def _prompts(name: str, split: str) -> Any:
     rows = load_rows(name, split=split)
     if "prompt" not in rows.column_names:
         raise DataError(
-            f"{name} has no column 'prompt'; it has {', '.join(map(repr, rows.column_names))}. The student writes the "
-            "completions itself, so each row needs the prompt alone, as text or as messages."
+            f"{name} has no column 'prompt'; it has {', '.join(map(repr, rows.column_names))}. The student generates "
+            "the completions itself, so each row needs the prompt alone, as text or as messages."
         )
     return rows
