@@ -287,13 +287,13 @@ def gather(directory: Path, manifest: Manifest) -> Manifest:
     for path in _records(directory):
         # One that vanishes is of a unit that another worker found to be not done after all
         with contextlib.suppress(FileNotFoundError):
-            records.append(read_record(path, manifest.settings))
+            records.append(read_unit_record(path, manifest.settings))
     units = tuple(record.unit for record in records)
     gathered = replace(manifest, units=units)
     return replace(gathered, finished=max(r.finished for r in records) if records and gathered.complete else None)
 
 
-def read_record(path: Path, settings: Settings) -> UnitRecord:
+def read_unit_record(path: Path, settings: Settings) -> UnitRecord:
     """Read ``units/<index>.json``.
 
     Raises:

@@ -97,7 +97,7 @@ def held_out_kl(student: LocalTeacher, teacher: LocalTeacher, answers: Sequence[
 
 
 @dataclass(frozen=True)
-class Measurement:
+class StudentMeasure:
     """What a student was worth at one point of the demo.
 
     Attributes:

@@ -42,7 +42,7 @@ class DownloadError(KDError, OSError):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedTeacher:
     """A teacher that is ready to be opened.
 
     Attributes:
@@ -56,7 +56,7 @@ class Prepared:
     origin: str
 
 
-def prepare_teacher(models: Path, note: Note = print) -> Prepared:
+def prepare_teacher(models: Path, note: Note = print) -> PreparedTeacher:
     """Return SmolLM2-135M-Instruct as a plain bfloat16 model under ``models``, fetching it if it is not there.
 
     Args:
@@ -97,11 +97,11 @@ def prepare_teacher(models: Path, note: Note = print) -> Prepared:
             "fetched again."
         )
     origin = (directory / "README.md").read_text(encoding="utf-8").split("Origin: ", 1)[-1].split("\n", 1)[0]
-    return Prepared(str(directory), REPO, origin)
+    return PreparedTeacher(str(directory), REPO, origin)
 
 
 def cut_student(
-    teacher: Prepared, directory: Path, keep: Sequence[int], license_id: str | None, lineage: Mapping[str, Any]
+    teacher: PreparedTeacher, directory: Path, keep: Sequence[int], license_id: str | None, lineage: Mapping[str, Any]
 ) -> None:
     """Write a student that keeps some of the teacher's layers, its embeddings and its tokenizer.
 

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kd_plugin.demo import stages
-from kd_plugin.demo.model import Prepared, prepare_teacher
+from kd_plugin.demo.model import PreparedTeacher, prepare_teacher
 from kd_plugin.demo.prompts import GENERAL, MATH, Question
 from kd_plugin.demo.stages import CACHE, MODELS, OFFLINE, PANEL, SPECIALIST, START, Stage
 from kd_plugin.demo.state import DemoConfig, DemoState, require_writable
@@ -115,7 +115,7 @@ def _open(config: DemoConfig, state: DemoState, console: Console) -> Stage:
     from transformers import AutoTokenizer
 
     if config.teacher:
-        teacher = Prepared(config.teacher, Path(config.teacher).name, f"given as {config.teacher}")
+        teacher = PreparedTeacher(config.teacher, Path(config.teacher).name, f"given as {config.teacher}")
     else:
         models = Path(config.model_cache) if config.model_cache else state.claim(MODELS, survives=True)
         teacher = prepare_teacher(models, lambda text: console.print(f"  {text}", highlight=False))

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from kd_plugin.cache import TeacherCache, TopK
 from kd_plugin.capturing import capture
-from kd_plugin.demo.evaluate import Answer, Measurement, answer, fast_dtype, held_out_kl, open_model
-from kd_plugin.demo.model import Prepared, cut_student
+from kd_plugin.demo.evaluate import Answer, StudentMeasure, answer, fast_dtype, held_out_kl, open_model
+from kd_plugin.demo.model import PreparedTeacher, cut_student
 from kd_plugin.demo.progress import Bar, training_bar
 from kd_plugin.demo.prompts import DOMAINS, GENERAL, MATH, Question, questions
 from kd_plugin.demo.state import DemoConfig, DemoState
@@ -50,7 +50,7 @@ class Stage:
     config: DemoConfig
     state: DemoState
     console: Console
-    teacher: Prepared
+    teacher: PreparedTeacher
     tokenizer: Any
 
     def path(self, name: str) -> Path:
@@ -235,7 +235,7 @@ def measure(stage: Stage, name: str) -> dict[str, Any]:
     kl = {d: held_out_kl(student, teachers[d], _answers(stage, d)) for d in DOMAINS}
     shown = sample_questions(config)
     texts = [a.text for a in answer(student.model, stage.tokenizer, list(shown.values()), config.max_completion_length)]
-    return asdict(Measurement(kl=kl, samples=dict(zip(shown, texts, strict=True))))
+    return asdict(StudentMeasure(kl=kl, samples=dict(zip(shown, texts, strict=True))))
 
 
 def open_teacher(stage: Stage) -> LocalTeacher:

@@ -57,7 +57,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Found:
+class PassSums:
     """What a pass leaves: the loss, entropy (N,), per group and term value and weight (n,), and the gradients."""
 
     loss: Tensor
@@ -67,7 +67,7 @@ class Found:
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def panel_pass(hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: OutputHead, plan: Plan) -> Found:
+def panel_pass(hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: OutputHead, plan: Plan) -> PassSums:
     """Compute everything; ``student`` is the head's real rows, ``weight`` and ``bias`` are autograd's."""
     device, statistics, dtype = hidden_NH.device, plan.statistics, plan.autocast or hidden_NH.dtype
     vocab_size, need_grad = student.weight.shape[0], any(plan.needs)
@@ -77,7 +77,7 @@ def panel_pass(hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: 
     gradient = StudentGradient(hidden_NH, weight, bias, project, plan.needs, statistics)
     tiles = Tiles(workspace, statistics, need_grad)
     entropy_N = torch.zeros(hidden_NH.shape[0], dtype=statistics, device=device)
-    found = Found(torch.zeros((), dtype=statistics, device=device), entropy_N, [], [], gradient.take())
+    found = PassSums(torch.zeros((), dtype=statistics, device=device), entropy_N, [], [], gradient.take())
     for group in plan.groups:
         count = hidden_NH.shape[0] if group.positions is None else group.positions.shape[0]
         teachers = _projectors(group, student, workspace, plan)

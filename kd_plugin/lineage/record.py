@@ -91,10 +91,10 @@ def digest_of(record: Mapping[str, Any]) -> str:
 def sealed(record: Mapping[str, Any], saved_at: str) -> dict[str, Any]:
     """Add digest and saving time; the time carries a seal of its own, so that no byte can change unseen."""
     digest = digest_of(record)
-    return {**record, "digest": digest, "saved_at": {"time": saved_at, "seal": seal(digest, saved_at)}}
+    return {**record, "digest": digest, "saved_at": {"time": saved_at, "seal": time_seal(digest, saved_at)}}
 
 
-def seal(digest: str, saved_at: str) -> str:
+def time_seal(digest: str, saved_at: str) -> str:
     """Bind the saving time, which the digest leaves out, to the record."""
     return hashlib.sha256(f"{digest} {saved_at}".encode()).hexdigest()[:32]
 

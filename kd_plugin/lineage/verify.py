@@ -28,7 +28,7 @@ from kd_plugin.lineage.record import (
     digest_of,
     lineage_directory,
     read_record,
-    seal,
+    time_seal,
     weights_of,
 )
 from kd_plugin.lineage.registry import Registry, default_registry
@@ -131,7 +131,7 @@ def _check_record(record: Mapping[str, Any], raw: bytes) -> list[Problem]:
     elif raw != bytes_expected:
         problems.append(Problem("tampered", RECORD, "its bytes are not canonical JSON; it was rewritten"))
     saved = record["saved_at"]
-    if set(saved) != {"time", "seal"} or saved["seal"] != seal(record["digest"], str(saved["time"])):
+    if set(saved) != {"time", "seal"} or saved["seal"] != time_seal(record["digest"], str(saved["time"])):
         problems.append(Problem("tampered", RECORD, "saved_at does not fit its seal"))
     return problems
 

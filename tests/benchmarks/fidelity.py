@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from kd_plugin.cache import Sampled, TopK
 from kd_plugin.capturing.fidelity import SETTINGS, fidelity
 from kd_plugin.cli.fidelity import plot, table
-from kd_plugin.demo.model import Prepared, cut_student
+from kd_plugin.demo.model import PreparedTeacher, cut_student
 from kd_plugin.teachers import LocalTeacher
 from tests.benchmarks.prose import paragraphs
 
@@ -30,7 +30,7 @@ LIMITS = {TopK(64): (190, 0.0), Sampled(50): (60, 0.995)}  # bytes a position at
 def student_of(model: str, directory: Path) -> Path:
     """Cut the student from the teacher, unless that has been done."""
     if not directory.exists():
-        teacher = Prepared(model, "HuggingFaceTB/SmolLM2-135M-Instruct", "a local directory")
+        teacher = PreparedTeacher(model, "HuggingFaceTB/SmolLM2-135M-Instruct", "a local directory")
         cut_student(teacher, directory, LAYERS, "apache-2.0", {})
     return directory
 

@@ -186,13 +186,13 @@ def test_many_workers_that_finish_together(store):
 
 
 def test_a_record_that_vanishes_while_it_is_read_is_of_a_missing_unit(store, monkeypatch):
-    read = store_module.read_record
+    read = store_module.read_unit_record
 
     def vanishing(path, settings):
         path.unlink()
         return read(path, settings)
 
-    monkeypatch.setattr(store_module, "read_record", vanishing)
+    monkeypatch.setattr(store_module, "read_unit_record", vanishing)
     assert store_module.gather(store.directory, store.manifest).missing_units == [0]
 
 

@@ -163,7 +163,7 @@ def test_a_redone_stage_starts_clean(tmp_path):
 
 
 def cut(teacher, directory, keep, **kwargs):
-    prepared = model.Prepared(str(teacher), "tiny", "a test")
+    prepared = model.PreparedTeacher(str(teacher), "tiny", "a test")
     model.cut_student(prepared, directory, keep, kwargs.get("license"), {"run": {"id": "r", "date": "2026-01-01"}})
 
 
