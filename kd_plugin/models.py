@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd_plugin.upstream import built
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -79,9 +81,7 @@ def language_model_from_config(config: PreTrainedConfig, **kwargs: Any) -> PreTr
     Raises:
         ValueError: the configuration describes no model that gives next tokens.
     """
-    found = language_model_class(config)
-    build = getattr(found, "from_config", None) or found._from_config
-    return build(config, **kwargs)  # type: ignore[no-any-return]
+    return built(language_model_class(config), config, **kwargs)  # type: ignore[no-any-return]
 
 
 def output_rows(found: Any) -> int | None:

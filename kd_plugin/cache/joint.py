@@ -60,7 +60,7 @@ class JointCache:
         self.members = tuple(members)
 
     @classmethod
-    def open(cls, caches: Caches, *, allow_partial: bool = False) -> JointCache:
+    def open(cls, caches: Caches | None, *, allow_partial: bool = False) -> JointCache:
         """Open what a user names.
 
         Args:
@@ -72,6 +72,11 @@ class JointCache:
             ConfigError: no cache, one twice, or weights that are negative or all 0.
             CacheError: see :class:`TeacherCache`.
         """
+        if caches is None:
+            raise ConfigError(
+                "No teacher cache is given. Make one with `kd-plugin capture` or kd_plugin.capture(...), and pass its "
+                "directory as teacher_cache."
+            )
         if isinstance(caches, TeacherCache | str | Path):
             caches = [caches]
         weights = dict(caches) if isinstance(caches, Mapping) else {_key(cache): 1.0 for cache in caches}
@@ -153,6 +158,21 @@ class JointCache:
         for member in self.members:
             vocabulary = vocabulary.within(member.cache.manifest.vocab_size)
         return vocabulary
+
+    def for_student(self, vocabulary: Vocabulary, *, temperature: float) -> tuple[JointCache, Vocabulary]:
+        """Return the same caches cut to the tokens that all heads have a row for, and those tokens.
+
+        Args:
+            vocabulary: the student's.
+            temperature: of the student's softmax.
+
+        Raises:
+            VocabularyError: a cache cannot teach it.
+            ConfigError: a cache was captured at another temperature.
+        """
+        self.require_compatible(vocabulary, temperature=temperature)
+        common = self.common(vocabulary)
+        return self.within(common.size), common
 
     def within(self, vocab_size: int) -> JointCache:
         """Return the same caches with the targets of the first ``vocab_size`` tokens alone."""

@@ -10,12 +10,14 @@ import copy
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from kd_plugin.errors import ConfigError
 
+MESSAGE_COLUMNS = ("prompt", "completion", "messages", "conversations")
 _CLOCK = "strftime_now"
 _MARKER = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 _OPENING = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as TRL and transformers look for it
@@ -141,3 +143,9 @@ def marks_assistant(template: Any) -> bool:
 def fingerprint(template: str | None) -> str | None:
     """Return the sha256 of a template's text."""
     return None if template is None else hashlib.sha256(template.encode()).hexdigest()
+
+
+def is_conversation(row: Mapping[str, Any]) -> bool:
+    """Whether a chat template renders ``row``."""
+    given = [row[name] for name in MESSAGE_COLUMNS if row.get(name) is not None]
+    return "input_ids" not in row and any(not isinstance(value, str) for value in given)

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset
-from torch import Tensor
 
-from kd_plugin.cache.joining import TARGET, Untaught, kept_tokens, require_complete, survey, taught_batch
+from kd_plugin.cache.joining import kept_tokens, require_complete, survey
 from kd_plugin.cache.joint import JointCache
+from kd_plugin.cache.templates import fingerprint, is_conversation, prints_time
 from kd_plugin.errors import DataError
 from kd_plugin.vocab import Vocabulary
 
@@ -68,7 +66,7 @@ class Joining:
             DataError: a token that is trained on has no target, rows come from another cache, or cannot be joined.
         """
         cache, columns = self.cache, self.cache.columns
-        present = getattr(dataset, "column_names", None) or list(next(iter(dataset)))
+        present = columns_of(dataset)
         if not set(columns) <= set(present):
             if "input_ids" not in present or not hasattr(dataset, "map"):
                 raise DataError(
@@ -96,6 +94,11 @@ class Joining:
             if not self.keep_untaught:
                 return dataset.select(found.taught)
         return dataset
+
+
+def columns_of(dataset: Any) -> list[str]:
+    """Return the columns of a dataset; those of its first row where it does not say."""
+    return getattr(dataset, "column_names", None) or list(next(iter(dataset), ()))
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,41 @@ class CutIndex:
         length = len(example["input_ids"])
         cut = slice(-length, None) if self.keep_end else slice(length)
         return {column: example[column][cut] for column in self.columns}
+
+
+def why_not_found(cache: JointCache, processing_class: Any, training_template: str | None, dataset: Any) -> str:
+    """Say why conversations may have other tokens than at capture; empty where nothing is known.
+
+    Args:
+        cache: that holds none of them.
+        processing_class: the tokenizer.
+        training_template: what TRL renders with in the place of the tokenizer's own template, or None.
+        dataset: the rows as the user gave them.
+    """
+    if not is_conversation(next(iter(dataset))):
+        return ""
+    own = processing_class.chat_template
+    used = fingerprint(training_template or (own if isinstance(own, str) else None))
+    for member in cache.members:
+        settings = member.cache.manifest.settings
+        if used != (settings.rendered_with or settings.chat_template):
+            if training_template is not None:
+                return (
+                    "With assistant_only_loss=True TRL renders conversations by its training template, and the capture "
+                    "rendered them by another: capture with assistant_only=True."
+                )
+            if settings.rendered_with is not None:
+                return (
+                    "The capture rendered conversations by a template in the place of the tokenizer's own: set the "
+                    "tokenizer's chat_template to it, or assistant_only_loss=True where it is TRL's training template."
+                )
+            return "The capture rendered conversations by another chat template than training does."
+        if settings.rendered_at is None and prints_time(processing_class):
+            return (
+                "The chat template prints today's date, and the cache does not say which date it printed: it was begun "
+                f"on {member.cache.manifest.created[:10]} by an earlier kd-plugin. Capture again."
+            )
+    return ""
 
 
 def something_to_cut(dataset: Any, max_length: int, name: str) -> bool:
@@ -227,55 +265,3 @@ class _Labels:
             table = table.drop_columns([self.mask])
         ends = pa.array(np.append(0, np.cumsum(lengths)), pa.int32())
         return table.append_column("labels", pa.ListArray.from_arrays(ends, pa.array(labels)))
-
-
-@dataclass
-class TeacherTargetCollator:
-    """Wraps a collator, which need not know of targets.
-
-    It runs in the data loader's workers, so that targets are read from disk ahead of the step.
-
-    Attributes:
-        inner: a collator that pads on the right, or puts all examples into one row, one after the other.
-        cache: where the columns ``teacher_index`` point to.
-        untaught: what becomes of tokens with a label and no target.
-    """
-
-    inner: Any
-    cache: JointCache
-    untaught: Untaught
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate ``examples``, and add under ``teacher_target`` what :func:`taught_batch` gathers, and ``ends``.
-
-        ``ends`` says where each example ends among the flattened (B * L) positions of the batch.
-
-        Raises:
-            DataError: the collator padded on the left, cut or reordered rows, or gave no labels.
-        """
-        columns = self.cache.columns
-        batch = self.inner([{k: v for k, v in example.items() if k not in columns} for example in examples])
-        if "labels" not in batch or "input_ids" not in batch:
-            raise self._unfit(f"gives {sorted(batch)}; input_ids and labels are needed")
-        rows = [torch.as_tensor(example["input_ids"]) for example in examples]
-        padding_free = batch["labels"].shape[0] != len(rows)
-        self._require_unmoved(batch["input_ids"], [torch.cat(rows)] if padding_free else rows)
-        indices = {column: [example[column] for example in examples] for column in columns}
-        batch["labels"], batch[TARGET] = taught_batch(self.cache, batch["labels"], indices, self.untaught)
-        width = batch["labels"].shape[1]
-        batch[TARGET]["ends"] = list(accumulate(len(row) if padding_free else width for row in rows))
-        return batch
-
-    def _require_unmoved(self, ids: Tensor, rows: list[Tensor]) -> None:
-        """Refuse a batch whose tokens are not where the targets expect them: at the left edge, whole, in order."""
-        for number, row in enumerate(rows):
-            if len(ids) != len(rows) or not torch.equal(ids[number, : len(row)].cpu(), row.to("cpu", ids.dtype)):
-                raise self._unfit(
-                    f"moved the tokens of row {number} of a batch: cached targets would belong to other ones"
-                )
-
-    def _unfit(self, what: str) -> DataError:
-        return DataError(
-            f"The data collator {type(self.inner).__name__} {what}. Leave data_collator out, or give one that keeps "
-            "the order of the rows and their tokens, and pads on the right."
-        )

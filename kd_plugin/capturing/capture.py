@@ -11,11 +11,18 @@ from kd_plugin.cache.manifest import Manifest, Part, Settings, read_manifest
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.cache.store import Store, require_same
 from kd_plugin.cache.targets import Generation, Targets, TopK
-from kd_plugin.cache.templates import fingerprint, marks_assistant, pinned_time, prints_time, with_template
+from kd_plugin.cache.templates import (
+    fingerprint,
+    is_conversation,
+    marks_assistant,
+    pinned_time,
+    prints_time,
+    with_template,
+)
 from kd_plugin.capturing.engines import as_asked, open_engine, require_targets, require_teacher
 from kd_plugin.capturing.rows import open_rows, passed_columns
 from kd_plugin.capturing.settings import ScoringSettings
-from kd_plugin.capturing.tokenization import Tokenization, is_conversation
+from kd_plugin.capturing.tokenization import Tokenization
 from kd_plugin.capturing.work import Job, do_units
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source

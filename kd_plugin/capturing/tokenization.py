@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_plugin.cache.schema import Example, example_id, scored_positions
-from kd_plugin.cache.templates import Template, pinned_tokenizer, read_template
+from kd_plugin.cache.templates import MESSAGE_COLUMNS, Template, pinned_tokenizer, read_template
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 
 PASS_THROUGH = ("text", "domain")
-_MESSAGE_COLUMNS = ("prompt", "completion", "messages", "conversations")
-_USED = (*_MESSAGE_COLUMNS, "text", "input_ids", "completion_mask", "assistant_masks", "labels", "tools", "domain")
+_USED = (*MESSAGE_COLUMNS, "text", "input_ids", "completion_mask", "assistant_masks", "labels", "tools", "domain")
 USED_COLUMNS = (*_USED, "chat_template_kwargs")
 
 
@@ -227,12 +226,6 @@ class Tokenization:
                 "tokens would be others in training. Give one template to all rows: capture(..., chat_template=...)."
             )
         return self._renderer.apply_chat_template(messages, tokenize=True, return_dict=True, **options, **given)
-
-
-def is_conversation(row: Mapping[str, Any]) -> bool:
-    """Whether a chat template renders ``row``."""
-    given = [row[name] for name in _MESSAGE_COLUMNS if row.get(name) is not None]
-    return "input_ids" not in row and any(not isinstance(value, str) for value in given)
 
 
 def _require_turns(row: Mapping[str, Any], where: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import RunLineage, Source, load_record
 from kd_plugin.models import language_model_from_config
+from kd_plugin.upstream import tied_names
 
 UNIVERSAL_MARKER = "latest_universal"
 _BESIDE_THE_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -113,7 +114,7 @@ def _save(state: dict[str, Tensor], checkpoint: Path, output: Path, dtype: torch
     is_tied = student.get_output_embeddings().weight is student.get_input_embeddings().weight
     state = {name: value.to(dtype) for name, value in state.items()}
     wrong = student.load_state_dict(state, assign=True, strict=False)
-    tied = set(student._tied_weights_keys or ()) if is_tied else set()
+    tied = tied_names(student) if is_tied else set()
     missing = [name for name in wrong.missing_keys if name not in tied]
     if missing or wrong.unexpected_keys:
         raise ConfigError(
@@ -132,6 +133,16 @@ def saved_ranks(checkpoint: str | Path) -> int:
     """Return how many ranks saved a DeepSpeed checkpoint."""
     checkpoint = Path(checkpoint)
     return len(list((checkpoint / shard_tag(checkpoint)).glob("*_optim_states.pt")))
+
+
+def resume_shards(checkpoint: str | Path, ranks: int, config: dict[str, Any]) -> None:
+    """Have DeepSpeed take a checkpoint for what it is, by its configuration; see :func:`require_resumable`.
+
+    Raises:
+        ConfigError: says how to convert the checkpoint.
+    """
+    if require_resumable(checkpoint, ranks, config):
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
 
 
 def require_resumable(checkpoint: str | Path, ranks: int, config: Mapping[str, Any]) -> bool:

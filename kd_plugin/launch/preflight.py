@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.limits import deepspeed_splits, refuse_splits
 
 logger = logging.getLogger(__name__)
 # No op takes as long to build. A younger lock may be that of a build on another machine, in a home that both share
@@ -120,6 +121,30 @@ def _open_files() -> set[str]:
 def made_for(student: str, hidden_size: int, num_hidden_layers: int) -> dict[str, Any]:
     """Return what a configuration says under ``MADE_FOR``, so that it is not taken for another student by mistake."""
     return {"student": student, "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
+
+
+def require_launchable(
+    config: Mapping[str, Any], student: Any, *, micro_batch: int | None, accumulation: int, ranks: int
+) -> None:
+    """Refuse a DeepSpeed configuration that contradicts the trainer or the student, before anything is loaded.
+
+    Args:
+        config: the DeepSpeed configuration.
+        student: the transformers configuration of the student; None where it is not known.
+        micro_batch: rows of a rank in a forward pass, as the trainer has it; None where it is not known.
+        accumulation: micro-batches in a step, likewise.
+        ranks: processes of the run.
+
+    Raises:
+        ConfigError: ranks would share rows or layers, batch sizes contradict, the configuration was made for another
+            student, or an offload cannot be.
+    """
+    refuse_splits(deepspeed_splits(config))
+    if micro_batch is not None:
+        require_batches(config, micro_batch=micro_batch, accumulation=accumulation, ranks=ranks)
+    if student is not None:
+        require_student(config, student)
+    require_offload(config)
 
 
 def require_batches(config: Mapping[str, Any], *, micro_batch: int, accumulation: int, ranks: int) -> None:

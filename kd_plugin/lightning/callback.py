@@ -8,20 +8,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedModel
 
 from kd_plugin.divergence import require_finite
-from kd_plugin.lightning.forward import DistillingForward
 from kd_plugin.lightning.step import DistillingStep
 from kd_plugin.lightning.student import (
-    as_trained,
     builds_later,
-    config_of,
-    find_student,
     require_launchable,
     require_resumable_ranks,
     require_returned_loss,
     require_supported,
 )
-from kd_plugin.lightning.zero3_building import prepare_for_zero3
+from kd_plugin.lightning.upstream import prepare_for_zero3
 from kd_plugin.limits import refuse_prompt_learning, refuse_router_loss
+from kd_plugin.student.finding import as_trained, config_of, find_student
+from kd_plugin.student.forward import DistillingForward
 
 
 class StudentCallback(Callback):

@@ -7,15 +7,14 @@ import itertools
 import logging
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 
-from kd_plugin.cache.joining import TARGET, taught_batch
+from kd_plugin.cache.collator import CachedRowCollator
+from kd_plugin.cache.joining import TARGET
 from kd_plugin.cache.joint import JointCache
+from kd_plugin.cache.loader import ResumableLoader
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.inputs import load_rows
-from kd_plugin.lightning.loader import ResumableLoader
 from kd_plugin.lightning.step import SAMPLES, WINDOW, WINDOW_TOKENS
 from kd_plugin.lightning.windows import served, window_end
 
@@ -79,7 +78,7 @@ class KDDataModule(LightningDataModule):
         self.rows: Any = None
         self.validation: Any = None
         self.samples: Any = None
-        self._cache: JointCache | None = None
+        self._collator: Any = None  # of cached rows
 
     def setup(self, stage: str) -> None:
         """Open the rows; nothing is copied into memory."""
@@ -103,7 +102,7 @@ class KDDataModule(LightningDataModule):
         cached = self.hp.cache is not None
         return self._loader(
             self.rows,
-            self._collate if cached else _as_columns,
+            self._collator if cached else _as_columns,
             # As Lightning does with its own loaders: the same batches in each epoch
             shuffle=self.hp.shuffle and not getattr(self.trainer, "overfit_batches", 0),
             look_ahead=_count_window if cached else _attach_window,
@@ -112,7 +111,7 @@ class KDDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[ResumableLoader]:
         """Return the rows that are held out, and the prompts that are answered."""
-        collate = self._collate if self.hp.cache is not None else _as_columns
+        collate = self._collator if self.hp.cache is not None else _as_columns
         loaders = [] if self.validation is None else [self._loader(self.validation, collate)]
         return loaders if self.samples is None else [*loaders, self._loader(self.samples, _as_samples)]
 
@@ -139,26 +138,11 @@ class KDDataModule(LightningDataModule):
         )
 
     def _cached_rows(self) -> Any:
-        self._cache = JointCache.open(self.hp.cache, allow_partial=self.hp.allow_partial)
-        rows = self._cache.dataset()
-        width = self.hp.max_length
+        cache, width = JointCache.open(self.hp.cache, allow_partial=self.hp.allow_partial), self.hp.max_length
+        self._collator, rows = CachedRowCollator(cache, width), cache.dataset()
         if width is None:
             return rows
         return rows.filter(lambda mask: any(mask[1:width]), input_columns="completion_mask")
-
-    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Pad on the right, and gather the targets of the N scored positions."""
-        cut = slice(None, self.hp.max_length)
-        ids = [torch.as_tensor(row["input_ids"][cut]) for row in rows]
-        input_ids = _padded(ids, 0)
-        attention_mask = _padded([torch.ones_like(one) for one in ids], 0)
-        trained = _padded([torch.as_tensor(row["completion_mask"][cut]).long() for row in rows], 0)
-        labels = torch.where(trained == 1, input_ids, -100)
-        assert self._cache is not None
-        indices = {column: [row[column][cut] for row in rows] for column in self._cache.columns}
-        # Rows of a cache have a target for each token of theirs that is trained on
-        labels, target = taught_batch(self._cache, labels, indices, "refuse")
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, TARGET: target}
 
 
 def _count_window(window: list[Any]) -> None:
@@ -173,10 +157,6 @@ def _attach_window(window: list[Any]) -> None:
     prompts = [dict(batch) for batch in window]
     for place, batch in enumerate(window):
         batch[WINDOW] = {"number": number, "place": place, "batches": prompts if place == 0 else None}
-
-
-def _padded(rows: list[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True, padding_value=value)
 
 
 def _as_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

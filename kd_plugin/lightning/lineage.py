@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from kd_plugin.errors import KDError
-from kd_plugin.lightning.student import builds_later, find_student, resumed_from
+from kd_plugin.lightning.student import builds_later
+from kd_plugin.lightning.upstream import after_the_save, resumed_from
 from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.carried import Carried, take_over
 from kd_plugin.lineage.data import dataset_sources
 from kd_plugin.lineage.record import RECORD, lineage_directory
 from kd_plugin.lineage.start import start_run, student_source
+from kd_plugin.student.finding import find_student
 
 logger = logging.getLogger(__name__)
 IN_CHECKPOINT = "kd_plugin_lineage"
@@ -120,7 +121,7 @@ class LicenseLineage(Callback):
             save(checkpoint, path, *args, **kwargs)
             strategy.barrier("kd_plugin.lineage")
             if trainer.is_global_zero:
-                self._after(strategy.checkpoint_io, functools.partial(self.write, path, trainer.global_step))
+                after_the_save(strategy.checkpoint_io, functools.partial(self.write, path, trainer.global_step))
 
         @functools.wraps(remove)
         def remove_checkpoint(filepath: str | Path) -> None:
@@ -144,14 +145,6 @@ class LicenseLineage(Callback):
             self._run.write(checkpoint, step=step)
         except (KDError, OSError) as error:
             logger.error("The weights in %s are saved, but their lineage is not: %s", checkpoint, error)
-
-    @staticmethod
-    def _after(checkpoint_io: Any, write: Callable[[], None]) -> None:
-        """Write once the weights are there: an asynchronous plugin saves in a thread of its own, one by one."""
-        if isinstance(checkpoint_io, AsyncCheckpointIO) and checkpoint_io._executor is not None:
-            checkpoint_io._executor.submit(write)
-        else:
-            write()
 
 
 def lineage_of(trainer: Trainer, run: RunLineage, student: str | None) -> LicenseLineage:

@@ -10,21 +10,22 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from kd_plugin.cache.joining import TARGET, Untaught, targets_within, taught_batch
+from kd_plugin.cache.collator import target_of
+from kd_plugin.cache.joining import TARGET, Untaught
 from kd_plugin.cache.joint import Caches, JointCache
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
 from kd_plugin.lightning.callback import StudentCallback
-from kd_plugin.lightning.forward import Call, DistillingForward
 from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.step import WINDOW_TOKENS, DistillingStep, Prepared, require_mapping, without
-from kd_plugin.lightning.student import find_student, student_rows
 from kd_plugin.lightning.windows import require_whole_windows
 from kd_plugin.limits import refuse_images
 from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.settings import built, takes
+from kd_plugin.student.finding import find_student, load_tokenizer, student_rows
+from kd_plugin.student.forward import Call, DistillingForward
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -123,11 +124,9 @@ class OfflineKD(StudentCallback):
         assert self._forward is not None
         with self._forward.step(call):
             run(prepared.batch)
-        found, tokens = call.found, max(call.found.kd.numel(), 1)
-        taught = max(prepared.target["taught"], 1)
-        values = {"val/loss": found.loss_sum.detach() / tokens, "val/divergence": found.kd.sum() / taught}
-        if found.nll is not None:
-            values["val/cross_entropy"] = found.nll.sum() / tokens
+        tokens = max(call.found.kd.numel(), 1)
+        values = {"val/loss": call.found.loss_sum.detach() / tokens}
+        values |= {f"val/{name}": value for name, value in _means(call).items() if name != "entropy"}
         module.log_dict(values, batch_size=tokens, sync_dist=True, add_dataloader_idx=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -148,9 +147,7 @@ class OfflineKD(StudentCallback):
     def _compare_vocabularies(self, module: LightningModule, model: PreTrainedModel | str) -> None:
         tokenizer = self.tokenizer or getattr(module, "tokenizer", None) or load_tokenizer(model)
         own = Vocabulary.from_tokenizer(tokenizer).within(student_rows(model))
-        self.cache.require_compatible(own, temperature=self.objective.temperature)
-        self._vocabulary = self.cache.common(own)
-        self.cache = self.cache.within(self._vocabulary.size)
+        self.cache, self._vocabulary = self.cache.for_student(own, temperature=self.objective.temperature)
 
     def _check(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel | str) -> None:
         """Pass the license gate and compare vocabularies; neither needs the student's weights."""
@@ -177,18 +174,9 @@ class OfflineKD(StudentCallback):
         self._require(batch)
         if self._vocabulary.is_cut:
             self._vocabulary.require_rows(batch["input_ids"].tolist(), "Row")
-        labels = batch.get("labels")
-        target, taught = batch.get(TARGET), None
-        if target is None:
-            # A collator that gathers targets in the loader's workers, as KDDataModule's does, saves this copy
-            indices = {column: batch[column].cpu() for column in self.cache.columns}
-            if labels is None:
-                target = self.cache.targets(None, indices)
-            else:
-                _, target = taught_batch(self.cache, labels.cpu(), indices, self._untaught)
-                taught = target["taught"] if self._untaught == "keep" else None
-        elif self._vocabulary.is_cut:
-            target = targets_within(target, self._vocabulary.size)  # the loader does not know the student
+        labels, gathered = batch.get("labels"), TARGET in batch
+        target = target_of(batch, self.cache, self._untaught, self._vocabulary)
+        some_have_none = self._untaught == "keep" and labels is not None and not gathered
         return Prepared(
             without(batch, *self.cache.columns, TARGET, WINDOW_TOKENS),
             target,
@@ -196,31 +184,18 @@ class OfflineKD(StudentCallback):
             tuple(batch["input_ids"].shape[:2]),
             tokens=target["positions"].numel(),
             window_tokens=batch.get(WINDOW_TOKENS),
-            taught=taught,
+            taught=target["taught"] if some_have_none else None,
         )
 
     @staticmethod
     def _report(module: LightningModule, call: Call, total: Tensor) -> None:
-        found = call.found
-        tokens = max(found.kd.numel(), 1)
-        taught = max(call.target.get("taught", tokens), 1)
-        values = {"kd/loss": total.detach(), "kd/divergence": found.kd.sum() / taught}
-        values["kd/entropy"] = found.entropy.sum() / tokens
-        if found.nll is not None:
-            values["kd/cross_entropy"] = found.nll.sum() / tokens
+        values = {"kd/loss": total.detach(), **{f"kd/{name}": value for name, value in _means(call).items()}}
         module.log_dict(values, on_step=True, on_epoch=False, batch_size=call.shape[0])
 
 
-def load_tokenizer(model: PreTrainedModel | str | Path) -> Any:
-    """Load the tokenizer that a student's ``config`` names.
-
-    Raises:
-        ConfigError: it names none.
-    """
-    reference = str(model) if isinstance(model, str | Path) else model.config._name_or_path
-    if not reference:
-        raise ConfigError(
-            "The student was built in memory and names no tokenizer, so its token ids cannot be compared with the "
-            "teacher's. Pass tokenizer=..."
-        )
-    return AutoTokenizer.from_pretrained(reference)
+def _means(call: Call) -> dict[str, Tensor]:
+    """Return the parts of a batch's loss, in nats per token, and the student's entropy."""
+    found, tokens = call.found, max(call.found.kd.numel(), 1)
+    values = {"divergence": found.kd.sum() / max(call.target.get("taught", tokens), 1)}
+    values["entropy"] = found.entropy.sum() / tokens
+    return values if found.nll is None else {**values, "cross_entropy": found.nll.sum() / tokens}

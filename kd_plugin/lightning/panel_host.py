@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kd_plugin.errors import ConfigError
 from kd_plugin.lightning.step import WINDOW, Prepared
 from kd_plugin.lightning.student import as_trained, builds_later
+from kd_plugin.monitor.alarm import lower_learning_rate
 from kd_plugin.monitor.watch import lower_learning_rate
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.batches import MicroBatch, StepLoss
@@ -23,6 +24,7 @@ from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.warmup import WarmupBatch
 from kd_plugin.sharding.running import shard_for_inference, shard_with_fsdp2
 from kd_plugin.signals import OutputHead
+from kd_plugin.student.finding import as_trained
 from kd_plugin.teachers.in_process import Placement, place
 from kd_plugin.vocab import Vocabulary
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from kd_plugin.cache.joining import mean_over_taught
 from kd_plugin.errors import ConfigError, DataError
-from kd_plugin.lightning.forward import Call, DistillingForward, beside
 from kd_plugin.lightning.student import loss_of, shards_the_student
-from kd_plugin.lightning.windows import divide_once, window_size
+from kd_plugin.lightning.upstream import divide_once
+from kd_plugin.lightning.windows import window_size
+from kd_plugin.student.forward import Call, DistillingForward, beside
 
 # What the plugin puts into a batch and takes out again before the module sees it
 WINDOW_TOKENS = "kd_window_tokens"

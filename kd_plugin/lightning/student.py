@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,56 +12,18 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.launch.checkpoints import require_resumable
-from kd_plugin.launch.preflight import require_batches, require_filled, require_offload, require_student
-from kd_plugin.limits import deepspeed_splits, refuse_splits
-from kd_plugin.models import output_rows
+from kd_plugin.errors import ConfigError
+from kd_plugin.launch.checkpoints import resume_shards
+from kd_plugin.launch.preflight import require_filled
+from kd_plugin.launch.preflight import require_launchable as require_configured
+from kd_plugin.lightning.upstream import resumed_from
 from kd_plugin.rollouts.in_process import InProcessEngine, Sampling
+from kd_plugin.student.finding import config_of
 from kd_plugin.vocab import Vocabulary
 
 SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)  # DeepSpeedStrategy is a DDPStrategy
-
-
-def find_student(module: nn.Module, path: str | None = None) -> PreTrainedModel:
-    """Return the transformers causal language model inside ``module``; of a PEFT model its base.
-
-    Args:
-        module: the user's module.
-        path: attribute path of the student, such as ``"net.model"``; None searches the whole module.
-
-    Raises:
-        ConfigError: no such attribute, no causal language model, or several of them.
-    """
-    owner = type(module).__name__
-    if path is not None:
-        names = [name for name, _ in module.named_modules() if name]
-        if path not in names:
-            top = [name for name in names if "." not in name]
-            raise ConfigError(
-                f"student={path!r} names no part of {owner}; its attributes with modules are "
-                f"{', '.join(map(repr, top)) or 'none'}.{nearest(path, names)}"
-            )
-        module = module.get_submodule(path)
-    found: dict[str, PreTrainedModel] = {}
-    for name, part in module.named_modules():
-        inside = any(name.startswith(outer + ".") or outer == "" for outer in found)
-        if not inside and _is_causal(part):
-            found[name] = part  # type: ignore[assignment]
-    where = owner if path is None else f"{owner}.{path}"
-    if not found:
-        raise ConfigError(
-            f"{where} holds no transformers causal language model. Assign one to an attribute, such as self.model = "
-            "AutoModelForCausalLM.from_pretrained(...), in __init__, setup or configure_model."
-        )
-    if len(found) > 1:
-        raise ConfigError(
-            f"{where} holds {len(found)} causal language models: {', '.join(found)}. Say which one is the student: "
-            f"student={next(iter(found))!r}."
-        )
-    return next(iter(found.values()))
 
 
 def builds_later(module: LightningModule) -> bool:
@@ -107,21 +68,15 @@ def require_launchable(trainer: Trainer, student: PreTrainedModel | str) -> None
     if not isinstance(strategy, DeepSpeedStrategy):
         return
     config: dict[str, Any] = strategy.config or {}
-    refuse_splits(deepspeed_splits(config))
     require_filled(config)
     rows = getattr(getattr(trainer, "datamodule", None), "hparams", {}).get("batch_size")
-    rows = config.get("train_micro_batch_size_per_gpu", rows)
-    if rows is not None:
-        require_batches(
-            config, micro_batch=rows, accumulation=trainer.accumulate_grad_batches, ranks=trainer.world_size
-        )
-    require_student(config, config_of(student))
-    require_offload(config)
-
-
-def config_of(student: PreTrainedModel | str) -> Any:
-    """Return the configuration of a student, or of the reference that it will be loaded from."""
-    return AutoConfig.from_pretrained(student) if isinstance(student, str) else student.config
+    require_configured(
+        config,
+        config_of(student),
+        micro_batch=config.get("train_micro_batch_size_per_gpu", rows),
+        accumulation=trainer.accumulate_grad_batches,
+        ranks=trainer.world_size,
+    )
 
 
 def require_resumable_ranks(trainer: Trainer) -> None:
@@ -133,25 +88,7 @@ def require_resumable_ranks(trainer: Trainer) -> None:
     strategy, checkpoint = trainer.strategy, resumed_from(trainer)
     if not isinstance(strategy, DeepSpeedStrategy) or checkpoint is None:
         return
-    config: dict[str, Any] = strategy.config or {}
-    if require_resumable(checkpoint, trainer.world_size, config):
-        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
-
-
-def resumed_from(trainer: Trainer) -> str | Path | None:
-    """Return the checkpoint that ``fit(ckpt_path=...)`` resumes, from setup on.
-
-    Lightning 2.6 tells it in ``trainer.ckpt_path`` once it loads it, which sharding strategies do after students and
-    teachers are there. Until then only the trainer's own running method knows what ``"last"`` and its like resolved to.
-    """
-    if trainer.ckpt_path:
-        return trainer.ckpt_path
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is Trainer._run.__code__ and frame.f_locals.get("self") is trainer:
-            return frame.f_locals.get("ckpt_path")
-        frame = frame.f_back
-    return None
+    resume_shards(checkpoint, trainer.world_size, strategy.config or {})
 
 
 def require_returned_loss(module: LightningModule) -> None:
@@ -233,23 +170,6 @@ def _units_around(module: LightningModule, model: Any) -> list[nn.Module]:
     student = model.get_base_model() if hasattr(model, "get_base_model") else model
     units = [part for part in module.modules() if isinstance(part, FSDPModule) and part is not student]
     return [unit for unit in reversed(units) if any(part is student for part in unit.modules())]
-
-
-def as_trained(module: nn.Module, student: PreTrainedModel) -> Any:
-    """Return the student with its adapter, where the module holds it wrapped by PEFT; other PEFT models are others'."""
-    adapted = (m for m in module.modules() if hasattr(m, "peft_config") and any(p is student for p in m.modules()))
-    return next(adapted, student)
-
-
-def student_rows(model: PreTrainedModel | str) -> int | None:
-    """Return the rows of a student's head, from its configuration where it is not loaded."""
-    return output_rows(config_of(model) if isinstance(model, str) else model)
-
-
-def _is_causal(module: nn.Module) -> bool:
-    if not isinstance(module, PreTrainedModel) or module.config.is_encoder_decoder:
-        return False
-    return module.get_output_embeddings() is not None
 
 
 def _returns_nothing(step: Any) -> bool:

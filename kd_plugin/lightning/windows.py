@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 
+from kd_plugin.cache.loader import ResumableLoader
 from kd_plugin.errors import ConfigError
-from kd_plugin.lightning.loader import ResumableLoader
 
 
 def window_end(trainer: Trainer, batch: int) -> int:
@@ -35,19 +31,6 @@ def served(trainer: Trainer | None, batches: int) -> int:
     if trainer is None or not trainer.strategy.handles_gradient_accumulation:
         return batches
     return batches - batches % trainer.accumulate_grad_batches or batches
-
-
-def divide_once(trainer: Trainer) -> Callable[[], None]:
-    """Have DeepSpeed take the loss as Lightning hands it over, and return what undoes that.
-
-    Lightning 2.6 divides a loss by ``accumulate_grad_batches``, and DeepSpeed 0.19 once more: steps of SGD would be too
-    small by that factor, and gradients be clipped too late.
-    """
-    plugin = trainer.precision_plugin
-    if not isinstance(plugin, DeepSpeedPrecision):
-        return lambda: None
-    plugin.backward = functools.partial(plugin.backward, scale_wrt_gas=False)  # type: ignore[method-assign]
-    return lambda: plugin.__dict__.pop("backward", None)
 
 
 def require_whole_windows(trainer: Trainer) -> None:

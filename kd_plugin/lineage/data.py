@@ -14,6 +14,7 @@ from typing import Any
 
 from kd_plugin.lineage.origins import COLUMNS
 from kd_plugin.lineage.sources import RowFacts, Source
+from kd_plugin.upstream import source_of_stream
 
 IN_MEMORY = "data in memory"
 CACHE = "kd-plugin-cache://"  # rows of a teacher cache, by its digest: the cache's own record speaks for them
@@ -150,7 +151,7 @@ def _shards(rows: Any) -> list[Any]:
 
 def _readers(rows: Any) -> list[Mapping[str, Any]]:
     """Return the options of what reads for a stream, inside the maps, filters and joins around it."""
-    found, frontier = [], [getattr(rows, "_ex_iterable", None)]
+    found, frontier = [], [source_of_stream(rows)]
     for _ in range(_MAX_STEPS):
         step = frontier.pop() if frontier else None
         if step is None:

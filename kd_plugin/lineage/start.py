@@ -14,6 +14,7 @@ from kd_plugin.lineage.carried import carried_by
 from kd_plugin.lineage.record import load_record
 from kd_plugin.lineage.run import RunLineage
 from kd_plugin.lineage.sources import Source
+from kd_plugin.upstream import reference_of
 
 
 def student_source(model: Any, revision: str | None = None) -> Source:
@@ -29,7 +30,7 @@ def student_source(model: Any, revision: str | None = None) -> Source:
         return Source(name="student", ref=str(model), revision=revision)
     carried = carried_by(model)
     record = None if carried is None else carried.record()
-    return Source(name="student", ref=getattr(model.config, "_name_or_path", None) or None, record=record)
+    return Source(name="student", ref=reference_of(model) or None, record=record)
 
 
 def start_run(

@@ -224,3 +224,17 @@ def require_defined_panel(panel: TeacherPanel, divergence: Divergence, temperatu
             own.divergence or divergence,
             own.temperature_or(temperature),
         )
+
+
+def require_no_shared_tensors(panel: TeacherPanel) -> None:
+    """Refuse adapter teachers under FSDP1, where accelerate puts others in the place of the base's parameters.
+
+    Raises:
+        ConfigError: names the teacher.
+    """
+    for name, teacher in panel.teachers.items():
+        if teacher.capabilities.shares is not None:
+            raise ConfigError(
+                f"Teacher {name!r} is {teacher.capabilities.kind}, which shares the tensors of its base; accelerate's "
+                "FSDP replaces them by shards. Merge the adapter into a model of its own, or train under DeepSpeed."
+            )

@@ -13,11 +13,11 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import GenerationConfig, PreTrainedModel
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.panel.roster import TeacherPanel
+from kd_plugin.upstream import default_generation_parameters, is_dropout
 
 # What decides when a rollout ends, or how it is computed, and never which token comes next
 _FREE = frozenset(
@@ -160,7 +160,7 @@ def require_whole_distribution(
     name = sampled_teacher(panel)
     if name is None:
         return
-    defaults = GenerationConfig._get_default_generation_params()
+    defaults = default_generation_parameters()
     known = vars(GenerationConfig())  # a checkpoint's further entries are none of `generate`'s
     for key, value in vars(config).items():
         if key.startswith("_") or key in _FREE or key not in known:
@@ -175,7 +175,7 @@ def completed(config: GenerationConfig, checkpoint: GenerationConfig | None) -> 
     whole = copy.deepcopy(config)
     if checkpoint is not None:
         whole.update(**checkpoint.to_dict(), defaults_only=True, allow_custom_entries=True)
-    whole.update(**GenerationConfig._get_default_generation_params(), defaults_only=True)
+    whole.update(**default_generation_parameters(), defaults_only=True)
     return whole
 
 
@@ -201,7 +201,7 @@ def require_same_student(panel: TeacherPanel, student: nn.Module) -> None:
     if name is None:
         return
     for place, module in student.named_modules():
-        found = {"p": module.p} if isinstance(module, _DropoutNd) else {k: getattr(module, k, None) for k in _NOISE}
+        found = {"p": module.p} if is_dropout(module) else {k: getattr(module, k, None) for k in _NOISE}
         for key, value in found.items():
             if isinstance(value, float) and value > 0.0:
                 raise ConfigError(

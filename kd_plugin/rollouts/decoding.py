@@ -32,6 +32,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode, logits_process, stopping_criteria
 
 from kd_plugin.models import output_rows
+from kd_plugin.upstream import decoding, next_inputs, pad_token, sampling_loop
 from kd_plugin.vocab import Vocabulary
 
 Draws = Literal["multinomial", "uniform"]
@@ -116,18 +117,19 @@ def decode(
     """
     config = generation_config
     if not _applies(model, logits_processor, stopping_criteria, config, model_kwargs):
-        return model._sample(input_ids, logits_processor, stopping_criteria, config, **model_kwargs)
+        return sampling_loop(model, input_ids, logits_processor, stopping_criteria, config, **model_kwargs)
     rows, device = input_ids.shape[0], input_ids.device
-    pad = 0 if config._pad_token_tensor is None else config._pad_token_tensor.to(device)
+    padding = pad_token(config)
+    pad = 0 if padding is None else padding.to(device)
     model_kwargs["past_key_values"].layers = [GrowingLayer() for _ in model_kwargs["past_key_values"].layers]
     ended: list[tuple[Tensor, Tensor]] = []  # which rows, and their tokens
     here_R = torch.arange(rows, device=device)
     going_R = torch.ones(rows, dtype=torch.bool, device=device)
     inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
-    with model._optimize_model_for_decode():
+    with decoding(model):
         while True:
             outputs = model(**inputs, return_dict=True)
-            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            model_kwargs = next_inputs(model, outputs, model_kwargs)
             scores_RV = logits_processor(input_ids, outputs.logits[:, -1].to(torch.float32, copy=True))
             del outputs
             tokens_R = _choose(scores_RV, here_R, rows, draws if config.do_sample else None)

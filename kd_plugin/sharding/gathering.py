@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from kd_plugin.upstream import own_parameters, swap_deepspeed_config
+
 _EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 Head = TypeVar("Head", bound=Any)  # a frozen dataclass with `weight` and `bias`
 _SWAP_DIRECTORIES = itertools.count()  # one a model that DeepSpeed may keep on NVMe
@@ -55,15 +57,12 @@ def whole_on_each_rank() -> Iterator[None]:
     CPU-efficient loading it reads the weights on the first rank of a node alone, and trusts that a wrapper sends them
     to the others: a teacher of theirs would be noise.
     """
-    from transformers.integrations import deepspeed as integration
-
-    config, efficient = integration._hf_deepspeed_config_weak_ref, os.environ.get(_EFFICIENT)
-    integration.unset_hf_deepspeed_config()
+    config, efficient = swap_deepspeed_config(None), os.environ.get(_EFFICIENT)
     os.environ[_EFFICIENT] = "false"
     try:
         yield
     finally:
-        integration._hf_deepspeed_config_weak_ref = config
+        swap_deepspeed_config(config)
         os.environ.pop(_EFFICIENT)
         if efficient is not None:
             os.environ[_EFFICIENT] = efficient
@@ -135,7 +134,7 @@ def _gather_around(module: nn.Module, *, recurse: bool) -> None:
 @contextmanager
 def _whole(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Have the parameters that ``modules`` own themselves whole inside the block; a collective call."""
-    owned = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+    owned = own_parameters(modules)
     with gathering([p for _, _, p in owned]):
         cut = [(parameters, name, p) for parameters, name, p in owned if hasattr(p, "full_tensor")]
         for parameters, name, p in cut:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from kd_plugin.cache.joining import TARGET
+from kd_plugin.cache.joining import TARGET, taught_positions
 from kd_plugin.divergence.objective import OfflineObjective, load_balancing_loss
 from kd_plugin.divergence.sparse import SparseLoss
 from kd_plugin.errors import ConfigError
@@ -124,3 +125,31 @@ class DistillationHead:
             label_mask=label_mask,
             aux_loss=load_balancing_loss(student, outputs, kwargs),
         )
+
+
+def evaluation_sums(
+    objective: OfflineObjective, used: SparseLoss, target: Mapping[str, Any], rows: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return what an evaluation averages over tokens: sums over a batch, each with the number of its tokens.
+
+    Args:
+        objective: what is minimised.
+        used: its loss of the batch.
+        target: what a :class:`~kd_plugin.cache.collator.TeacherTargetCollator` gathered.
+        rows: how many of the batch's rows count, from the first on; the others repeat some of another batch.
+
+    Returns:
+        The parts of the loss, under names that begin with ``loss``; ``entropy``, and ``mean_token_accuracy``.
+    """
+    ends, positions = target["ends"], target["positions"].to(used.kd.device)
+    mine = positions < (ends[rows - 1] if rows else 0)
+    count = mine.sum()
+    sums = {"entropy": (used.entropy[mine].sum(), count)}
+    if objective.kd_weight > 0:
+        taught = taught_positions(target).to(mine.device) & mine
+        sums["loss"] = objective.kd_weight * used.kd[mine].sum(), taught.sum()
+    if objective.ce_weight > 0 and used.nll is not None:
+        sums["loss/cross_entropy"] = objective.ce_weight * used.nll[mine].sum(), count
+    if used.is_top1 is not None:
+        sums["mean_token_accuracy"] = used.is_top1[mine].sum(), count
+    return sums

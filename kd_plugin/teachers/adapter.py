@@ -34,6 +34,7 @@ from kd_plugin.teachers.in_process import (
     without_adapters,
 )
 from kd_plugin.teachers.local import LocalTeacher
+from kd_plugin.upstream import reference_of
 from kd_plugin.vocab import Vocabulary
 
 STUDENT = "student"
@@ -268,7 +269,7 @@ class AdapterTeacher(InProcessTeacher):
     def place(self, placement: Placement) -> None:
         """Place the base, once for all adapters that share it, and load the adapter over it."""
         if self.base is None:
-            self.use_student(placement.student, placement.student.config._name_or_path, placement.vocabulary)
+            self.use_student(placement.student, reference_of(placement.student), placement.vocabulary)
         else:
             place([self.base], placement)
         OutputHead.from_model(self.model)  # loads it now, so that what does not fit is refused here

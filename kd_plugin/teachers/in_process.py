@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import HiddenSignal, OutputHead
 from kd_plugin.teachers.base import Capabilities, Teacher
+from kd_plugin.upstream import forget_adapters, own_parameters
 from kd_plugin.vocab import Vocabulary
 
 
@@ -107,7 +108,7 @@ def plain_stand_ins(tree: nn.Module) -> Iterator[None]:
 
     PEFT (0.21) takes a DTensor for one of tensor parallelism, and would make its layers for the local part.
     """
-    held = [(m._parameters, k, p) for m in tree.modules() for k, p in m._parameters.items() if p is not None]
+    held = own_parameters(tree.modules())
     sharded = [(parameters, name, p) for parameters, name, p in held if hasattr(p, "full_tensor")]
     for parameters, name, p in sharded:
         stand_in = torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)
@@ -130,7 +131,7 @@ def without_adapters(model: nn.Module) -> nn.Module:
             setattr(model.get_submodule(parent), child, inner)
     if hasattr(model, "peft_config"):
         del model.peft_config
-    model._hf_peft_config_loaded = False  # type: ignore[assignment]
+    forget_adapters(model)
     return model
 
 

@@ -21,6 +21,7 @@ from kd_plugin.sharding.running import through
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.base import Capabilities, reference_identity, tensors_digest
 from kd_plugin.teachers.in_process import InProcessTeacher, Placement
+from kd_plugin.upstream import reference_of
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -268,6 +269,5 @@ class LocalTeacher(InProcessTeacher):
 
 def _reference(model: str | Path | nn.Module) -> str | None:
     if isinstance(model, nn.Module):
-        config = getattr(model, "config", None)
-        return getattr(config, "_name_or_path", None) or None
+        return reference_of(model) or None
     return str(model)

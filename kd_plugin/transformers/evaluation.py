@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 from accelerate.utils import gather_object
-from torch import Tensor
 from transformers.utils import logging
 
+from kd_plugin.monitor.token_means import TokenMeans
+
 logger = logging.get_logger(__name__)
-
-
-class TokenMeans:
-    """Sums and counts of an evaluation; they stay on the device until :meth:`read`."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, list[tuple[Tensor, Tensor | int]]] = defaultdict(list)
-
-    def add(self, name: str, total: Tensor, count: Tensor | int) -> None:
-        """Add a batch's sum over ``count`` tokens of this rank."""
-        self._sums[name].append((total.detach(), count))
-
-    def read(self) -> dict[str, float | None]:
-        """Return the mean of each quantity over the tokens of all ranks, None over no token; a collective call."""
-        own = {
-            name: (sum(float(total) for total, _ in parts), sum(int(count) for _, count in parts))
-            for name, parts in self._sums.items()
-        }
-        ranks = gather_object([own])
-        found: dict[str, float | None] = {}
-        for name in dict.fromkeys(name for sums in ranks for name in sums):
-            total, count = (sum(sums.get(name, (0.0, 0))[i] for sums in ranks) for i in range(2))
-            found[name] = total / count if count else None
-        return found
 
 
 class TokenMeanMixin:
@@ -61,7 +37,7 @@ class TokenMeanMixin:
             output = super().evaluation_loop(  # type: ignore[misc]
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-            means = self.evaluated.read()
+            means = self.evaluated.read(gather_object)
         finally:
             self.evaluated = None
         losses = {name: mean for name, mean in means.items() if name.startswith("loss")}

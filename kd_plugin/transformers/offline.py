@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-from kd_plugin.cache.joining import TARGET, Untaught, mean_over_taught, taught_positions, untaught_tokens
+from kd_plugin.cache.collator import TeacherTargetCollator
+from kd_plugin.cache.joining import TARGET, Untaught, mean_over_taught, untaught_tokens
 from kd_plugin.cache.joint import Caches, JointCache
-from kd_plugin.cache.training_rows import Joining, TeacherTargetCollator, with_labels
+from kd_plugin.cache.training_rows import Joining, columns_of, with_labels
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.divergence.projection import require_finite
-from kd_plugin.divergence.sparse import SparseLoss
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.limits import refuse_images, refuse_label_smoothing, refuse_prompt_learning, refuse_router_loss
 from kd_plugin.lineage.data import dataset_sources
 from kd_plugin.lineage.start import student_source
 from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage
-from kd_plugin.student.head import DistillationHead
-from kd_plugin.transformers.evaluation import TokenMeanMixin, TokenMeans
+from kd_plugin.student.head import DistillationHead, evaluation_sums
+from kd_plugin.transformers.evaluation import TokenMeanMixin
 from kd_plugin.transformers.saving import LineageSavingMixin
 from kd_plugin.transformers.start import load_vocabulary, named_datasets, require_launchable, start_lineage
-from kd_plugin.transformers.upstream import shuffle_leanly
+from kd_plugin.transformers.upstream import KeptColumnsMixin, shuffle_leanly
 
 
-class OfflineKDMixin(TokenMeanMixin, LineageSavingMixin):
+class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
     """Makes of any ``transformers.Trainer`` one that fits its student to captured teacher outputs.
 
     Put it before the trainer that you have::
@@ -92,8 +92,8 @@ class OfflineKDMixin(TokenMeanMixin, LineageSavingMixin):
             raise ConfigError("Offline KD needs the student itself, for its lineage: pass model, not model_init.")
         refuse_prompt_learning(model, kwargs.get("peft_config"))
         for name, dataset in named_datasets(train_dataset, eval_dataset):
-            refuse_images(getattr(dataset, "column_names", None) or (), name)
-        self.teacher_cache = _open_cache(teacher_cache, self.allow_partial)
+            refuse_images(columns_of(dataset), name)
+        self.teacher_cache = JointCache.open(teacher_cache, allow_partial=self.allow_partial)
         run = start_lineage(
             args,
             declared_lineage(callbacks) if lineage is None else lineage,
@@ -104,9 +104,8 @@ class OfflineKDMixin(TokenMeanMixin, LineageSavingMixin):
         )
         require_launchable(args, model)
         own = load_vocabulary(model, processing_class, args)
-        self.teacher_cache.require_compatible(own, temperature=self.objective.temperature)
-        self._vocabulary = self.teacher_cache.common(own)
-        self.teacher_cache = self.teacher_cache.within(self._vocabulary.size)
+        fitted = self.teacher_cache.for_student(own, temperature=self.objective.temperature)
+        self.teacher_cache, self._vocabulary = fitted
         aligned = self.teacher_cache.require_aligned(allow_misaligned=offline_settings.allow_misaligned)
         for path, found in aligned.items():
             if args.local_process_index == 0:
@@ -192,10 +191,10 @@ class OfflineKDMixin(TokenMeanMixin, LineageSavingMixin):
             mean_over_taught(targets, *counts.tolist())
         return batches, num_items
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns: Any
-        self._signature_columns += [c for c in self.teacher_cache.columns if c not in self._signature_columns]
+    @property
+    def kept_columns(self) -> list[str]:
+        """The columns that point to the targets; the collator takes them out."""
+        return self.teacher_cache.columns
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -219,7 +218,13 @@ class OfflineKDMixin(TokenMeanMixin, LineageSavingMixin):
         loss = result[0] if return_outputs else result
         require_finite(loss, "the offline KD loss")
         if self.evaluated is not None:
-            self._count_evaluated(self.evaluated, used, inputs[TARGET], loss)
+            target = inputs[TARGET]
+            sums = evaluation_sums(self.objective, used, target, self.rows_of_its_own(len(target["ends"])))
+            if getattr(self, "aux_loss_enabled", False):  # a mean of the batch, not a sum over tokens
+                count = sums["entropy"][1]
+                sums["loss/router"] = (loss - used.loss_sum / max(len(target["positions"]), 1)) * count, count
+            for quantity, (total, count) in sums.items():
+                self.evaluated.add(quantity, total, count)
         return result
 
     def prediction_step(
@@ -231,23 +236,6 @@ class OfflineKDMixin(TokenMeanMixin, LineageSavingMixin):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             self._head.forms_logits = False
-
-    def _count_evaluated(self, sums: TokenMeans, used: SparseLoss, target: Mapping[str, Any], loss: Any) -> None:
-        """Add a batch without the rows that it repeats."""
-        ends, positions = target["ends"], target["positions"].to(used.kd.device)
-        own = self.rows_of_its_own(len(ends))
-        mine = positions < (ends[own - 1] if own else 0)
-        count = mine.sum()
-        if self.objective.kd_weight > 0:
-            taught = taught_positions(target).to(mine.device) & mine
-            sums.add("loss", self.objective.kd_weight * used.kd[mine].sum(), taught.sum())
-        if self.objective.ce_weight > 0 and used.nll is not None:
-            sums.add("loss/cross_entropy", self.objective.ce_weight * used.nll[mine].sum(), count)
-        if getattr(self, "aux_loss_enabled", False):  # a mean of the batch, not a sum over tokens
-            sums.add("loss/router", (loss - used.loss_sum / max(len(positions), 1)) * count, count)
-        sums.add("entropy", used.entropy[mine].sum(), count)
-        if used.is_top1 is not None:
-            sums.add("mean_token_accuracy", used.is_top1[mine].sum(), count)
 
 
 def _without_dispatch(args: Any) -> Any:
@@ -267,12 +255,3 @@ def _without_dispatch(args: Any) -> Any:
     own = copy.copy(args)
     own.accelerator_config = replace(args.accelerator_config, dispatch_batches=False)
     return own
-
-
-def _open_cache(caches: Caches | None, allow_partial: bool) -> JointCache:
-    if caches is None:
-        raise ConfigError(
-            "No teacher cache is given. Make one with `kd-plugin capture` or kd_plugin.capture(...), and pass its "
-            "directory as teacher_cache."
-        )
-    return JointCache.open(caches, allow_partial=allow_partial)

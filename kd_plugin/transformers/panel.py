@@ -54,13 +54,14 @@ from kd_plugin.transformers.start import (
     start_lineage,
     student_config,
 )
+from kd_plugin.transformers.upstream import KeptColumnsMixin
 from kd_plugin.vocab import Vocabulary
 
 _ROW = ("prompt", "teacher_id", "domain", "teacher_weights", "completion")
 _VALIDATION = -1  # in the place of a step: what is generated at each evaluation is the same
 
 
-class PanelHostMixin(TokenMeanMixin, LineageSavingMixin):
+class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
     """What a transformers trainer is as the host of the panel's step, whoever generates for it.
 
     A trainer calls :meth:`gate_panel` before its parent's ``__init__`` and :meth:`join_panel` after it.
@@ -163,10 +164,10 @@ class PanelHostMixin(TokenMeanMixin, LineageSavingMixin):
             save_what_was_learned(self)
             raise
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns: Any
-        self._signature_columns += [column for column in _ROW if column not in self._signature_columns]
+    @property
+    def kept_columns(self) -> tuple[str, ...]:
+        """What the panel reads of a row."""
+        return _ROW
 
     def panel_loss(self, student: nn.Module, batch: MicroBatch | WarmupBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the summed loss of a micro-batch, the summed entropy, and the number of scored tokens.

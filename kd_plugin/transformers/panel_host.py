@@ -16,6 +16,7 @@ from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.identity import ResumeState, write_state
 from kd_plugin.sharding.running import shard_for_inference, shard_with_fsdp2
 from kd_plugin.teachers.in_process import Placement, place
+from kd_plugin.transformers.upstream import save_checkpoint_now
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.get_logger(__name__)
@@ -109,8 +110,7 @@ def save_what_was_learned(trainer: Trainer) -> None:
         return
     checkpoint = Path(args.output_dir, f"checkpoint-{step}")
     if not checkpoint.is_dir():
-        trainer._save_checkpoint(trainer.model_wrapped, None)
-        trainer.callback_handler.on_save(args, trainer.state, trainer.control)
+        save_checkpoint_now(trainer)
     logger.error(
         f"A teacher's server is gone. What was learned in {step} steps is in {checkpoint}; once the server is back, go "
         "on with trainer.train(resume_from_checkpoint=True)."

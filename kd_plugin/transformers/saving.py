@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from kd_plugin.launch.checkpoints import require_resumable
+from kd_plugin.launch.checkpoints import resume_shards
 from kd_plugin.lineage.record import RECORD
 from kd_plugin.lineage.start import refuse_another_run
 from kd_plugin.lineage.trainer_callback import lineage_callback
@@ -39,8 +39,7 @@ class LineageSavingMixin(Trainer):
         checkpoint = resumed_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         if checkpoint and self.is_deepspeed_enabled:
             settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            if require_resumable(checkpoint, self.args.world_size, settings):
-                settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
+            resume_shards(checkpoint, self.args.world_size, settings)
         if not checkpoint:
             if not getattr(self, "_has_trained", False) and callback is not None:
                 refuse_another_run(str(self.args.output_dir))

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.parallelism_config import ParallelismConfig
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from kd_plugin.errors import ConfigError
 from kd_plugin.launch.checkpoints import require_resumable
-from kd_plugin.launch.preflight import require_batches, require_offload, require_student
-from kd_plugin.limits import deepspeed_splits, refuse_splits
+from kd_plugin.launch.preflight import require_launchable as require_configured
+from kd_plugin.limits import refuse_splits
 from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.start import start_run
 from kd_plugin.models import output_rows
 from kd_plugin.panel import TeacherPanel
-from kd_plugin.upstream import reference_of
+from kd_plugin.panel.checks import require_no_shared_tensors
+from kd_plugin.student.finding import config_of, load_tokenizer
 from kd_plugin.vocab import Vocabulary
 
 # Where a run is written and how it reports is no part of what it does
@@ -62,23 +62,20 @@ def require_launchable(
     _refuse_splits(args)
     plugin: Any = args.deepspeed_plugin
     if panel is not None and plugin is None and _uses_fsdp(args):
-        _require_no_adapters(panel)
+        require_no_shared_tensors(panel)
     if plugin is None:
         return
     config = plugin.hf_ds_config.config
-    require_batches(
+    require_configured(
         config,
+        student_config(model, args),
         micro_batch=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         ranks=args.world_size,
     )
-    student = student_config(model, args)
-    if student is not None:
-        require_student(config, student)
     checkpoint = resumed_checkpoint(args.resume_from_checkpoint, str(args.output_dir))
     if checkpoint is not None:
         require_resumable(checkpoint, args.world_size, config)
-    require_offload(config)
 
 
 def resumed_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
@@ -89,25 +86,12 @@ def resumed_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
 
 
 def _refuse_splits(args: TrainingArguments) -> None:
-    """Refuse context, sequence and tensor parallelism, set here or in an Accelerate YAML or DeepSpeed file."""
+    """Refuse context, sequence and tensor parallelism, set here or in an Accelerate YAML."""
     config: Any = args.parallelism_config
     if config is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
         config = ParallelismConfig()  # reads what the launcher left in the environment
     if config is not None:
         refuse_splits(vars(config))
-    plugin: Any = args.deepspeed_plugin
-    if plugin is not None:
-        refuse_splits(deepspeed_splits(plugin.hf_ds_config.config))
-
-
-def _require_no_adapters(panel: TeacherPanel) -> None:
-    """Refuse adapter teachers under FSDP, where accelerate puts others in the place of the base's parameters."""
-    for name, teacher in panel.teachers.items():
-        if teacher.capabilities.shares is not None:
-            raise ConfigError(
-                f"Teacher {name!r} is {teacher.capabilities.kind}, which shares the tensors of its base; accelerate's "
-                "FSDP replaces them by shards. Merge the adapter into a model of its own, or train under DeepSpeed."
-            )
 
 
 def _uses_fsdp(args: TrainingArguments) -> bool:
@@ -116,17 +100,15 @@ def _uses_fsdp(args: TrainingArguments) -> bool:
 
 def student_config(model: str | PreTrainedModel, args: Any) -> Any:
     """Read the student's configuration; None for a directory that holds an adapter alone."""
-    if not isinstance(model, str):
-        return model.config
-    if Path(model, "adapter_config.json").is_file():
+    if isinstance(model, str) and Path(model, "adapter_config.json").is_file():
         return None
-    return AutoConfig.from_pretrained(model, **_where(args))
+    return config_of(model, **_where(args))
 
 
 def load_vocabulary(model: str | PreTrainedModel, processing_class: Any, args: Any) -> Vocabulary:
     """Read the student's vocabulary from its tokenizer, and its head's rows from its configuration."""
     if processing_class is None:
-        processing_class = AutoTokenizer.from_pretrained(reference_of(model), **_where(args))
+        processing_class = load_tokenizer(model, **_where(args))
     found = output_rows(model) if isinstance(model, PreTrainedModel) else output_rows(student_config(model, args))
     return Vocabulary.from_tokenizer(processing_class).within(found)
 

@@ -1,14 +1,38 @@
-"""The host's random order of the rows, without a Python list of them."""
+"""What this host relies on inside transformers and accelerate: private names, and a sampler in the place of theirs.
+
+No other file of this room does either; ``tests/contract/test_upstream.py`` holds that, and each behaviour by a test.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SeedableRandomSampler, get_sampler
+from transformers import Trainer
 
 _AT_ONCE = 1 << 12  # row numbers that are Python integers at a time
+
+
+class KeptColumnsMixin(Trainer):
+    """Keeps columns of the rows for the collator that the student's forward pass does not name."""
+
+    @property
+    def kept_columns(self) -> Sequence[str]:
+        """Names of the columns."""
+        raise NotImplementedError
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns: Any
+        self._signature_columns += [name for name in self.kept_columns if name not in self._signature_columns]
+
+
+def save_checkpoint_now(trainer: Trainer) -> None:
+    """Save the checkpoint of the last finished step, outside of the training loop, as the loop saves one."""
+    trainer._save_checkpoint(trainer.model_wrapped, None)
+    trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
 
 class LeanRandomSampler(SeedableRandomSampler):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -21,12 +22,12 @@ from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 
 from kd_plugin.cache.joining import Untaught, untaught_tokens
-from kd_plugin.cache.joint import Caches
-from kd_plugin.cache.training_rows import CutIndex, Window, something_to_cut, with_labels
-from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.cache.joint import Caches, JointCache
+from kd_plugin.cache.templates import is_conversation, pinned, pinned_tokenizer
+from kd_plugin.cache.training_rows import CutIndex, Window, something_to_cut, why_not_found, with_labels
+from kd_plugin.errors import ConfigError
 from kd_plugin.transformers.offline import OfflineKDMixin
 from kd_plugin.trl.offline_config import OfflineKDConfig, require_sft_loss
-from kd_plugin.trl.rendering import rendered_as_captured, why_not_found
 from kd_plugin.trl.upstream import TrlMetricsMixin
 from kd_plugin.upstream import reference_of
 
@@ -118,8 +119,6 @@ class OfflineKDTrainer(TrlMetricsMixin, OfflineKDMixin, SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
-        if self._is_vision_dataset:
-            raise DataError("Offline KD does not join images to a cache. Train on text, or use TRL's SFTTrainer.")
 
     @property
     def untaught(self) -> Untaught:
@@ -151,7 +150,7 @@ class OfflineKDTrainer(TrlMetricsMixin, OfflineKDMixin, SFTTrainer):
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = with_labels(dataset, self.teacher_cache.columns, self.completion_only_loss, dataset_name)
         why = why_not_found(self.teacher_cache, processing_class, self.chat_template, dataset)
-        with rendered_as_captured(self, self.teacher_cache, processing_class, dataset) as tokenizer:
+        with _rendered_as_captured(self, self.teacher_cache, processing_class, dataset) as tokenizer:
             dataset = super()._prepare_dataset(dataset, tokenizer, whole, False, formatting_func, dataset_name)
         # Whether packing cuts depends on its strategy; what it splits is trained on
         splits = packing and args.packing_strategy != "bfd"
@@ -171,3 +170,31 @@ class OfflineKDTrainer(TrlMetricsMixin, OfflineKDMixin, SFTTrainer):
             dataset = super()._prepare_dataset(dataset, processing_class, cut, False, None, dataset_name)
             dataset = dataset.map(CutIndex(self.teacher_cache.columns, args.truncation_mode == "keep_end"))
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+
+@contextmanager
+def _rendered_as_captured(trainer: Any, cache: JointCache, processing_class: Any, dataset: Any) -> Iterator[Any]:
+    """Have TRL's preparation of ``dataset`` print the time that the capture printed.
+
+    Args:
+        trainer: whose ``chat_template`` (TRL 1.16) is the training template that TRL renders with in the place of the
+            tokenizer's own, or None.
+        cache: what the rows will be joined with.
+        processing_class: the tokenizer, whose own template, which is saved, is left alone.
+        dataset: the rows; nothing is rendered where they are no conversations.
+
+    Yields:
+        The tokenizer to prepare the dataset with.
+
+    Raises:
+        ConfigError: the caches printed different times, so that no row can be found in all of them.
+    """
+    if not is_conversation(next(iter(dataset))):
+        yield processing_class
+        return
+    moment, own = cache.rendered_at, trainer.chat_template
+    trainer.chat_template = own if own is None or moment is None else pinned(own, moment)
+    try:
+        yield pinned_tokenizer(processing_class, moment)
+    finally:
+        trainer.chat_template = own

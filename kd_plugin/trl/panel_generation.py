@@ -19,6 +19,7 @@ from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_
 from kd_plugin.rollouts.responses import StopLoops
 from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.sharding.running import GenerationProgress, free_bytes, missing_bytes, slow_notice
+from kd_plugin.trl.upstream import whole_parameters
 from kd_plugin.trl.vllm_generation import ranks_together
 from kd_plugin.vocab import Vocabulary
 
@@ -77,7 +78,7 @@ class TRLEngine:
                 gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
             ) as student,
             torch.no_grad(),
-            trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+            whole_parameters(trainer),
         ):
             yield lambda ids, mask, count: student.generate(
                 input_ids=ids, attention_mask=mask, generation_config=trainer.generation_config, max_new_tokens=count

@@ -29,6 +29,7 @@ from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_generation import TRLEngine, require_draws
 from kd_plugin.trl.upstream import TrlMetricsMixin
 from kd_plugin.trl.vllm_generation import ask_for_logprobs, padded, recorded, share_evenly
+from kd_plugin.upstream import reference_of
 
 
 class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
@@ -82,8 +83,7 @@ class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
         teacher_models: TeacherPanel | Mapping[str, Any] | None = None,
     ) -> None:
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path or "model"
-            args = TeacherPanelConfig(f"{name.split('/')[-1]}-TeacherPanel")
+            args = TeacherPanelConfig(f"{(reference_of(model) or 'model').split('/')[-1]}-TeacherPanel")
         if not isinstance(args, TeacherPanelConfig):
             raise ConfigError(
                 f"args is a {type(args).__name__}; TeacherPanelTrainer needs a TeacherPanelConfig, which takes the "

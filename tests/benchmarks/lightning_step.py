@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kd_plugin.cache.joining import TARGET
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.objective import OfflineObjective
-from kd_plugin.lightning.forward import DistillingForward
 from kd_plugin.lightning.step import DistillingStep, Prepared, without
+from kd_plugin.student.forward import DistillingForward
 
 
 class FineTuning(pl.LightningModule):

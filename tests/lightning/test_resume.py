@@ -4,8 +4,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from kd_plugin.cache.loader import ResumableLoader
 from kd_plugin.lightning import KDDataModule, OfflineKDModule
-from kd_plugin.lightning.loader import ResumableLoader
 from tests.lightning.help import trainer
 
 

@@ -1,4 +1,7 @@
-"""A data loader that resumes in mid-epoch and knows what is ahead of it in an accumulation window."""
+"""A data loader that resumes in mid-epoch and knows what is ahead of it in an accumulation window.
+
+It is for trainers that save a loader's ``state_dict``, as Lightning does, and needs none of them.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from torch.utils.data import DataLoader, SequentialSampler
 class ResumableLoader:
     """Batches of one rank, in an order that the seed and the epoch decide alone.
 
-    Lightning saves ``state_dict()`` in each checkpoint and gives it back, so that a resumed epoch goes on with the
-    batch after the last one. Rows are dealt to ranks one by one: n ranks with b rows each see together the rows that
-    one rank with n * b rows sees. Where the rows do not divide by the ranks the first ones are dealt again.
+    A trainer saves ``state_dict()`` in each checkpoint and gives it back, so that a resumed epoch goes on with the
+    batch after the last one. Rows are assigned to ranks one by one: n ranks with b rows each see together the rows that
+    one rank with n * b rows sees. Where the rows do not divide by the ranks the first ones come again.
 
     Args:
         dataset: rows by number.

@@ -1,0 +1,442 @@
+"""Private names of other libraries: used in ``upstream.py`` alone, and each behaviour that is relied on held by a test.
+
+A behaviour is held by ``test_<name>`` here, or by a test elsewhere that ``ELSEWHERE`` names.
+"""
+
+import ast
+import functools
+import inspect
+import re
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
+
+import kd_plugin
+from kd_plugin import upstream as core
+from kd_plugin.lightning import upstream as lightning_host
+from kd_plugin.transformers import upstream as transformers_host
+from kd_plugin.trl import upstream as trl_host
+from tests.hosts.runs import settings
+from tests.tiny import byte_tokenizer, save_tiny, tiny_llama, tiny_model
+
+PACKAGE = Path(kd_plugin.__file__).parent
+TESTS = Path(__file__).parents[1]
+ROOMS = {"core": core, "lightning": lightning_host, "transformers": transformers_host, "trl": trl_host}
+# Classes that a room's own classes inherit from, whose private names `self` has too
+PARENTS = {
+    "trl": (SFTTrainer, DistillationTrainer, SFTConfig, DistillationConfig),
+    "transformers": (transformers.Trainer, transformers.TrainerCallback),
+    "lightning": (pl.LightningModule, pl.LightningDataModule, pl.Callback),
+}
+ELSEWHERE = {
+    "shuffle_leanly": "hosts/test_offline_order.py::test_the_order_is_that_of_sft",
+    "LeanRandomSampler": "hosts/test_offline_order.py::test_ranks_get_the_batches_that_they_had",
+    "divide_once": "lightning/test_strategies.py::test_two_ranks_take_the_steps_of_one",
+    "prepare_for_zero3": "lightning/test_strategies.py::test_two_ranks_take_the_steps_of_one",
+    "add_adapters_whole": "lightning/test_strategies.py::test_two_ranks_take_the_steps_of_one",
+    "whole_parameters": "zero/test_fsdp.py::test_student_and_teachers_under_fsdp2_train_as_one_process",
+    "TrlMetricsMixin": "hosts/test_evaluation.py::test_batch_sizes",
+    "_metrics": "hosts/test_evaluation.py::test_batch_sizes",
+    "_prepare_dataset": "equivalence/test_offline_packing.py::test_padding_free_and_packed_equal_padded",
+    "_prepare_inputs": "equivalence/test_panel_equals_trl.py::test_default_settings_give_the_same_run",
+    "_buffered_inputs": "hosts/test_panel_resume.py::test_bit_for_bit",
+    "_step": "equivalence/test_panel_equals_trl.py::test_default_settings_give_the_same_run",
+    "_generate_and_score_completions": "equivalence/test_panel_equals_trl.py::test_default_settings_give_the_same_run",
+    "_generate_single_turn": "hosts/test_panel_rollouts.py::test_the_student_writes_what_it_writes_in_trl",
+    "_tool_call_loop": "zero/test_ranks.py::test_a_rank_whose_rows_call_fewer_tools_does_not_leave_the_others_waiting",
+    "_compute_loss": "equivalence/test_panel_equals_trl.py::test_default_settings_give_the_same_run",
+    "_tokenizer": "hosts/test_multimodal.py::test_the_panel_trains_as_trls_trainer",
+}  # fmt: skip
+
+
+def room_of(path: Path) -> str:
+    room = path.relative_to(PACKAGE).parts[0]
+    return room if room in ROOMS else "core"
+
+
+def is_private(name: object) -> bool:
+    return isinstance(name, str) and name.startswith("_") and not name.startswith("__")
+
+
+@functools.cache
+def own_names() -> frozenset[str]:
+    """Private names that this package defines: functions, classes, and what is assigned to ``self`` or to a class."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        if path.name == "upstream.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and of_self(node):
+                found.add(node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+    return frozenset(found)
+
+
+def of_self(node: ast.Attribute) -> bool:
+    if isinstance(node.value, ast.Call):
+        return getattr(node.value.func, "id", "") == "super"
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+@functools.cache
+def inherited_names(room: str) -> frozenset[str]:
+    """Private names of the classes that a room's classes inherit from; those that torch's modules have are aside."""
+    found: set[str] = set()
+    for parent in PARENTS.get(room, ()):
+        found |= {name for name in dir(parent) if is_private(name)}
+        for cls in parent.__mro__[:-1]:
+            found |= set(re.findall(r"self\.(_[a-z]\w*)", inspect.getsource(cls)))
+    return frozenset(found - set(dir(nn.Module)))
+
+
+def foreign(source: str, room: str) -> set[str]:
+    """Private names of other libraries, and patches of them, in a file that is no ``upstream.py``."""
+    tree, found, imported = ast.parse(source), set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None) or ""
+            if module.startswith("kd_plugin") or module == "__future__":
+                continue
+            imported |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+            parts = [*module.split("."), *(part for alias in node.names for part in alias.name.split("."))]
+            found |= {part for part in parts if is_private(part)}
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            if node.attr not in own_names() or (of_self(node) and node.attr in inherited_names(room)):
+                found.add(node.attr)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
+            names = [argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)]
+            found |= {name for name in names if is_private(name) and name not in own_names()}
+        elif isinstance(node, ast.ClassDef):
+            body = [n.name for n in node.body if isinstance(n, ast.FunctionDef)]
+            body += [n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+            body += [t.id for n in node.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
+            found |= {name for name in body if is_private(name) and name in inherited_names(room)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            base = node.value
+            while isinstance(base, ast.Attribute):
+                base = base.value
+            if isinstance(base, ast.Name) and base.id in imported:
+                found.add(f"a patch of {ast.unparse(node)}")
+    return found - (set(trl_host.IN_TRAINERS) if room == "trl" else set())
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_private_names_are_used_in_upstream_files_alone(path):
+    if path.name != "upstream.py":
+        assert foreign(path.read_text(encoding="utf-8"), room_of(path)) == set()
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "names"),
+    [
+        ("core", "model._tied_weights_keys", {"_tied_weights_keys"}),
+        ("core", "from torch.nn.modules.dropout import _DropoutNd", {"_DropoutNd"}),
+        ("core", "from transformers._x import y", {"_x"}),
+        ("core", "getattr(config, '_name_or_path', None)", {"_name_or_path"}),
+        ("core", "import peft\npeft.BaseTuner.inject_adapter = x", {"a patch of peft.BaseTuner.inject_adapter"}),
+        ("transformers", "self._signature_columns.append(1)", {"_signature_columns"}),
+        ("transformers", "class A:\n    def _save_checkpoint(self): ...", {"_save_checkpoint"}),
+        ("trl", "super()._prepare_dataset(); self._textbook_name", {"_textbook_name"}),
+        ("lightning", "checkpoint_io._executor", {"_executor"}),
+        ("core", "self._vocabulary; trainer._vocabulary", set()),
+    ],
+)
+def test_the_rule_can_fail(room, source, names):
+    assert foreign(source, room) == names
+
+
+def relied_on() -> set[str]:
+    """What ``upstream.py`` files offer, and the names that TRL's trainers override."""
+    found = set(trl_host.IN_TRAINERS) - {"_VALID_DICT_FIELDS", "_name", "_tag_names"} | {"card_and_fields"}
+    for module in ROOMS.values():
+        functions = [n for n, v in vars(module).items() if inspect.isfunction(v) or inspect.isclass(v)]
+        found |= {n for n in functions if vars(module)[n].__module__ == module.__name__}
+    return found
+
+
+def test_every_behaviour_is_held_by_a_test():
+    held = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert relied_on() - held - ELSEWHERE.keys() == set()
+    assert ELSEWHERE.keys() - relied_on() == set()
+    for place in ELSEWHERE.values():
+        file, _, test = place.partition("::")
+        source = (TESTS / file).read_text(encoding="utf-8")
+        assert not test or f"def {test}(" in source, place
+
+
+def test_no_name_is_listed_that_no_trainer_uses():
+    text = "".join(path.read_text(encoding="utf-8") for path in (PACKAGE / "trl").glob("*.py"))
+    assert [name for name in trl_host.IN_TRAINERS if not re.search(rf"(?<!\"){name}\b(?!\")", text)] == []
+
+
+# The core
+
+
+def test_reference_of(student_dir):
+    model = transformers.AutoModelForCausalLM.from_pretrained(student_dir)
+    assert core.reference_of(model) == core.reference_of(model.config) == core.reference_of(student_dir) == student_dir
+    assert core.reference_of(tiny_llama()) == "" and core.reference_of(nn.Linear(1, 1)) == ""
+
+
+def test_tied_names():
+    tied = tiny_llama(tied=True)
+    state = tied.state_dict()
+    for name in core.tied_names(tied):
+        del state[name]
+    other = tiny_llama(tied=True, seed=4)
+    missing = other.load_state_dict(state, strict=False).missing_keys
+    assert set(missing) == core.tied_names(tied) == {"lm_head.weight"}
+    assert torch.equal(other.lm_head.weight, tied.lm_head.weight)
+
+
+@pytest.mark.parametrize("cls", [transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM])
+def test_built(cls):
+    model = core.built(cls, tiny_llama().config, dtype=torch.bfloat16)
+    assert type(model) is transformers.LlamaForCausalLM and model.dtype is torch.bfloat16
+
+
+def test_forget_adapters(tmp_path):
+    model = tiny_llama()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "before")
+    assert (tmp_path / "before" / "adapter_config.json").is_file()
+    core.forget_adapters(model)
+    model.save_pretrained(tmp_path / "after")
+    assert not (tmp_path / "after" / "adapter_config.json").exists()
+    assert (tmp_path / "after" / "model.safetensors").is_file()
+
+
+def test_is_dropout():
+    assert all(core.is_dropout(kind(0.1)) for kind in (nn.Dropout, nn.Dropout2d, nn.AlphaDropout))
+    assert not core.is_dropout(nn.Linear(1, 1))
+
+
+def test_own_parameters():
+    layer = nn.Sequential(nn.Linear(2, 1, bias=False))
+    (place, name, weight), *others = core.own_parameters(layer.modules())
+    assert not others and weight is layer[0].weight
+    place[name] = torch.ones(1, 2)
+    assert layer(torch.ones(1, 2)).item() == 2.0
+    place[name] = weight
+    assert list(layer.parameters()) == [weight]
+
+
+def test_swap_deepspeed_config():
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    before = core.swap_deepspeed_config(None)
+    handle = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        assert is_deepspeed_zero3_enabled()
+        found = core.swap_deepspeed_config(None)
+        assert not is_deepspeed_zero3_enabled() and found() is handle
+        core.swap_deepspeed_config(found)
+        assert is_deepspeed_zero3_enabled()
+    finally:
+        core.swap_deepspeed_config(before)
+
+
+def test_default_generation_parameters():
+    defaults, unset = core.default_generation_parameters(), transformers.GenerationConfig()
+    assert defaults["temperature"] == 1.0 and defaults["do_sample"] is False
+    assert all(getattr(unset, name) is None for name in ("temperature", "top_k", "top_p"))
+
+
+def generated(loop, **kwargs):
+    """Generate with a loop of the test's own, and return what the model's own loop gives too."""
+    model = tiny_llama(seed=3)
+    ids = torch.tensor([[0, 5, 6], [7, 8, 9]])
+    options = {"attention_mask": (ids > 0).long(), "max_new_tokens": 4, "do_sample": True, "pad_token_id": 0, **kwargs}
+    found = []
+    for custom in (None, loop):
+        torch.manual_seed(1)
+        found.append(model.generate(ids, **options, custom_generate=custom))
+    return found
+
+
+def test_sampling_loop():
+    ours, theirs = generated(lambda model, ids, **kwargs: core.sampling_loop(model, ids, **without_streamer(kwargs)))
+    assert torch.equal(ours, theirs)
+
+
+def without_streamer(kwargs):
+    return {name: value for name, value in kwargs.items() if name != "streamer"}
+
+
+def test_pad_token():
+    seen = []
+
+    def loop(model, ids, *, generation_config, **kwargs):
+        seen.append(core.pad_token(generation_config))
+        return ids
+
+    generated(loop)
+    assert isinstance(seen[0], torch.Tensor) and int(seen[0]) == 0
+
+
+def test_next_inputs():
+    seen = []
+
+    def loop(model, ids, *, generation_config, logits_processor, stopping_criteria, synced_gpus=False, **kwargs):
+        kwargs = without_streamer(kwargs)
+        inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
+        after = core.next_inputs(model, model(**inputs, return_dict=True), kwargs)
+        seen.append((after["attention_mask"].shape, after["past_key_values"].get_seq_length()))
+        return ids
+
+    generated(loop)
+    assert seen == [((2, 4), 3)]
+
+
+def test_decoding():
+    for variant in ("untied", "moe"):
+        model, ids = tiny_model(variant, seed=3), torch.tensor([[5, 6, 7]])
+        with torch.no_grad():
+            before = model(ids).logits
+            with core.decoding(model):
+                torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(model(ids).logits, before)
+
+
+def test_source_of_stream():
+    rows = Dataset.from_dict({"a": [1, 2]})
+    assert core.source_of_stream(rows) is None
+    (shard,) = core.source_of_stream(rows.to_iterable_dataset()).kwargs["shards"]
+    assert shard["a"] == rows["a"]
+    mapped = core.source_of_stream(rows.to_iterable_dataset().map(lambda row: row))
+    while not getattr(mapped, "kwargs", None):
+        mapped = mapped.ex_iterable
+    assert mapped.kwargs["shards"][0]["a"] == rows["a"]
+
+
+# transformers
+
+
+class Columns(transformers_host.KeptColumnsMixin, transformers.Trainer):
+    kept_columns = ("input_ids", "wanted")
+
+
+def tiny_trainer(directory, **kwargs):
+    rows = Dataset.from_list([{"input_ids": [5, 6], "labels": [5, 6], "wanted": [1, 2], "other": 3}] * 4)
+    return Columns(
+        model=tiny_llama(), args=transformers.TrainingArguments(**settings(directory, **kwargs)), train_dataset=rows,
+        data_collator=lambda rows: {k: torch.tensor([row[k] for row in rows]) for k in rows[0] if k != "wanted"},
+    )  # fmt: skip
+
+
+def test_KeptColumnsMixin(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    seen = []
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: seen.append(sorted(rows[0])) or collate(rows)
+    next(iter(trainer.get_train_dataloader()))
+    assert seen == [["input_ids", "labels", "wanted"]]
+
+
+def test_save_checkpoint_now(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    saved = []
+
+    class Told(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            saved.append(state.global_step)
+
+    trainer.add_callback(Told())
+    trainer.train()
+    transformers_host.save_checkpoint_now(trainer)
+    assert saved == [1]
+    assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= {
+        p.name for p in (tmp_path / "checkpoint-1").iterdir()
+    }
+
+
+# Lightning
+
+
+class Told(pl.Callback):
+    def __init__(self):
+        self.found = []
+
+    def setup(self, trainer, module, stage):
+        self.found.append(lightning_host.resumed_from(trainer))
+
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(directory, steps, callbacks=(), ckpt_path=None, **kwargs):
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=steps, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=directory, callbacks=list(callbacks), **{"enable_checkpointing": False, **kwargs},
+    )  # fmt: skip
+    trainer.fit(Module(), torch.ones(8, 1, 1), ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_resumed_from(tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    saving = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    told = Told()
+    fit(tmp_path, 1, [told, saving], enable_checkpointing=True)
+    last = tmp_path / "last.ckpt"
+    fit(tmp_path, 2, [told], ckpt_path=last)
+    again = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    fit(tmp_path, 2, [told, again], ckpt_path="last", enable_checkpointing=True)
+    assert told.found[0] is None and [Path(found) for found in told.found[1:]] == [last, last]
+    assert lightning_host.resumed_from(pl.Trainer(accelerator="cpu", logger=False)) is None
+
+
+def test_after_the_save(tmp_path):
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+
+    there = []
+    for plugin in (TorchCheckpointIO(), AsyncCheckpointIO()):
+        trainer = fit(tmp_path, 1, plugins=[plugin])
+        path = tmp_path / type(plugin).__name__
+        trainer.save_checkpoint(path)
+        lightning_host.after_the_save(plugin, lambda path=path: there.append(path.stat().st_size > 0))
+        trainer.strategy.teardown()
+    assert there == [True, True]
+
+
+# TRL
+
+
+def test_card_and_fields(tmp_path):
+    """``_name`` and ``_tag_names`` reach the card; a field in ``_VALID_DICT_FIELDS`` may be JSON."""
+
+    class Named(SFTTrainer):
+        _name, _tag_names = "A name", ["trl", "a-tag"]
+
+    class Config(SFTConfig):
+        _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "hub_model_id"]  # noqa: RUF012
+
+    model = save_tiny(tmp_path / "model")
+    rows = Dataset.from_list([{"text": "a"}])
+    args = SFTConfig(**settings(tmp_path / "out"))
+    trainer = Named(model, args, train_dataset=rows, processing_class=byte_tokenizer())
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "a-tag" in card and "A name" in card
+    assert Config(**settings(tmp_path), hub_model_id='{"a": 1}').hub_model_id == {"a": 1}
