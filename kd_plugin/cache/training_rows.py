@@ -1,4 +1,4 @@
-"""A trainer's rows and batches with the targets of a cache: labelled, looked up, surveyed, cut and collated.
+"""A trainer's rows with the targets of a cache: labelled, looked up, surveyed and cut.
 
 Whole columns are worked on where they can be: a row at a time takes minutes for a million rows.
 """
