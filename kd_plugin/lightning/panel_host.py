@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.lightning.step import WINDOW, Prepared
-from kd_plugin.lightning.student import as_trained, builds_later
-from kd_plugin.monitor.alarm import lower_learning_rate
+from kd_plugin.lightning.student import builds_later
 from kd_plugin.monitor.watch import lower_learning_rate
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.batches import MicroBatch, StepLoss
