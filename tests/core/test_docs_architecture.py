@@ -1,18 +1,30 @@
-"""docs/architecture.md names files that exist, and its picture is that of its text."""
+"""Pages name files that exist; docs/architecture.md answers first questions, and its picture is that of its text."""
 
 import re
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 IMAGES = ROOT / "docs" / "images"
+PAGES = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 ASKED = ("hidden state", "meet the student's", "loss divided", "lineage written", "vLLM answer parsed")
 
 
 def test_every_path_of_the_page_exists():
     paths = re.findall(r"`((?:kd_plugin|tests|docs)/[\w./]*|CONTRIBUTING\.md)`", PAGE)
     assert len(paths) > 30 and [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_and_links_of_every_page_exist(page):
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:kd_plugin|tests|docs|integrations|examples)/[\w./-]*)", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_the_page_answers_what_a_reader_asks_first():
