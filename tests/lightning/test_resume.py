@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kd_plugin.cache.loader import ResumableLoader
 from kd_plugin.lightning import KDDataModule, OfflineKDModule
+from kd_plugin.lightning.offline_module import OfflineModuleSettings
 from tests.lightning.help import trainer
 
 
@@ -62,3 +63,16 @@ def test_a_window_is_shown_whole_before_its_first_batch():
     )
     assert rows_of(loader) == list(range(10))
     assert seen == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9]]]
+
+
+def test_a_checkpoint_builds_the_module_with_every_setting(tmp_path, student_dir, cache):
+    """Its hyper-parameters are all fields of the settings, those at their default too."""
+    module = OfflineKDModule(student_dir, cache=str(cache.path), kd_weight=0.5)
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=1, filename="{step}")
+    data = KDDataModule(cache=str(cache.path), batch_size=2)
+    trainer(tmp_path, [saving], max_steps=1, enable_checkpointing=True).fit(module, datamodule=data)
+    again = OfflineKDModule.load_from_checkpoint(tmp_path / "step=1.ckpt", strict=False, weights_only=False)
+    assert dict(again.hparams) == dict(module.hparams)
+    assert (
+        set(again.hparams) == {"model", "cache", *vars(OfflineModuleSettings())} and again.hparams["kd_weight"] == 0.5
+    )
