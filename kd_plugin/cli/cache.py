@@ -1,13 +1,19 @@
-"""``kd-plugin cache``: inspect, verify and extend teacher caches."""
+"""``kd-plugin cache``: inspect, verify and extend teacher caches; what each setting of a capture would keep."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from kd_plugin.errors import CacheCorruptionError
+from kd_plugin.errors import CacheCorruptionError, ConfigError
+
+if TYPE_CHECKING:
+    from kd_plugin.cache import Targets
+    from kd_plugin.capturing.fidelity import Fidelity
 
 _DESCRIPTION = """\
 info      what a cache holds and who taught it; also of a capture that still runs
@@ -18,14 +24,17 @@ merge     join caches of the same teacher and settings over different data into 
 append    capture more data into a finished cache: its directory, then the settings of `kd-plugin capture`
 Exit codes: 0 good, 1 refused, damaged or unfinished, 2 wrong usage.
 """
+_FIDELITY = """\
+Score some sequences with the teacher, and compare the gradient that the student would get from stored targets with the
+one from the full distribution: for top-k at several k, and for sampled targets at several draws.
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
+"""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with ``argv`` and return its exit code."""
     if argv and argv[0] == "fidelity":
-        from kd_plugin.cli.fidelity import main as fidelity
-
-        return fidelity(argv[1:])
+        return fidelity_command(argv[1:])
     if argv and argv[0] == "append":
         from kd_plugin.cli.capture import main as capture
 
@@ -132,3 +141,177 @@ def _verify(directory: Path) -> int:
         return 1
     print(f"{directory}: every byte is as it was written ({len(manifest.units)} units, {manifest.tokens} targets).")
     return 0
+
+
+@dataclass(frozen=True)
+class FidelityConfig:
+    """Settings of a probe.
+
+    Attributes:
+        dataset: A .json, .jsonl or .parquet file, a directory of such files or of save_to_disk, or a hub id.
+        teacher: A local model directory or a hub id.
+        student: The model that will be trained; a local directory or a hub id with the teacher's tokenizer.
+        output: Directory for fidelity.json and fidelity.png; null writes neither.
+        budget_bytes: Bytes a position that you would spend; the best setting within is recommended.
+        k: Numbers of tokens to try for top_k.
+        draws: Numbers of draws to try for sampled.
+        sequences: Rows to probe, spread evenly over the dataset.
+        max_length: Tokens kept from the start of a row; null keeps all.
+        completion_only: Score completions only; null does so where rows have a prompt and a completion.
+        temperature: The logits are divided by it before the softmax.
+        tail: What training will do with what top_k leaves out; bucket, keep or renormalise.
+        split: Split of the dataset.
+        dataset_name: Configuration of a hub dataset.
+        revision: Branch, tag or commit of the teacher.
+        license: The teacher's licence where none can be found; a hub id such as apache-2.0, or own.
+        dtype: dtype of the teacher's weights; auto takes the checkpoint's own.
+        student_dtype: dtype of the student's weights; float32 gives figures that rounding does not blur.
+        device: Where both run; null takes the accelerator, if there is one.
+        batch_tokens: Tokens of a forward pass, padding included.
+        seed: Seed of the draws.
+        lineage: Declarations of teachers and use, as a mapping or the path of a YAML file.
+    """
+
+    dataset: str = ""
+    teacher: str = ""
+    student: str = ""
+    output: str | None = None
+    budget_bytes: float | None = None
+    k: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128])
+    draws: list[int] = field(default_factory=lambda: [12, 25, 50, 100, 200])
+    sequences: int = 200
+    max_length: int | None = 512
+    completion_only: bool | None = None
+    temperature: float = 1.0
+    tail: str = "bucket"
+    split: str = "train"
+    dataset_name: str | None = None
+    revision: str | None = None
+    license: str | None = None
+    dtype: str = "auto"
+    student_dtype: str = "float32"
+    device: str | None = None
+    batch_tokens: int = 4096
+    seed: int = 0
+    lineage: dict[str, Any] | str | None = None
+
+
+def fidelity_command(argv: Sequence[str]) -> int:
+    """Run ``kd-plugin cache fidelity ARGV`` and return its exit code."""
+    from kd_plugin.cli.main import as_yaml, parse_settings
+
+    parsed = parse_settings(FidelityConfig, argv, command="cache fidelity", description=_FIDELITY)
+    config = parsed.settings
+    if parsed.print_only:
+        print(as_yaml(config))
+        return 0
+    for name in ("dataset", "teacher", "student"):
+        if not getattr(config, name):
+            raise ConfigError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
+    if config.output is not None:
+        import matplotlib  # noqa: F401  a missing plot is said before the probe, not after it
+    found = _probe(config)
+    print(table(found))
+    if config.output is not None:
+        directory = Path(config.output)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "fidelity.json").write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+        plot(found, directory / "fidelity.png", config.budget_bytes)
+        print(f"\nfidelity.json and fidelity.png are in {directory}.")
+    if config.budget_bytes is not None:
+        best = found.recommend(config.budget_bytes)
+        print(
+            f"\nWithin {config.budget_bytes:g} bytes a position: {best.name}, {best.bytes:.1f} bytes, cosine "
+            f"{best.cosine:.4f}."
+        )
+    return 0
+
+
+def _probe(config: FidelityConfig) -> Fidelity:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kd_plugin.cache import Sampled, TopK
+    from kd_plugin.capturing.fidelity import fidelity
+    from kd_plugin.inputs import load_rows
+    from kd_plugin.teachers import LocalTeacher
+
+    settings: list[Targets] = [*(TopK(k) for k in config.k), *(Sampled(draws) for draws in config.draws)]
+    teacher = LocalTeacher(
+        config.teacher,
+        revision=config.revision,
+        license=config.license,
+        dtype=config.dtype,
+        device=config.device,
+    )
+    rows = load_rows(config.dataset, split=config.split, name=config.dataset_name)
+    return fidelity(
+        rows,
+        teacher,
+        lambda: AutoModelForCausalLM.from_pretrained(config.student, dtype=config.student_dtype),
+        settings=settings,
+        sequences=config.sequences,
+        max_length=config.max_length,
+        completion_only=config.completion_only,
+        temperature=config.temperature,
+        tail=config.tail,  # type: ignore[arg-type]
+        batch_tokens=config.batch_tokens,
+        seed=config.seed,
+        tokenizer=AutoTokenizer.from_pretrained(config.student),
+        lineage=config.lineage,
+    )
+
+
+def table(found: Fidelity) -> str:
+    """Return the measurements as text, one line a setting."""
+    head = (
+        f"{found.positions} positions of {found.sequences} sequences; the student is {found.student_kl:.3f} nats from "
+        "the teacher."
+    )
+    titles = f"{'bytes':>8}{'listed':>8}{'mass':>8}{'target KL':>11}{'student KL':>12}{'cosine':>9}{'norm':>8}"
+    lines = [head, "", f"{'targets':<14}{titles}"]
+    for m in found.measurements:
+        lines.append(
+            f"{m.name:<14}{m.bytes:>8.1f}{m.listed:>8.1f}{m.mass:>8.3f}{m.target_kl:>11.3f}{m.student_kl:>12.3f}"
+            f"{m.cosine:>9.4f}{m.norm_ratio:>8.3f}"
+        )
+    return "\n".join(lines)
+
+
+def plot(found: Fidelity, path: str | Path, budget_bytes: float | None = None) -> None:
+    """Draw cosine and norm ratio of the gradients against bytes a position, truncated and sampled apart.
+
+    Args:
+        found: what was measured.
+        path: a .png, .svg or .pdf file.
+        budget_bytes: where to draw the budget, or None.
+    """
+    from matplotlib.figure import Figure
+
+    from kd_plugin.cache import Sampled
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    series = {
+        "truncated": [m for m in found.measurements if not isinstance(m.targets, Sampled)],
+        "sampled": [m for m in found.measurements if isinstance(m.targets, Sampled)],
+    }
+    for axes, measure, title in zip(
+        panels,
+        ("cosine", "norm_ratio"),
+        ("cosine to the exact gradient", "norm, as a share of the exact one"),
+        strict=True,
+    ):
+        for (label, measured), marker in zip(series.items(), "os", strict=True):
+            measured = sorted(measured, key=lambda m: m.bytes)
+            axes.plot([m.bytes for m in measured], [getattr(m, measure) for m in measured], marker=marker, label=label)
+            for m in measured:
+                axes.annotate(
+                    m.name.split()[1], (m.bytes, getattr(m, measure)), textcoords="offset points", xytext=(4, 5)
+                )
+        axes.axhline(1.0, color="0.7", linewidth=0.8)
+        if budget_bytes is not None:
+            axes.axvline(budget_bytes, color="0.5", linestyle="--", linewidth=0.8)
+        axes.set(xscale="log", xlabel="bytes a position", title=title)
+    panels[0].legend()
+    figure.suptitle(f"Student's gradient from stored targets, over {found.positions} positions")
+    figure.savefig(path)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from kd_plugin.cache import Sampled, TopK
 from kd_plugin.capturing.fidelity import SETTINGS, fidelity
-from kd_plugin.cli.fidelity import plot, table
+from kd_plugin.cli.cache import plot, table
 from kd_plugin.demo.model import PreparedTeacher, cut_student
 from kd_plugin.teachers import LocalTeacher
 from tests.benchmarks.prose import paragraphs
