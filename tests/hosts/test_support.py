@@ -133,6 +133,8 @@ def strategies(*made):
 
 
 class _Trainer:
+    accumulate_grad_batches = 1
+
     def __init__(self, strategy):
         self.strategy, self.world_size = strategy, 2
 
