@@ -89,7 +89,14 @@ def train(
     if everything is not None:
         print(help_text(command, config_class, introduction, everything=everything), end="")
         return 0
-    script, training, model = parse(command, config_class, argv)
+    output_dir = _train(trainer_class, *parse(command, config_class, argv))
+    print(f"The student and its lineage are in {output_dir}.", file=sys.stderr)
+    close_process_group()
+    return 0
+
+
+def _train(trainer_class: type, script: ScriptArguments, training: Any, model: ModelConfig) -> str:
+    """Train and save, and return where; the trainer is gone then."""
     trainer = trainer_class(
         model=model.model_name_or_path,
         args=training,
@@ -100,9 +107,7 @@ def train(
     resume = training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("True", "true", True) else resume)
     trainer.save_model(training.output_dir)
-    print(f"The student and its lineage are in {training.output_dir}.", file=sys.stderr)
-    close_process_group()
-    return 0
+    return str(training.output_dir)
 
 
 def _rows(script: ScriptArguments, split: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -217,7 +218,25 @@ def close_process_group() -> None:
 
     A thread of Gloo drops the tensors of a collective after the collective is over. Where the interpreter ends at that
     moment, the thread cannot take its lock and the process aborts: "terminate called without an active exception"
-    (torch 2.13, Python 3.11; seen more often on a busy machine). Leaving the group waits for the thread.
+    (torch 2.13, Python 3.11; seen more often on a busy machine). Leaving the group waits for its threads, unless
+    something still refers to it, as DistributedDataParallel does to the end; so this waits until they sleep.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        _wait_for_gloo()
+
+
+def _wait_for_gloo(seconds: float = 5.0) -> None:
+    """Wait until Gloo's threads have nothing to do: they sleep at three looks in a row. Linux alone tells."""
+    asleep, end = 0, time.monotonic() + seconds
+    while asleep < 3 and time.monotonic() < end:
+        time.sleep(0.01)  # without the interpreter's lock, which such a thread may be waiting for
+        asleep = 0 if any(_is_busy(thread) for thread in Path("/proc/self/task").glob("*/stat")) else asleep + 1
+
+
+def _is_busy(thread: Path) -> bool:
+    try:
+        name, _, state = thread.read_text().partition("(")[2].rpartition(")")
+    except OSError:  # it has ended
+        return False
+    return "gloo_runloop" in name and state.split()[0] != "S"
