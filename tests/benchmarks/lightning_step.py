@@ -55,7 +55,7 @@ class Turns(pl.Callback):
 
     def on_fit_start(self, trainer, pl_module) -> None:
         objective = OfflineObjective(Divergence("forward_kl"), ce_weight=self.options.ce_weight)
-        self.forward = DistillingForward(pl_module.model, self.options.vocab, objective)
+        self.forward = DistillingForward(pl_module.model, self.options.vocab, objective, pl_module)
         self.plain = pl_module.training_step
         self.step = DistillingStep(trainer, pl_module, self.forward, self._prepare, lambda call, total: None)
         self.wrapped = pl_module.training_step
