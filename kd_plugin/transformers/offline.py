@@ -96,6 +96,7 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         self.teacher_cache = JointCache.open(teacher_cache, allow_partial=self.allow_partial)
         run = start_lineage(
             args,
+            offline_settings,
             declared_lineage(callbacks) if lineage is None else lineage,
             method="offline_kd",
             student=student_source(model, (getattr(args, "model_init_kwargs", None) or {}).get("revision")),

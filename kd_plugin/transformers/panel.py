@@ -95,7 +95,7 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         refuse_prompt_learning(model, peft_config)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_rows(dataset, name, self.panel)
-        start = functools.partial(start_lineage, args, declared)
+        start = functools.partial(start_lineage, args, run.settings, declared)
         revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
         lineage = run.gate(start, model, revision, dataset_sources(train_dataset))
         require_launchable(args, model, self.panel)

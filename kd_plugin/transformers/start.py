@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,20 @@ _NOT_IN_THE_HASH = {
 }  # fmt: skip
 
 
-def start_lineage(args: TrainingArguments, declared: Any = None, **described: Any) -> RunLineage:
+def start_lineage(args: TrainingArguments, distillation: Any, declared: Any = None, **described: Any) -> RunLineage:
     """Describe the run and pass the license gate.
 
     Args:
         args: the trainer's settings, whose ``lineage``, where they have one, is what the user declares.
+        distillation: the dataclass of the distillation's settings; ``args`` itself where they are among its fields.
         declared: the declaration where ``args`` has none, such as that of a user's own lineage callback.
         **described: of :func:`~kd_plugin.lineage.start.start_run`.
 
     Raises:
         LicenseRefusedError: the terms of a source forbid training.
     """
-    settings = {key: value for key, value in args.to_dict().items() if key not in _NOT_IN_THE_HASH}
+    found = {field.name: getattr(distillation, field.name) for field in fields(distillation)} | args.to_dict()
+    settings = {key: value for key, value in found.items() if key not in _NOT_IN_THE_HASH}
     own = getattr(args, "lineage", None)
     return start_run(settings=settings, declared=declared if own is None else own, **described)
 

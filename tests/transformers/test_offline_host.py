@@ -18,6 +18,7 @@ from kd_plugin.cache import TopK
 from kd_plugin.capturing import capture
 from kd_plugin.errors import CacheError, ConfigError, DataError, LicenseRefusedError, NonFiniteError, VocabularyError
 from kd_plugin.lineage import load_record, verify
+from kd_plugin.lineage.trainer_callback import lineage_callback
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.transformers import LicenseLineageCallback, OfflineKDMixin
 from tests.hosts.runs import losses, settings, weights
@@ -122,6 +123,16 @@ class TestRuns:
 
 
 class TestLineage:
+    def test_the_hash_of_the_configuration_holds_the_distillation_settings(self, cache, tmp_path, student_dir):
+        rows = tokenized()
+        kinds = ({}, {}, {"divergence": "reverse_kl"}, {"ce_weight": 0.5})
+        hashes = [
+            lineage_callback(build(tmp_path / f"{i}", cache, student_dir, rows, **kind).callback_handler.callbacks)
+            for i, kind in enumerate(kinds)
+        ]
+        first, again, *others = [callback.run.config_hash for callback in hashes]
+        assert first == again and len({first, *others}) == 3
+
     def test_every_checkpoint_has_it(self, cache, tmp_path, student_dir, teacher_dir):
         trainer = build(tmp_path, cache, student_dir, tokenized(), lineage={"run": {"id": "mine"}}, **SAVING)
         trainer.train()

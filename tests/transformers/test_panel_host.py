@@ -20,6 +20,7 @@ from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.reference import divergence_from_logits
 from kd_plugin.errors import ConfigError, DataError, LicenseRefusedError
 from kd_plugin.lineage import load_record
+from kd_plugin.lineage.trainer_callback import lineage_callback
 from kd_plugin.transformers import PanelSettings, TeacherPanelMixin
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.hosts.runs import Trace, assert_same, losses, prompts, settings, weights
@@ -58,6 +59,13 @@ def build(directory, student, teachers, rows=None, callbacks=None, eval_dataset=
         callbacks=callbacks,
         lineage=lineage,
     )
+
+
+def test_the_lineages_hash_holds_the_panels_settings(tmp_path, student_dir, teacher_dir):
+    kinds = ({}, {}, {"divergence": "forward_kl"}, {"max_completion_length": 5})
+    built = [build(tmp_path / f"{i}", student_dir, {"t": teacher_dir}, **kind) for i, kind in enumerate(kinds)]
+    first, again, *others = [lineage_callback(one.callback_handler.callbacks).run.config_hash for one in built]
+    assert first == again and len({first, *others}) == 3
 
 
 def run(*args, **kwargs):
