@@ -1,8 +1,5 @@
 """Two ranks of data parallelism are one process with their rows together."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,24 +9,12 @@ from kd_plugin.cache import Sampled, TeacherCache, TopK
 from kd_plugin.capturing import capture
 from kd_plugin.teachers import LocalTeacher
 from tests.equivalence.test_offline_packing import COMPLETIONS, TEXTS
-from tests.hosts.runs import assert_same
+from tests.hosts.runs import assert_same, launched
 
 
 def run(directory: Path, cache: TeacherCache, student: str, ranks: int, rows_a_rank: int, *options: str) -> dict:
     directory.mkdir()
-    launch = [sys.executable]
-    if ranks > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    arguments = [str(directory), str(cache.path), student, str(rows_a_rank), *options]
-    done = subprocess.run(
-        [*launch, "-m", "tests.hosts.offline_worker", *arguments],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched("tests.hosts.offline_worker", ranks, directory, cache.path, student, rows_a_rank, *options)
     return torch.load(directory / "result.pt")
 
 

@@ -1,6 +1,10 @@
 """Short, deterministic training runs, and what they leave behind."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -63,3 +67,19 @@ def assert_same(mine: dict, theirs: dict, relative: float = 1e-4) -> None:
     difference = torch.sqrt(sum(((mine[k] - theirs[k]).double() ** 2).sum() for k in mine))
     size = torch.sqrt(sum((theirs[k].double() ** 2).sum() for k in mine))
     assert difference <= relative * size, f"differs by {float(difference / size):.2e} of the norm"
+
+
+def launched(module: str, ranks: int, *arguments) -> None:
+    """Run a worker module of the tests as one process, or as several ranks under torchrun; it must end well."""
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run(
+        [*launch, "-m", module, *map(str, arguments)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]

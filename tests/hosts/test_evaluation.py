@@ -3,10 +3,6 @@
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +12,7 @@ from kd_plugin.cache import TopK
 from kd_plugin.capturing import capture
 from kd_plugin.teachers import LocalTeacher
 from tests.hosts.eval_worker import measured, offline, panel
-from tests.hosts.runs import prompts
+from tests.hosts.runs import launched, prompts
 from tests.hosts.test_parents_features import ROWS
 from tests.tiny import tiny_model
 
@@ -156,19 +152,7 @@ def test_two_ranks_measure_what_one_does(tmp_path, student_dir, teacher_dir, cac
     found = {}
     for name, ranks, batch in (("one", 1, 16), ("two", 2, 2)):
         (tmp_path / name).mkdir()
-        launch = [sys.executable]
-        if ranks > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        arguments = [str(tmp_path / name), student_dir, teacher_dir, str(cache.path), str(batch)]
-        done = subprocess.run(
-            [*launch, "-m", "tests.hosts.eval_worker", *arguments],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-6000:]
+        launched("tests.hosts.eval_worker", ranks, tmp_path / name, student_dir, teacher_dir, cache.path, batch)
         found[name] = json.loads((tmp_path / name / "report.json").read_text())
     for job, expected in found["one"].items():
         if "padding-free" not in job:  # rows of one batch see each other there

@@ -3,11 +3,6 @@
 Tolerances are those of tests/equivalence for TRL: 1e-4 relative, 3e-3 for gradients from targets that were rounded.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -19,7 +14,7 @@ from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.reference import divergence_from_logits
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
-from tests.hosts.runs import LORA, assert_same, losses, settings
+from tests.hosts.runs import LORA, assert_same, launched, losses, settings
 from tests.tiny import byte_tokenizer
 from tests.transformers.help import TEXTS, OfflineTrainer, step, tokenized, train
 
@@ -188,19 +183,7 @@ def test_two_ranks_train_as_one_process(option, caches, tmp_path, student_dir):
     for ranks, rows in ((1, 4), (2, 2)):
         out = tmp_path / f"{ranks}"
         out.mkdir()
-        launch = [sys.executable]
-        if ranks > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        arguments = [str(out), str(cache.path), student_dir, str(rows), option]
-        done = subprocess.run(
-            [*launch, "-m", "tests.transformers.offline_worker", *arguments],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        launched("tests.transformers.offline_worker", ranks, out, cache.path, student_dir, rows, option)
         found.append(torch.load(out / "result.pt"))
     one, two = found
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4) and len(one["losses"]) == 4
