@@ -96,4 +96,4 @@ wheel-test: $(STAMP) ## Build the wheel, install it alone with [trl], and run th
 	@$(PY) -m pytest tests/hosts/test_demo_wheel.py -m wheel -v $(ARGS)
 
 clean: ## Remove what these targets made, .venv included.
-	rm -rf $(VENV) $(VLLM_VENV) $(LIBAIO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(LIBAIO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache

@@ -1,13 +1,25 @@
 """Shared tiny models on disk; one set a session."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# DeepSpeed's operators are built once for this checkout. In the home directory a build that was killed, by whomever,
+# would leave a lock behind on which every test of several ranks waits for ever.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parent.parent / ".cache" / "torch_extensions"))
 
 import pytest
 
 from tests.tiny import byte_tokenizer, save_tiny
+
+
+def pytest_sessionstart():
+    """Delete the locks that killed test runs left behind."""
+    from kd_plugin.launch.preflight import abandoned_locks
+
+    for lock in abandoned_locks():
+        lock.path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")
