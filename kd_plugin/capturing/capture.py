@@ -28,7 +28,7 @@ from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.settings import built, option, settings, takes
 from kd_plugin.teachers.base import reach
-from kd_plugin.verifying import make_filter, reference
+from kd_plugin.verifying import make_verifier, reference
 from kd_plugin.vocab import Vocabulary
 
 
@@ -170,7 +170,7 @@ def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any =
             f"Teacher {teacher.source.name!r} is {teacher.capabilities.kind} that generates nothing, so it writes no "
             "completions. Leave generate out and give rows that hold them, or use a model in this process or a server."
         )
-    kept = make_filter(asked.filter, asked.answer_column)
+    kept = make_verifier(asked.filter, asked.answer_column)
     vocabulary = teacher.vocabulary
     if tokenizer is None:
         tokenizer = getattr(teacher, "tokenizer", None)

@@ -20,7 +20,7 @@ from kd_plugin.capturing.engines import Engine
 from kd_plugin.capturing.generating import Request
 from kd_plugin.capturing.rows import Row, RowSource
 from kd_plugin.capturing.tokenization import Tokenization
-from kd_plugin.verifying import Filter
+from kd_plugin.verifying import Verifier
 
 _LINE_SECONDS = 60.0
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class Job:
 
     rows: RowSource
     tokenization: Tokenization
-    filter: Filter | None
+    filter: Verifier | None
 
     def rendered_at(self, moment: str | None) -> Job:
         """Return the job with a chat template that prints the time ``moment``."""
@@ -254,7 +254,7 @@ def _listed(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
 
 
-def _why_not(filter: Filter | None, text: str, row: Row, where: str) -> str | None:
+def _why_not(filter: Verifier | None, text: str, row: Row, where: str) -> str | None:
     return None if filter is None else filter.why_not(text, row, where)
 
 

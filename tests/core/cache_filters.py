@@ -18,3 +18,7 @@ def confused(completion, row):
 
 
 NOT_A_FUNCTION = 3
+
+
+def half(completion, row):
+    return 0.5

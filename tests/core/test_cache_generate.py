@@ -17,7 +17,7 @@ from kd_plugin.capturing.generating import Request, generate_locally
 from kd_plugin.capturing.tokenization import Tokenization
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError, DataError, NonFiniteError
-from kd_plugin.verifying import make_filter
+from kd_plugin.verifying import make_verifier
 from tests.core.cache_help import files_of, live_logprobs, prompt_rows, shards_of
 from tests.tiny import byte_tokenizer, tiny_llama
 
@@ -237,7 +237,7 @@ def test_a_filter_judges_given_completions_too(teacher, tmp_path):
 )
 def test_math_verify_compares_as_mathematics(completion, reference, verdict):
     pytest.importorskip("math_verify")
-    found = make_filter("math_verify")
+    found = make_verifier("math_verify")
     assert found.why_not(completion, {"answer": reference}, "row 0") == verdict
 
 
