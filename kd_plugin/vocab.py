@@ -17,6 +17,7 @@ from typing import Any
 
 from kd_plugin.errors import DataError, VocabularyError
 
+TEMPLATE = "chat template"  # how a difference of two templates is called
 _SHOWN = 3  # differing tokens named in an error
 
 
@@ -140,7 +141,7 @@ class Vocabulary:
         if eos != other_eos:
             found.append(f"end-of-sequence token (id {eos} against id {other_eos})")
         if self.template_fingerprint != other.template_fingerprint:
-            found.append("chat template")
+            found.append(TEMPLATE)
         return found
 
 

@@ -20,7 +20,6 @@ from kd_plugin.lightning.windows import served, window_end
 
 logger = logging.getLogger(__name__)
 _WINDOWS = itertools.count()  # what tells one window from another
-_PASSED = ("prompt", "completion", "teacher_id", "domain", "teacher_weights", "answer")
 
 
 class KDDataModule(LightningDataModule):
@@ -160,7 +159,8 @@ def _attach_window(window: list[Any]) -> None:
 
 
 def _as_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [row.get(name) for row in rows] for name in _PASSED if any(name in row for row in rows)}
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _as_samples(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -311,7 +311,8 @@ class TeacherPanelCorrection(StudentCallback):
             vocabulary=self._vocabulary,
             repeats=self.settings.repetition_stop,
         )
-        return self._panel_step.roll_out(rows_of(batches), count_of(batches[0]), engine, draw=draw)
+        rows = rows_of(batches, self.panel.view_columns)
+        return self._panel_step.roll_out(rows, count_of(batches[0]), engine, draw=draw)
 
     def _next(self, batch: Any) -> Prepared:
         return self._ahead.pop(place_of(batch))

@@ -189,10 +189,16 @@ def count_of(batch: Any) -> int:
     return len(batch["prompt"])
 
 
-def rows_of(batches: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return all rows of some batches, one mapping each; None where a batch lacks a column."""
+def rows_of(batches: Sequence[Any], further: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return all rows of some batches, one mapping each; None where a batch lacks a column of the panel's own.
+
+    Args:
+        batches: columns by name.
+        further: columns that a row has where its batch has them.
+    """
     return [
         {name: batch[name][i] if batch.get(name) is not None else None for name in _ROW}
+        | {name: batch[name][i] for name in further if batch.get(name) is not None}
         for batch in batches
         for i in range(count_of(batch))
     ]

@@ -25,6 +25,7 @@ from kd_plugin.panel.sampling import (
     require_whole_distribution,
 )
 from kd_plugin.panel.step import PanelStep
+from kd_plugin.panel.viewing import require_viewable
 from kd_plugin.panel.warmup import warmup_objective
 from kd_plugin.rollouts.in_process import Sampling
 from kd_plugin.upstream import reference_of
@@ -58,6 +59,7 @@ class PanelRun:
         self.divergence = self.panel.divergence or settings.resolved_divergence()
         require_defined_panel(self.panel, self.divergence, settings.temperature)
         require_sampling(self.panel, settings)
+        require_viewable(self.panel, settings.rollouts)
         self.caches = [TeacherCache(path) for path in settings.warmup_caches()]
         if self.caches:
             warmup_objective(self.caches, settings.warmup_divergence)  # a wrong name shows now

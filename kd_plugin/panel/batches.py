@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +29,13 @@ class Assigned:
         assignments: for each row which teachers score it.
         given: for each row the dataset's completion, as token ids; None where the student generates.
         rows_at_once: rows in a teacher's forward pass.
+        rows: their columns, of which views read some; empty where nothing reads them.
     """
 
     assignments: tuple[Assignment, ...]
     given: tuple[list[int] | None, ...]
     rows_at_once: int
+    rows: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from kd_plugin.inputs import read_yaml
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.roster import OwnTerms, TeacherPanel
 from kd_plugin.teachers import KINDS, AdapterTeacher, LocalTeacher, Teacher
+from kd_plugin.views.view import View
 
 _ESTIMATOR_KEYS = ("top_k", "student_top_k", "ratio_bounds")
 _PANEL_KEYS = (
@@ -30,7 +31,7 @@ _PANEL_KEYS = (
     "allow_other_eos",
     *_ESTIMATOR_KEYS,
 )
-_OWN_KEYS = ("kind", "weight", "divergence", "temperature", "estimator")
+_OWN_KEYS = ("kind", "weight", "divergence", "temperature", "estimator", "view")
 # TRL loads teachers in float32 unless told, and one teacher must train as it does there
 _DEFAULTS = {"dtype": "float32"}
 # What a `panel` block, or a TeacherPanel, says itself
@@ -42,9 +43,9 @@ def panel_from_block(block: Mapping[str, Any] | str | Path, where: str = "panel"
 
     Keys: ``combine``, ``divergence`` (a name, or a mapping with ``name``, ``beta``, ``alpha``), ``routes``,
     ``domain_weights``, ``confidence_temperature``, ``estimator``, ``top_k``, ``student_top_k``, ``ratio_bounds``,
-    ``allow_other_eos``, and
-    ``teachers``, name to a mapping. A teacher has ``kind`` (``local`` where it is left out, ``adapter``, ``server``,
-    ``cached``), ``weight`` (a number or a schedule), ``divergence``, ``temperature`` and ``estimator`` of its own, and
+    ``allow_other_eos``, and ``teachers``, name to a mapping. A teacher has ``kind`` (``local`` where it is left out,
+    ``adapter``, ``server``, ``cached``), ``weight`` (a number or a schedule), ``divergence``, ``temperature``,
+    ``estimator`` and ``view`` (a mapping with the attributes of :class:`~kd_plugin.views.view.View`) of its own, and
     the arguments of its class: ``model``, ``adapter`` and ``base``, ``url``, ``cache``, ``placement`` and so on. A base
     is ``student``, a path, the name of a local teacher, or a mapping with the arguments of ``LocalTeacher``.
 
@@ -138,8 +139,9 @@ def _own(spec: Any, estimator: Estimator, label: str) -> OwnTerms:
     temperature = spec.get("temperature")
     own = None if spec.get("estimator") is None else replace(estimator, name=spec["estimator"])
     divergence = _divergence(spec.get("divergence"), label)
+    view = None if spec.get("view") is None else View.from_block(spec["view"], f"{label}, view")
     try:
-        return OwnTerms(divergence, temperature, own)
+        return OwnTerms(divergence, temperature, own, view)
     except ConfigError as error:
         raise ConfigError(f"{label}: {error}") from error
 

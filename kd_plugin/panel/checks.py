@@ -17,11 +17,13 @@ from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.limits import refuse_images
 from kd_plugin.panel.estimators import require_defined
 from kd_plugin.panel.roster import TeacherPanel
+from kd_plugin.panel.viewing import check_view_columns
 from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.teachers.agreement import require_alike
 from kd_plugin.teachers.base import Teacher, adopt_vocabulary, end_tokens, reach
-from kd_plugin.vocab import Vocabulary
+from kd_plugin.views.view import OWN
+from kd_plugin.vocab import TEMPLATE, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,10 @@ def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> Vocab
         adopt_vocabulary(teacher, vocabulary)
         vocabulary.require_same_tokens(teacher.vocabulary, "student", f"teacher {name!r}")
         _require_common_end(panel, name, teacher, vocabulary)
+        view = panel.own[name].view
         for difference in vocabulary.differences_that_change_lengths(teacher.vocabulary):
+            if difference == TEMPLATE and view is not None and view.chat_template == OWN:
+                continue
             logger.warning(
                 f"The student and teacher {name!r} differ in their {difference}: the teacher may never reward "
                 "the student for stopping, and lengths can explode."
@@ -132,7 +137,9 @@ def check_rows(dataset: Any, name: str, panel: TeacherPanel) -> None:
         )
     if not isinstance(dataset, Dataset):
         panel.assign(next(iter(dataset)))
+        check_view_columns(panel, columns, dataset, name)
         return
+    check_view_columns(panel, columns, dataset, name)
     present = [column for column in ("teacher_id", "domain", "teacher_weights") if column in columns]
     if not present:
         panel.assign({})

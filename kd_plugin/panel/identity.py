@@ -216,4 +216,5 @@ def _own(panel: TeacherPanel, name: str, divergence: Divergence, temperature: fl
         "divergence": {"name": chosen.name, **chosen.parameters},
         "temperature": own.temperature_or(temperature),
         "estimator": estimator.name if estimator.name == "exact" else dataclasses.asdict(estimator),
+        **({} if own.view is None else {"view": own.view.identity}),
     }

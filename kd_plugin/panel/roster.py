@@ -22,6 +22,7 @@ from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.adapter import share_bases
 from kd_plugin.teachers.base import Teacher, missing_members
 from kd_plugin.teachers.local import LocalTeacher
+from kd_plugin.views.view import View
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class OwnTerms:
         divergence: or None for the run's.
         temperature: divides the logits of both sides, in a mixture the teacher's alone; or None for the run's.
         estimator: or None for the panel's.
+        view: how it reads what the student wrote; None reads the student's own prompt and tokens.
 
     Raises:
         ConfigError: a temperature that cannot divide logits.
@@ -55,6 +57,7 @@ class OwnTerms:
     divergence: Divergence | None = None
     temperature: float | None = None
     estimator: Estimator | None = None
+    view: View | None = None
 
     def __post_init__(self) -> None:
         if self.temperature is not None:
@@ -140,6 +143,16 @@ class TeacherPanel:
     def names(self) -> tuple[str, ...]:
         """The teachers' names, in the order given."""
         return tuple(self.teachers)
+
+    @property
+    def views(self) -> dict[str, View]:
+        """The views of those teachers that have one."""
+        return {name: own.view for name, own in self.own.items() if own.view is not None}
+
+    @property
+    def view_columns(self) -> tuple[str, ...]:
+        """Columns of a row that views read, beside ``prompt``."""
+        return tuple(dict.fromkeys(column for view in self.views.values() for column in view.columns))
 
     def teachers_of(self, teacher_id: str | Sequence[str] | None, domain: str | None = None) -> tuple[str, ...]:
         """Return the names of the teachers that score a row.

@@ -29,6 +29,7 @@ from kd_plugin.panel.interleaving import InterleavedSettings, interleaved_respon
 from kd_plugin.panel.loss import MicroBatchLoss, panel_loss
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import score_rows
+from kd_plugin.panel.viewing import readers_of
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
 from kd_plugin.rollouts import Propose, RolloutEngine
 from kd_plugin.rollouts.responses import Response, completion_ids, cut_loops, require_prompts, scored_offsets
@@ -126,6 +127,7 @@ class PanelStep:
         self.monitor = monitor
         self.anchor = anchor
         self.chat_options = chat_options
+        self._readers = readers_of(panel, tokenizer, pad_token_id=pad_token_id, chat_options=chat_options)
         self.warmup: CacheWarmup | None = None
         if warmup_caches:
             cut = [cache.within(vocabulary.size) for cache in warmup_caches]
@@ -165,11 +167,11 @@ class PanelStep:
         assignments = tuple(self.panel.assign(row) for row in rows)
         host, fraction = self.host, self._fraction.at(self.host.step)
         if not host.training or fraction >= 1.0:
-            return Assigned(assignments, (None,) * len(rows), rows_at_once)
+            return Assigned(assignments, (None,) * len(rows), rows_at_once, tuple(rows))
         rank = mixed_seed(0, 0, host.rank, draw)
         own = on_policy_rows(len(rows), fraction, seed=self.seed, step=host.step, rank=rank)
         given = [None if generates else self._completion(row) for generates, row in zip(own, rows, strict=True)]
-        return Assigned(assignments, tuple(given), rows_at_once)
+        return Assigned(assignments, tuple(given), rows_at_once, tuple(rows))
 
     def roll_out(
         self,
@@ -310,7 +312,13 @@ class PanelStep:
             self.monitor.observe(responses)
         given = rollouts.input_ids, rollouts.attention_mask, rollouts.completion_start, offsets, assigned.rows_at_once
         scores = score_rows(
-            self.panel, assigned.assignments, *given, clock=self.monitor.clock, vocabulary=self.vocabulary
+            self.panel,
+            assigned.assignments,
+            *given,
+            clock=self.monitor.clock,
+            vocabulary=self.vocabulary,
+            rows=assigned.rows,
+            readers=self._readers,
         )
         anchor = () if self.anchor is None else tuple(self.anchor.score(*given))
         return ScoredRollouts(rollouts, tuple(scores), anchor, behaviour_logprobs)

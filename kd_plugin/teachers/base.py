@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from kd_plugin.errors import ConfigError
 from kd_plugin.lineage.hashing import sha256_file, weight_files
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import HiddenSignal, SparseSignal
@@ -56,9 +57,9 @@ class Teacher(Protocol):
     """A model that scores tokens. How it is reached never matters to the loss.
 
     These four members are all that a teacher needs. A class may also have what the functions below look for:
-    ``adopt_vocabulary``, ``end_tokens``, ``identity``, ``reach`` and ``resident``; and, if it computes in this process,
-    ``place`` (see :mod:`kd_plugin.teachers.in_process`). A teacher that shares the student's weights has
-    ``require_student``.
+    ``adopt_vocabulary``, ``end_tokens``, ``identity``, ``max_length``, ``reach``, ``resident`` and ``tokenizer``; and,
+    if it computes in this process, ``place`` (see :mod:`kd_plugin.teachers.in_process`). A teacher that shares the
+    student's weights has ``require_student``.
 
     Shape suffixes: B rows, L tokens, N scored positions.
     """
@@ -117,6 +118,19 @@ def end_tokens(teacher: Teacher) -> frozenset[int]:
         return own
     end = teacher.vocabulary.special_ids.get("eos_token")
     return frozenset() if end is None else frozenset({end})
+
+
+def tokenizer_of(teacher: Teacher) -> Any:
+    """Return a teacher's own tokenizer, loaded on first use; None where it names none."""
+    try:
+        return getattr(teacher, "tokenizer", None)
+    except ConfigError:
+        return None
+
+
+def most_tokens(teacher: Teacher) -> int | None:
+    """Return how many tokens of one row a teacher reads; None where it does not say."""
+    return getattr(teacher, "max_length", None)
 
 
 def identity(teacher: Teacher) -> dict[str, Any]:

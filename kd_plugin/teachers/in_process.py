@@ -200,6 +200,12 @@ class InProcessTeacher(ABC):
     def stay_on(self, device: torch.device | None) -> None:
         """Have the weights on a device from now on: the one that the user chose, else ``device``."""
 
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that the model has positions for; None where its configuration does not say."""
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+        return found if isinstance(found, int) and found > 0 else None
+
     def attach(self, call: Callable[..., Tensor]) -> None:
         """Let a host run the forward pass inside its own wrapper (DDP, FSDP, a DeepSpeed engine).
 

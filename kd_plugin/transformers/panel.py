@@ -167,7 +167,7 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
     @property
     def kept_columns(self) -> tuple[str, ...]:
         """What the panel reads of a row."""
-        return _ROW
+        return (*_ROW, *self.panel.view_columns)
 
     def panel_loss(self, student: nn.Module, batch: MicroBatch | WarmupBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the summed loss of a micro-batch, the summed entropy, and the number of scored tokens.

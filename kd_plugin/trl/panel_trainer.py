@@ -121,12 +121,13 @@ class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
         require_draws(self.panel, args, self.model, self.generation_config)
         self._assigned = Assigned((), (), 1)
         self._empty: list[int] = []  # rows of the generation batch whose response has no token
+        tools_shown = {"tools": self.tools} if self.tools else {}
         self.join_panel(
             self._metrics,
             tokenizer=self._tokenizer,
             end_tokens=self.eos_token_ids,
             pad_token_id=self._tokenizer.pad_token_id,
-            chat_options={"chat_template": self.chat_template, **self.chat_template_kwargs},
+            chat_options={"chat_template": self.chat_template, **tools_shown, **self.chat_template_kwargs},
         )
         self._engine = TRLEngine(self, self._vocabulary)
 

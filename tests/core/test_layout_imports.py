@@ -93,6 +93,7 @@ ORDER = (
     ("student",),
     ("capturing",),
     ("rollouts",),
+    ("views",),
     ("panel",),
     ("monitor",),
     ("planner",),

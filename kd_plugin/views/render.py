@@ -1,0 +1,202 @@
+"""Render the rows of a generation batch as one teacher reads them.
+
+Shape suffixes: B rows, L tokens, P prompt columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.rollouts.responses import require_prompts
+from kd_plugin.rollouts.rows import Span, left_padded, row_spans
+from kd_plugin.views.view import OWN, STUDENT, View
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Some rows as a teacher reads them.
+
+    Attributes:
+        input_ids: (B, L) prompts, padded on the left to P columns, then responses, padded on the right.
+        attention_mask: (B, L) 1 for tokens.
+        start: P, the column of the first response token.
+        positions: for each row the offsets of those response tokens that the teacher is asked about.
+        spans: the columns of each row that hold its tokens.
+        prompts: what the teacher read before each response, as text; None where that is the student's prompt.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    start: int
+    positions: Sequence[Sequence[int]]
+    spans: Sequence[Span]
+    prompts: tuple[str, ...] | None = None
+
+    def select(self, rows: Sequence[int]) -> Reading:
+        """Return some of the rows."""
+        index = torch.tensor(rows, dtype=torch.int64).to(self.input_ids.device, non_blocking=True)
+        return Reading(
+            self.input_ids.index_select(0, index),
+            self.attention_mask.index_select(0, index),
+            self.start,
+            [self.positions[row] for row in rows],
+            [self.spans[row] for row in rows],
+            None if self.prompts is None else tuple(self.prompts[row] for row in rows),
+        )
+
+    def response(self, row: int) -> list[int]:
+        """Return the response of a row, as token ids; waits for the device."""
+        return self.input_ids[row, self.start : self.spans[row].stop].tolist()  # type: ignore[no-any-return]
+
+
+class Reader:
+    """Reads responses for one teacher, under its view.
+
+    Args:
+        name: of the teacher.
+        view: its view.
+        student: the student's tokenizer.
+        teacher: the teacher's; None where it has none of its own, which a view by the student's template allows.
+        pad_token_id: fills up short rows.
+        chat_options: further arguments of ``apply_chat_template``, as the student's prompts are rendered with.
+        limit: tokens that the teacher reads at most; None for no limit that is known.
+
+    Raises:
+        ConfigError: the view needs a tokenizer or a chat template that the teacher does not have.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        view: View,
+        student: Any,
+        teacher: Any,
+        *,
+        pad_token_id: int,
+        chat_options: Mapping[str, Any] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.name = name
+        self.view = view
+        self.student = student
+        self.pad_token_id = pad_token_id
+        self.limit = limit
+        self._renderer = teacher if view.chat_template == OWN else student
+        self._options = {"add_generation_prompt": True, **(chat_options or {}), "tokenize": False}
+        if view.chat_template == OWN:
+            if teacher is None or getattr(teacher, "chat_template", None) is None:
+                raise ConfigError(
+                    f"The view of teacher {name!r} says chat_template: own, and the teacher has no "
+                    f"{'tokenizer' if teacher is None else 'chat template'} of its own. Use chat_template: student, or "
+                    "name a file that holds a template."
+                )
+            self._options["chat_template"] = teacher.chat_template
+        elif view.chat_template != STUDENT:
+            self._options["chat_template"] = view.file_text
+
+    def read(self, rows: Sequence[Mapping[str, Any]], student: Reading) -> Reading:
+        """Return some rows of a generation batch as this teacher reads them, with the same responses.
+
+        Args:
+            rows: the rows' columns, with ``prompt``.
+            student: the same rows as the student read them.
+
+        Raises:
+            DataError: a row cannot be rendered, or is longer than the teacher reads.
+        """
+        texts = [self.prompt_text(row) for row in rows]
+        tokenize = self._renderer
+        prompts = [
+            list(tokenize(text=text, add_special_tokens=self._is_text(row))["input_ids"])
+            for text, row in zip(texts, rows, strict=True)
+        ]
+        require_prompts(prompts)
+        responses = [student.response(row) for row in range(len(rows))]
+        self._require_fitting(prompts, responses)
+        return laid_out(prompts, responses, student.positions, self.pad_token_id, student.input_ids.device, texts)
+
+    def prompt_text(self, row: Mapping[str, Any]) -> str:
+        """Return the text that the teacher reads before a response.
+
+        Raises:
+            DataError: the row cannot be rendered under this view.
+        """
+        try:
+            prompt, context = row["prompt"], self.view.context_of(row)
+            if self._is_text(row):
+                return self._plain(prompt, context)
+            text = self._renderer.apply_chat_template(
+                viewed_messages(prompt, self.view.system, context), **self._options
+            )
+        except DataError as error:
+            raise DataError(f"Teacher {self.name!r}: {error}") from error
+        return str(text)
+
+    def _plain(self, prompt: str, context: str) -> str:
+        if self.view.system is not None or self.view.chat_template != STUDENT:
+            raise DataError(
+                "a row's prompt is text, which no chat template renders, and the view has a system message or a chat "
+                "template. Give prompts as messages, or leave both out of the view."
+            )
+        return f"{context}\n\n{prompt}" if context else prompt
+
+    @staticmethod
+    def _is_text(row: Mapping[str, Any]) -> bool:
+        return isinstance(row["prompt"], str)
+
+    def _require_fitting(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> None:
+        longest = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=0)
+        if self.limit is not None and longest > self.limit:
+            raise DataError(
+                f"Under its view teacher {self.name!r} would read a row of {longest} tokens, and it reads "
+                f"{self.limit} at most. Shorten the view's context, or max_completion_length."
+            )
+
+
+def viewed_messages(messages: Sequence[Mapping[str, Any]], system: str | None, context: str) -> list[dict[str, Any]]:
+    """Return messages with another system message, and with a context at the end of the user's last one.
+
+    Raises:
+        DataError: there is a context, and no message of the user.
+    """
+    found = [dict(message) for message in messages]
+    if system is not None:
+        found = [message for message in found if message.get("role") != "system"]
+        found.insert(0, {"role": "system", "content": system})
+    if not context:
+        return found
+    asked = [message for message in found if message.get("role") == "user"]
+    if not asked:
+        raise DataError("the view adds a context to the last message of the user, and a prompt has none.")
+    content = asked[-1]["content"]
+    if isinstance(content, str):
+        asked[-1]["content"] = f"{content}\n\n{context}"
+    else:
+        asked[-1]["content"] = [*content, {"type": "text", "text": f"\n\n{context}"}]
+    return found
+
+
+def laid_out(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    pad_token_id: int,
+    device: torch.device,
+    texts: Sequence[str] | None = None,
+) -> Reading:
+    """Put B responses behind their prompts, as the student's rollouts are laid out."""
+    start, width = max(map(len, prompts)), max(map(len, responses), default=0)
+    ids, mask = left_padded(prompts, pad_token_id)
+    ids, mask = (torch.nn.functional.pad(t, (0, width), value=v) for t, v in ((ids, pad_token_id), (mask, 0)))
+    for row, response in enumerate(responses):
+        ids[row, start : start + len(response)] = torch.tensor(response, dtype=ids.dtype)
+        mask[row, start : start + len(response)] = 1
+    spans = row_spans(mask)
+    prompts_read = None if texts is None else tuple(texts)
+    return Reading(ids.to(device), mask.to(device), start, positions, spans, prompts_read)
