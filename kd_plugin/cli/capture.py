@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_plugin.capturing.settings import ScoringSettings
+from kd_plugin.capturing.capture import ScoringSettings
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.settings import option, settings, values_of
 

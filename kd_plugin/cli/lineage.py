@@ -185,7 +185,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     report = verify(arguments.dir, None if arguments.registry is None else load_registry(arguments.registry))
     if arguments.key is not None and report.exit_code != EXIT_MISSING:
-        from kd_plugin.lineage.signing import SIGNATURE, signature_problem
+        from kd_plugin.lineage.record import SIGNATURE
+        from kd_plugin.lineage.signing import signature_problem
 
         reason = signature_problem(arguments.dir, arguments.key)
         if reason is not None:

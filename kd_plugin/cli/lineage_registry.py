@@ -15,7 +15,7 @@ from kd_plugin.errors import nearest
 from kd_plugin.lineage import NO_ADVICE
 from kd_plugin.lineage.policy import decision_of
 from kd_plugin.lineage.registry import UNKNOWN, Registry, default_registry, load_registry
-from kd_plugin.lineage.terms import Clause, Terms
+from kd_plugin.lineage.sources import Clause, Terms
 from kd_plugin.lineage.verdict import FACTS
 
 _LIST = """List every licence and every provider's terms that the registry knows: what it says of a teacher (with no

@@ -15,8 +15,7 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.launch.configs import write_all
 from kd_plugin.planner.architectures import architecture
 from kd_plugin.planner.cost import BreakEven, Option, bills, break_even, options, recommended
-from kd_plugin.planner.pairs import Pair, pairs
-from kd_plugin.planner.run import Cluster, PlannedRun, parse_teacher
+from kd_plugin.planner.run import Cluster, Pair, PlannedRun, pairs, parse_teacher
 from kd_plugin.planner.time import traffic
 
 _DESCRIPTION = """\

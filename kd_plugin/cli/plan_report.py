@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_plugin.planner.cost import Bill, BreakEven, Option
-from kd_plugin.planner.pairs import Pair
-from kd_plugin.planner.run import GIB, Cluster, PlannedRun
+from kd_plugin.planner.run import GIB, Cluster, Pair, PlannedRun
 
 # Columns of the table: what each part of Memory is called there
 _PARTS = {

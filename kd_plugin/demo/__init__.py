@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     # Before torch is loaded. With the default policy two OpenMP processes slow each other down many times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from kd_plugin.demo.progress import make_console
     from kd_plugin.demo.run import run_demo
+    from kd_plugin.demo.stages import make_console
 
     return run_demo(parsed.settings, make_console(), fresh="fresh" in parsed.flags)

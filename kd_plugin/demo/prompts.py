@@ -1,4 +1,4 @@
-"""The questions that the demo bundles, in two domains.
+"""The questions that the demo bundles, in two domains, and what it measures with held-out ones.
 
 ``python -m kd_plugin.demo.prompts`` generates the arithmetic ones with reasoning-gym
 (https://github.com/open-thought/reasoning-gym, Apache-2.0), whose generators are seeded, so that a test regenerates
@@ -8,12 +8,20 @@ them and compares. That needs the extra ``dev``.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from kd_plugin.divergence import Divergence
+from kd_plugin.divergence.reference import divergence_from_logits
+from kd_plugin.rollouts.rows import left_padded
+from kd_plugin.teachers import LocalTeacher
 
 MATH, GENERAL = "math", "general"
 DOMAINS = (MATH, GENERAL)
@@ -103,6 +111,105 @@ def main() -> None:
     target = Path(str(files("kd_plugin.demo") / "data" / "arithmetic.json"))
     target.write_text(as_json(generate_bundle()), encoding="utf-8")
     print(f"wrote {target}")
+
+
+# Vector instructions without a bfloat16 product: there it is emulated, several times slower than float32
+_NO_BFLOAT16 = frozenset({"AVX2", "DEFAULT", "NO AVX"})
+_ROWS_AT_ONCE = 4
+_GENERATE_AT_ONCE = 16
+
+
+def fast_dtype() -> str:
+    """Return ``bfloat16`` where this CPU multiplies it natively, else ``float32``, which takes more memory."""
+    return "float32" if torch.backends.cpu.get_cpu_capability() in _NO_BFLOAT16 else "bfloat16"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question with what a model wrote.
+
+    Attributes:
+        prompt_ids: tokens of the rendered conversation.
+        completion_ids: tokens that the model wrote, its end-of-sequence token included where it wrote one.
+        text: the same, decoded, without special tokens.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    text: str
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    max_tokens: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[Answer]:
+    """Let a model answer greedily, some questions at a time; ``advance`` hears how many are done."""
+    rendered = [
+        tokenizer.apply_chat_template(q.prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for q in questions
+    ]
+    answers: dict[int, Answer] = {}
+    by_length = sorted(range(len(questions)), key=lambda i: len(rendered[i]))
+    for start in range(0, len(by_length), _GENERATE_AT_ONCE):
+        batch = by_length[start : start + _GENERATE_AT_ONCE]
+        ids, mask = left_padded([rendered[i] for i in batch], tokenizer.pad_token_id)
+        with torch.inference_mode():
+            written = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, temperature=None,
+                top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+        for i, row in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True):
+            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+            text = tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+            answers[i] = Answer(tuple(rendered[i]), tuple(row[:end]), text)
+        advance(len(answers))
+    return [answers[i] for i in range(len(questions))]
+
+
+def held_out_kl(student: LocalTeacher, teacher: LocalTeacher, answers: Sequence[Answer]) -> float:
+    """Mean KL(teacher ‖ student) in nats per token, over the tokens of the teacher's own held-out answers."""
+    total, count = 0.0, 0
+    for start in range(0, len(answers), _ROWS_AT_ONCE):
+        rows = answers[start : start + _ROWS_AT_ONCE]
+        width = max(len(a.prompt_ids) + len(a.completion_ids) for a in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        positions: list[int] = []
+        for row, a in enumerate(rows):
+            tokens = a.prompt_ids + a.completion_ids
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+            first = row * width + len(a.prompt_ids) - 1
+            positions.extend(range(first, first + len(a.completion_ids)))
+        where = torch.tensor(positions)
+        with torch.inference_mode():
+            ours, theirs = (m.score(ids, mask, where) for m in (student, teacher))
+            student_logits, teacher_logits = (s.head.logits(s.hidden).float() for s in (ours, theirs))
+            values = divergence_from_logits(student_logits, teacher_logits, Divergence("forward_kl"))
+        total += float(values.sum())
+        count += len(positions)
+    return total / count
+
+
+@dataclass(frozen=True)
+class StudentMeasure:
+    """What a student was worth at one point of the demo.
+
+    Attributes:
+        kl: domain to held-out KL from that domain's teacher, in nats per token.
+        samples: one answer of each domain, the same question every time.
+    """
+
+    kl: dict[str, float]
+    samples: dict[str, str]
+
+
+def open_model(directory: str | Path, tokenizer: Any, name: str = "student") -> LocalTeacher:
+    """Open a model directory for scoring and writing, in the dtype that this machine is fast in."""
+    return LocalTeacher(directory, tokenizer=tokenizer, name=name, dtype=fast_dtype())
 
 
 if __name__ == "__main__":

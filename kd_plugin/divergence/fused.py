@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_plugin.divergence.groups import PanelGroup, TeacherTerm, check_groups, head_identity, merged_by_head
-from kd_plugin.divergence.modes import MODES
+from kd_plugin.divergence.modes import MODES, PanelGroup, TeacherTerm, check_groups, head_identity, merged_by_head
 from kd_plugin.divergence.projection import (
     Projector,
     StudentGradient,

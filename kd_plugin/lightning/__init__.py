@@ -7,10 +7,9 @@ lineage.py follows every save · module.py, data.py and cli.py are for those who
 
 from kd_plugin.lightning.data import KDDataModule
 from kd_plugin.lightning.lineage import LicenseLineage
+from kd_plugin.lightning.module import OfflineKDModule, TeacherPanelModule
 from kd_plugin.lightning.offline import OfflineKD
-from kd_plugin.lightning.offline_module import OfflineKDModule
 from kd_plugin.lightning.panel import TeacherPanelCorrection
-from kd_plugin.lightning.panel_module import TeacherPanelModule
 
 __all__ = [
     "KDDataModule",

@@ -9,14 +9,12 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from kd_plugin.cache.collator import CachedRowCollator
 from kd_plugin.cache.joining import TARGET
 from kd_plugin.cache.joint import JointCache
-from kd_plugin.cache.loader import ResumableLoader
+from kd_plugin.cache.loading import CachedRowCollator, ResumableLoader
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.inputs import load_rows
-from kd_plugin.lightning.step import SAMPLES, WINDOW, WINDOW_TOKENS
-from kd_plugin.lightning.windows import served, window_end
+from kd_plugin.lightning.step import SAMPLES, WINDOW, WINDOW_TOKENS, served, window_end
 
 logger = logging.getLogger(__name__)
 _WINDOWS = itertools.count()  # what tells one window from another

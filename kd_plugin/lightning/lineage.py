@@ -15,11 +15,10 @@ from kd_plugin.errors import KDError
 from kd_plugin.lightning.student import builds_later
 from kd_plugin.lightning.upstream import after_the_save, resumed_from
 from kd_plugin.lineage import RunLineage
-from kd_plugin.lineage.carried import Carried, take_over
 from kd_plugin.lineage.data import dataset_sources
 from kd_plugin.lineage.record import RECORD, lineage_directory
-from kd_plugin.lineage.start import start_run, student_source
-from kd_plugin.student.finding import find_student
+from kd_plugin.lineage.start import Carried, start_run, student_source, take_over
+from kd_plugin.student.head import find_student
 
 logger = logging.getLogger(__name__)
 IN_CHECKPOINT = "kd_plugin_lineage"

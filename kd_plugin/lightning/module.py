@@ -1,4 +1,4 @@
-"""A student for projects that are driven by configuration files: a plain fine-tuning module around one model."""
+"""Ready modules for projects that are driven by configuration files: a student alone, with a cache, or with a panel."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import logging
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from transformers import AutoTokenizer, get_scheduler
 
+from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
+from kd_plugin.lightning.offline import OfflineKD
+from kd_plugin.lightning.panel import TeacherPanelCorrection
+from kd_plugin.lightning.step import SAMPLES
 from kd_plugin.lightning.student import engine_of
+from kd_plugin.lineage.config import LineageSettings
 from kd_plugin.models import load_language_model
+from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.rollouts.in_process import Sampling
 from kd_plugin.rollouts.rows import render
-from kd_plugin.settings import option, settings, takes
+from kd_plugin.settings import option, settings, takes, values_of
 from kd_plugin.sharding.running import shard_with_fsdp2
 from kd_plugin.verifying import verifier
 
@@ -186,3 +192,97 @@ class StudentModule(LightningModule):
 
 def _as_text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content")) for message in prompt)
+
+
+@settings
+class OfflineCallbackSettings(LineageSettings, OfflineSettings):
+    """All that :class:`OfflineKD` takes from a configuration file, beside the cache."""
+
+
+@settings
+class OfflineModuleSettings(StudentSettings, OfflineCallbackSettings):
+    """All that :class:`OfflineKDModule` takes."""
+
+    def __post_init__(self) -> None:
+        OfflineSettings.__post_init__(self)
+        StudentSettings.__post_init__(self)
+
+
+@takes(OfflineModuleSettings)
+class OfflineKDModule(StudentModule):
+    """A student that is fitted to a teacher cache: :class:`StudentModule` with the callback :class:`OfflineKD`.
+
+    Args:
+        model: the student, a path or hub id.
+        cache: directory of the teacher cache, or a mapping from directories to weights: an offline panel. None takes
+            the data module's.
+    """
+
+    def __init__(self, model: str, cache: dict[str, float] | str | None = None, **fields: Any) -> None:
+        settings = OfflineModuleSettings(**fields)
+        fields = vars(settings)
+        super().__init__(model, **values_of(StudentSettings, fields))
+        self.save_hyperparameters()
+        self._kd: OfflineKD | None = None
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callback that adds the divergence; Lightning attaches it."""
+        hp = self.hparams
+        cache = hp["cache"] or getattr(getattr(self.trainer, "datamodule", None), "hparams", {}).get("cache")
+        if cache is None:
+            raise ConfigError("No teacher cache is given: set model.cache or data.cache.")
+        self._kd = OfflineKD(cache, **values_of(OfflineCallbackSettings, hp))
+        return [self._kd]
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure the divergence on held-out rows, and answer the samples."""
+        if "input_ids" in batch and self._kd is not None:
+            self._kd.measure(self, batch, lambda seen: self.model(**seen))
+        super().validation_step(batch, batch_idx, dataloader_idx)
+
+
+@settings
+class CorrectionSettings(LineageSettings, PanelSettings):
+    """All that :class:`TeacherPanelCorrection` takes from a configuration file."""
+
+    ce_weight: float = option(default=0.0, help="Weight of the cross-entropy on the responses.")
+    seed: int = option(default=0, help="Seed of the responses.")
+
+
+@settings
+class PanelModuleSettings(StudentSettings, CorrectionSettings):
+    """All that :class:`TeacherPanelModule` takes."""
+
+    def __post_init__(self) -> None:
+        CorrectionSettings.__post_init__(self)
+        StudentSettings.__post_init__(self)
+
+
+@takes(PanelModuleSettings)
+class TeacherPanelModule(StudentModule):
+    """A student that a panel scores: :class:`StudentModule` with the callback :class:`TeacherPanelCorrection`.
+
+    Args:
+        model: the student, a path or hub id.
+        teacher_models: name to path or hub id of each teacher.
+    """
+
+    def __init__(self, model: str, teacher_models: dict[str, Any] | str | None = None, **fields: Any) -> None:
+        settings = PanelModuleSettings(teacher_models=teacher_models, **fields)
+        fields = vars(settings)
+        super().__init__(model, **values_of(StudentSettings, fields))
+        self.save_hyperparameters()
+        # Built now, so that a wrong setting shows before a model or the trainer is
+        self._correction = TeacherPanelCorrection(**values_of(CorrectionSettings, fields))
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callback that has the panel score the responses; Lightning attaches it."""
+        return [self._correction]
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Let the student generate on held-out prompts and the panel score them; answer the samples."""
+        if "prompt" not in batch or SAMPLES in batch:
+            super().validation_step(batch, batch_idx, dataloader_idx)
+            return
+        responses = self._correction.measure(self, batch, lambda seen: self.model(**seen).loss, batch_idx)
+        self.log_accuracy("val/rollout_accuracy", responses, batch)

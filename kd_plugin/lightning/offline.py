@@ -12,20 +12,26 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kd_plugin.cache.collator import target_of
 from kd_plugin.cache.joining import TARGET, Untaught
 from kd_plugin.cache.joint import Caches, JointCache
+from kd_plugin.cache.loading import target_of
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
-from kd_plugin.lightning.callback import StudentCallback
 from kd_plugin.lightning.lineage import declared_lineage, lineage_of
-from kd_plugin.lightning.step import WINDOW_TOKENS, DistillingStep, Prepared, require_mapping, without
-from kd_plugin.lightning.windows import require_whole_windows
+from kd_plugin.lightning.step import (
+    WINDOW_TOKENS,
+    DistillingStep,
+    Prepared,
+    StudentCallback,
+    require_mapping,
+    require_whole_windows,
+    without,
+)
 from kd_plugin.limits import refuse_images
 from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.settings import built, takes
-from kd_plugin.student.finding import find_student, load_tokenizer, student_rows
 from kd_plugin.student.forward import Call, DistillingForward
+from kd_plugin.student.head import find_student, load_tokenizer, student_rows
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.lightning.callback import StudentCallback
 from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.panel_host import (
     LightningHost,
@@ -27,9 +26,17 @@ from kd_plugin.lightning.panel_host import (
     require_placeable,
     rows_of,
 )
-from kd_plugin.lightning.step import WINDOW, DistillingStep, Prepared, require_mapping
+from kd_plugin.lightning.step import (
+    WINDOW,
+    DistillingStep,
+    Prepared,
+    StudentCallback,
+    require_mapping,
+    require_whole_windows,
+    window_end,
+    window_size,
+)
 from kd_plugin.lightning.student import engine_of, shards_the_student
-from kd_plugin.lightning.windows import require_whole_windows, window_end, window_size
 from kd_plugin.limits import refuse_images, refuse_router_loss
 from kd_plugin.lineage.start import start_run
 from kd_plugin.monitor.run import PanelRun
@@ -47,8 +54,8 @@ from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.rollouts.in_process import Sampling, pad_token
 from kd_plugin.rollouts.rows import mixed_seed
 from kd_plugin.settings import built, takes
-from kd_plugin.student.finding import as_trained, config_of, find_student, load_tokenizer, student_rows
 from kd_plugin.student.forward import Call, DistillingForward
+from kd_plugin.student.head import as_trained, config_of, find_student, load_tokenizer, student_rows
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.warmup import WarmupBatch
 from kd_plugin.sharding.running import shard_for_inference, shard_with_fsdp2
 from kd_plugin.signals import OutputHead
-from kd_plugin.student.finding import as_trained
+from kd_plugin.student.head import as_trained
 from kd_plugin.teachers.in_process import Placement, place
 from kd_plugin.vocab import Vocabulary
 
@@ -31,7 +31,7 @@ _ROW = ("prompt", "completion", "teacher_id", "domain", "teacher_weights")
 
 
 class LightningHost:
-    """A Lightning trainer as :class:`~kd_plugin.panel.host.Host`.
+    """A Lightning trainer as :class:`~kd_plugin.panel.batches.Host`.
 
     Args:
         trainer: the trainer.

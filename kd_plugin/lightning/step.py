@@ -1,4 +1,4 @@
-"""A module's ``training_step`` with the distillation loss added to what it returns."""
+"""A module's ``training_step`` with the distillation loss, the callbacks that add it, and the windows of a step."""
 
 from __future__ import annotations
 
@@ -9,15 +9,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kd_plugin.cache.joining import mean_over_taught
+from kd_plugin.cache.loading import ResumableLoader
+from kd_plugin.divergence import require_finite
 from kd_plugin.errors import ConfigError, DataError
-from kd_plugin.lightning.student import loss_of, shards_the_student
-from kd_plugin.lightning.upstream import divide_once
-from kd_plugin.lightning.windows import window_size
+from kd_plugin.lightning.student import (
+    builds_later,
+    loss_of,
+    require_launchable,
+    require_resumable_ranks,
+    require_returned_loss,
+    require_supported,
+    shards_the_student,
+)
+from kd_plugin.lightning.upstream import divide_once, prepare_for_zero3
+from kd_plugin.limits import refuse_prompt_learning, refuse_router_loss
 from kd_plugin.student.forward import Call, DistillingForward, beside
+from kd_plugin.student.head import as_trained, config_of, find_student
 
 # What the plugin puts into a batch and takes out again before the module sees it
 WINDOW_TOKENS = "kd_window_tokens"
@@ -177,3 +189,122 @@ def _with_loss(output: Any, total: Tensor) -> Any:
     replaced = dict(output)
     replaced["loss"] = total
     return replaced
+
+
+def window_end(trainer: Trainer, batch: int) -> int:
+    """Return the number in its epoch of the first batch behind the window of ``batch``.
+
+    Lightning steps at the last batch of an epoch whether its window is full or not. Which one is the last depends on
+    ``limit_train_batches``, ``overfit_batches`` and the loader. DeepSpeed counts batches itself, over epochs.
+    """
+    accumulate = trainer.accumulate_grad_batches
+    end = (batch // accumulate + 1) * accumulate
+    if trainer.strategy.handles_gradient_accumulation:
+        return end
+    return int(min(end, trainer.num_training_batches))
+
+
+def window_size(trainer: Trainer, batch: int) -> int:
+    """Return the number of batches in the window of ``batch``; the full number where an epoch's end is not known."""
+    return window_end(trainer, batch) - batch // trainer.accumulate_grad_batches * trainer.accumulate_grad_batches
+
+
+def served(trainer: Trainer | None, batches: int) -> int:
+    """Return how many of an epoch's ``batches`` make whole windows, where the strategy needs those; else all."""
+    if trainer is None or not trainer.strategy.handles_gradient_accumulation:
+        return batches
+    return batches - batches % trainer.accumulate_grad_batches or batches
+
+
+def require_whole_windows(trainer: Trainer) -> None:
+    """Refuse epochs that end inside a window, where the strategy would fill it up from the next epoch.
+
+    A loader that looks ahead sees one epoch, so the window's tokens would be counted wrong. Other loaders divide each
+    batch by its own tokens, which holds wherever the window ends.
+
+    Raises:
+        ConfigError: names the numbers, and a limit that fits.
+    """
+    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    strategy, loader = trainer.strategy, trainer.train_dataloader
+    if not strategy.handles_gradient_accumulation or not isinstance(loader, ResumableLoader):
+        return
+    if batches != float("inf") and batches % accumulate:
+        whole = int(batches - batches % accumulate)
+        way_out = f"limit_train_batches: {whole}" if whole else f"accumulate_grad_batches: {int(batches)} or less"
+        raise ConfigError(
+            f"An epoch has {int(batches)} batches a rank and accumulate_grad_batches is {accumulate}: under "
+            f"{type(strategy).__name__} its last optimizer step would take batches of the next epoch. Set {way_out}."
+        )
+
+
+class StudentCallback(Callback):
+    """Checks before anything is loaded, and leaves the module as it was; a subclass joins its forward pass and step.
+
+    Attributes:
+        brings_lineage: these callbacks start the run's lineage themselves.
+        loss_name: how an error calls the loss.
+        objective: what is minimised; its ``ce_weight`` is that of the module's own loss.
+        student: attribute path of the student, where the module holds several models.
+    """
+
+    brings_lineage = True
+    loss_name: str
+    objective: Any
+
+    def __init__(self, student: str | None) -> None:
+        self.student = student
+        self._forward: DistillingForward | None = None
+        self._step: DistillingStep | None = None
+        self._zero3: Any = None  # transformers asks whether this object is alive
+        self._checked = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the trainer, the module, the vocabularies and the licenses, before teachers are loaded."""
+        self._zero3 = prepare_for_zero3(trainer)
+        self._checked = False
+        if stage != "fit":
+            return
+        require_supported(trainer)
+        require_resumable_ranks(trainer)
+        require_returned_loss(pl_module)
+        if not builds_later(pl_module):
+            student: PreTrainedModel | str = find_student(pl_module, self.student)
+            self._refuse(pl_module, student)
+        elif hasattr(pl_module, "student_reference"):
+            student = pl_module.student_reference
+        else:
+            return
+        require_launchable(trainer, student)
+        self._check(trainer, pl_module, student)
+
+    def _refuse(self, module: LightningModule, student: PreTrainedModel | str) -> None:
+        """Refuse a student that this callback's loss would train otherwise than its module means."""
+        refuse_prompt_learning(student if isinstance(student, str) else as_trained(module, student))
+        if self.objective.ce_weight == 0.0:
+            refuse_router_loss(
+                config_of(student), "The module's own loss has it, and ce_weight=0 leaves that out: set ce_weight."
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the loss where it is read anyway; reading it at each step would make the device wait."""
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            require_finite(outputs["loss"], self.loss_name)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        if self._step is not None:
+            self._step.remove()
+        if self._forward is not None:
+            self._forward.remove()
+        self._step = self._forward = self._zero3 = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def _check(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel | str) -> None:
+        """Pass the license gate and compare vocabularies; neither needs any weights."""
+        raise NotImplementedError

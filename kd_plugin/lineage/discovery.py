@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import hashing
-from kd_plugin.lineage.carried import IN_MEMORY_MODEL
 from kd_plugin.lineage.directory import DirectoryFacts, ask_hub, read_directory
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Evidence, Graph, Node
 from kd_plugin.lineage.names import host_of
@@ -28,7 +27,7 @@ from kd_plugin.lineage.readings import (
 )
 from kd_plugin.lineage.record import RECORD, SCHEMA, is_directory, load_record
 from kd_plugin.lineage.registry import UNKNOWN, UNREAD_API, Registry
-from kd_plugin.lineage.sources import DECLARED, KNOWN_REPOSITORY, OWN, RowFacts, Source
+from kd_plugin.lineage.sources import DECLARED, IN_MEMORY_MODEL, KNOWN_REPOSITORY, OWN, RowFacts, Source
 from kd_plugin.lineage.verdict import Override, read_overrides
 
 _MAX_DEPTH = 16  # bases of bases; deeper is a loop or a prank

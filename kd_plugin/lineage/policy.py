@@ -10,8 +10,7 @@ from kd_plugin.errors import LineageError
 from kd_plugin.lineage.graph import SELF, Graph, Node, Path
 from kd_plugin.lineage.readings import IN_PROSE, IN_ROWS, ITS_NAME
 from kd_plugin.lineage.shipping import Hit, changed_texts, shipping_findings
-from kd_plugin.lineage.sources import OWN, others_own
-from kd_plugin.lineage.terms import Clause, Terms
+from kd_plugin.lineage.sources import OWN, Clause, Terms, others_own
 from kd_plugin.lineage.verdict import (
     DECISIONS,
     FACTS,

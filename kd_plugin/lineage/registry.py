@@ -24,8 +24,7 @@ from kd_plugin.lineage.names import (
     names_a_host,
     normalised,
 )
-from kd_plugin.lineage.sources import OWN, Voice, may_say_own
-from kd_plugin.lineage.terms import Terms
+from kd_plugin.lineage.sources import OWN, Terms, Voice, may_say_own
 
 UNKNOWN = "unknown"
 UNREAD_API = "unread-api-terms"  # the service of every server that is neither known nor the user's own

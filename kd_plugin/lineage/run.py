@@ -44,8 +44,7 @@ from kd_plugin.lineage.record import (
     sealed,
 )
 from kd_plugin.lineage.registry import Registry
-from kd_plugin.lineage.sources import Source
-from kd_plugin.lineage.terms import Terms
+from kd_plugin.lineage.sources import Source, Terms
 from kd_plugin.lineage.verdict import NO_ADVICE, Finding, Override, Student, Verdict, in_force, refuse
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from itertools import combinations
 from kd_plugin.lineage.graph import SELF, Graph, Node, Path
 from kd_plugin.lineage.record import NOTICE_HEADER
 from kd_plugin.lineage.registry import Registry
-from kd_plugin.lineage.terms import Clause, Terms
+from kd_plugin.lineage.sources import Clause, Terms
 from kd_plugin.lineage.verdict import NO_ADVICE, Duty, Finding, Student, Verdict
 
 # What a licence may ask and a student's own licence need not repeat: the notices travel beside it.

@@ -13,12 +13,11 @@ from transformers.utils import logging
 
 from kd_plugin.errors import KDError
 from kd_plugin.lineage.card import update_card
-from kd_plugin.lineage.carried import Carried, carried_by, take_over
 from kd_plugin.lineage.data import dataset_sources
 from kd_plugin.lineage.proof import Background, Place, hash_share, is_large
 from kd_plugin.lineage.record import RECORD, load_record
 from kd_plugin.lineage.run import RunLineage
-from kd_plugin.lineage.start import student_source
+from kd_plugin.lineage.start import Carried, carried_by, student_source, take_over
 
 logger = logging.get_logger(__name__)
 

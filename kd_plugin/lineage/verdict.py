@@ -11,7 +11,7 @@ from datetime import date
 from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError, LicenseRefusedError, require_known_keys
-from kd_plugin.lineage.terms import Terms
+from kd_plugin.lineage.sources import Terms
 
 Decision = Literal["allow", "allow_with_duties", "overridden", "conditional", "unknown", "block"]
 DECISIONS: tuple[Decision, ...] = ("allow", "allow_with_duties", "overridden", "conditional", "unknown", "block")

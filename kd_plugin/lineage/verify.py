@@ -32,7 +32,7 @@ from kd_plugin.lineage.record import (
     weights_of,
 )
 from kd_plugin.lineage.registry import Registry, default_registry
-from kd_plugin.lineage.terms import Terms
+from kd_plugin.lineage.sources import Terms
 from kd_plugin.lineage.verdict import Student, Verdict, in_force
 
 

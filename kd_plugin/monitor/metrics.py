@@ -1,4 +1,4 @@
-"""What is logged of the panel and the student: entropies, agreement, supports, disagreement, time.
+"""What is logged of the panel and the student: entropies, agreement, supports, disagreement, time; means over tokens.
 
 Full distributions are compared at a few positions and at logging steps only; sums stay on the device until then.
 
@@ -8,15 +8,17 @@ Shape suffixes: S compared positions, V vocabulary, K tokens of a support.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kd_plugin.panel.combining import GroupTerms
 from kd_plugin.panel.loss import TeacherDivergence
+from kd_plugin.panel.scoring import GroupTerms
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 
 SUPPORT = 16  # K
@@ -252,3 +254,31 @@ class Stopwatch:
                 span = span[0].elapsed_time(span[1]) / 1000.0
             seconds[name] = seconds.get(name, 0.0) + span
         return seconds
+
+
+class TokenMeans:
+    """Sums and counts of an evaluation; they stay on the device until :meth:`read`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[tuple[Tensor, Tensor | int]]] = defaultdict(list)
+
+    def add(self, name: str, total: Tensor, count: Tensor | int) -> None:
+        """Add a batch's sum over ``count`` tokens of this rank."""
+        self._sums[name].append((total.detach(), count))
+
+    def read(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, float | None]:
+        """Return the mean of each quantity over the tokens of all ranks, None over no token; a collective call.
+
+        Args:
+            gather: returns the lists of all ranks as one.
+        """
+        own = {
+            name: (sum(float(total) for total, _ in parts), sum(int(count) for _, count in parts))
+            for name, parts in self._sums.items()
+        }
+        ranks = gather([own])
+        found: dict[str, float | None] = {}
+        for name in dict.fromkeys(name for sums in ranks for name in sums):
+            total, count = (sum(sums.get(name, (0.0, 0))[i] for sums in ranks) for i in range(2))
+            found[name] = total / count if count else None
+        return found

@@ -14,9 +14,9 @@ from kd_plugin.lineage import RunLineage, Source
 from kd_plugin.lineage.start import gate_servers, student_source
 from kd_plugin.monitor.watch import LengthAlarm, Monitor
 from kd_plugin.panel.anchor import Anchor, starting_student
+from kd_plugin.panel.batches import Host
 from kd_plugin.panel.block import panel_from
 from kd_plugin.panel.checks import require_defined_panel, require_fitting_student
-from kd_plugin.panel.host import Host
 from kd_plugin.panel.identity import ResumeState
 from kd_plugin.panel.sampling import (
     completed,

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from kd_plugin.monitor.metrics import DivergenceTally, PanelTally, Stopwatch
 from kd_plugin.monitor.traces import RolloutSaver
-from kd_plugin.panel.batches import MicroBatch
-from kd_plugin.panel.combining import group_terms
-from kd_plugin.panel.host import Host
+from kd_plugin.panel.batches import Host, MicroBatch
 from kd_plugin.panel.loss import MicroBatchLoss
 from kd_plugin.panel.roster import TeacherPanel
+from kd_plugin.panel.scoring import group_terms
 from kd_plugin.panel.settings import AlarmSettings
 from kd_plugin.rollouts.responses import Response, repetition
 from kd_plugin.signals import OutputHead

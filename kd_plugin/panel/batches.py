@@ -1,4 +1,6 @@
-"""What passes through the on-policy step: assigned rows, scored rollouts, their micro-batches, and the loss of one.
+"""What passes through the on-policy step, and what the step asks of the trainer that runs it.
+
+Assigned rows, scored rollouts, their micro-batches, and the loss of one.
 
 Shape suffixes: B rows, W columns of the longest row, C response columns, N scored positions of a micro-batch.
 """
@@ -8,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from kd_plugin.panel.combining import scored_positions
 from kd_plugin.panel.roster import Assignment
-from kd_plugin.panel.scoring import RowScores
+from kd_plugin.panel.scoring import RowScores, scored_positions
 from kd_plugin.rollouts.responses import Response
 from kd_plugin.rollouts.rows import Rollouts, by_length, left_aligned
 from kd_plugin.signals import OutputHead
@@ -166,3 +167,57 @@ class StepLoss:
     def own_mean(self) -> Tensor:
         """Return the mean loss per token, which stands for the student's own loss where it forms none; no graph."""
         return self.loss_sum.detach() / max(self.tokens, 1)
+
+
+class Host(Protocol):
+    """A trainer, as the step and the monitor see it.
+
+    A host has three things of its own: how it is called, how its student generates (a
+    :class:`~kd_plugin.rollouts.RolloutEngine`), and how a sum over tokens is divided.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student computes."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        ...
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+        ...
+
+    @property
+    def training(self) -> bool:
+        """Whether the present batch is trained on, and not evaluated."""
+        ...
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether what is seen of the present batch is logged when its optimizer step is done."""
+        ...
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Add up a tensor of each rank; a collective call."""
+        ...
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Keep what a generation batch was like until the next log."""
+        ...
+
+    def stop(self) -> None:
+        """Save what was learned, and end training."""
+        ...
+
+    def lower_learning_rate(self, factor: float) -> None:
+        """Multiply the learning rate, and the schedule that goes on from it."""
+        ...

@@ -11,7 +11,7 @@ from torch import Tensor
 from kd_plugin.divergence.projection import exact_logits
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import score_rows
-from kd_plugin.rollouts.interleaved import interleave
+from kd_plugin.rollouts.in_process import interleave
 from kd_plugin.rollouts.responses import until_end
 from kd_plugin.rollouts.rows import left_padded, seeded
 from kd_plugin.sharding.gathering import gathered_heads, most_of_any_rank
@@ -55,7 +55,7 @@ def interleaved_responses(
     seed: int,
     rank: int = 0,
 ) -> tuple[list[list[int]], float]:
-    """Let the student respond to ``prompts``; see :func:`kd_plugin.rollouts.interleaved.interleave`.
+    """Let the student respond to ``prompts``; see :func:`kd_plugin.rollouts.in_process.interleave`.
 
     Args:
         panel: the teachers.

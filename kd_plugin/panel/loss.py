@@ -23,10 +23,9 @@ from kd_plugin.divergence.sampled import fused_sampled_divergence
 from kd_plugin.divergence.sparse import fused_sparse_divergence
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError
-from kd_plugin.panel.combining import GroupTerms, group_terms, panel_group
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.roster import TeacherPanel
-from kd_plugin.panel.scoring import RowScores
+from kd_plugin.panel.scoring import GroupTerms, RowScores, group_terms, panel_group
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 
 

@@ -23,8 +23,7 @@ from torch import Tensor
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.panel.anchor import Anchor
-from kd_plugin.panel.batches import Assigned, MicroBatch, ScoredRollouts, StepLoss
-from kd_plugin.panel.host import Host
+from kd_plugin.panel.batches import Assigned, Host, MicroBatch, ScoredRollouts, StepLoss
 from kd_plugin.panel.interleaving import InterleavedSettings, interleaved_responses
 from kd_plugin.panel.loss import MicroBatchLoss, panel_loss
 from kd_plugin.panel.roster import Assignment, TeacherPanel

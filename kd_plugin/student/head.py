@@ -1,4 +1,4 @@
-"""The student's output head, computing the distillation loss where the model would compute its own.
+"""The student in the module that holds it, and its output head: the distillation loss inside the model's call.
 
 A trainer calls its model and takes the loss that comes back. This head answers the same call when a batch carries
 targets. So everything around the loss stays the trainer's own: the wrappers of DDP, FSDP and DeepSpeed, autocast, PEFT,
@@ -14,16 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from kd_plugin.cache.joining import TARGET, taught_positions
 from kd_plugin.divergence.objective import OfflineObjective, load_balancing_loss
 from kd_plugin.divergence.sparse import SparseLoss
-from kd_plugin.errors import ConfigError
+from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.models import output_rows
 from kd_plugin.sharding.gathering import gathered_heads
 from kd_plugin.signals import OutputHead
+from kd_plugin.upstream import reference_of
 
 
 @dataclass
@@ -135,7 +137,7 @@ def evaluation_sums(
     Args:
         objective: what is minimised.
         used: its loss of the batch.
-        target: what a :class:`~kd_plugin.cache.collator.TeacherTargetCollator` gathered.
+        target: what a :class:`~kd_plugin.cache.loading.TeacherTargetCollator` gathered.
         rows: how many of the batch's rows count, from the first on; the others repeat some of another batch.
 
     Returns:
@@ -153,3 +155,79 @@ def evaluation_sums(
     if used.is_top1 is not None:
         sums["mean_token_accuracy"] = used.is_top1[mine].sum(), count
     return sums
+
+
+def find_student(module: nn.Module, path: str | None = None) -> PreTrainedModel:
+    """Return the transformers causal language model inside ``module``; of a PEFT model its base.
+
+    Args:
+        module: the user's module.
+        path: attribute path of the student, such as ``"net.model"``; None searches the whole module.
+
+    Raises:
+        ConfigError: no such attribute, no causal language model, or several of them.
+    """
+    owner = type(module).__name__
+    if path is not None:
+        names = [name for name, _ in module.named_modules() if name]
+        if path not in names:
+            top = [name for name in names if "." not in name]
+            raise ConfigError(
+                f"student={path!r} names no part of {owner}; its attributes with modules are "
+                f"{', '.join(map(repr, top)) or 'none'}.{nearest(path, names)}"
+            )
+        module = module.get_submodule(path)
+    found: dict[str, PreTrainedModel] = {}
+    for name, part in module.named_modules():
+        inside = any(name.startswith(outer + ".") or outer == "" for outer in found)
+        if not inside and _is_causal(part):
+            found[name] = part  # type: ignore[assignment]
+    where = owner if path is None else f"{owner}.{path}"
+    if not found:
+        raise ConfigError(
+            f"{where} holds no transformers causal language model. Assign one to an attribute, such as self.model = "
+            "AutoModelForCausalLM.from_pretrained(...), in __init__, setup or configure_model."
+        )
+    if len(found) > 1:
+        raise ConfigError(
+            f"{where} holds {len(found)} causal language models: {', '.join(found)}. Say which one is the student: "
+            f"student={next(iter(found))!r}."
+        )
+    return next(iter(found.values()))
+
+
+def as_trained(module: nn.Module, student: PreTrainedModel) -> Any:
+    """Return the student with its adapter, where the module holds it wrapped by PEFT; other PEFT models are others'."""
+    adapted = (m for m in module.modules() if hasattr(m, "peft_config") and any(p is student for p in m.modules()))
+    return next(adapted, student)
+
+
+def config_of(student: PreTrainedModel | str, **where: Any) -> Any:
+    """Return the configuration of a student, or of the reference that it will be loaded from, with its ``revision``."""
+    return AutoConfig.from_pretrained(student, **where) if isinstance(student, str) else student.config
+
+
+def student_rows(model: PreTrainedModel | str) -> int | None:
+    """Return the rows of a student's head, from its configuration where it is not loaded."""
+    return output_rows(config_of(model) if isinstance(model, str) else model)
+
+
+def load_tokenizer(model: PreTrainedModel | str, **where: Any) -> Any:
+    """Load the tokenizer that a student's ``config`` names.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    reference = reference_of(model)
+    if not reference:
+        raise ConfigError(
+            "The student was built in memory and names no tokenizer, so its token ids cannot be compared with the "
+            "teacher's. Pass tokenizer=..."
+        )
+    return AutoTokenizer.from_pretrained(reference, **where)
+
+
+def _is_causal(module: nn.Module) -> bool:
+    if not isinstance(module, PreTrainedModel) or module.config.is_encoder_decoder:
+        return False
+    return module.get_output_embeddings() is not None

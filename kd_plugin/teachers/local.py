@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.lineage.carried import carried_by
 from kd_plugin.lineage.sources import Source
+from kd_plugin.lineage.start import carried_by
 from kd_plugin.models import load_language_model, output_rows
 from kd_plugin.sharding.gathering import is_sharded, move, swapped_apart, whole_on_each_rank
 from kd_plugin.sharding.running import through

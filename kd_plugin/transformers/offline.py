@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-from kd_plugin.cache.collator import TeacherTargetCollator
 from kd_plugin.cache.joining import TARGET, Untaught, mean_over_taught, untaught_tokens
 from kd_plugin.cache.joint import Caches, JointCache
+from kd_plugin.cache.loading import TeacherTargetCollator
 from kd_plugin.cache.training_rows import Joining, columns_of, with_labels
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.divergence.projection import require_finite
@@ -24,9 +24,14 @@ from kd_plugin.lineage.data import dataset_sources
 from kd_plugin.lineage.start import student_source
 from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage
 from kd_plugin.student.head import DistillationHead, evaluation_sums
-from kd_plugin.transformers.evaluation import TokenMeanMixin
-from kd_plugin.transformers.saving import LineageSavingMixin
-from kd_plugin.transformers.start import load_vocabulary, named_datasets, require_launchable, start_lineage
+from kd_plugin.transformers.run import (
+    LineageSavingMixin,
+    TokenMeanMixin,
+    load_vocabulary,
+    named_datasets,
+    require_launchable,
+    start_lineage,
+)
 from kd_plugin.transformers.upstream import KeptColumnsMixin, shuffle_leanly
 
 

@@ -37,7 +37,6 @@ from kd_plugin.rollouts.in_process import InProcessEngine, Sampling, pad_token
 from kd_plugin.rollouts.rows import mixed_seed
 from kd_plugin.sharding.running import through
 from kd_plugin.signals import OutputHead
-from kd_plugin.transformers.evaluation import TokenMeanMixin
 from kd_plugin.transformers.panel_host import (
     PanelStateCallback,
     TrainerHost,
@@ -45,8 +44,9 @@ from kd_plugin.transformers.panel_host import (
     place_teachers,
     save_what_was_learned,
 )
-from kd_plugin.transformers.saving import LineageSavingMixin
-from kd_plugin.transformers.start import (
+from kd_plugin.transformers.run import (
+    LineageSavingMixin,
+    TokenMeanMixin,
     load_vocabulary,
     named_datasets,
     require_launchable,

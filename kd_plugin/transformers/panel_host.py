@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 
 
 class TrainerHost:
-    """A transformers trainer as :class:`~kd_plugin.panel.host.Host`.
+    """A transformers trainer as :class:`~kd_plugin.panel.batches.Host`.
 
     Args:
         trainer: the trainer.

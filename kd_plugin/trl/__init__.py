@@ -4,9 +4,8 @@ Everything here that leans on TRL's internals stays small; ``tests/contract`` na
 """
 
 from kd_plugin.lineage.trainer_callback import LicenseLineageCallback
-from kd_plugin.trl.offline_config import OfflineKDConfig
+from kd_plugin.trl.config import OfflineKDConfig, TeacherPanelConfig
 from kd_plugin.trl.offline_trainer import OfflineKDTrainer
-from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_trainer import TeacherPanelTrainer
 
 __all__ = [

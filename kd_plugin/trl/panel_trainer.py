@@ -25,10 +25,9 @@ from kd_plugin.rollouts.responses import as_responses
 from kd_plugin.rollouts.rows import Rollouts
 from kd_plugin.teachers import Teacher
 from kd_plugin.transformers.panel import PanelHostMixin
-from kd_plugin.trl.panel_config import TeacherPanelConfig
-from kd_plugin.trl.panel_generation import TRLEngine, require_draws
+from kd_plugin.trl.config import TeacherPanelConfig
+from kd_plugin.trl.generation import TRLEngine, ask_for_logprobs, padded, recorded, require_draws, share_evenly
 from kd_plugin.trl.upstream import TrlMetricsMixin
-from kd_plugin.trl.vllm_generation import ask_for_logprobs, padded, recorded, share_evenly
 from kd_plugin.upstream import reference_of
 
 

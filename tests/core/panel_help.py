@@ -4,7 +4,7 @@ import torch
 
 from kd_plugin.divergence import Divergence
 from kd_plugin.panel import panel_loss, score_rows
-from kd_plugin.panel.combining import scored_positions
+from kd_plugin.panel.scoring import scored_positions
 from kd_plugin.signals import OutputHead
 
 START, WIDTH = 6, 8

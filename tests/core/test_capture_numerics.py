@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from kd_plugin.cache.targets import Sampled, TopK, TopP
-from kd_plugin.capturing.extract import extract, from_logits
+from kd_plugin.capturing.extract import candidates, extract, from_logits
 from kd_plugin.capturing.generating import uniforms
-from kd_plugin.capturing.logits import candidates
 from kd_plugin.divergence.listed import with_sampled_token
 from kd_plugin.divergence.projection import exact_logits
 from kd_plugin.errors import NonFiniteError

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kd_plugin.monitor.metrics import PanelTally, Stopwatch
-from kd_plugin.panel.combining import AskedTeacher, GroupTerms
+from kd_plugin.panel.scoring import AskedTeacher, GroupTerms
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 
 N, V, H = 7, 31, 8

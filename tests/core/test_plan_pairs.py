@@ -6,7 +6,7 @@ import pytest
 
 from kd_plugin.cli.main import main
 from kd_plugin.planner.architectures import hub_id, known_models, known_tokenizer
-from kd_plugin.planner.pairs import pairs
+from kd_plugin.planner.run import pairs
 from tests.tiny import save_tiny
 
 QWEN, LLAMA, R1 = "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-8B", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"

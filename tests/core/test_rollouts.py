@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kd_plugin.errors import NonFiniteError
-from kd_plugin.rollouts.interleaved import interleave
+from kd_plugin.rollouts.in_process import interleave
 from kd_plugin.rollouts.rows import on_policy_rows
 
 V, END = 11, 10

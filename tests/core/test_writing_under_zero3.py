@@ -8,7 +8,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kd_plugin.sharding import running
 from kd_plugin.sharding.running import GenerationProgress, missing_bytes, slow_notice, whole_bytes
-from kd_plugin.trl.panel_generation import generating
+from kd_plugin.trl.generation import generating
 
 
 @pytest.fixture

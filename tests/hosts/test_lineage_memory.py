@@ -11,8 +11,7 @@ from kd_plugin.cache import TopK
 from kd_plugin.capturing import capture
 from kd_plugin.errors import LicenseRefusedError
 from kd_plugin.lineage import load_record, verify
-from kd_plugin.lineage.carried import carried_by
-from kd_plugin.lineage.start import student_source
+from kd_plugin.lineage.start import carried_by, student_source
 from kd_plugin.teachers import LocalTeacher, ServerTeacher
 from kd_plugin.trl import (
     LicenseLineageCallback,

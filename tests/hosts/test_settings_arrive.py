@@ -12,16 +12,14 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from kd_plugin.cache import Generation, TopK, TopP
 from kd_plugin.capturing import capture
 from kd_plugin.capturing import plan as plan_module
-from kd_plugin.capturing.capture import CaptureSettings
-from kd_plugin.capturing.settings import ScoringSettings
+from kd_plugin.capturing.capture import CaptureSettings, ScoringSettings
 from kd_plugin.cli.capture import main as capture_command
 from kd_plugin.cli.training import parse
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.divergence.spec import DivergenceSettings
 from kd_plugin.lightning import OfflineKD, OfflineKDModule, TeacherPanelCorrection, TeacherPanelModule
 from kd_plugin.lightning.cli import KDCommand
-from kd_plugin.lightning.module import StudentSettings
-from kd_plugin.lightning.panel_module import PanelModuleSettings
+from kd_plugin.lightning.module import PanelModuleSettings, StudentSettings
 from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.settings import values_of
 from kd_plugin.teachers import LocalTeacher

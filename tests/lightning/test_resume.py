@@ -4,9 +4,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from kd_plugin.cache.loader import ResumableLoader
+from kd_plugin.cache.loading import ResumableLoader
 from kd_plugin.lightning import KDDataModule, OfflineKDModule
-from kd_plugin.lightning.offline_module import OfflineModuleSettings
+from kd_plugin.lightning.module import OfflineModuleSettings
 from tests.lightning.help import trainer
 
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from kd_plugin.cache.joining import TARGET, batch_targets
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.lightning import OfflineKD
-from kd_plugin.student.finding import as_trained
+from kd_plugin.student.head import as_trained
 from tests.hosts.runs import LORA, assert_same
 from tests.lightning.help import Plain, collate, loader, trainer
 from tests.tiny import byte_tokenizer, tiny_llama

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lightning import KDDataModule, OfflineKD, OfflineKDModule, TeacherPanelCorrection, TeacherPanelModule
-from kd_plugin.lightning.windows import require_whole_windows, served, window_end
+from kd_plugin.lightning.step import require_whole_windows, served, window_end
 from tests.hosts.runs import assert_same
 from tests.lightning.help import Plain, collate, loader, trainer
 

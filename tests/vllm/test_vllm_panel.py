@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from kd_plugin import LocalTeacher, ServerTeacher
 from kd_plugin.divergence import Divergence
 from kd_plugin.panel import Estimator, TeacherPanel, panel_loss, score_rows
-from kd_plugin.panel.combining import scored_positions
+from kd_plugin.panel.scoring import scored_positions
 from kd_plugin.signals import OutputHead
 from tests.core.panel_help import assert_same_gradients
 from tests.vllm.test_vllm import PROSE, local, pytestmark, smol, url  # noqa: F401 - fixtures and marks
