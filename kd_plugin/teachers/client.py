@@ -1,7 +1,12 @@
-"""Requests to a teacher's server: bounded in number, repeated with growing pauses while it is away."""
+"""Requests to a teacher's server: bounded in number, repeated with growing pauses while it is away.
+
+What a server asks for by ``Retry-After`` holds for all requests of a client: none is sent before. A half answer (cut
+JSON, a stream that ends too early, fewer bytes than were announced) counts as none.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -9,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -22,11 +29,18 @@ logger = logging.getLogger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds; 8 retries wait for about 3 minutes in all
 _CONNECT_SECONDS = 10.0
 _QUIET_SECONDS, _REMIND_SECONDS = 3.0, 30.0  # until a wait is said, and said again
+_LONGEST_ASKED = 3600.0  # seconds that a server may ask to wait, and that it may do so without answering anybody
 _SHOWN = 300  # characters of a server's answer that a message quotes
+_DONE = "[DONE]"  # the last event of a stream
+T = TypeVar("T")
 
 
-class _Away(Exception):
-    """The server did not answer, or said that it cannot now; worth another attempt."""
+class Away(Exception):
+    """The server did not answer, not wholly, or said that it cannot now; worth another attempt.
+
+    Attributes:
+        pause: seconds that the server asked for, or None.
+    """
 
     def __init__(self, reason: str, pause: float | None = None) -> None:
         super().__init__(reason)
@@ -80,6 +94,8 @@ class Client:
         self.max_concurrency = max_concurrency
         self._timeout, self._attempts = timeout, max_retries + 1
         self._api_key_env = api_key_env
+        self._not_before = 0.0  # by the monotonic clock, for all requests
+        self._answered = time.monotonic()
 
     def __repr__(self) -> str:
         return f"Client({self.root!r})"
@@ -115,11 +131,22 @@ class Client:
 
     def get(self, path: str) -> Any:
         """Return the JSON at ``path``, with retries."""
-        return self._patiently("GET", path, None, threading.Event())
+        return self._patiently("GET", path, None, threading.Event(), _as_it_is)
 
     def post(self, path: str, body: Any) -> Any:
         """Return the JSON that answers ``body``, with retries."""
-        return self._patiently("POST", path, body, threading.Event())
+        return self._patiently("POST", path, body, threading.Event(), _as_it_is)
+
+    def ask(self, path: str, body: Any, read: Callable[[Any], T], given_up: threading.Event | None = None) -> T:
+        """Return what ``read`` makes of the answer to ``body``, with retries.
+
+        Args:
+            path: below the server's address.
+            body: with ``"stream": True`` the answer is a stream of events, and ``read`` is given the list of them.
+            read: raises :class:`Away` where the answer is not whole, so that it is asked for again.
+            given_up: set by another thread to end the waiting for another attempt.
+        """
+        return self._patiently("POST", path, body, given_up or threading.Event(), read)
 
     def post_all(self, path: str, bodies: Sequence[Any], read: Callable[[int, Any], Any]) -> list[Any]:
         """Post ``bodies``, some at a time, and return what ``read(number, answer)`` makes of each, in their order.
@@ -130,7 +157,7 @@ class Client:
         given_up = threading.Event()
 
         def one(number: int, body: Any) -> Any:
-            return read(number, self._patiently("POST", path, body, given_up))
+            return read(number, self._patiently("POST", path, body, given_up, _as_it_is))
 
         with ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="teacher-server") as pool:
             futures: list[Future[Any]] = [pool.submit(one, i, body) for i, body in enumerate(bodies)]
@@ -144,18 +171,28 @@ class Client:
                 raise
         return [future.result() for future in futures]
 
-    def _patiently(self, method: str, path: str, body: Any, given_up: threading.Event) -> Any:
+    def _patiently(self, method: str, path: str, body: Any, given_up: threading.Event, read: Callable[[Any], T]) -> T:
+        obeyed = 0
+
+        def enough(state: tenacity.RetryCallState) -> bool:
+            nonlocal obeyed
+            error = state.outcome.exception() if state.outcome is not None else None
+            # To wait as long as one was told is no failure, as long as the server answers somebody
+            if getattr(error, "pause", None) and time.monotonic() - self._answered < _LONGEST_ASKED:
+                obeyed += 1
+            return given_up.is_set() or state.attempt_number - obeyed >= self._attempts
+
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_Away),
-            stop=tenacity.stop_after_attempt(self._attempts) | tenacity.stop_when_event_set(given_up),
+            retry=tenacity.retry_if_exception_type(Away),
+            stop=enough,
             wait=_pause,
             sleep=tenacity.sleep_using_event(given_up),
             before_sleep=self._note,
             reraise=True,
         )
         try:
-            return retrying(self._once, method, path, body)
-        except _Away as error:
+            return retrying(self._once, method, path, body, given_up, read)
+        except Away as error:
             attempts = retrying.statistics["attempt_number"]
             raise ServerError(
                 f"{self.root}{path} gave no answer in {attempts} {'attempt' if attempts == 1 else 'attempts'}; the "
@@ -163,24 +200,37 @@ class Client:
                 "give it longer with max_retries and timeout."
             ) from error
 
-    def _once(self, method: str, path: str, body: Any) -> Any:
-        url = self.root + path
+    def _once(self, method: str, path: str, body: Any, given_up: threading.Event, read: Callable[[Any], T]) -> T:
+        url, stream = self.root + path, isinstance(body, dict) and body.get("stream") is True
+        while (wait := self._not_before - time.monotonic()) > 0 and not given_up.wait(wait):
+            pass
         try:
             # A redirect could lead to a server whose terms nobody checked.
-            answer = self._session.request(
-                method, url, json=body, timeout=(_CONNECT_SECONDS, self._timeout), allow_redirects=False
-            )
+            with self._session.request(
+                method, url, json=body, timeout=(_CONNECT_SECONDS, self._timeout), allow_redirects=False, stream=stream
+            ) as answer:
+                self._require_success(url, answer)
+                events = stream and "text/event-stream" in answer.headers.get("Content-Type", "")
+                found = _events(answer) if events else [_json(url, answer)]
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            raise _Away(f"{type(error).__name__}: {_reason(error)}") from error
+            raise Away(f"{type(error).__name__}: {_reason(error)}") from error
+        made = read(found if stream else found[0])
+        self._answered = time.monotonic()
+        return made
+
+    def _require_success(self, url: str, answer: requests.Response) -> None:
         if answer.status_code == 429 or answer.status_code >= 500:
-            pause = answer.headers.get("Retry-After", "")
-            raise _Away(f"status {answer.status_code}: {_says(answer)}", float(pause) if pause.isdigit() else None)
+            pause = _asked_pause(answer.headers.get("Retry-After", ""))
+            if pause is not None and pause > _LONGEST_ASKED:
+                raise ServerError(
+                    f"{url} asks to wait {pause / 3600:.1f} hours ({_says(answer)}). What was done is kept. Run the "
+                    "same command again then."
+                )
+            if pause is not None:
+                self._not_before = max(self._not_before, time.monotonic() + pause)
+            raise Away(f"status {answer.status_code}: {_says(answer)}", pause)
         if answer.status_code != 200:
             raise RefusedRequest(url, answer.status_code, _says(answer))
-        try:
-            return answer.json()
-        except ValueError as error:
-            raise ServerError(f"{url} answered no JSON: {answer.text[:_SHOWN]!r}. Is it a vLLM server?") from error
 
     @cached_property
     def _session(self) -> requests.Session:
@@ -218,12 +268,68 @@ class _Key(requests.auth.AuthBase):
         return request
 
 
+def _as_it_is(answer: Any) -> Any:
+    return answer
+
+
+def _json(url: str, answer: requests.Response) -> Any:
+    """Read an answer as JSON.
+
+    Raises:
+        Away: it ends in the middle.
+        ServerError: it is something else, such as a page of a proxy.
+    """
+    try:
+        return answer.json()
+    except ValueError as error:
+        text = answer.text.strip()
+        if text[:1] in ("", "{", "["):
+            raise Away(f"an answer that ends in the middle: ...{text[-40:]!r}") from error
+        what = "HTML" if text[:1] == "<" else "no JSON"
+        raise ServerError(
+            f"{url} answered {what}: {text[:_SHOWN]!r}. Is it the address of a vLLM or OpenAI-compatible server?"
+        ) from error
+
+
+def _events(answer: requests.Response) -> list[Any]:
+    """Read a stream of server-sent events to its end.
+
+    Raises:
+        Away: it ends before its end is said, or says an error.
+    """
+    events: list[Any] = []
+    for line in answer.iter_lines():
+        if not line.startswith(b"data:"):
+            continue  # comments keep the connection alive
+        data = line[5:].strip().decode("utf-8", "replace")
+        if data == _DONE:
+            return events
+        try:
+            events.append(json.loads(data))
+        except ValueError as error:
+            raise Away(f"an event of a stream that ends in the middle: ...{data[-40:]!r}") from error
+        if isinstance(events[-1], dict) and events[-1].get("error"):
+            raise Away(f"an error in the middle of a stream: {str(events[-1]['error'])[:_SHOWN]}")
+    raise Away(f"a stream that was cut after {len(events)} events")
+
+
+def _asked_pause(header: str) -> float | None:
+    """Return the seconds of a ``Retry-After`` header, which holds seconds or a date (RFC 9110, 10.2.3)."""
+    if header.strip().replace(".", "", 1).isdecimal():
+        return float(header)
+    try:
+        until = parsedate_to_datetime(header)
+    except ValueError:
+        return None
+    return max((until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
+
+
 def _pause(state: tenacity.RetryCallState) -> float:
-    """Double the pause at each attempt, with jitter, and never be shorter than the server asked for."""
+    """Pause as long as the server asked for; else double the pause at each attempt; with jitter."""
     error = state.outcome.exception() if state.outcome is not None else None
-    asked = min(error.pause or 0.0, _LONGEST_PAUSE) if isinstance(error, _Away) else 0.0
+    asked = error.pause if isinstance(error, Away) else None
     growing = tenacity.wait_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE)(state)
-    return max(asked, growing) + tenacity.wait_random(0, _FIRST_PAUSE / 4)(state)
+    return (asked or growing) + tenacity.wait_random(0, _FIRST_PAUSE / 4)(state)
 
 
 def _reason(error: Exception) -> str:

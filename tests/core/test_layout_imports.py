@@ -92,6 +92,7 @@ ORDER = (
     ("teachers",),
     ("student",),
     ("capturing",),
+    ("text",),
     ("rollouts",),
     ("views",),
     ("panel",),
