@@ -1,6 +1,6 @@
 """Private names of transformers, PEFT, datasets and torch that the core relies on, each with what is relied on.
 
-No other file of the core uses one; ``tests/contract/test_upstream.py`` holds that, and each behaviour by a test.
+No other file of the core uses one; ``tests/contract/test_private_names.py`` holds that, and each behaviour by a test.
 """
 
 from __future__ import annotations

@@ -282,7 +282,7 @@ def problems(directory: Path, mapped_dir: str | Path | None = None) -> list[str]
 
     Raises:
         CacheError: there is no cache.
-        CacheCorruptionError: the manifest or the record of a unit is damaged, so that nothing else can be judged.
+        CacheCorruptionError: the manifest or the record of a unit is damaged, so that nothing else can be checked.
     """
     written = read_manifest(directory)
     manifest = gather(directory, written)

@@ -216,7 +216,9 @@ def with_labels(dataset: Any, columns: list[str], completion_only: bool, name: s
     }:
         return dataset
     labelled = dataset.with_format("arrow").map(
-        _Labels("completion_mask" if completion_only else None), batched=True, desc=f"Building labels for {name} rows"
+        _AddLabels("completion_mask" if completion_only else None),
+        batched=True,
+        desc=f"Building labels for {name} rows",
     )
     return labelled.with_format(None)
 
@@ -252,7 +254,7 @@ class _Readable:
 
 
 @dataclass(frozen=True)
-class _Labels:
+class _AddLabels:
     """Adds ``labels``: the token ids, and -100 where the mask is 0."""
 
     mask: str | None

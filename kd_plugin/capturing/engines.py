@@ -162,7 +162,7 @@ class ScoringEngine:
 
     def score(self, examples: Sequence[Example], settings: Settings) -> list[Extracted]:
         """Return each example's targets, from one call over all of them."""
-        signal = self._teacher.score(*padded(examples, self._device))
+        signal = self._teacher.score(*padded_examples(examples, self._device))
         if isinstance(signal, HiddenSignal):
             extracted = extract(
                 signal.hidden,
@@ -293,7 +293,7 @@ class ServerEngine:
         return from_list(listed.ids, listed.logprobs, listed.tail_logmass, targets)
 
 
-def padded(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def padded_examples(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return token ids and attention mask (B, L), padded on the right, and the scored positions (N,) in (B * L)."""
     longest = max(len(example.input_ids) for example in examples)
     ids = np.zeros((len(examples), longest), np.int64)

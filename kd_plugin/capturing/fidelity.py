@@ -25,7 +25,7 @@ from kd_plugin.cache.schema import CapturedRow, Example, to_table
 from kd_plugin.cache.store import Store
 from kd_plugin.cache.targets import Sampled, Targets, TopK, describe
 from kd_plugin.capturing.capture import CaptureSettings, prepare
-from kd_plugin.capturing.engines import batches, padded, random_numbers
+from kd_plugin.capturing.engines import batches, padded_examples, random_numbers
 from kd_plugin.capturing.extract import extract
 from kd_plugin.capturing.work import Progress
 from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence
@@ -210,7 +210,7 @@ class _Probe:
         self.hidden: list[Tensor] = []
         for batch in grouped:
             # They wait on the host: of a large teacher all of them may be gigabytes
-            self.hidden.append(teacher.score(*padded(batch, teacher.head.weight.device)).hidden.cpu())
+            self.hidden.append(teacher.score(*padded_examples(batch, teacher.head.weight.device)).hidden.cpu())
             bar.advance(len(batch), _tokens(batch))
         self.starts = np.cumsum([0, *(len(hidden) for hidden in self.hidden)]).tolist()
 
@@ -244,7 +244,7 @@ class _Probe:
         self.student.requires_grad_(True)
         total, first = 0.0, 0
         for batch in self.grouped:
-            ids, mask, positions = padded(batch, self.device)
+            ids, mask, positions = padded_examples(batch, self.device)
             states = self.student.base_model(  # type: ignore[operator]
                 input_ids=ids, attention_mask=mask, use_cache=False
             ).last_hidden_state

@@ -14,7 +14,7 @@ from kd_plugin.cache.manifest import Settings
 from kd_plugin.cache.schema import CapturedRow, Example, to_table, write_shard
 from kd_plugin.capturing.capture import CaptureSettings, PreparedCapture, prepare
 from kd_plugin.capturing.engines import Engine, open_engine
-from kd_plugin.capturing.work import Progress, examples_of, generated_rows
+from kd_plugin.capturing.work import Progress, RowBatch, examples_of, generated_rows
 from kd_plugin.errors import DataError
 from kd_plugin.settings import built, takes
 
@@ -114,16 +114,16 @@ def _written(prepared: PreparedCapture, engine: Engine) -> Estimate:
     most = settings.generation.max_new_tokens
     lengths = [len(job.tokenization.prompt(row, f"row {i}")) + most for i, row in enumerate(rows)]
     many = max(1, len(engine.batches(lengths)[0]) // settings.generation.n)
-    dropped: Counter[str] = Counter()
     started = time.perf_counter()
     with Progress(many, 0, False, "dry run") as bar:
-        captured = generated_rows(rows[:many], 0, job, engine, settings, dropped, bar)
+        probe = RowBatch(rows[:many], 0, job, engine, settings, bar)
+        captured = generated_rows(probe)
     seconds = time.perf_counter() - started
     scale = len(job.rows) / many
     return Estimate(
         dataset_rows=len(job.rows),
         rows=round(len(captured) * scale),
-        dropped={reason: round(count * scale) for reason, count in dropped.items()},
+        dropped={reason: round(count * scale) for reason, count in probe.dropped.items()},
         input_tokens=round(sum(len(row.example.input_ids) for row in captured) * scale),
         targets=round(sum(len(row.example.scored) for row in captured) * scale),
         bytes=round(_bytes(captured, settings) * scale) if captured else 0,

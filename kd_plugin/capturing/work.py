@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -119,6 +119,29 @@ class Job:
         return replace(self, tokenization=self.tokenization.rendered_at(moment))
 
 
+@dataclass(frozen=True)
+class RowBatch:
+    """Consecutive rows of the dataset that are done together, what scores them, and the count of what is not kept.
+
+    Attributes:
+        rows: the rows.
+        first: number of the first one in the dataset.
+        job: turns them into examples.
+        engine: asks the teacher.
+        settings: of the cache.
+        bar: counts what is done.
+        dropped: rows or completions that are not kept, by reason; counted up.
+    """
+
+    rows: Sequence[Row]
+    first: int
+    job: Job
+    engine: Engine
+    settings: Settings
+    bar: Progress
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
 def do_units(store: Store, job: Job, engine: Engine, shown: bool) -> None:
     """Do the units that have no record; wait for those that other workers have."""
     missing = store.missing()
@@ -143,12 +166,9 @@ def do_units(store: Store, job: Job, engine: Engine, shown: bool) -> None:
 def _do_unit(store: Store, index: int, job: Job, engine: Engine, bar: Progress) -> None:
     settings = store.manifest.settings
     _, first, count = store.manifest.rows_of(index)
-    rows = job.rows.slice(first, count)
-    dropped: Counter[str] = Counter()
-    if settings.generation is None:
-        captured = given_rows(rows, first, job, engine, settings, dropped, bar)
-    else:
-        captured = generated_rows(rows, first, job, engine, settings, dropped, bar)
+    batch = RowBatch(job.rows.slice(first, count), first, job, engine, settings, bar)
+    captured = given_rows(batch) if settings.generation is None else generated_rows(batch)
+    dropped = batch.dropped
     if not captured:
         logger.warning("Rows %d to %d: nothing was kept (%s).", first, first + count - 1, _listed(dropped))
     counted = None if settings.generation is None and job.filter is None else dropped
@@ -174,35 +194,20 @@ def examples_of(rows: Sequence[Row], first: int, job: Job, dropped: Counter[str]
             dropped[str(reason)] += 1
 
 
-def given_rows(
-    rows: Sequence[Row],
-    first: int,
-    job: Job,
-    engine: Engine,
-    settings: Settings,
-    dropped: Counter[str],
-    bar: Progress,
-) -> list[CapturedRow]:
+def given_rows(unit: RowBatch) -> list[CapturedRow]:
     """Score the completions that the rows hold, and count in ``dropped`` those that are not kept."""
-    kept = list(examples_of(rows, first, job, dropped))
-    bar.advance(len(rows) - len(kept), 0)
-    return _scored([(example, None) for example in kept], engine, settings, bar, 1.0)
+    kept = list(examples_of(unit.rows, unit.first, unit.job, unit.dropped))
+    unit.bar.advance(len(unit.rows) - len(kept), 0)
+    return _scored([(example, None) for example in kept], unit, 1.0)
 
 
-def generated_rows(
-    rows: Sequence[Row],
-    first: int,
-    job: Job,
-    engine: Engine,
-    settings: Settings,
-    dropped: Counter[str],
-    bar: Progress,
-) -> list[CapturedRow]:
+def generated_rows(unit: RowBatch) -> list[CapturedRow]:
     """Let the teacher go on from the rows' prompts, and count in ``dropped`` the completions that are not kept."""
+    job, engine, settings, dropped, bar = unit.job, unit.engine, unit.settings, unit.dropped, unit.bar
     generation = settings.generation
     assert generation is not None
     requests: list[tuple[int, Request]] = []
-    for number, row in enumerate(rows, first):
+    for number, row in enumerate(unit.rows, unit.first):
         prompt = job.tokenization.prompt(row, f"row {number}")
         room = generation.max_new_tokens
         if settings.max_length is not None:
@@ -217,7 +222,7 @@ def generated_rows(
         completions = engine.generate([requests[i][1] for i in batch], settings)
         for i, completion in zip(batch, completions, strict=True):
             number, request = requests[i]
-            row = rows[number - first]
+            row = unit.rows[number - unit.first]
             text = job.tokenization.tokenizer.decode(completion.ids, skip_special_tokens=True)
             if not len(completion.ids):
                 reason: str | None = NOTHING_TO_SCORE
@@ -233,20 +238,18 @@ def generated_rows(
             found.append((i, Example.of(ids, len(request.prompt), passed), completion.targets))
         bar.advance(len(batch) / generation.n, sum(len(completion.ids) for completion in completions))
     found.sort(key=lambda one: one[0])
-    return _scored([(example, targets) for _, example, targets in found], engine, settings, bar, 0.0)
+    return _scored([(example, targets) for _, example, targets in found], unit, 0.0)
 
 
-def _scored(
-    examples: list[tuple[Example, Extracted | None]], engine: Engine, settings: Settings, bar: Progress, share: float
-) -> list[CapturedRow]:
+def _scored(examples: list[tuple[Example, Extracted | None]], unit: RowBatch, share: float) -> list[CapturedRow]:
     """Score the examples that have no targets yet; ``share`` is the dataset rows that each counts for."""
     done = [None if targets is None else CapturedRow(example, targets) for example, targets in examples]
     left = [i for i, row in enumerate(done) if row is None]
-    for batch in engine.batches([len(examples[i][0].input_ids) for i in left]):
+    for batch in unit.engine.batches([len(examples[i][0].input_ids) for i in left]):
         chosen = [examples[left[i]][0] for i in batch]
-        for i, example, targets in zip(batch, chosen, engine.score(chosen, settings), strict=True):
+        for i, example, targets in zip(batch, chosen, unit.engine.score(chosen, unit.settings), strict=True):
             done[left[i]] = CapturedRow(example, targets)
-        bar.advance(share * len(batch), sum(len(example.input_ids) for example in chosen))
+        unit.bar.advance(share * len(batch), sum(len(example.input_ids) for example in chosen))
     return [row for row in done if row is not None]
 
 

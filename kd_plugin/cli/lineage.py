@@ -128,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
         command.add_argument("--json", action="store_true", help="print JSON for machines instead")
         if name == "verify":
             command.add_argument("--key", type=Path, help="PEM file of the public key that lineage.sig must hold for")
-            command.add_argument("--registry", type=Path, help="TOML of your own that the run was judged by")
+            command.add_argument("--registry", type=Path, help="TOML of your own that the run was checked by")
     add("sign", _SIGN, _sign, "DIR").add_argument("--key", type=Path, required=True, help="PEM file of a private key")
     add("diff", _DIFF, _diff, "A", "B")
     export = add("export", _EXPORT, _export, "DIR")

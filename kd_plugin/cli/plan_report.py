@@ -72,7 +72,7 @@ def print_plan(
     Args:
         run: what was planned.
         cluster: for which machines.
-        found: every layout, judged.
+        found: every layout, with whether it fits.
         best: the recommended one of them; None where nothing fits, or where training would refuse a teacher.
         pairs: each teacher beside the student.
         bills: of offline KD, and of the panel where there is one.

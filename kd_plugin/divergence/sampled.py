@@ -96,7 +96,7 @@ def fused_sampled_divergence(
                 f"{name} has shape {tuple(tensor.shape)}; expected ({student_hidden.shape[0]},), one a position."
             )
     inputs = (student_hidden, student_head.weight, student_head.bias)
-    plan = _Plan(
+    plan = _SampledPlan(
         student_head, tokens, teacher_logprobs, weights, behaviour_logprobs, ratio_bounds, float(temperature),
         needs_gradient(*inputs), statistics_dtype(student_hidden), autocast_dtype(student_hidden.device), _rows,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def fused_sampled_divergence(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _SampledPlan:
     """The arguments of the loss that autograd does not look into."""
 
     student: OutputHead
@@ -127,7 +127,9 @@ class _SampledFunction(torch.autograd.Function):
     """Forward forms value and gradient together; backward scales."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, plan: _SampledPlan
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             student = plan.student.real_rows()
@@ -143,7 +145,7 @@ class _SampledFunction(torch.autograd.Function):
 
 
 def _sampled_pass(
-    hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: OutputHead, plan: _Plan
+    hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: OutputHead, plan: _SampledPlan
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
     count, device, statistics = hidden_NH.shape[0], hidden_NH.device, plan.statistics
     dtype, need_grad = plan.autocast or hidden_NH.dtype, any(plan.needs)

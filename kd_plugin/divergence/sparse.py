@@ -111,7 +111,7 @@ def fused_sparse_divergence(
     check_tail(tail, divergence, sampled=target.draws is not None)
     _check(student_hidden, student_head, target, weights, labels)
     tensors = (student_hidden, student_head.weight, student_head.bias)
-    plan = _Plan(
+    plan = _SparsePlan(
         student_head, target, divergence, float(temperature), tail, weights, labels, kd_weight, ce_weight,
         needs_gradient(*tensors), statistics_dtype(student_hidden), autocast_dtype(student_hidden.device), _rows,
     )  # fmt: skip
@@ -122,7 +122,7 @@ def fused_sparse_divergence(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _SparsePlan:
     """The arguments of the loss that autograd does not look into."""
 
     student: OutputHead
@@ -145,7 +145,7 @@ class _SparseFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan
+        ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, plan: _SparsePlan
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden_NH.device.type, enabled=False):
@@ -179,7 +179,7 @@ class _Found:
 class _SparsePass:
     """One walk over the positions; buffers for one chunk."""
 
-    def __init__(self, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: OutputHead, plan: _Plan):
+    def __init__(self, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: OutputHead, plan: _SparsePlan):
         count, device, statistics = hidden_NH.shape[0], hidden_NH.device, plan.statistics
         self.plan, self.hidden_NH, self.need_grad = plan, hidden_NH.detach(), any(plan.needs)
         self.dtype = plan.autocast or hidden_NH.dtype
@@ -214,7 +214,7 @@ class _SparsePass:
     def _chunk(self, logits_RV: Tensor, part: slice, used_R: Tensor) -> Tensor:
         """Fill the results of one chunk; return its gradient in the projection's logits, (R, V)."""
         plan, found, target = self.plan, self.found, self.listed[part]
-        hard = None if plan.labels is None else _Labels(logits_RV, plan.labels[part])
+        hard = None if plan.labels is None else _HardLabels(logits_RV, plan.labels[part])
         separate_RV = None
         if plan.temperature != 1.0:
             if hard is not None:
@@ -273,14 +273,14 @@ class _SparsePass:
             rest_RV.add_(separate_RV)
         return rest_RV if self.project.multiplier == 1.0 else rest_RV.mul_(self.project.multiplier)
 
-    def _store_labels(self, hard: _Labels, top_R1: Tensor, lse_R1: Tensor, part: slice) -> None:
+    def _store_labels(self, hard: _HardLabels, top_R1: Tensor, lse_R1: Tensor, part: slice) -> None:
         assert self.found.nll is not None and self.found.is_top1 is not None
         present_R1 = hard.present_R1 != 0
         self.found.nll[part] = torch.where(present_R1, lse_R1 - hard.logit_R1, 0.0)[:, 0]
         self.found.is_top1[part] = (present_R1 & (hard.logit_R1 >= top_R1))[:, 0]
 
 
-class _Labels:
+class _HardLabels:
     """The labels of a chunk and their logits, read before the logits are overwritten."""
 
     def __init__(self, logits_RV: Tensor, labels_R: Tensor) -> None:

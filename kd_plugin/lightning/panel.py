@@ -21,7 +21,7 @@ from kd_plugin.lightning.panel_host import (
     StartKeeper,
     count_of,
     place_of,
-    place_teachers,
+    place_under_strategy,
     prepared,
     require_placeable,
     rows_of,
@@ -136,7 +136,7 @@ class TeacherPanelCorrection(StudentCallback):
         self.panel_run.require_draws(model)
         require_same_student(self.panel, model)
         if self._anchor is not None:
-            place_teachers(self._anchor.panel, trainer, pl_module, model, self._vocabulary)
+            place_under_strategy(self._anchor.panel, trainer, pl_module, model, self._vocabulary)
         self._join(trainer, pl_module, model)
         self.panel_run.note_changes()
         assert self._forward is not None
@@ -291,7 +291,9 @@ class TeacherPanelCorrection(StudentCallback):
         """Load the teachers, join the panel's step with its host, and patch the student's forward pass."""
         settings, tokenizer = self.settings, self._tokenizer
         require_one_server(self.panel, trainer.strategy.root_device)
-        place_teachers(self.panel, trainer, module, model, self._vocabulary, shard_teachers=settings.shard_teachers)
+        place_under_strategy(
+            self.panel, trainer, module, model, self._vocabulary, shard_teachers=settings.shard_teachers
+        )
         self._host = LightningHost(trainer, module)
         self._panel_step = self.panel_run.step(
             self._host,

@@ -134,7 +134,7 @@ class PanelObjective:
         return self.step.loss(hidden, head, target)
 
 
-def place_teachers(
+def place_under_strategy(
     panel: TeacherPanel,
     trainer: Trainer,
     module: LightningModule,

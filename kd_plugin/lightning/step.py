@@ -108,18 +108,18 @@ class DistillingStep:
         """Run the module's step on ``batch`` and return its output with the loss that is trained on."""
         prepared = self._prepare(batch)
         weight = self.forward.objective.ce_weight
-        normaliser = self._normaliser(prepared)
+        normalizer = self._normalizer(prepared)
         if prepared.taught is not None:
             taught = self._share(prepared.taught, window_tokens=None)
-            mean_over_taught([prepared.target], float(normaliser), float(taught))
-        call, output, own = self._run(prepared, rest, normaliser)
+            mean_over_taught([prepared.target], float(normalizer), float(taught))
+        call, output, own = self._run(prepared, rest, normalizer)
         formed = call.own is not None
         if formed and weight != 0.0 and not call.is_own(own):
             # The step does more with its loss than to return it: from now on it gets one with a graph of its own
             self._joint = formed = False
-            call, output, own = self._run(prepared, rest, normaliser)
+            call, output, own = self._run(prepared, rest, normalizer)
         assert call.trained is not None
-        total = call.trained.to(normaliser.dtype)
+        total = call.trained.to(normalizer.dtype)
         nothing = isinstance(prepared.tokens, int) and prepared.tokens == 0  # the mean over no labels is no number
         if not formed and weight != 0.0 and not nothing:
             total = total + weight * own
@@ -129,9 +129,9 @@ class DistillingStep:
         self._report(call, total)
         return _with_loss(output, total)
 
-    def _run(self, prepared: Prepared, rest: Any, normaliser: Tensor) -> tuple[Call, Any, Any]:
+    def _run(self, prepared: Prepared, rest: Any, normalizer: Tensor) -> tuple[Call, Any, Any]:
         """Return the call, what the module's step returned, and the loss in it."""
-        call = Call(prepared.target, prepared.labels, prepared.shape, self._joint, normaliser)
+        call = Call(prepared.target, prepared.labels, prepared.shape, self._joint, normalizer)
         with self.forward.step(call):
             output = self._inner(prepared.batch, *rest)
         if call.found is None:
@@ -142,7 +142,7 @@ class DistillingStep:
             )
         return call, output, loss_of(output, self.module)
 
-    def _normaliser(self, prepared: Prepared) -> Tensor:
+    def _normalizer(self, prepared: Prepared) -> Tensor:
         """Return the divisor of this rank's sum; Lightning averages over ranks and over the accumulation window."""
         total = self._share(prepared.tokens, prepared.window_tokens)
         if self.trainer.world_size > 1:

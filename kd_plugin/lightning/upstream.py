@@ -1,6 +1,6 @@
 """What this host relies on inside Lightning, PEFT and DeepSpeed: private names, and patches of what they do.
 
-No other file of this room does either; ``tests/contract/test_upstream.py`` holds that, and each behaviour by a test.
+No other file of this room does either; ``tests/contract/test_private_names.py`` holds that, and a test each behaviour.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ def outputs_record(
             kind = "trained_on"
         edges.append(Edge(node.id, found.node.id, kind, one.source.name))
     graph = Graph.of([node], edges).merged(*(found.graph for found in behind))
-    # What is used is judged, not the cache: it is the user who says what is in it
+    # What is used is checked, not the cache: it is the user who says what is in it
     used = Graph.of([], [replace(edge, source=SELF) for edge in edges]).merged(*(found.graph for found in behind))
     overrides = tuple(sorted({*declared.overrides, *(o for found in behind for o in found.overrides)}))
     today = datetime.now(UTC).date().isoformat()

@@ -21,8 +21,8 @@ from kd_plugin.lineage.readings import (
     ITS_NAME,
     OWN_SERVER,
     decide,
-    judged_again,
     printable,
+    read_again,
     read_licence,
 )
 from kd_plugin.lineage.record import RECORD, SCHEMA, is_directory, load_record
@@ -324,7 +324,7 @@ def _from_outputs(source: Source, registry: Registry) -> Found:
         return Found(node, Graph.of([node], []))
     read = Graph.from_json(source.record)
     bare = read.root("teacher_outputs")
-    graph, ids = judged_again(read, registry)
+    graph, ids = read_again(read, registry)
     outputs = source.record.get("outputs", {})
     if not isinstance(outputs, Mapping):
         raise LineageError(f"The record of {source.name!r} has 'outputs' {outputs!r}; expected a mapping.")
@@ -357,7 +357,7 @@ def _recordable(value: Any) -> Any:
 def _from_checkpoint(record: Mapping[str, Any], source: Source, name: str, registry: Registry) -> Found:
     """Use a parent checkpoint's own record: its ancestors are the child's ancestors."""
     node = _vouched(checkpoint_node(record, name), source)
-    graph, _ = judged_again(Graph.from_json(record), registry)
+    graph, _ = read_again(Graph.from_json(record), registry)
     if not any(edge.source == SELF for edge in graph.edges):
         raise LineageError(f"The record of {name!r} names nothing that its checkpoint was made from.")
     return Found(node, graph.rooted_at(node), record_overrides(record))

@@ -68,7 +68,7 @@ class Evidence:
             object.__setattr__(self, "voice", implied_voice(self.where))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the reading as it stands in a record, which leaves out a voice that ``where`` implies."""
+        """Return the reading as it stands in a record, which leaves out the speaker that ``where`` implies."""
         said = {} if self.voice == implied_voice(self.where) else {"voice": self.voice}
         return {"where": self.where, "value": self.value, "ids": list(self.ids), **said}
 

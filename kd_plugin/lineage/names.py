@@ -38,7 +38,7 @@ _WEIGHTS = re.compile(
 _MAX_NAME, _MAX_PARTS = 500, 16  # characters and parts of a name that are looked at
 
 
-def normalised(name: str) -> str:
+def normalized(name: str) -> str:
     """Return a name in one form: NFKC, lower case, one kind of hyphen for blanks, underscores and dashes.
 
     What cannot be seen (zero-width characters, soft hyphens) is left out, and letters of other scripts that look like
@@ -59,7 +59,7 @@ def model_parts(name: str) -> tuple[str, list[str]]:
     Gateways write a vendor before the name (``openai/gpt-4o``, ``us.anthropic.claude-v2``) and vendors a ``:`` or ``@``
     after it.
     """
-    *path, last = normalised(name.strip().removesuffix(":latest")).split("/")
+    *path, last = normalized(name.strip().removesuffix(":latest")).split("/")
     parts = [part for piece in reversed(re.split(r"[:@]", last)) if (part := piece.strip("-. "))]
     return (path[-1] if path else ""), parts
 
@@ -79,8 +79,8 @@ class ServiceModels:
     """Which names of models only a service offers.
 
     Attributes:
-        whole: regular expression of a whole model name, normalised, to service id.
-        closed: regular expression of how the names of a closed family begin, normalised, to service id.
+        whole: regular expression of a whole model name, normalized, to service id.
+        closed: regular expression of how the names of a closed family begin, normalized, to service id.
         open: regular expressions of how names begin that belong to no closed family although they look like it; with
             the organisation before them where only its own are meant.
     """
@@ -106,7 +106,7 @@ class ServiceModels:
                 found = self._closes.match(own)
             if found is not None:
                 return self._service(found)
-        for part in normalised(name[:_MAX_NAME]).split("/")[:-1][-_MAX_PARTS:]:  # gateways may go on behind the name
+        for part in normalized(name[:_MAX_NAME]).split("/")[:-1][-_MAX_PARTS:]:  # gateways may go on behind the name
             found = self._wholes.fullmatch(without_vendor(part))
             if found is not None:
                 return self._service(found)

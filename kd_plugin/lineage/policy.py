@@ -24,7 +24,7 @@ from kd_plugin.lineage.verdict import (
 )
 
 _STEP = 1000  # from one decision to the next in a severity; below it, what tells readings of one decision apart
-RULES = 2  # version of the rules below; a record says by which it was judged
+RULES = 2  # version of the rules below; a record says by which it was checked
 
 
 @dataclass
@@ -68,9 +68,9 @@ def evaluate(
     with_rows = {edge.source for edge in graph.edges if graph.nodes[edge.target].kind == "dataset"}
     for node_id in sorted(paths):
         node = graph.nodes[node_id]
-        _judge_declaration(node, paths[node_id][0], tally)
+        _check_declaration(node, paths[node_id][0], tally)
         if rules > 1:
-            _judge_words(node, paths[node_id][0], node_id in with_rows, tally)
+            _check_words(node, paths[node_id][0], node_id in with_rows, tally)
         for terms_id in (*node.licenses, *node.services):
             if terms_id not in terms:
                 raise LineageError(f"Lineage names terms {terms_id!r}, which neither registry nor record holds.")
@@ -165,7 +165,7 @@ def _apply(hit: Hit, facts: Mapping[str, bool | None], student: Student, tally: 
         tally.findings.append(replace(_finding(hit, "name_prefix", "violation", "distribution", remedy), evidence=seen))
 
 
-def _judge_declaration(node: Node, path: Path, tally: _Tally) -> None:
+def _check_declaration(node: Node, path: Path, tally: _Tally) -> None:
     """Note what is known of the node itself, whatever its terms say."""
     if node.undeclared and node.kind == "dataset":
         remedy = "declare it: `lineage: {datasets: [{repo: NAME, license: ID}]}`"
@@ -183,8 +183,8 @@ def _judge_declaration(node: Node, path: Path, tally: _Tally) -> None:
         tally.findings.append(_note("sources_disagree", node, path, clause, seen, remedy))
 
 
-def _judge_words(node: Node, path: Path, rows: bool, tally: _Tally) -> None:
-    """Note where one voice alone speaks, and what is to be asked about a dataset."""
+def _check_words(node: Node, path: Path, rows: bool, tally: _Tally) -> None:
+    """Note where the user alone says so, and what is to be asked about a dataset."""
     said = [e for e in node.evidence if e.ids and node.kind in ("model", "dataset")]
     if said and all(e.voice == "user" for e in said) and not {OWN, "unknown"} & set(node.licenses):
         remedy = "keep what you read of its terms beside it: a LICENSE file, or a card that names its licence"

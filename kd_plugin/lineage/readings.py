@@ -125,12 +125,12 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def read_licence(where: str, written: str, voice: Voice, registry: Registry, limit: int = 200) -> Evidence:
-    """Resolve what was written, as far as this voice may say it; what is not understood is unknown.
+    """Resolve what was written, as far as whoever wrote it may say it; what is not understood is unknown.
 
     Args:
         where: what was read, as records name it.
         written: the words.
-        voice: whose they are.
+        voice: whose words they are.
         registry: licences.
         limit: characters of the words that are kept.
     """
@@ -166,7 +166,7 @@ def printable(text: str, limit: int = 200) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def judged_again(graph: Graph, registry: Registry) -> tuple[Graph, dict[str, str]]:
+def read_again(graph: Graph, registry: Registry) -> tuple[Graph, dict[str, str]]:
     """Return the graph with each node's terms as its evidence gives them, and the old node ids to the new ones.
 
     Args:
@@ -178,7 +178,7 @@ def judged_again(graph: Graph, registry: Registry) -> tuple[Graph, dict[str, str
         if edge.source in graph.nodes:
             makers.setdefault(edge.target, []).append(graph.nodes[edge.source])
     made = {edge.source for edge in graph.edges}
-    new = {i: _judged(node, makers.get(i, []), i in made, registry) for i, node in graph.nodes.items()}
+    new = {i: _reread(node, makers.get(i, []), i in made, registry) for i, node in graph.nodes.items()}
     if all(new[i] is node for i, node in graph.nodes.items()):
         return graph, {i: i for i in graph.nodes}
     ids = {i: node.id for i, node in new.items()}
@@ -186,7 +186,7 @@ def judged_again(graph: Graph, registry: Registry) -> tuple[Graph, dict[str, str
     return Graph.of(new.values(), edges), ids
 
 
-def _judged(node: Node, makers: list[Node], has_sources: bool, registry: Registry) -> Node:
+def _reread(node: Node, makers: list[Node], has_sources: bool, registry: Registry) -> Node:
     named = {*node.licenses, *node.services, *(i for e in node.evidence for i in e.ids)}
     if not named <= registry.terms.keys():
         return node

@@ -22,7 +22,7 @@ from kd_plugin.lineage.names import (
     is_own_network,
     mentions,
     names_a_host,
-    normalised,
+    normalized,
 )
 from kd_plugin.lineage.sources import OWN, Terms, Voice, may_say_own
 
@@ -72,12 +72,12 @@ class Registry:
         terms: every entry.
         aliases: other spellings to ids.
         hosts: host pattern to service id.
-        models: regular expression of a whole model name, normalised, to service id.
-        closed: regular expression of how the names of a closed family begin, normalised, to service id; a model of
+        models: regular expression of a whole model name, normalized, to service id.
+        closed: regular expression of how the names of a closed family begin, normalized, to service id; a model of
             next year begins so too.
         open: regular expressions of how names begin that belong to no closed family although they look like it; with
             the organisation before them where only its own are meant.
-        families: regular expression in the name of a source, normalised, to the licence of that family of models.
+        families: regular expression in the name of a source, normalized, to the licence of that family of models.
         known: hub repositories whose terms were read, by id folded to lower case.
         texts: shipped texts by file name.
     """
@@ -101,7 +101,7 @@ class Registry:
 
         Args:
             written: the words.
-            voice: whose they are; only the user's own can say ``own``.
+            voice: whose words they are; only the user's own can say ``own``.
         """
         text = written.strip()
         if len(text) > _MAX_WRITTEN:  # no licence is called so; and what is cut could be the half that forbids
@@ -177,7 +177,7 @@ class Registry:
 
     def families_of(self, name: str) -> tuple[str, ...]:
         """Return the licences of the families of models that a name seems to belong to; this can raise doubt only."""
-        folded = normalised(name)
+        folded = normalized(name)
         return tuple(dict.fromkeys(i for pattern, i in self.families.items() if re.search(pattern, folded)))
 
     def text(self, terms_id: str) -> str | None:
@@ -205,7 +205,7 @@ def default_registry() -> Registry:
 def load_registry(path: Path) -> Registry:
     """Return the package's registry with a user's own TOML on top: its entries are added or replace ours.
 
-    Texts are read from beside the file. The digest covers both, so a record names which policy it was judged by.
+    Texts are read from beside the file. The digest covers both, so a record names which policy it was checked by.
 
     Raises:
         ConfigError: unreadable or malformed (with line and column), an entry that misses something, or one that

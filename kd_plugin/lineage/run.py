@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunLineage:
-    """What a training run learns from, judged once and written beside every checkpoint.
+    """What a training run learns from, checked once and written beside every checkpoint.
 
     Args:
         method: ``offline_kd``, ``teacher_panel``, ``sft``, or any trainer's name.
@@ -116,7 +116,7 @@ class RunLineage:
         self._forget_verdict()
 
     def settle(self) -> None:
-        """Wait for what is hashed in the background, and judge again where a record was not about its weights.
+        """Wait for what is hashed in the background, and check again where a record was not about its weights.
 
         A large parent is hashed while models are loaded; call this before the first batch.
 
@@ -129,7 +129,7 @@ class RunLineage:
             self.require_trainable()
 
     def add_datasets(self, datasets: Sequence[Source]) -> None:
-        """Take in what a trainer turns out to train on, and judge again; raises LicenseRefusedError."""
+        """Take in what a trainer turns out to train on, and check again; raises LicenseRefusedError."""
         known = {one.ref for one in self._given_datasets}
         new = [one for one in not_cached(datasets, self.outputs) if one.ref not in known]
         if new:
@@ -139,7 +139,7 @@ class RunLineage:
         self.require_trainable()
 
     def adopt(self, record: Mapping[str, Any]) -> None:
-        """Start from a model in memory that another run made, whose record this is, and judge again.
+        """Start from a model in memory that another run made, whose record this is, and check again.
 
         Raises:
             LicenseRefusedError: what it was made from may not be trained on under these declarations.
@@ -186,7 +186,7 @@ class RunLineage:
     @cached_property
     def verdict(self) -> Verdict:
         """The verdict under the declared facts, today. Reads files and declarations only."""
-        return self._judge(self.graph, self.config.use, self._overrides_in_force)
+        return self._evaluated(self.graph, self.config.use, self._overrides_in_force)
 
     def require_trainable(self) -> None:
         """Refuse to train where the terms of a source forbid it, or nothing is known of them.
@@ -217,7 +217,7 @@ class RunLineage:
         """
         if directory is not None:
             load_record(directory)
-        verdict = self._judge(self.graph, {**self.config.use, "distribute": True}, self._overrides_in_force)
+        verdict = self._evaluated(self.graph, {**self.config.use, "distribute": True}, self._overrides_in_force)
         refuse(verdict.publication_stops, "Publishing is refused by the terms of the sources", self._remedy)
 
     def write(self, directory: str | Path, *, step: int, parent: str | Path | None = None) -> None:
@@ -276,7 +276,7 @@ class RunLineage:
         graph = self._recorded_graph
         named = {i for node in graph.nodes.values() for i in (*node.licenses, *node.services)}
         terms = {i: self.registry.terms[i] for i in sorted(named | set(self._student.declared_license))}
-        verdict = self._judge(graph, self.config.use, self._overrides)
+        verdict = self._evaluated(graph, self.config.use, self._overrides)
         student = self._student
         record: dict[str, Any] = {
             "schema": SCHEMA,
@@ -344,7 +344,7 @@ class RunLineage:
         """Those that hold today: a run that gives itself another date does not stretch an exception."""
         return in_force(self._overrides, datetime.now(UTC).date().isoformat())
 
-    def _judge(self, graph: Graph, facts: Mapping[str, bool], overrides: tuple[Override, ...]) -> Verdict:
+    def _evaluated(self, graph: Graph, facts: Mapping[str, bool], overrides: tuple[Override, ...]) -> Verdict:
         verdict = evaluate(graph, self.registry.terms, facts, self._student, overrides, self.started)
         return shipping.settle(verdict, graph, self.registry.terms)
 

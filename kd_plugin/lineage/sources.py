@@ -1,6 +1,6 @@
 """What a run learns from, named before anything is loaded: whose word a fact is, and the clauses of its terms.
 
-There are three voices, and what each may say is decided here and nowhere else.
+Three speak, each under the name that a record has in ``voice``; what each may say is decided here and nowhere else.
 
 - ``registry``: what this package read itself.
 - ``user``: the user's configuration, and what the user passes to a trainer or a teacher.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Kind = Literal["model", "dataset", "teacher_outputs"]
 Signal = Literal["logits", "text"]
 Voice = Literal["registry", "user", "stranger"]
-OWN = "own"  # the licence that only the user's own voice can name
+OWN = "own"  # the licence that only the user can name
 DECLARED = "declared"  # where a reading comes from the user
 KNOWN_REPOSITORY = "registry of known repositories"
 IN_MEMORY_MODEL = "model in memory"
@@ -102,7 +102,7 @@ def implied_voice(where: str) -> Voice:
 
 
 def may_say_own(voice: Voice) -> bool:
-    """Whether ``own`` is a licence in this voice, and not merely a word."""
+    """Whether ``own`` is a license where this one says it, and not merely a word."""
     return voice == "user"
 
 

@@ -101,7 +101,7 @@ def refuse_another_run(output_dir: str | Path) -> None:
 
 
 def gate_servers(run: RunLineage, teachers: Iterable[Any]) -> None:
-    """Let the run judge the names that teachers' servers give, before the first prompt is sent to one.
+    """Let the run check the names that teachers' servers give, before the first prompt is sent to one.
 
     Args:
         run: has passed its gate.

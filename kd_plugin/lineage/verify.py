@@ -17,7 +17,7 @@ from kd_plugin.lineage.directory import printable
 from kd_plugin.lineage.discovery import record_overrides
 from kd_plugin.lineage.graph import Graph
 from kd_plugin.lineage.policy import RULES, evaluate
-from kd_plugin.lineage.readings import judged_again
+from kd_plugin.lineage.readings import read_again
 from kd_plugin.lineage.record import (
     BOM,
     LICENSES,
@@ -82,7 +82,7 @@ def verify(directory: str | Path, registry: Registry | None = None) -> VerifyRep
 
     Args:
         directory: the checkpoint.
-        registry: the registry by which it should have been judged; None is the package's.
+        registry: the registry by which it should have been checked; None is the package's.
 
     Raises:
         LineageError: there is nothing at ``directory``.
@@ -111,7 +111,7 @@ def verify(directory: str | Path, registry: Registry | None = None) -> VerifyRep
     notes += _texts_of_others(directory, record)
     if record["policy"].get("sha256") != registry.sha256:
         notes.append(
-            f"judged by registry {record['policy'].get('version')}, which is not the one at hand ({registry.version}): "
+            f"checked with registry {record['policy'].get('version')}, not the one at hand ({registry.version}): "
             "its own copy of the terms was used, and compared with the one at hand"
         )
     for more, said in (_check_parent(directory, record), _check_card(directory, record, registry)):
@@ -212,8 +212,8 @@ def _check_verdict(record: Mapping[str, Any], registry: Registry) -> tuple[Verdi
     same_policy = record["policy"].get("sha256") == registry.sha256 and rules == RULES
     if _comparable(verdict.to_json(), same_policy) != _comparable(record["effective"], same_policy):
         problems.append(Problem("tampered", RECORD, "decision, duties or findings are not what its lineage leads to"))
-    judged, ids = judged_again(graph, registry)
-    problems += _contradictions(graph, judged, ids, same_policy)
+    reread, ids = read_again(graph, registry)
+    problems += _contradictions(graph, reread, ids, same_policy)
     if same_policy:
         for terms_id, entry in terms.items():
             if registry.terms.get(terms_id) != entry:
@@ -230,10 +230,10 @@ def _check_verdict(record: Mapping[str, Any], registry: Registry) -> tuple[Verdi
             if promised.get(name) != digest:
                 problems.append(Problem("tampered", name, "it is not what the lineage asks for"))
     else:
-        named = {i for node in judged.nodes.values() for i in (*node.licenses, *node.services)}
+        named = {i for node in reread.nodes.values() for i in (*node.licenses, *node.services)}
         at_hand = {i: registry.terms[i] if i in registry.terms else terms[i] for i in {*terms, *named}}
-        again = evaluate(judged, at_hand, facts, student, overrides, str(record["run"]["date"]), rules)
-        problems += _stricter_today(verdict, shipping.settle(again, judged, at_hand), registry)
+        again = evaluate(reread, at_hand, facts, student, overrides, str(record["run"]["date"]), rules)
+        problems += _stricter_today(verdict, shipping.settle(again, reread, at_hand), registry)
     problems += [Problem("violation", f.subject, str(f)) for f in verdict.publication_stops]
     today = datetime.now(UTC).date().isoformat()
     for one in overrides:
@@ -245,18 +245,18 @@ def _check_verdict(record: Mapping[str, Any], registry: Registry) -> tuple[Verdi
 
 
 def _rules_of(record: Mapping[str, Any]) -> int:
-    """Return by which version of the rules a record was judged; the first one is not named."""
+    """Return by which version of the rules a record was checked; the first one is not named."""
     rules = record["policy"].get("rules", 1)
     if not isinstance(rules, int) or not 1 <= rules <= RULES:
         raise LineageError(f"policy.rules is {rules!r}; expected 1 to {RULES}, or a newer kd-plugin")
     return rules
 
 
-def _contradictions(graph: Graph, judged: Graph, ids: Mapping[str, str], same_policy: bool) -> list[Problem]:
+def _contradictions(graph: Graph, reread: Graph, ids: Mapping[str, str], same_policy: bool) -> list[Problem]:
     """Report nodes whose terms are not what their own evidence gives; another registry may weigh readings otherwise."""
     problems = []
     for old_id, node in graph.nodes.items():
-        again = judged.nodes[ids[old_id]]
+        again = reread.nodes[ids[old_id]]
         read = {e.ids for e in node.evidence if e.ids} | ({node.licenses} if node.undeclared else set())
         if again != node and (same_policy or node.licenses not in read):
             seen = ", ".join((*node.licenses, *node.services)) or "nothing"

@@ -59,7 +59,7 @@ def options(run: PlannedRun, cluster: Cluster, layouts: Sequence[Layout] = LAYOU
     Returns:
         One option a layout, in the order of ``layouts``.
     """
-    return [_judge(run, layout, cluster) for layout in layouts]
+    return [_weighed(run, layout, cluster) for layout in layouts]
 
 
 def recommended(found: Sequence[Option]) -> Option | None:
@@ -91,7 +91,7 @@ def require_possible(run: PlannedRun, layout: Layout) -> None:
         )
 
 
-def _judge(run: PlannedRun, layout: Layout, cluster: Cluster) -> Option:
+def _weighed(run: PlannedRun, layout: Layout, cluster: Cluster) -> Option:
     require_possible(run, layout)
     held = memory(run, layout, cluster.ranks)
     if layout.stage == 3 and run.method == "panel" and held.writing > cluster.usable:
@@ -219,7 +219,7 @@ def _bill(option: Option, cluster: Cluster, rows: int, epochs: float) -> Bill:
 def _capture_hours(run: PlannedRun, cluster: Cluster, rows: int, scoring: float) -> float:
     """Return the GPU hours in which the teachers generate and score ``rows`` rows once, ``scoring`` FLOPs of it."""
     generating = sum(_generation_hours(run, teacher.shape, cluster, rows) for teacher in run.teachers if teacher.shape)
-    if run.teachers and not run.judged_by_all:
+    if run.teachers and not run.scored_by_all:
         generating /= len(run.teachers)
     return scoring / (cluster.tflops * 1e12 * cluster.utilization * 3600) + generating
 

@@ -277,7 +277,7 @@ def layer_activations(run: PlannedRun) -> int:
 
     Per token, in elements of the forward dtype: the inputs of the q, k, v projections h, rotated q and k,
     v, the attention's output; the inputs of the MLP h; gate and up before and after the activation, and
-    their product, 4 i. The two norms keep their input and their normalised input in float32 (4 h of 4 bytes, and
+    their product, 4 i. The two norms keep their input and their normalized input in float32 (4 h of 4 bytes, and
     2 h in the forward dtype). LoRA keeps the same inputs.
     """
     s = run.student
@@ -316,7 +316,7 @@ def loss_buffers(run: PlannedRun) -> int:
         return 2
     mode = MODES[run.combine]
     scratch = KINDS[run.divergence].scratch or mode.scratch
-    summed = run.judged_by_all and len(run.teachers) > 1
+    summed = run.scored_by_all and len(run.teachers) > 1
     return 4 + scratch + (summed if mode.buffers is None else mode.buffers)
 
 
@@ -346,7 +346,7 @@ def cached_hidden(run: PlannedRun) -> int:
     widths += [run.student.hidden] * len(run.placed("adapter"))
     if not widths:
         return 0
-    return positions * run.element * (sum(widths) if run.judged_by_all else max(widths))
+    return positions * run.element * (sum(widths) if run.scored_by_all else max(widths))
 
 
 def kv_cache(run: PlannedRun) -> int:

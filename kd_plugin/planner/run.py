@@ -103,7 +103,7 @@ class PlannedRun:
             )
 
     @property
-    def judged_by_all(self) -> bool:
+    def scored_by_all(self) -> bool:
         """Whether every teacher scores every row."""
         return not MODES[self.combine].one_teacher
 

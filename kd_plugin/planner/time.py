@@ -128,7 +128,7 @@ def score_flops(run: PlannedRun, tokens: float) -> float:
     sizes += [run.student.total] * len(run.placed("adapter"))
     if not sizes:
         return 0.0
-    return 2 * tokens * (sum(sizes) if run.judged_by_all else sum(sizes) / len(sizes))
+    return 2 * tokens * (sum(sizes) if run.scored_by_all else sum(sizes) / len(sizes))
 
 
 def step_time(run: PlannedRun, layout: Layout, held: Memory, cluster: Cluster) -> StepTime:

@@ -91,10 +91,10 @@ class Call:
         labels: (B, L) the batch's labels, or None.
         shape: (B, L) of the batch.
         joint: form both losses in one projection, and no logits.
-        normaliser: scalar, what sums over this micro-batch's tokens are divided by; None in validation, where the
+        normalizer: scalar, what sums over this micro-batch's tokens are divided by; None in validation, where the
             student's own loss stays its mean.
         found: the objective's loss, once it is computed.
-        trained: ``found.loss_sum`` over the normaliser, as the outermost wrapper of the student returned it.
+        trained: ``found.loss_sum`` over the normalizer, as the outermost wrapper of the student returned it.
         own: in a joint pass the autograd node of what the student returned as its own loss; None in any other.
         as_tuple: whether the caller asked the student for a tuple.
     """
@@ -103,7 +103,7 @@ class Call:
     labels: Tensor | None
     shape: tuple[int, ...]
     joint: bool
-    normaliser: Tensor | None = None
+    normalizer: Tensor | None = None
     found: Any = None
     trained: Tensor | None = None
     own: Any = None
@@ -194,7 +194,7 @@ class DistillingForward:
         head = OutputHead.from_model(self.model, self.vocab_size)
         with gathered_heads([head]) as (opened,):
             call.found = self.objective.loss(hidden, opened, call.target)
-        call.trained = _normalised(call)
+        call.trained = _normalized(call)
         shown = None if labels is None else call.found.own_mean()
         if shown is not None:
             shown = beside(shown, call.trained)
@@ -222,12 +222,12 @@ class DistillingForward:
             hook.remove()
         with gathered_heads([OutputHead.from_model(self.model, self.vocab_size)]) as (head,):
             call.found = self._apart_objective.loss(seen[0], head, call.target)
-        call.trained = _normalised(call)
+        call.trained = _normalized(call)
         output[_TRAINED] = call.trained
         loss = output.get("loss")
         if loss is not None:
-            if call.normaliser is not None and labels is not None:
-                loss = loss * ((labels[..., 1:] != -100).sum() / call.normaliser).to(loss)
+            if call.normalizer is not None and labels is not None:
+                loss = loss * ((labels[..., 1:] != -100).sum() / call.normalizer).to(loss)
             output["loss"] = beside(loss, call.trained)
         return output
 
@@ -269,9 +269,9 @@ def beside(value: Tensor, other: Tensor) -> Tensor:
     return _Beside.apply(value, other)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _normalised(call: Call) -> Tensor:
+def _normalized(call: Call) -> Tensor:
     loss_sum: Tensor = call.found.loss_sum
-    return loss_sum if call.normaliser is None else loss_sum / call.normaliser.to(loss_sum.device)
+    return loss_sum if call.normalizer is None else loss_sum / call.normalizer.to(loss_sum.device)
 
 
 def _same(labels: Tensor | None, others: Tensor | None) -> bool:

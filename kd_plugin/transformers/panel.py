@@ -41,7 +41,7 @@ from kd_plugin.transformers.panel_host import (
     PanelStateCallback,
     TrainerHost,
     last_hidden_states,
-    place_teachers,
+    place_under_accelerate,
     save_what_was_learned,
 )
 from kd_plugin.transformers.run import (
@@ -120,14 +120,14 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         self._vocabulary = self._vocabulary.within(output_rows(self.model))
         require_same_student(self.panel, self.model)
         require_one_server(self.panel, self.accelerator.device)
-        place_teachers(self, self.panel, self._vocabulary)
+        place_under_accelerate(self, self.panel, self._vocabulary)
         self.add_callback(PanelStateCallback(self.panel_run.resume))
         anchor = None
         if self.panel_settings.anchor_weight > 0.0:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
                 raise ConfigError(SHARDED_ANCHOR.format("DeepSpeed and FSDP"))
             anchor = self.panel_run.anchor(self.accelerator.unwrap_model(self.model), self._vocabulary)
-            place_teachers(self, anchor.panel, self._vocabulary)
+            place_under_accelerate(self, anchor.panel, self._vocabulary)
         self.panel_step = self.panel_run.step(
             TrainerHost(self, metrics),
             str(self.args.output_dir),

@@ -129,7 +129,7 @@ def last_hidden_states(student: Any, input_ids: Tensor, attention_mask: Tensor) 
     return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
-def place_teachers(trainer: Any, panel: TeacherPanel, vocabulary: Vocabulary) -> None:
+def place_under_accelerate(trainer: Any, panel: TeacherPanel, vocabulary: Vocabulary) -> None:
     """Load the teachers that run in this process, and place them; see :func:`~kd_plugin.teachers.in_process.place`.
 
     Under ZeRO-3, and with ``shard_teachers`` under ZeRO-1 and 2, each teacher is sharded over the ranks; under FSDP2

@@ -1,6 +1,6 @@
 """What this host relies on inside transformers and accelerate: private names, and a sampler in the place of theirs.
 
-No other file of this room does either; ``tests/contract/test_upstream.py`` holds that, and each behaviour by a test.
+No other file of this room does either; ``tests/contract/test_private_names.py`` holds that, and a test each behaviour.
 """
 
 from __future__ import annotations

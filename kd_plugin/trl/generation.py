@@ -295,13 +295,13 @@ def recorded(generation: Any) -> Iterator[list[list[float]]]:
 def _of_tokens(tokens: list[int], logprobs: list[list[float | None]], ids: list[list[int]]) -> list[float]:
     """Pick the sampled token's log-probability at each position: of several, the likeliest comes first."""
     found = []
-    for token, values, listed in zip(tokens, logprobs, ids, strict=False):  # `padded` compares their numbers
+    for token, values, listed in zip(tokens, logprobs, ids, strict=False):  # `padded_logprobs` compares their numbers
         value = values[listed.index(token)]
         found.append(float("nan") if value is None else value)
     return found
 
 
-def padded(found: list[list[float]], completion_mask: Tensor, *, cut: bool = False) -> Tensor:
+def padded_logprobs(found: list[list[float]], completion_mask: Tensor, *, cut: bool = False) -> Tensor:
     """Put the lists beside their completions.
 
     Args:

@@ -26,7 +26,7 @@ from kd_plugin.rollouts.rows import Rollouts
 from kd_plugin.teachers import Teacher
 from kd_plugin.transformers.panel import PanelHostMixin
 from kd_plugin.trl.config import TeacherPanelConfig
-from kd_plugin.trl.generation import TRLEngine, ask_for_logprobs, padded, recorded, require_draws, share_evenly
+from kd_plugin.trl.generation import TRLEngine, ask_for_logprobs, padded_logprobs, recorded, require_draws, share_evenly
 from kd_plugin.trl.upstream import TrlMetricsMixin
 from kd_plugin.upstream import reference_of
 
@@ -176,7 +176,7 @@ class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
         completion_mask = output["completion_mask"]
         completion_mask[self._empty] = 0  # what stood in for empty responses
         if self.use_vllm and self._is_sampled:
-            behaviour = padded(found, completion_mask, cut=args.repetition_stop > 0)
+            behaviour = padded_logprobs(found, completion_mask, cut=args.repetition_stop > 0)
         loss_mask = completion_mask * output["tool_mask"] if "tool_mask" in output else completion_mask
         ids, lengths = output["completion_ids"].tolist(), completion_mask.sum(1).tolist()
         responses = as_responses([row[:length] for row, length in zip(ids, lengths, strict=True)], self.eos_token_ids)

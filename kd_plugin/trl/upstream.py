@@ -1,6 +1,6 @@
 """What this host relies on inside TRL: private names, of which some can only be overridden in a trainer's own class.
 
-``tests/contract/test_upstream.py`` holds that no other private name is used, and each behaviour by a test.
+``tests/contract/test_private_names.py`` holds that no other private name is used, and each behaviour by a test.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A micro-batch of fixed rows, judged by a panel and turned into a loss, without a trainer."""
+"""A micro-batch of fixed rows, scored by a panel and turned into a loss, without a trainer."""
 
 import torch
 

@@ -5,7 +5,7 @@ The names stand as public lists of models, gateways and dataset cards write them
 
 import pytest
 
-from kd_plugin.lineage.names import normalised
+from kd_plugin.lineage.names import normalized
 from kd_plugin.lineage.registry import UNREAD_API, default_registry
 
 CLOSED = {
@@ -369,5 +369,5 @@ def test_other_spellings_of_one_name(written):
 
 
 def test_one_form_of_a_name():
-    assert normalised("  OpenAI  GPT_4o ") == "openai-gpt-4o"
-    assert normalised("Llama\u20113.1") == "llama-3.1"
+    assert normalized("  OpenAI  GPT_4o ") == "openai-gpt-4o"
+    assert normalized("Llama\u20113.1") == "llama-3.1"
