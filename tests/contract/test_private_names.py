@@ -57,8 +57,11 @@ def room_of(path: Path) -> str:
     return room if room in ROOMS else "core"
 
 
+DOCUMENTED = {"_exit"}  # of os: its documentation names it, in spite of the underscore
+
+
 def is_private(name: object) -> bool:
-    return isinstance(name, str) and name.startswith("_") and not name.startswith("__")
+    return isinstance(name, str) and name.startswith("_") and not name.startswith("__") and name not in DOCUMENTED
 
 
 @functools.cache
@@ -122,7 +125,7 @@ def foreign(source: str, room: str) -> set[str]:
             base = node.value
             while isinstance(base, ast.Attribute):
                 base = base.value
-            if isinstance(base, ast.Name) and base.id in imported:
+            if isinstance(base, ast.Name) and base.id in imported - {"sys"}:  # a program's argv is its own
                 found.add(f"a patch of {ast.unparse(node)}")
     return found - (set(trl_host.IN_TRAINERS) if room == "trl" else set())
 
