@@ -35,6 +35,10 @@ class Behaviour:
     delay: float = 0.0  # seconds before any answer
     requests: list[tuple[str, dict, dict]] = field(default_factory=list)  # path, headers, body
     completions: int = 0  # requests of them
+    runner: str = "generate"  # or "pooling", which gives hidden states and generates nothing
+    pooler: dict = field(default_factory=lambda: {"task": "token_embed", "use_activation": False})
+    dtype: str = "float32"  # that it computes in
+    root: str | None = None  # what it was loaded from
 
 
 class _Refused(Exception):
@@ -169,6 +173,41 @@ def _complete(model, body, behaviour):
     return answer
 
 
+@torch.no_grad()
+def _pool(model, body, behaviour):
+    """Return the body and the metadata that vLLM 0.32 answers with, for ``encoding_format: bytes``."""
+    rows, task = body["input"], body.get("task") or behaviour.pooler.get("task")
+    if task != behaviour.pooler.get("task"):
+        raise _Refused(f"Try switching the model's pooling_task via --pooler-config.task {task}. (parameter=task)")
+    assert body["encoding_format"] == "bytes"
+    for tokens in rows:
+        if max(tokens) >= model.config.vocab_size:
+            raise _Refused(f"Token id {max(tokens)} is out of vocabulary")
+        if len(tokens) > behaviour.max_model_len:
+            raise _Refused(f"This model's maximum context length is {behaviour.max_model_len} tokens.")
+    behaviour.completions += 1
+    if behaviour.replica is not None:
+        model = behaviour.replica(behaviour.completions)
+    items, parts, start = [], [], 0
+    for index, tokens in enumerate(rows):
+        states = model.base_model(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+        states = states.to(getattr(torch, behaviour.dtype)).float()  # the pooler's head is in float32
+        if task != "token_embed":
+            states = states[-1]
+        if behaviour.pooler.get("use_activation", True):
+            states = torch.nn.functional.normalize(states, dim=-1)
+        sent = states.to(getattr(torch, body.get("embed_dtype", "float32"))).contiguous()
+        part = sent.flatten().view(torch.uint8).numpy().tobytes()
+        place = {"index": index, "embed_dtype": body.get("embed_dtype", "float32"), "endianness": "little"}
+        items.append(place | {"start": start, "end": start + len(part), "shape": list(sent.shape)})
+        parts.append(part)
+        start += len(part)
+    answer = {"model": behaviour.answer_as or behaviour.name, "data": items, "content": b"".join(parts)}
+    if behaviour.change is not None:
+        behaviour.change(answer)
+    return answer
+
+
 @contextmanager
 def fake_vllm(model, tokenizer, behaviour=None, port=0):
     """Serve ``model`` and yield (url, behaviour)."""
@@ -209,7 +248,8 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0):
                 self.send(200, {})
                 return
             assert self.path == "/v1/models"
-            self.send(200, {"data": [{"id": behaviour.name, "max_model_len": behaviour.max_model_len}]})
+            listed = {"id": behaviour.name, "max_model_len": behaviour.max_model_len, "root": behaviour.root}
+            self.send(200, {"data": [listed]})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -217,7 +257,21 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0):
                 return
             if self.path == "/tokenize" and behaviour.has_tokenize:
                 self.send(200, {"tokens": tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]})
-            elif self.path == "/v1/completions":
+            elif self.path == "/pooling" and behaviour.runner == "pooling":
+                try:
+                    with lock:
+                        answer = _pool(model, body, behaviour)
+                except _Refused as error:
+                    self.send(400, {"error": {"message": str(error), "code": 400}})
+                else:
+                    content = answer.pop("content")
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(content)))
+                    self.send_header("Content-Type", "application/octet-stream")
+                    self.send_header("metadata", json.dumps(answer))
+                    self.end_headers()
+                    self.wfile.write(content)
+            elif self.path == "/v1/completions" and behaviour.runner == "generate":
                 try:
                     with lock:
                         answer = _complete(model, body, behaviour)

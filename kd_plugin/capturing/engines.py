@@ -22,7 +22,7 @@ from kd_plugin.capturing.generating import Completion, Request, generate_locally
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal
 from kd_plugin.teachers.agreement import ROUNDING, distances
-from kd_plugin.teachers.base import Teacher, identity, missing_members
+from kd_plugin.teachers.base import Teacher, identity, missing_members, reach
 from kd_plugin.teachers.in_process import InProcessTeacher
 from kd_plugin.teachers.replies import Listed
 from kd_plugin.teachers.server import ServerTeacher
@@ -103,8 +103,8 @@ def require_targets(teacher: Teacher, targets: Targets, temperature: float) -> N
         raise ConfigError(
             f"Sampled targets are drawn from the whole distribution, and teacher {teacher.source.name!r} is {has.kind} "
             f"that lists {has.listed or 'some'} tokens a position. Use top_k or top_p targets, a teacher in this "
-            "process, or ServerTeacher(top_k='all') on a server started with --max-logprobs -1 (slow: an answer holds "
-            "every token)."
+            "process, or ServerTeacher(signal='hidden') on a server that pools; ServerTeacher(top_k='all') takes "
+            "--max-logprobs -1 and is slow: an answer holds every token."
         )
     if has.temperature is not None and temperature != has.temperature:
         raise ConfigError(
@@ -149,12 +149,14 @@ class ScoringEngine:
         self.dtype: str | None = None
 
     def describe(self) -> dict[str, str]:
-        """Return the teacher's class, which a reader may look up."""
+        """Return the teacher's class, which a reader may look up, and what tells its weights if they are elsewhere."""
         kind = type(self._teacher)
-        return {"name": f"{kind.__module__}.{kind.__qualname__}", "kd-plugin": _own_version()}
+        probe = _probe(reach(self._teacher))
+        return {"name": f"{kind.__module__}.{kind.__qualname__}", **probe, "kd-plugin": _own_version()}
 
     def require_same(self, recorded: Mapping[str, str]) -> None:
-        """Do nothing: what identifies the teacher is among the settings."""
+        """Compare a few log-probabilities of weights that are elsewhere; others are among the settings."""
+        _require_same_probe(recorded, reach(self._teacher))
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Group by the token budget, longest first."""
@@ -233,21 +235,12 @@ class ServerEngine:
 
     def describe(self) -> dict[str, str]:
         """Return what the server says it is; no address, which is nobody's business."""
-        probe = " ".join(f"{value:.3f}" for value in self._teacher.reference.long)
-        return {"name": "vllm", "vllm": self._teacher.server_version(), "probe": probe, "kd-plugin": _own_version()}
+        told = {"name": "vllm", "vllm": self._teacher.server_version(), "kd-plugin": _own_version()}
+        return told | _probe(self._teacher.reference.long.tolist())
 
     def require_same(self, recorded: Mapping[str, str]) -> None:
         """Compare a few log-probabilities: a server says its model's name, and not which weights it has."""
-        there = np.array([float(value) for value in recorded.get("probe", "").split()])
-        here = self._teacher.reference.long
-        common = min(len(there), len(here))  # a server that takes shorter rows is asked for less
-        distance = float(distances(there[:common], here[:common]).mean()) if common else 0.0
-        if not distance <= ROUNDING:
-            raise ConfigError(
-                f"The server gives other log-probabilities than the one that began this capture: {distance:.2f} nats "
-                f"apart on average over {common} tokens, where rounding explains {ROUNDING}. Nothing was stored. Serve "
-                "the weights of then, or choose another output directory."
-            )
+        _require_same_probe(recorded, self._teacher.reference.long.tolist())
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Group neighbours: the server batches by itself."""
@@ -291,6 +284,23 @@ class ServerEngine:
             )
         assert not isinstance(targets, Sampled)  # refused before
         return from_list(listed.ids, listed.logprobs, listed.tail_logmass, targets)
+
+
+def _probe(logprobs: Sequence[float]) -> dict[str, str]:
+    """Return what a manifest keeps of log-probabilities that tell a teacher's weights; nothing where there are none."""
+    return {"probe": " ".join(f"{value:.3f}" for value in logprobs)} if len(logprobs) else {}
+
+
+def _require_same_probe(recorded: Mapping[str, str], now: Sequence[float]) -> None:
+    there = np.array([float(value) for value in recorded.get("probe", "").split()])
+    common = min(len(there), len(now))  # a server that takes shorter rows is asked for less
+    distance = float(distances(there[:common], np.array(now[:common])).mean()) if common else 0.0
+    if not distance <= ROUNDING:
+        raise ConfigError(
+            f"The server gives other log-probabilities than the one that began this capture: {distance:.2f} nats "
+            f"apart on average over {common} tokens, where rounding explains {ROUNDING}. Nothing was stored. Serve "
+            "the weights of then, or choose another output directory."
+        )
 
 
 def padded_examples(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

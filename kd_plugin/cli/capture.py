@@ -37,7 +37,9 @@ _SERVER_KEYS = (
     "model",
     "tokenizer",
     "repo",
+    "signal",
     "top_k",
+    "server_dtype",
     "timeout",
     "max_concurrency",
     "max_retries",
@@ -56,8 +58,9 @@ class TeachingSettings:
     teacher: dict[str, Any] | str = option(
         default="",
         help="A local model directory, a hub id, or a vLLM server as a mapping with url and model, and if need be "
-        "tokenizer, repo (of the weights, for their terms), top_k (all lists every token), api_key_env, timeout, "
-        "max_concurrency, max_retries.",
+        "tokenizer, repo (of the weights, for their terms), signal (top_k, or hidden for the "
+        "whole distribution of a server that pools), top_k (all lists every token), server_dtype, api_key_env, "
+        "timeout, max_concurrency, max_retries.",
     )
     output_dir: str = option(
         default="", help="The cache: a new directory, or one with the same capture, which then goes on."

@@ -11,9 +11,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
@@ -58,6 +59,19 @@ class RefusedRequest(ServerError):
     def __init__(self, url: str, status: int, says: str) -> None:
         super().__init__(f"{url} refused a request with status {status}: {says}")
         self.status, self.says = status, says
+
+
+@dataclass(frozen=True)
+class Raw:
+    """An answer of bytes (``application/octet-stream``), which is given in the place of JSON.
+
+    Attributes:
+        content: its body.
+        headers: of the answer; names in any case.
+    """
+
+    content: bytes
+    headers: Mapping[str, str]
 
 
 class Client:
@@ -211,7 +225,7 @@ class Client:
             ) as answer:
                 self._require_success(url, answer)
                 events = stream and "text/event-stream" in answer.headers.get("Content-Type", "")
-                found = _events(answer) if events else [_json(url, answer)]
+                found = _events(answer) if events else [_content(url, answer)]
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             raise Away(f"{type(error).__name__}: {_reason(error)}") from error
         made = read(found if stream else found[0])
@@ -272,13 +286,15 @@ def _as_it_is(answer: Any) -> Any:
     return answer
 
 
-def _json(url: str, answer: requests.Response) -> Any:
-    """Read an answer as JSON.
+def _content(url: str, answer: requests.Response) -> Any:
+    """Read an answer as JSON, or as :class:`Raw` where it says that it is bytes.
 
     Raises:
         Away: it ends in the middle.
         ServerError: it is something else, such as a page of a proxy.
     """
+    if "application/octet-stream" in answer.headers.get("Content-Type", ""):
+        return Raw(answer.content, answer.headers)
     try:
         return answer.json()
     except ValueError as error:

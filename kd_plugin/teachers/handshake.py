@@ -59,11 +59,11 @@ def shake_hands(
         ConfigError: it lists fewer tokens than will be asked for.
     """
     with client.said(name):
-        served = _find_model(client, asking.model)
+        served = find_model(client, asking.model)
         if admit is not None:
             admit(names_of(served))
         asking = replace(asking, model=str(served["id"]))
-        _compare_tokenizers(client, asking, tokenizer, name)
+        compare_tokenizers(client, str(asking.model), asking.vocab_size, tokenizer, name)
         limit = served.get("max_model_len")
         probes = Probes.of(asking.vocab_size, None if limit is None else int(limit) - 1)
         greeting = _probe(client, asking, name, served, probes)
@@ -116,7 +116,12 @@ def names_of(served: Mapping[str, Any]) -> list[str]:
     return [name if not name.startswith((".", "/", "~")) else name.rstrip("/").rsplit("/", 1)[-1] for name in said]
 
 
-def _find_model(client: Client, wanted: str | None) -> Mapping[str, Any]:
+def find_model(client: Client, wanted: str | None) -> Mapping[str, Any]:
+    """Return the server's own description of the model that is wanted; None wants the only one.
+
+    Raises:
+        ServerError: it is away, or does not serve the model.
+    """
     answer = client.get("/v1/models")
     try:
         models = {str(model["id"]): model for model in answer["data"]}
@@ -133,13 +138,16 @@ def _find_model(client: Client, wanted: str | None) -> Mapping[str, Any]:
     return models[wanted]
 
 
-def _compare_tokenizers(client: Client, asking: Asking, tokenizer: Any, name: str) -> None:
-    """Let the server tokenize a text that touches tokens all over the vocabulary."""
-    size = asking.vocab_size
+def compare_tokenizers(client: Client, model: str, size: int, tokenizer: Any, name: str) -> None:
+    """Let the server tokenize a text that touches tokens all over a vocabulary of ``size``.
+
+    Raises:
+        VocabularyError: its ids are not those of ``tokenizer``.
+    """
     spread = np.linspace(0, size - 1, min(size, _PROBED_TOKENS)).astype(int).tolist()
     text = tokenizer.decode(spread, skip_special_tokens=True)
     try:
-        answer = client.post("/tokenize", {"model": asking.model, "prompt": text, "add_special_tokens": False})
+        answer = client.post("/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})
     except RefusedRequest as error:
         if error.status != 404:
             raise

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,53 +12,61 @@ import torch
 from torch import Tensor
 
 from kd_plugin.errors import ConfigError, DataError
-from kd_plugin.lineage.sources import Source
-from kd_plugin.models import output_rows
+from kd_plugin.settings import require_known
 from kd_plugin.signals import SparseSignal
 from kd_plugin.teachers.agreement import Reference, Repeats, floored, require_same_prefixes
 from kd_plugin.teachers.base import Capabilities, Gives
-from kd_plugin.teachers.client import Client, RefusedRequest
 from kd_plugin.teachers.handshake import Greeting, require_raw, shake_hands
+from kd_plugin.teachers.hidden_server import HiddenServerTeacher
 from kd_plugin.teachers.replies import Asking, Listed, ServerCompletion
-from kd_plugin.vocab import Vocabulary
+from kd_plugin.teachers.served import ServedModel
+
+_LISTED = 64  # tokens a position, unless told
 
 
-class ServerTeacher:
-    """A model on a vLLM server, asked by token ids for ``prompt_logprobs``.
+class ServerTeacher(ServedModel):
+    """A model on a vLLM server, asked by token ids for ``prompt_logprobs``, or for its last hidden states.
+
+    With ``signal="hidden"`` this makes a :class:`~kd_plugin.teachers.hidden_server.HiddenServerTeacher`, which gives
+    the whole distribution: see there. What follows is of the listed tokens.
 
     Nothing is sent until :meth:`check` or the first score, so that the license gate can refuse it before. Then the
     server is asked what it serves, and must have the same tokenizer and allow ``top_k`` tokens. Whatever is asked for
     later comes with a probe, whose answer must be that of the beginning.
 
     Args:
-        url: address of the server, ``http://host:port``, with or without ``/v1``.
-        model: the name under which the server lists the model; None takes the only one.
-        tokenizer: the teacher's tokenizer, or a directory or hub id to load it from; None takes ``repo``, else
-            ``model``.
-        name: how metrics and lineage call it.
+        url: see :class:`~kd_plugin.teachers.served.ServedModel`, like what is not named here.
+        model: see there.
+        signal: ``top_k``: the likeliest tokens and the one that stands next. ``hidden``: last hidden states.
         top_k: tokens listed a position, or ``"all"`` for the whole distribution (small vocabularies, few tokens:
-            an answer then takes about 60 bytes a token of the vocabulary).
-        timeout: seconds until a request without an answer counts as failed.
-        max_concurrency: requests at a time.
-        max_retries: further attempts of a request while the server is away, overloaded or restarting.
-        api_key_env: environment variable with the server's key; it is never written or shown.
-        repo: hub id or directory of the weights that are served, where their terms can be read; None takes
-            ``model``.
-        revision: branch, tag or commit of ``repo``.
-        license: declared licence where none can be discovered.
+            an answer then takes about 60 bytes a token of the vocabulary). 64 where it is left out.
+        server_dtype: of ``hidden``: dtype that the server computes in.
+        placement: of ``hidden``: where the output head is.
 
     Raises:
-        ConfigError: a setting is out of range, or the url holds credentials.
+        ConfigError: a setting is out of range or belongs to the other signal, or the url holds credentials.
     """
+
+    def __new__(cls, *args: Any, signal: str = "top_k", **options: Any) -> Any:
+        """Make the teacher of the signal that is asked for."""
+        require_known("signal", signal, ("top_k", "hidden"))
+        if signal == "top_k":
+            return super().__new__(cls)
+        if options.pop("top_k", None) is not None:
+            raise ConfigError("top_k is set, and signal='hidden' gives the whole distribution. Leave top_k out.")
+        return HiddenServerTeacher(*args, **{k: v for k, v in options.items() if v is not None})
 
     def __init__(
         self,
         url: str,
         model: str | None = None,
         *,
+        signal: Literal["top_k", "hidden"] = "top_k",
         tokenizer: Any = None,
         name: str = "teacher",
-        top_k: int | Literal["all"] = 64,
+        top_k: int | Literal["all"] | None = None,
+        server_dtype: str | None = None,
+        placement: Literal["resident", "offload"] | None = None,
         timeout: float = 600.0,
         max_concurrency: int = 16,
         max_retries: int = 8,
@@ -69,48 +75,32 @@ class ServerTeacher:
         revision: str | None = None,
         license: str | None = None,
     ) -> None:
+        for setting, value in (("server_dtype", server_dtype), ("placement", placement)):
+            if value is not None:
+                raise ConfigError(f"{setting}={value!r} is a setting of signal='hidden', and the signal is 'top_k'.")
+        top_k = _LISTED if top_k is None else top_k
         if top_k != "all" and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ConfigError(f"top_k={top_k!r}: expected a whole number of at least 1, or 'all'.")
-        self.name = name
-        self.top_k = top_k
-        self.client = Client(
+        super().__init__(
             url,
+            model,
+            tokenizer=tokenizer,
+            name=name,
             timeout=timeout,
             max_concurrency=max_concurrency,
             max_retries=max_retries,
             api_key_env=api_key_env,
+            repo=repo,
+            revision=revision,
+            license=license,
         )
-        self._model, self._repo = model, repo or model
-        self._revision, self._license = revision, license
-        self._tokenizer = tokenizer
-        self._lock = threading.Lock()
+        self.top_k: int | Literal["all"] = top_k
         self._greeting: Greeting | None = None
         self._repeats = Repeats()
         self._is_raw = False
-        self._admit: Callable[[Sequence[str]], None] | None = None
 
     def __repr__(self) -> str:
         return f"ServerTeacher({self.client.root!r}, {self._model!r}, name={self.name!r}, top_k={self.top_k!r})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what cannot be copied; a copy asks the server again."""
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_repeats")}
-        return {**kept, "_greeting": None, "_is_raw": False, "_admit": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _repeats=Repeats())
-
-    @cached_property
-    def source(self) -> Source:
-        """What this teacher is, known before the first request: endpoint, model name, and where the terms are."""
-        return Source(
-            name=self.name,
-            ref=self._repo,
-            revision=self._revision,
-            license=self._license,
-            endpoint=self.client.root,
-            model=self._model,
-        )
 
     @property
     def capabilities(self) -> Capabilities:
@@ -126,43 +116,6 @@ class ServerTeacher:
         """The names of the model, and not its address."""
         source = self.source
         return {"kind": "server", "model": source.model, "repo": source.ref, "revision": source.revision}
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The teacher's tokenizer, loaded on first use."""
-        found = self._tokenizer if self._tokenizer is not None else self._repo
-        if found is None:
-            raise ConfigError(
-                f"Teacher {self.name!r} at {self.client.root} has no tokenizer. Pass ServerTeacher(..., "
-                "tokenizer=...): the tokenizer, its directory or its hub id."
-            )
-        if not isinstance(found, str | Path):
-            return found
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(found, revision=self._revision if found == self._repo else None)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"No tokenizer can be loaded from {found!r} for teacher {self.name!r} ({error}). Pass tokenizer: its "
-                "directory or hub id, where that is not the name of the model on the server."
-            ) from error
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        """The token ids that this teacher speaks; those that its head has rows for, where ``repo`` tells."""
-        return Vocabulary.from_tokenizer(self.tokenizer).within(self._rows)
-
-    @property
-    def _rows(self) -> int | None:
-        from transformers import AutoConfig
-
-        if self._repo is None:
-            return None
-        try:
-            return output_rows(AutoConfig.from_pretrained(self._repo, revision=self._revision))
-        except (OSError, ValueError):
-            return None  # the weights are elsewhere; the server refuses ids that it does not know
 
     @property
     def listed(self) -> int:
@@ -180,15 +133,6 @@ class ServerTeacher:
         """Tokens that a row may have: the server's limit less the one that it insists on generating."""
         limit = self.check().get("max_model_len")
         return None if limit is None else int(limit) - 1
-
-    def gate(self, admit: Callable[[Sequence[str]], None]) -> None:
-        """Let a run check the names that the server gives for the model, before the first prompt is sent.
-
-        Args:
-            admit: called with the names; raises where the model may not teach.
-        """
-        with self._lock:
-            self._admit, self._greeting = admit, None
 
     def check(self) -> Mapping[str, Any]:
         """Ask the server once what it serves, and refuse it unless that is what was configured.
@@ -359,12 +303,9 @@ class ServerTeacher:
             kept = [prompts[i] for i in some], [done[i] for i in some]
             self.reference.score_again(self.client, asking, *kept, twice, self.max_length)
 
-    def server_version(self) -> str:
-        """Return the version that the server names, for records."""
-        try:
-            return str(self.client.get("/version")["version"])
-        except (RefusedRequest, KeyError, TypeError):
-            return "unknown"
+    def forget(self) -> None:
+        """Have the server asked again what it serves, before anything else is asked of it."""
+        self._greeting, self._repeats, self._is_raw = None, Repeats(), False
 
     def listing(self, top_k: int | Literal["all"]) -> ServerTeacher:
         """Return this teacher with another number of tokens listed a position; it asks the server anew."""
@@ -374,3 +315,8 @@ class ServerTeacher:
 
     def _asking(self, model: str | None) -> Asking:
         return Asking(self.client.root, model, self.listed, self.vocabulary.size)
+
+
+# By its `__new__`, which hands on, it would seem to take anything
+_shown = inspect.signature(ServerTeacher.__init__)
+ServerTeacher.__signature__ = _shown.replace(parameters=list(_shown.parameters.values())[1:])  # type: ignore[attr-defined]

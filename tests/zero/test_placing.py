@@ -1,9 +1,14 @@
 """Teachers wherever they may lie under DeepSpeed: each gives the losses of a run in one process."""
 
+import contextlib
+
 import pytest
+import torch
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from tests.core.test_adapter_teacher import save_adapter
+from tests.fake_vllm import Behaviour, fake_vllm
 from tests.hosts.runs import LORA
 from tests.zero.ranks import run_all
 
@@ -51,6 +56,27 @@ def test_adapters_and_offloaded_teachers_at_every_stage(adapters, student, teach
     found = run_all(jobs, tmp_path / "two", timeout=600)
     for name in jobs:
         assert found[name][0]["losses"] == pytest.approx(expected[name.rstrip("123cut")][0]["losses"], rel=1e-3), name
+
+
+def test_the_heads_of_servers_lie_where_teachers_do(student_dir, teacher_dir, other_teacher_dir, tokenizer, tmp_path):
+    """Hidden states from servers, routed, so that a rank may have no row for one: the losses of two local teachers."""
+    local = {"a": teacher_dir, "b": other_teacher_dir}
+    with contextlib.ExitStack() as stack:
+        far: dict[str, dict] = {}
+        for name, repo in local.items():
+            model = AutoModelForCausalLM.from_pretrained(repo, dtype=torch.float32).eval()
+            url, _ = stack.enter_context(fake_vllm(model, tokenizer, Behaviour(runner="pooling")))
+            far[name] = {"url": url, "repo": repo}
+        far["b"]["placement"] = "offload"
+        told = {"routing": 5, "lora": False}
+        jobs = {str(stage): panel(student_dir, tmp_path / "out", far, stage) | told for stage in (2, 3)}
+        jobs["2 cut"] = panel(student_dir, tmp_path / "out", far, 2, shard_teachers=True) | told
+        found = run_all(jobs, tmp_path / "two", timeout=600)
+    alone = panel(student_dir, tmp_path / "alone", local, None, rows=4, lora=False) | {"routing": 5}
+    expected = run_all({"": alone}, tmp_path / "one", ranks=1)[""][0]["losses"]
+    for name, reports in found.items():
+        assert reports[0]["losses"] == pytest.approx(expected, rel=1e-3), name
+        assert reports[0]["sharded"] == ([] if name == "2" else ["a"]), name
 
 
 def test_interleaved_rollouts_at_every_stage(adapters, student, teacher_dir, other_teacher_dir, tmp_path):

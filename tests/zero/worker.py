@@ -71,10 +71,12 @@ def arguments(job: dict, rank: int) -> dict:
 
 def teacher(name: str, told: str | dict):
     """Return a teacher of a job: a path, or what says its placement or its adapter."""
-    from kd_plugin import AdapterTeacher, LocalTeacher
+    from kd_plugin import AdapterTeacher, LocalTeacher, ServerTeacher
 
     if isinstance(told, str):
         return told
+    if "url" in told:
+        return ServerTeacher(**told, signal="hidden", name=name)
     if "adapter" in told:
         return AdapterTeacher(told["adapter"], base=told["base"], name=name, accept_base=True, license="own")
     return LocalTeacher(told["path"], dtype="float32", name=name, placement=told["placement"])
@@ -223,7 +225,7 @@ def run_job(job: dict, rank: int, counting) -> dict:
         "norm": weight_norm(trainer),
     }
     if job["method"] == "panel":
-        report["sharded"] = [name for name, teacher in trainer.panel.teachers.items() if teacher.is_sharded]
+        report["sharded"] = [name for name, teacher in trainer.panel.teachers.items() if teacher.capabilities.sharded]
     if counting is not None:
         report |= counting.report()
     if job.get("save"):
