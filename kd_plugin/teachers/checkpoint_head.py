@@ -162,10 +162,12 @@ class HeldHead(nn.Module):
 
     Args:
         head: whose tensors it holds from now on.
+        config: of the model, whose width TRL and DeepSpeed read.
     """
 
-    def __init__(self, head: OutputHead) -> None:
+    def __init__(self, head: OutputHead, config: Any) -> None:
         super().__init__()
+        self.config = config
         self.weight = nn.Parameter(head.weight, requires_grad=False)
         self.bias = None if head.bias is None else nn.Parameter(head.bias, requires_grad=False)
         self._head = replace(head, weight=torch.empty(0), bias=None)

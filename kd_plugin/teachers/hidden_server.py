@@ -106,7 +106,7 @@ class HiddenServerTeacher(ServedModel):
 
     @cached_property
     def _held(self) -> HeldHead:
-        return HeldHead(self.checkpoint.head(self.vocabulary.size))
+        return HeldHead(self.checkpoint.head(self.vocabulary.size), self.checkpoint.config)
 
     @cached_property
     def width(self) -> int:
