@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.vocab import SharedTokens
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,13 @@ class HiddenSignal:
     Attributes:
         hidden: (N, H) last hidden states at the scored positions; no gradient.
         head: the teacher's output head.
+        shared: where the teacher has another vocabulary than the student, what they share; the head is over all of the
+            teacher's tokens then. None for the same tokens.
     """
 
     hidden: Tensor
     head: OutputHead
+    shared: SharedTokens | None = None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -128,6 +133,10 @@ class HiddenSignal:
         if self.head.vocab_size == vocab_size:
             return self
         return HiddenSignal(self.hidden, replace(self.head, vocab_size=vocab_size))
+
+    def over(self, shared: SharedTokens) -> HiddenSignal:
+        """Return the same distribution, to be compared over the tokens that the student shares."""
+        return replace(self, head=replace(self.head, vocab_size=shared.teacher_size), shared=shared)
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,9 @@ class SparseSignal:
         draws: (N, K) how often each token was drawn, for sampled targets; None for top-k.
         sampled_token_logprobs: (N,) nats of the sampled token, which stands at the next position, listed or not, where
             the teacher tells; None where it does not.
+        shared: where the teacher has another vocabulary than the student, what they share: only shared tokens are
+            listed, and the mass not listed holds all others of the teacher. None for the same tokens.
+        rest_mass: (N,) probability of tokens that the teacher listed and the student does not share; with ``shared``.
     """
 
     ids: Tensor
@@ -150,19 +162,19 @@ class SparseSignal:
     tail_logmass: Tensor
     draws: Tensor | None = None
     sampled_token_logprobs: Tensor | None = None
+    shared: SharedTokens | None = None
+    rest_mass: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
     def to(self, device: torch.device | str) -> SparseSignal:
         """Move every tensor to ``device``, without waiting."""
-        return SparseSignal(
-            self.ids.to(device, non_blocking=True),
-            self.logprobs.to(device, non_blocking=True),
-            self.tail_logmass.to(device, non_blocking=True),
-            None if self.draws is None else self.draws.to(device, non_blocking=True),
-            None if self.sampled_token_logprobs is None else self.sampled_token_logprobs.to(device, non_blocking=True),
-        )
+        return self._with(*(None if t is None else t.to(device, non_blocking=True) for t in self._tensors()))
+
+    def select(self, positions: Tensor) -> SparseSignal:
+        """Return some positions, by number."""
+        return self._with(*(None if t is None else t.index_select(0, positions) for t in self._tensors()))
 
     def within(self, vocab_size: int) -> SparseSignal:
         """Return the distribution over the first ``vocab_size`` tokens: listed ones beyond go, the rest is scaled up.
@@ -183,31 +195,62 @@ class SparseSignal:
             None if self.sampled_token_logprobs is None else self.sampled_token_logprobs - scale,
         )
 
+    def over(self, shared: SharedTokens) -> SparseSignal:
+        """Return the distribution with tokens listed that the student shares; all others join what is not listed.
+
+        Sampled targets have nothing for what is not listed: the draws of other tokens go, and a position that loses
+        all has none left.
+        """
+        gone = (self.logprobs != -math.inf) & ~shared_mask(shared, self.ids)
+        logprobs, tail = self.logprobs, self.tail_logmass
+        mass = logprobs.masked_fill(~gone, -math.inf).exp().sum(-1)
+        if self.draws is None:
+            tail = torch.logaddexp(tail, mass.log())
+        else:
+            mass = torch.where(gone, self.draws, 0).sum(-1) / self.draws.sum(-1).clamp(min=1)
+            logprobs = logprobs - torch.log1p(-mass.clamp(max=1.0 - 1e-6)).to(logprobs.dtype).unsqueeze(-1)
+        return replace(
+            self,
+            ids=self.ids.masked_fill(gone, 0),
+            logprobs=logprobs.masked_fill(gone, -math.inf),
+            tail_logmass=tail,
+            draws=None if self.draws is None else self.draws.masked_fill(gone, 0),
+            shared=shared,
+            rest_mass=mass,
+        )
+
     def split(self, counts: Sequence[int]) -> list[SparseSignal]:
         """Cut the positions into pieces of the given lengths."""
         pieces = [None if t is None else t.split(list(counts)) for t in self._tensors()]
-        return [SparseSignal(*(None if p is None else p[i] for p in pieces)) for i in range(len(counts))]  # type: ignore[arg-type]
+        return [self._with(*(None if p is None else p[i] for p in pieces)) for i in range(len(counts))]
 
     @classmethod
     def joined(cls, signals: Sequence[SparseSignal]) -> SparseSignal:
-        """Put positions after one another, padding to the longest list; what one of them lacks, all lack."""
+        """Put positions of one teacher after one another, padding to the longest list; what one lacks, all lack."""
         width = max(signal.ids.shape[1] for signal in signals)
 
         def padded(tensor: Tensor, value: float) -> Tensor:
             return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
 
-        draws = [signal.draws for signal in signals]
-        written = [signal.sampled_token_logprobs for signal in signals]
-        return cls(
-            torch.cat([padded(signal.ids, 0) for signal in signals]),
-            torch.cat([padded(signal.logprobs, -math.inf) for signal in signals]),
-            torch.cat([signal.tail_logmass for signal in signals]),
-            None if any(d is None for d in draws) else torch.cat([padded(d, 0) for d in draws if d is not None]),
-            None if any(w is None for w in written) else torch.cat([w for w in written if w is not None]),
+        ids, logprobs, draws = (
+            [None if t is None else padded(t, fill) for t in tensors]
+            for tensors, fill in (
+                ([s.ids for s in signals], 0),
+                ([s.logprobs for s in signals], -math.inf),
+                ([s.draws for s in signals], 0),
+            )
         )
+        tails, written = [s.tail_logmass for s in signals], [s.sampled_token_logprobs for s in signals]
+        columns = [ids, logprobs, tails, draws, written, [s.rest_mass for s in signals]]
+        whole = [None if any(t is None for t in column) else torch.cat(column) for column in columns]  # type: ignore[arg-type]
+        return signals[0]._with(*whole)
+
+    def _with(self, *tensors: Tensor | None) -> SparseSignal:
+        """Return a signal of the same teacher with these in the place of :meth:`_tensors`."""
+        return SparseSignal(*tensors[:5], shared=self.shared, rest_mass=tensors[5])  # type: ignore[arg-type]
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.ids, self.logprobs, self.tail_logmass, self.draws, self.sampled_token_logprobs
+        return self.ids, self.logprobs, self.tail_logmass, self.draws, self.sampled_token_logprobs, self.rest_mass
 
 
 @dataclass(frozen=True)
@@ -221,6 +264,18 @@ class TextSignal:
 
     response: str
     score: float | None = None
+
+
+def shared_mask(shared: SharedTokens, ids: Tensor) -> Tensor:
+    """Return which of some ids, of any shape, are shared."""
+    return _shared_table(shared, ids.device)[ids.clamp(max=max(shared.student_size, shared.teacher_size))]
+
+
+@lru_cache(maxsize=64)
+def _shared_table(shared: SharedTokens, device: torch.device) -> Tensor:
+    table = torch.zeros(max(shared.student_size, shared.teacher_size) + 1, dtype=torch.bool)
+    table[torch.tensor(shared.ids())] = True
+    return table.to(device)
 
 
 def refuse_adapted_head(head: nn.Module) -> None:

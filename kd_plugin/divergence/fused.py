@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kd_plugin.divergence.folding import Comparisons, require_shared_rows
 from kd_plugin.divergence.modes import MODES, PanelGroup, TeacherTerm, check_groups, head_identity, merged_by_head
 from kd_plugin.divergence.projection import (
     Projector,
@@ -74,20 +75,20 @@ def panel_pass(hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: 
     workspace = Workspace(min(rows, max(hidden_NH.shape[0], 1)), vocab_size, device)
     project = Projector(student, "student", workspace, dtype, statistics, plan.temperature, keep_slope=need_grad)
     gradient = StudentGradient(hidden_NH, weight, bias, project, plan.needs, statistics)
-    tiles = Tiles(workspace, statistics, need_grad)
+    comparisons = Comparisons(workspace, statistics, need_grad)
     entropy_N = torch.zeros(hidden_NH.shape[0], dtype=statistics, device=device)
     found = PassSums(torch.zeros((), dtype=statistics, device=device), entropy_N, [], [], gradient.take())
     for group in plan.groups:
         count = hidden_NH.shape[0] if group.positions is None else group.positions.shape[0]
         teachers = _projectors(group, student, workspace, plan)
-        walk = GroupPass(group, teachers, project, tiles, plan, count)
+        walk = GroupPass(group, teachers, project, comparisons, plan, count)
         for part in chunks(count if teachers else 0, rows):
             where = part if group.positions is None else group.positions[part]
             used_R = torch.stack([weight[part] != 0 for weight in walk.weights]).any(0)
             hidden_RH = without_unused(hidden_NH.detach()[where].to(dtype), used_R.unsqueeze(-1))
             entropy_N[where] = walk.chunk(hidden_RH, part).where(used_R, 0.0)
             if need_grad:
-                gradient.add(tiles.gradient(), hidden_RH, where)
+                gradient.add(walk.gradient(), hidden_RH, where)
         found.loss.add_(walk.loss())
         found.values.extend(walk.values)
         found.weights.extend(walk.weights)
@@ -97,16 +98,22 @@ def panel_pass(hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: 
 def _projectors(group: PanelGroup, student: OutputHead, workspace: Workspace, plan: Plan) -> list[Projector]:
     """Bring the heads of a group to the dtype of the product, each once."""
     projectors = []
-    ready: dict[object, OutputHead] = {}
+    ready: dict[object, tuple[OutputHead, Workspace]] = {}
     for term in group.terms:
-        dtype = plan.autocast or term.signal.hidden.dtype
+        dtype, shared = plan.autocast or term.signal.hidden.dtype, term.signal.shared
         key = (head_identity(term.signal.head), dtype)
         if key not in ready:
             head = term.signal.head.real_rows()
-            require_matching_rows(student, head, "a teacher of the panel")
-            ready[key] = replace(head, weight=head.weight.detach().to(workspace.device, dtype))
+            if shared is None:
+                require_matching_rows(student, head, "a teacher of the panel")
+            else:
+                require_shared_rows(student, head, shared)
+            size = head.weight.shape[0]
+            own = workspace if shared is None else Workspace(workspace.rows, size, workspace.device)
+            ready[key] = replace(head, weight=head.weight.detach().to(workspace.device, dtype)), own
         temperature = plan.temperature if term.temperature is None else term.temperature
-        projectors.append(Projector(ready[key], "teacher", workspace, dtype, plan.statistics, temperature))
+        head, own = ready[key]
+        projectors.append(Projector(head, "teacher", own, dtype, plan.statistics, temperature))
     return projectors
 
 
@@ -114,9 +121,7 @@ class GroupPass:
     """The chunks of one group, and the values and weights of its terms, filled chunk by chunk.
 
     Attributes:
-        project: the student.
         teachers: the group's, in the order of its terms.
-        tiles: compares two distributions and holds the gradient.
         plan: of the whole loss.
         sharpness: of the group.
         weights: for each term (n,), replaced where the mode forms its own.
@@ -132,55 +137,104 @@ class GroupPass:
         group: PanelGroup,
         teachers: Sequence[Projector],
         project: Projector,
-        tiles: Tiles,
+        comparisons: Comparisons,
         plan: Plan,
         count: int,
     ) -> None:
-        self._group, self.teachers, self.project, self.tiles, self.plan = group, teachers, project, tiles, plan
-        self._mode, self.sharpness = MODES[group.combining], group.sharpness
-        device = project.workspace.device
+        self._group, self.teachers, self.plan = group, teachers, plan
+        self._project, self._mode, self.sharpness = project, MODES[group.combining], group.sharpness
+        device = self._project.workspace.device
         self.weights = [_weights(term, count, plan.statistics, device) for term in group.terms]
         self.values = [torch.zeros(count, dtype=plan.statistics, device=device) for _ in group.terms]
         self.joint_value = torch.zeros(count, dtype=plan.statistics, device=device)
-        self._alike: dict[float, list[int]] = {}
+        self._compared = [comparisons.over(term.signal.shared, rest) for term, rest in _rests(group, plan.divergence)]
+        self._alike: dict[tuple[float, int], list[int]] = {}
         for i, term in enumerate(group.terms):
             temperature = plan.temperature if term.temperature is None else term.temperature
-            self._alike.setdefault(temperature, []).append(i)
+            self._alike.setdefault((temperature, id(self._compared[i][0])), []).append(i)
+        self._earlier_RV: Tensor | None = None  # gradient of the teachers before those of the present comparison
+
+    @property
+    def tiles(self) -> Tiles:
+        """Compares two distributions and holds the gradient of the present comparison."""
+        return self._present.tiles
 
     def chunk(self, hidden_RH: Tensor, part: slice) -> Tensor:
         """Compare the student with every teacher at the positions of ``part``; return its entropy (R,)."""
-        return self._mode.chunk(self, self.project(hidden_RH), part)
+        return self._mode.chunk(self, self._project(hidden_RH), part)
 
     def loss(self) -> Tensor:
         """Return the group's part of the loss, over all its positions."""
         return self._mode.loss(self)
 
     def order(self) -> list[int]:
-        """Return the terms in the order of :meth:`by_temperature`."""
+        """Return the terms in the order of :meth:`by_comparison`."""
         return [i for indices in self._alike.values() for i in indices]
 
-    def by_temperature(self, logits_RV: Tensor) -> Iterator[tuple[Tensor, list[int]]]:
-        """Start the tiles at each temperature, with the student projected once; yield its entropy and the terms."""
+    def by_comparison(self, logits_RV: Tensor) -> Iterator[tuple[Tensor, list[int]]]:
+        """Start the tiles for teachers that are compared alike: at one temperature, over the same outcomes.
+
+        The student is projected once. Yields its entropy (R,) and the terms.
+        """
         if len(self._alike) > 1:
-            raw_RV = self.project.workspace.get("raw", logits_RV.shape[0], logits_RV.dtype).copy_(logits_RV)
-        for i, (temperature, indices) in enumerate(self._alike.items()):
+            raw_RV = self._project.workspace.get("raw", logits_RV.shape[0], logits_RV.dtype).copy_(logits_RV)
+        for i, ((temperature, _), indices) in enumerate(self._alike.items()):
             if i > 0:
-                self.tiles.settle()
+                self._put_aside()
                 logits_RV.copy_(raw_RV)
             factor = self.plan.temperature / temperature
+            self._present, self._logits_RV = self._compared[indices[0]][0], logits_RV
             at_RV = logits_RV if factor == 1.0 else logits_RV.mul_(factor)
-            yield self.tiles.start(at_RV, self.project.multiplier * factor, len(indices)), indices
+            yield self._present.start(at_RV, self._project.multiplier * factor, len(indices)), indices
+
+    def start_joint(self, logits_RV: Tensor) -> Tensor:
+        """Start the tiles for all teachers as one distribution; return the student's entropy (R,)."""
+        self._present, self._logits_RV = self._compared[0][0], logits_RV
+        return self._present.start(logits_RV, self._project.multiplier, 1)
 
     def take(self, i: int, part: slice) -> None:
         """Project a teacher and hand it to the tiles."""
         teacher, used_R1 = self.teachers[i], (self.weights[i][part] != 0).unsqueeze(-1)
         hidden_RH = self._group.terms[i].signal.hidden[part].to(teacher.workspace.device, teacher.weight_VH.dtype)
-        self.tiles.take(teacher(without_unused(hidden_RH, used_R1)))
+        self._present.take(teacher(without_unused(hidden_RH, used_R1)), self._compared[i][1])
 
     def add(self, i: int, part: slice, weight_R: Tensor) -> None:
         """Add the teacher that was taken in last to the loss, by its own divergence."""
         value_R = self.tiles.add(weight_R, self._group.terms[i].divergence or self.plan.divergence)
         self.values[i][part] = value_R.where(self.weights[i][part] != 0, 0.0)
+
+    def rescale(self, factor_R: Tensor) -> None:
+        """Multiply the weights of all teachers so far."""
+        self.tiles.rescale(factor_R)
+        if self._earlier_RV is not None:
+            self._earlier_RV.mul_(factor_R.unsqueeze(-1))
+
+    def gradient(self) -> Tensor:
+        """(R, V) gradient of Σ w·D in the student's projection; ends the chunk and overwrites its buffers."""
+        gradient_RV, earlier_RV = self._present.gradient(self._logits_RV), self._earlier_RV
+        self._earlier_RV = None
+        return gradient_RV if earlier_RV is None else earlier_RV.add_(gradient_RV)
+
+    def _put_aside(self) -> None:
+        """Keep the gradient so far, before the memory of the student's logits is written again."""
+        if not any(self.plan.needs):
+            return
+        gradient_RV = self._present.gradient(self._logits_RV)
+        if self._earlier_RV is None:
+            buffer = self._project.workspace.get("finished", gradient_RV.shape[0], gradient_RV.dtype)
+            self._earlier_RV = buffer.copy_(gradient_RV)
+        else:
+            self._earlier_RV.add_(gradient_RV)
+
+
+def _rests(group: PanelGroup, divergence: Divergence) -> Iterator[tuple[TeacherTerm, bool]]:
+    """Yield each term, and whether the tokens that are not shared are an outcome of its comparison."""
+    together = [term.signal.shared for term in group.terms if term.signal.shared is not None]
+    for term in group.terms:
+        joint = MODES[group.combining].one_divergence
+        own = [] if term.signal.shared is None else together if joint else [term.signal.shared]
+        student, teacher = any(one.student_has_rest for one in own), any(one.teacher_has_rest for one in own)
+        yield term, (term.divergence or divergence).compares_rest(student, teacher)
 
 
 def _weights(term: TeacherTerm, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -195,8 +249,8 @@ class PanelLoss:
 
     Attributes:
         loss_sum: scalar with a graph, in nats: the sum over positions of what the groups' combining says.
-        entropy: (N,) nats, of the student's distribution at the temperature of the position's first teacher; 0 at
-            positions of no group, or where every weight is 0. Detached.
+        entropy: (N,) nats, of the student's distribution at the temperature of the position's first teacher, and over
+            the outcomes on which that is compared; 0 at positions of no group, or where every weight is 0. Detached.
         divergences: for each group, for each term, (n,) nats before weighting; 0 where the weight is 0. Without
             values, nothing for any group. Detached.
         weights: for each group, for each term, (n,) the weights that were used, those of ``confidence`` included.

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from kd_plugin.divergence.folding import Folding
 from kd_plugin.divergence.projection import (
     Projector,
     Workspace,
@@ -27,7 +28,8 @@ from kd_plugin.divergence.projection import (
 from kd_plugin.divergence.reference import from_logprobs
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError
-from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
+from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal, shared_mask
+from kd_plugin.vocab import SharedTokens
 
 Tail = Literal["bucket", "keep", "renormalise"]
 # Log-probability given on both sides to an outcome that neither side can produce (padding, an empty rest): it adds
@@ -37,17 +39,28 @@ _ABSENT = -1e4
 
 @torch.no_grad()
 def top_tokens(signal: HiddenSignal, k: int) -> Tensor:
-    """Return the ids (N, K) of the ``k`` likeliest tokens, or of all if there are fewer."""
-    found = [logits_RV.topk(min(k, logits_RV.shape[1]), -1).indices for _, logits_RV in _projected(signal, 1.0)]
+    """Return the ids (N, K) of the ``k`` likeliest tokens, of those that are shared; of all if there are fewer."""
+    found = [_top(logits_RV, k, signal.shared) for _, logits_RV in _projected(signal, 1.0)]
     return torch.cat(found) if found else torch.zeros(0, k, dtype=torch.int64, device=signal.hidden.device)
 
 
 @torch.no_grad()
 def logprobs_of(signal: HiddenSignal, tokens: Tensor, temperature: float) -> Tensor:
-    """Return the log-probabilities (N,) of ``tokens`` (N,) at a temperature, in nats."""
+    """Return the log-probabilities (N,) of ``tokens`` (N,) at a temperature, in nats.
+
+    A token that a teacher of another vocabulary does not share stands for all of its rest; 0 where it has none.
+    """
     found = torch.zeros(len(signal), dtype=statistics_dtype(signal.hidden), device=tokens.device)
+    shared = signal.shared
     for part, logits_RV in _projected(signal, temperature):
-        found[part] = logits_RV.gather(1, tokens[part].unsqueeze(-1))[:, 0] - logits_RV.logsumexp(-1)
+        normalizer_R, columns_R = logits_RV.logsumexp(-1), tokens[part]
+        if shared is not None:
+            folding = Folding(shared, shared.teacher_size, shared.teacher_has_rest, logits_RV.device)
+            logits_RV = folding.fold(logits_RV, logits_RV.new_empty(len(logits_RV), folding.outcomes))
+            columns_R, is_shared_R = folding.columns(columns_R)
+        found[part] = logits_RV.gather(1, columns_R.unsqueeze(-1))[:, 0] - normalizer_R
+        if shared is not None and not shared.teacher_has_rest:
+            found[part] = found[part].where(is_shared_R, 0.0)
     return found
 
 
@@ -56,9 +69,9 @@ def listed_from(signal: HiddenSignal, k: int, further: Tensor, temperature: floa
     """List the ``k`` likeliest tokens and some others, with the exact mass of the rest.
 
     Args:
-        signal: the full distribution.
+        signal: the full distribution. Of a teacher with another vocabulary shared tokens are listed.
         k: tokens listed by their probability.
-        further: (N, E) ids that are listed beside them; those that are listed already become padding.
+        further: (N, E) ids that are listed beside them; those that are listed already, or not shared, become padding.
         temperature: divides the logits.
 
     Returns:
@@ -66,8 +79,11 @@ def listed_from(signal: HiddenSignal, k: int, further: Tensor, temperature: floa
     """
     ids, logprobs, tails = [], [], []
     for part, logits_RV in _projected(signal, temperature):
-        top_RK = logits_RV.topk(min(k, logits_RV.shape[1]), -1).indices
-        ids_RJ, again_RJ = joined_ids(top_RK, further[part].to(top_RK.device))
+        top_RK = _top(logits_RV, k, signal.shared)
+        further_RE = further[part].to(top_RK.device)
+        if signal.shared is not None:
+            further_RE = torch.where(shared_mask(signal.shared, further_RE), further_RE, top_RK[:, :1])
+        ids_RJ, again_RJ = joined_ids(top_RK, further_RE)
         logp_RV = logits_RV.sub_(logits_RV.logsumexp(-1, keepdim=True))
         listed_RJ = logp_RV.gather(1, ids_RJ)
         tails.append(logp_RV.scatter_(1, ids_RJ, -math.inf).logsumexp(-1))
@@ -75,8 +91,16 @@ def listed_from(signal: HiddenSignal, k: int, further: Tensor, temperature: floa
         logprobs.append(listed_RJ.masked_fill(again_RJ, -math.inf))
     if not ids:
         empty = signal.hidden.new_zeros((0, k + further.shape[1]), dtype=statistics_dtype(signal.hidden))
-        return SparseSignal(empty.long(), empty, empty.sum(1))
-    return SparseSignal(torch.cat(ids), torch.cat(logprobs), torch.cat(tails))
+        return SparseSignal(empty.long(), empty, empty.sum(1), shared=signal.shared)
+    return SparseSignal(torch.cat(ids), torch.cat(logprobs), torch.cat(tails), shared=signal.shared)
+
+
+def _top(logits_RV: Tensor, k: int, shared: SharedTokens | None) -> Tensor:
+    """Return the ids (R, K) of the likeliest tokens, of those that are shared."""
+    if shared is None:
+        return logits_RV.topk(min(k, logits_RV.shape[1]), -1).indices
+    ids = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    return logits_RV.masked_fill(~shared_mask(shared, ids), -math.inf).topk(min(k, shared.count), -1).indices
 
 
 def with_sampled_token(signal: SparseSignal, tokens: Tensor) -> SparseSignal:
@@ -88,11 +112,15 @@ def with_sampled_token(signal: SparseSignal, tokens: Tensor) -> SparseSignal:
     assert signal.sampled_token_logprobs is not None
     ids_NJ, again_NJ = joined_ids(signal.ids, tokens.unsqueeze(-1), listed=signal.logprobs != -math.inf)
     new_N = ~again_NJ[:, -1]
+    if signal.shared is not None:
+        new_N = new_N & shared_mask(signal.shared, tokens)  # another stands for what is not listed
     written_N = torch.where(new_N, signal.sampled_token_logprobs.to(signal.logprobs.dtype), -math.inf)
     # A sampled token without probability takes nothing, also from a rest that is nothing
     share_N = torch.where(written_N > -math.inf, written_N - signal.tail_logmass, -math.inf).exp().clamp(max=1.0 - 1e-4)
     tail_N = torch.where(new_N, signal.tail_logmass + torch.log1p(-share_N), signal.tail_logmass)
-    return SparseSignal(ids_NJ, torch.cat([signal.logprobs, written_N.unsqueeze(-1)], -1), tail_N)
+    ids_NJ[:, -1].masked_fill_(~new_N, 0)
+    logprobs_NJ = torch.cat([signal.logprobs, written_N.unsqueeze(-1)], -1)
+    return SparseSignal(ids_NJ, logprobs_NJ, tail_N, shared=signal.shared)
 
 
 def joined_ids(first: Tensor, second: Tensor, listed: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -143,6 +171,7 @@ class CoarseTarget:
         tail_N1: log of the mass not listed.
         draws_NK: counts of sampled targets, or None.
         any_N1: whether the position has a real entry at all.
+        shared: where the teacher has another vocabulary, what both share.
     """
 
     ids_NK: Tensor
@@ -151,6 +180,7 @@ class CoarseTarget:
     tail_N1: Tensor
     draws_NK: Tensor | None
     any_N1: Tensor
+    shared: SharedTokens | None = None
 
     @classmethod
     def from_signal(cls, signal: SparseSignal, dtype: torch.dtype) -> CoarseTarget:
@@ -162,13 +192,13 @@ class CoarseTarget:
         any_N1 = real_NK.any(-1, keepdim=True)
         ids_NK = torch.where(any_N1, signal.ids.to(torch.int64).gather(1, source_NK), 0)
         draws = None if signal.draws is None else signal.draws.to(dtype)
-        return cls(ids_NK, source_NK, signal.logprobs.to(dtype), signal.tail_logmass.to(dtype)[:, None], draws, any_N1)
+        logprobs, tail_N1 = signal.logprobs.to(dtype), signal.tail_logmass.to(dtype)[:, None]
+        return cls(ids_NK, source_NK, logprobs, tail_N1, draws, any_N1, signal.shared)
 
     def __getitem__(self, part: slice) -> CoarseTarget:
         draws = None if self.draws_NK is None else self.draws_NK[part]
-        return CoarseTarget(
-            self.ids_NK[part], self.source_NK[part], self.logp_NK[part], self.tail_N1[part], draws, self.any_N1[part]
-        )
+        ids_NK, source_NK, logp_NK = self.ids_NK[part], self.source_NK[part], self.logp_NK[part]
+        return CoarseTarget(ids_NK, source_NK, logp_NK, self.tail_N1[part], draws, self.any_N1[part], self.shared)
 
     def spread(self, values_NK: Tensor, otherwise_NK: Tensor) -> Tensor:
         """Values to scatter at ``ids_NK``: each entry's own, or ``otherwise`` where the position lists nothing."""
@@ -229,6 +259,29 @@ def listed_divergence(
         slope_NJ = torch.cat([-weight_NK, torch.zeros_like(target.tail_N1)], -1) if need_grad else None
         return (weight_NK * gap_NK).sum(-1), slope_NJ
     logp_NJ = torch.cat([logp_NK, target.tail_N1], -1)
+    if target.shared is not None:
+        if not target.shared.student_has_rest and divergence.kind.covers_teacher(divergence):
+            logp_NJ = _given_listed(logp_NJ, logq_NJ[:, -1:] == -math.inf)
+        if not target.shared.teacher_has_rest and divergence.kind.covers_student(divergence):
+            impossible_N1 = target.tail_N1 == -math.inf
+            value_N, slope_NJ = _compared(logp_NJ, _given_listed(logq_NJ, impossible_N1), divergence, need_grad)
+            if slope_NJ is not None:  # by the chain rule of the normalizer that was taken off
+                q_NJ = _given_listed(logq_NJ, impossible_N1).exp()
+                slope_NJ = torch.where(impossible_N1, slope_NJ - q_NJ * slope_NJ.sum(-1, keepdim=True), slope_NJ)
+            return value_N, slope_NJ
+    return _compared(logp_NJ, logq_NJ, divergence, need_grad)
+
+
+def _given_listed(logprobs_NJ: Tensor, impossible_N1: Tensor) -> Tensor:
+    """Where the last outcome is impossible to the other side, return log-probabilities given that it is another."""
+    listed_NK = logprobs_NJ[:, :-1]
+    given_NK = torch.where(impossible_N1, listed_NK - listed_NK.logsumexp(-1, keepdim=True), listed_NK)
+    return torch.cat([given_NK, logprobs_NJ[:, -1:].masked_fill(impossible_N1, -math.inf)], -1)
+
+
+def _compared(
+    logp_NJ: Tensor, logq_NJ: Tensor, divergence: Divergence, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
     absent_NJ = (logp_NJ == -math.inf) & (logq_NJ == -math.inf)
     logp_NJ, logq_NJ = logp_NJ.masked_fill(absent_NJ, _ABSENT), logq_NJ.masked_fill(absent_NJ, _ABSENT)
     if not need_grad:

@@ -88,9 +88,9 @@ class WeightedKL(Mode):
     merges = True
 
     def chunk(self, group: GroupPass, logits_RV: Tensor, part: slice) -> Tensor:
-        """Add the teachers one by one, those of one temperature together."""
+        """Add the teachers one by one, those that are compared alike together."""
         entropy_R = None
-        for here_R, indices in group.by_temperature(logits_RV):
+        for here_R, indices in group.by_comparison(logits_RV):
             entropy_R = here_R if entropy_R is None else entropy_R
             for i in indices:
                 group.take(i, part)
@@ -121,11 +121,12 @@ class Mixture(Mode):
 
     def chunk(self, group: GroupPass, logits_RV: Tensor, part: slice) -> Tensor:
         """Mix the teachers, then compare with the mixture as with one teacher."""
-        tiles, plan = group.tiles, group.plan
-        entropy_R = tiles.start(logits_RV, group.project.multiplier, 1)
+        plan = group.plan
+        entropy_R = group.start_joint(logits_RV)
+        tiles = group.tiles
         total_R = torch.stack([weight[part] for weight in group.weights]).sum(0)
         divided_R = torch.where(total_R == 0, 1.0, total_R)
-        mixed_RV = group.project.workspace.get("mixed", logits_RV.shape[0], logits_RV.dtype).fill_(-torch.inf)
+        mixed_RV = tiles.buffer("mixed").fill_(-torch.inf)
         for i in range(len(group.teachers)):
             weight_R = group.weights[i][part]
             group.take(i, part)
@@ -157,14 +158,14 @@ class Confidence(WeightedKL):
         group.confidences = _Confidences(group.sharpness)
         entropy_R = super().chunk(group, logits_RV, part)
         scale_R, final = group.confidences.finish(torch.stack([weight[part] for weight in group.weights]).sum(0))
-        group.tiles.rescale(scale_R)
+        group.rescale(scale_R)
         for i, weight_R in zip(group.order(), final, strict=True):
             group.weights[i][part] = weight_R
         return entropy_R
 
     def _weight(self, group: GroupPass, i: int, part: slice) -> Tensor:
         rescale_R, weight_R = group.confidences(group.weights[i][part], group.tiles.teacher_entropy())
-        group.tiles.rescale(rescale_R)
+        group.rescale(rescale_R)
         return weight_R
 
 
@@ -259,11 +260,21 @@ def check_groups(hidden_NH: Tensor, groups: Sequence[PanelGroup]) -> None:
             if term.temperature is not None:
                 require_temperature(term.temperature)
             mode = MODES[group.combining]
+            if mode.one_divergence and _outcomes(term) != _outcomes(group.terms[0]):
+                raise ConfigError(
+                    f"Group {g}: {mode.name} {mode.one_divergence}, but its teachers share different tokens with the "
+                    "student. Give all of them the tokens that all share, with SharedTokens.within."
+                )
             if mode.one_divergence and term.divergence is not None:
                 raise ConfigError(
                     f"Group {g}, teacher {t} has a divergence of its own, but {mode.name} {mode.one_divergence}. Set "
                     "the divergence of the call, or combine by weighted_kl."
                 )
+
+
+def _outcomes(term: TeacherTerm) -> object:
+    shared = term.signal.shared
+    return None if shared is None else (shared.runs, shared.student_size)
 
 
 def merged_by_head(group: PanelGroup, divergence: Divergence) -> PanelGroup:
@@ -282,6 +293,7 @@ def merged_by_head(group: PanelGroup, divergence: Divergence) -> PanelGroup:
     alike: dict[object, list[TeacherTerm]] = {}
     for term in group.terms:
         mergeable = (term.divergence or divergence).name == "reverse_kl" and term.signal.head.softcap is None
+        mergeable = mergeable and term.signal.shared is None  # the mass of a rest is no mean of the teachers'
         key = (head_identity(term.signal.head), term.temperature) if mergeable else id(term)
         alike.setdefault(key, []).append(term)
     if len(alike) == len(group.terms):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.vocab import SharedTokens
 
 if TYPE_CHECKING:
     from kd_plugin.divergence.spec import Divergence
@@ -39,15 +40,21 @@ def from_logprobs(student_logprobs: Tensor, teacher_logprobs: Tensor, divergence
 
 
 def divergence_from_logits(
-    student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence, temperature: float = 1.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    divergence: Divergence,
+    temperature: float = 1.0,
+    shared: SharedTokens | None = None,
 ) -> Tensor:
     """D(teacher, student) per position, from full logits.
 
     Args:
         student_logits: (N, V), after scale and soft-cap, over real tokens only.
-        teacher_logits: (N, V), likewise.
+        teacher_logits: (N, V), likewise; of a teacher with another vocabulary over its own tokens.
         divergence: which divergence.
         temperature: divides both logits; the result is not multiplied by its square.
+        shared: what both vocabularies share, where they differ: D is over the shared tokens and all others as one
+            outcome, or given that the token is a shared one; see :mod:`kd_plugin.divergence.folding`.
 
     Returns:
         (N,) nats, in the dtype of the logits.
@@ -55,8 +62,25 @@ def divergence_from_logits(
     Raises:
         ConfigError: the shapes differ.
     """
-    return from_logprobs(
-        torch.log_softmax(student_logits / temperature, -1),
-        torch.log_softmax(teacher_logits / temperature, -1),
-        divergence,
-    )
+    student_logprobs = torch.log_softmax(student_logits / temperature, -1)
+    teacher_logprobs = torch.log_softmax(teacher_logits / temperature, -1)
+    if shared is not None:
+        rest = divergence.compares_rest(shared.student_has_rest, shared.teacher_has_rest)
+        student_logprobs = outcome_logprobs(student_logprobs, shared, rest)
+        teacher_logprobs = outcome_logprobs(teacher_logprobs, shared, rest)
+    return from_logprobs(student_logprobs, teacher_logprobs, divergence)
+
+
+def outcome_logprobs(logprobs: Tensor, shared: SharedTokens, rest: bool) -> Tensor:
+    """Return (N, J) log-probabilities of the shared tokens and, if it is an outcome, of all others together.
+
+    Args:
+        logprobs: (N, V) of one side's tokens.
+        shared: what both vocabularies share.
+        rest: whether the others are an outcome; if not, the result is given that the token is a shared one.
+    """
+    common = logprobs[:, shared.ids()]
+    if not rest:
+        return common.log_softmax(-1)
+    others = shared.rest(logprobs.shape[1])
+    return torch.cat([common, logprobs[:, others].logsumexp(-1, keepdim=True)], -1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kd_plugin.divergence.folding import Folding
 from kd_plugin.divergence.projection import (
     Projector,
     StudentGradient,
@@ -33,6 +34,7 @@ from kd_plugin.divergence.projection import (
 )
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import OutputHead
+from kd_plugin.vocab import SharedTokens
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class SampledLoss:
     Attributes:
         loss_sum: scalar with a graph, Σ weights·(log q − log p) of the sampled tokens, in nats: an unbiased
             estimate of the reverse KL, which may be negative. Its gradient is the policy gradient.
-        logprobs: (N,) nats, the student's of the sampled tokens at the temperature; 0 where the weight is 0. Detached.
+        logprobs: (N,) nats, the student's of the sampled tokens at the temperature, or of the outcomes that they stand
+            for; 0 where the weight is 0. Detached.
         entropy: (N,) nats, of the student's distribution; 0 where the weight is 0. Detached.
     """
 
@@ -62,6 +65,7 @@ def fused_sampled_divergence(
     weights: Tensor | None = None,
     behaviour_logprobs: Tensor | None = None,
     ratio_bounds: tuple[float, float] = (0.5, 2.0),
+    shared: SharedTokens | None = None,
     _rows: int | None = None,
 ) -> SampledLoss:
     """Estimate Σ w·KL(student ‖ teacher) and its gradient from the sampled tokens, in one pass.
@@ -80,6 +84,9 @@ def fused_sampled_divergence(
         behaviour_logprobs: (N,) nats of the tokens when and where they were drawn; None if that was this student.
             The gradient is multiplied by the ratio of q now to q then.
         ratio_bounds: between which that ratio is kept: the bias that they bring bounds the variance.
+        shared: where the teacher has another vocabulary, what both share. A token that is not shared stands for the
+            rest as one outcome, and its ``teacher_logprobs`` is the log of the teacher's mass there. Where the teacher
+            has no such token it adds nothing: the loss estimates the divergence given that the token is a shared one.
 
     Returns:
         SampledLoss.
@@ -97,7 +104,7 @@ def fused_sampled_divergence(
             )
     inputs = (student_hidden, student_head.weight, student_head.bias)
     plan = _SampledPlan(
-        student_head, tokens, teacher_logprobs, weights, behaviour_logprobs, ratio_bounds, float(temperature),
+        student_head, tokens, teacher_logprobs, weights, behaviour_logprobs, ratio_bounds, shared, float(temperature),
         needs_gradient(*inputs), statistics_dtype(student_hidden), autocast_dtype(student_hidden.device), _rows,
     )  # fmt: skip
     loss_sum, logprobs, entropy = _SampledFunction.apply(*inputs, plan)
@@ -116,6 +123,7 @@ class _SampledPlan:
     weights: Tensor | None
     behaviour: Tensor | None
     ratio_bounds: tuple[float, float]
+    shared: SharedTokens | None
     temperature: float
     needs: tuple[bool, bool, bool]
     statistics: torch.dtype
@@ -156,6 +164,10 @@ def _sampled_pass(
     weights_N = torch.ones(count, dtype=statistics, device=device)
     if plan.weights is not None:
         weights_N = plan.weights.detach().to(device, statistics)
+    outcomes = None
+    if plan.shared is not None and plan.shared.student_has_rest:
+        weights_N = weights_N.clone()
+        outcomes = _Outcomes(plan.shared, rows, device)
     used_N = weights_N != 0
     teacher_N = torch.where(used_N, plan.teacher_logprobs.detach().to(device, statistics), 0.0)
     logprobs_N, entropy_N = torch.zeros_like(weights_N), torch.zeros_like(weights_N)
@@ -163,16 +175,54 @@ def _sampled_pass(
         hidden_RH = without_unused(hidden_NH.detach()[part].to(dtype), used_N[part].unsqueeze(-1))
         logq_RV = project(hidden_RH)
         logq_RV.sub_(logq_RV.logsumexp(-1, keepdim=True))
-        ids_R1 = plan.tokens[part].to(device).unsqueeze(-1)
-        logprob_R = logq_RV.gather(1, ids_R1)[:, 0]
+        ids_R = plan.tokens[part].to(device)
+        drawn_R = logprob_R = logq_RV.gather(1, ids_R.unsqueeze(-1))[:, 0]
+        if outcomes is not None:
+            logprob_R, factor_R = outcomes.of(logq_RV, ids_R)
+            weights_N[part] *= factor_R
         logprobs_N[part] = torch.where(used_N[part], logprob_R, 0.0)
         q_RV = torch.exp(logq_RV, out=workspace.get("q", logq_RV.shape[0], statistics))
         entropy_N[part] = torch.where(used_N[part], logq_RV.mul_(q_RV).sum(-1).neg_(), 0.0)
         if need_grad:
             factor_R = weights_N[part] * (logprobs_N[part] - teacher_N[part]) * project.multiplier
             if plan.behaviour is not None:
-                ratio_R = (logprobs_N[part] - plan.behaviour[part].to(device, statistics)).exp()
+                ratio_R = (drawn_R - plan.behaviour[part].to(device, statistics)).exp()
                 factor_R = factor_R * ratio_R.clamp(*plan.ratio_bounds)
             factor_R1 = torch.where(used_N[part], factor_R, 0.0).unsqueeze(-1)
-            gradient.add(q_RV.mul_(-factor_R1).scatter_add_(1, ids_R1, factor_R1), hidden_RH, part)
+            if outcomes is None:
+                grad_RV = q_RV.mul_(-factor_R1).scatter_add_(1, ids_R.unsqueeze(-1), factor_R1)
+            else:
+                grad_RV = outcomes.gradient(factor_R1, q_RV)
+            gradient.add(grad_RV, hidden_RH, part)
     return weights_N @ (logprobs_N - teacher_N), logprobs_N, entropy_N, gradient.take()
+
+
+class _Outcomes:
+    """The sampled tokens of a chunk as outcomes: shared tokens, and the rest where the teacher has one too."""
+
+    def __init__(self, shared: SharedTokens, rows: int, device: torch.device) -> None:
+        self._rest = shared.teacher_has_rest
+        self._folding = Folding(shared, shared.student_size, self._rest, device)
+        self._workspace = Workspace(rows, self._folding.outcomes, device)
+
+    def of(self, logq_RV: Tensor, ids_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (R,) nats of each token's outcome, and (R,) by what its weight is multiplied.
+
+        Where the rest is no outcome a token of it adds nothing, and the others count for it: the mean over the
+        student's tokens is then the divergence given that the token is shared.
+        """
+        self._logq_RJ = self._folding.fold(logq_RV, self._workspace.get("logq", len(logq_RV), logq_RV.dtype))
+        columns_R, is_shared_R = self._folding.columns(ids_R)
+        self._columns_R1 = columns_R.unsqueeze(-1)
+        mass_R1 = self._logq_RJ.logsumexp(-1, keepdim=True)
+        self._logq_RJ.sub_(mass_R1)
+        logprob_R = self._logq_RJ.gather(1, self._columns_R1)[:, 0]
+        if self._rest:
+            return logprob_R, torch.ones_like(logprob_R)
+        factor_R = torch.where(is_shared_R, (-mass_R1[:, 0]).exp(), 0.0)
+        return torch.where(is_shared_R, logprob_R, 0.0), factor_R
+
+    def gradient(self, factor_R1: Tensor, out_RV: Tensor) -> Tensor:
+        """Return factor·∇ log q(outcome) in the student's logits, in the memory of ``out_RV``."""
+        grad_RJ = self._logq_RJ.exp_().mul_(-factor_R1).scatter_add_(1, self._columns_R1, factor_R1)
+        return self._folding.unfold(grad_RJ, out_RV)

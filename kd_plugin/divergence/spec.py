@@ -54,6 +54,16 @@ class Divergence:
         """The parameters that this divergence has, by name."""
         return {name: getattr(self, name) for name in self.kind.parameters}
 
+    def compares_rest(self, student: bool, teacher: bool) -> bool:
+        """Whether tokens that are not shared are an outcome: some side has such, and D is not infinite for it.
+
+        Args:
+            student: whether the student has tokens that the teacher has not.
+            teacher: whether the teacher has tokens that the student has not.
+        """
+        infinite = (not student and self.kind.covers_teacher(self)) or (not teacher and self.kind.covers_student(self))
+        return (student or teacher) and not infinite
+
     @classmethod
     def from_beta(cls, beta: float) -> Divergence:
         """Translate TRL's ``beta``: 0 is the forward KL, 1 the reverse KL, between them the JSD."""
@@ -144,6 +154,14 @@ class Kind:
         """Whether :meth:`compare` gives −q·a: a itself may be larger than any number where the student has no mass."""
         return True
 
+    def covers_teacher(self, divergence: Divergence) -> bool:
+        """Whether D is infinite where the teacher has mass and the student none."""
+        return True
+
+    def covers_student(self, divergence: Divergence) -> bool:
+        """Whether D is infinite where the student has mass and the teacher none."""
+        return True
+
     def compare(self, block: Block, divergence: Divergence) -> Compared:
         """Return value and gradient at a block of positions, by autograd through the formula."""
         with torch.enable_grad():
@@ -162,6 +180,9 @@ class ForwardKL(Kind):
     def formula(self, logq_NV: Tensor, logp_NV: Tensor, divergence: Divergence) -> Tensor:
         return kl(logp_NV, logq_NV)
 
+    def covers_student(self, divergence: Divergence) -> bool:
+        return False
+
     def compare(self, block: Block, divergence: Divergence) -> Compared:
         p_BV = torch.exp(block.logp_BV, out=block.spare_BV)
         value_B = block.logp_BV.sub_(block.logq_BV).mul_(p_BV).sum(-1)
@@ -176,6 +197,9 @@ class ReverseKL(Kind):
 
     def formula(self, logq_NV: Tensor, logp_NV: Tensor, divergence: Divergence) -> Tensor:
         return kl(logq_NV, logp_NV)
+
+    def covers_teacher(self, divergence: Divergence) -> bool:
+        return False
 
     def direct(self, divergence: Divergence) -> bool:
         return False
@@ -207,6 +231,12 @@ class JSD(Kind):
         beta = divergence.beta
         log_mixture = torch.logaddexp(logp_NV + math.log(beta), logq_NV + math.log1p(-beta))
         return beta * kl(logp_NV, log_mixture) + (1.0 - beta) * kl(logq_NV, log_mixture)
+
+    def covers_teacher(self, divergence: Divergence) -> bool:
+        return False
+
+    def covers_student(self, divergence: Divergence) -> bool:
+        return False
 
     def direct(self, divergence: Divergence) -> bool:
         return False
@@ -241,6 +271,12 @@ class SkewKL(Kind):
         if alpha == 0.0:
             return kl(logp_NV, logq_NV)
         return kl(logp_NV, torch.logaddexp(logp_NV + math.log(alpha), logq_NV + math.log1p(-alpha)))
+
+    def covers_teacher(self, divergence: Divergence) -> bool:
+        return divergence.alpha == 0.0
+
+    def covers_student(self, divergence: Divergence) -> bool:
+        return False
 
     def direct(self, divergence: Divergence) -> bool:
         return divergence.alpha == 0.0

@@ -32,8 +32,7 @@ _BLOCK_ELEMENTS_CPU = 768 * 1024  # 3 MiB in float32: a few such pieces fit the 
 class Tiles:
     """Buffers and state of one chunk: the student's distribution, and a summed over the teachers so far.
 
-    Call :meth:`start`; for each teacher :meth:`take` and :meth:`add`; then :meth:`gradient`. Teachers that are
-    compared at another temperature follow after :meth:`settle` and a further :meth:`start`.
+    Call :meth:`start`; for each teacher :meth:`take` and :meth:`add`; then :meth:`gradient`.
 
     Args:
         workspace: where the buffers live.
@@ -45,21 +44,20 @@ class Tiles:
         self._workspace, self._dtype, self._need_grad = workspace, dtype, need_grad
         whole = workspace.device.type != "cpu"
         self._block = workspace.rows if whole else max(1, _BLOCK_ELEMENTS_CPU // workspace.vocab_size)
-        self._finished_RV: Tensor | None = None  # gradient of the teachers at earlier temperatures
 
     def start(self, logits_RV: Tensor, multiplier: float, teachers: int) -> Tensor:
-        """Begin a chunk, or go on with it at another temperature.
+        """Begin a chunk.
 
         Args:
             logits_RV: the student's logits over the temperature; its memory is taken over.
             multiplier: factor of the gradient (logit scale over temperature).
-            teachers: how many will be added until the next start.
+            teachers: how many will be added.
 
         Returns:
             (R,) entropy in nats.
         """
         self._rows, self._teachers, self._multiplier = logits_RV.shape[0], teachers, multiplier
-        self._logq_RV = torch.log_softmax(logits_RV, -1, out=self._buffer("logq"))
+        self._logq_RV = torch.log_softmax(logits_RV, -1, out=self.buffer("logq"))
         self._q_RV = torch.exp(self._logq_RV, out=logits_RV)
         self._a_RV: Tensor | None = None  # Σ w·a
         self._direct_RV: Tensor | None = None  # −Σ w·q·a of the divergences that are direct, as the forward KL
@@ -69,13 +67,6 @@ class Tiles:
             return torch.mul(self._q_RV[block], self._logq_RV[block], out=self._small("logp", block)).sum(-1).neg_()
 
         return self._by_block(entropy)
-
-    def settle(self) -> None:
-        """Put the gradient so far aside, before the memory of the student's logits is written again."""
-        if self._need_grad:
-            gradient_RV = self._fold()
-            if self._finished_RV is None:
-                self._finished_RV = self._buffer("finished").copy_(gradient_RV)
 
     def take(self, logits_RV: Tensor) -> None:
         """Take in a teacher's logits (R, V), whose memory is taken over."""
@@ -140,7 +131,7 @@ class Tiles:
         if total_RV is not None:
             return total_RV, False
         alone = self._teachers == 1  # then it may lie where the logits were
-        total_RV = self._logits_RV if alone else self._buffer("direct" if direct else "a_sum")
+        total_RV = self._logits_RV if alone else self.buffer("direct" if direct else "a_sum")
         if direct:
             self._direct_RV = total_RV
         else:
@@ -159,17 +150,13 @@ class Tiles:
         if not self._need_grad:
             return
         factor_R1 = factor_R.unsqueeze(-1)
-        for total_RV in (self._a_RV, self._direct_RV, self._finished_RV):
+        for total_RV in (self._a_RV, self._direct_RV):
             if total_RV is not None:
                 total_RV.mul_(factor_R1)
         self._factor_R1 = self._factor_R1 * factor_R1
 
     def gradient(self) -> Tensor:
         """(R, V) gradient of Σ w·D in the student's projection; ends the chunk and overwrites its buffers."""
-        gradient_RV, self._finished_RV = self._fold(), None
-        return gradient_RV
-
-    def _fold(self) -> Tensor:
         for block in self._blocks():
             q_BV, factor_B1 = self._q_RV[block], self._factor_R1[block]
             if self._a_RV is None:
@@ -178,7 +165,7 @@ class Tiles:
                 torch.mul(self._a_RV[block].add_(factor_B1), q_BV, out=q_BV)
             if self._direct_RV is not None:
                 q_BV.sub_(self._direct_RV[block])
-        return self._q_RV if self._finished_RV is None else self._finished_RV.add_(self._q_RV)
+        return self._q_RV
 
     def _logp(self, block: slice) -> Tensor:
         """(B, V) log-probabilities of the teacher that was taken in last; the next call overwrites them."""
@@ -190,7 +177,12 @@ class Tiles:
     def _by_block(self, of: Callable[[slice], Tensor]) -> Tensor:
         return torch.cat([of(block) for block in self._blocks()])
 
-    def _buffer(self, name: str) -> Tensor:
+    def room(self, name: str, rows: int) -> Tensor:
+        """Return memory for logits (rows, V) that :meth:`start` or :meth:`take` is given."""
+        return self._workspace.get(name, rows, self._dtype)
+
+    def buffer(self, name: str) -> Tensor:
+        """Return (R, V) memory of that name, with whatever it holds."""
         return self._workspace.get(name, self._rows, self._dtype)
 
     def _small(self, name: str, block: slice) -> Tensor:

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from kd_plugin.panel.loss import TeacherDivergence
 from kd_plugin.panel.scoring import GroupTerms
-from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
+from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal, shared_mask
+from kd_plugin.vocab import SharedTokens
 
 SUPPORT = 16  # K
 _PAIRS_BY_NAME = 6  # of more than four teachers only the mean disagreement is logged
@@ -38,6 +40,7 @@ class PanelTally:
         self.positions = positions
         self._pairs = list(combinations(range(len(names)), 2))
         self._sums: Tensor | None = None  # (teachers + pairs, 4): count, then what :meth:`read` names
+        self._rest: Tensor | None = None  # (teachers, 3): count, mass of the rest of the teacher and of the student
 
     @torch.no_grad()
     def add(self, groups: Sequence[GroupTerms], student_hidden: Tensor, student_head: OutputHead) -> None:
@@ -53,6 +56,8 @@ class PanelTally:
         rows = len(self.names) + len(self._pairs)
         if self._sums is None:
             self._sums = torch.zeros(rows, 4, dtype=torch.float32, device=student_hidden.device)
+            self._rest = torch.zeros(len(self.names), 3, dtype=torch.float32, device=student_hidden.device)
+        assert self._rest is not None
         sampled = [(group, self._sample(group, student_hidden)) for group in groups if group.terms]
         empty = torch.zeros(0, dtype=torch.int64, device=student_hidden.device)
         where = torch.cat([empty, *(places for _, (_, places) in sampled)])
@@ -67,6 +72,8 @@ class PanelTally:
                 at = self.names.index(term.teacher)
                 views[at] = _View.of(_selected(term.signal, chosen))
                 self._sums[at] += views[at].against(student)
+                if views[at].shared is not None:
+                    self._rest[at] += views[at].rest_against(student)
             for number, (first, second) in enumerate(self._pairs):
                 if first in views and second in views:
                     self._sums[len(self.names) + number] += views[first].between(views[second])
@@ -87,8 +94,18 @@ class PanelTally:
         """
         rows = len(self.names) + len(self._pairs)
         sums, self._sums = self._sums, None
-        found = reduce(torch.zeros(rows, 4, device=device) if sums is None else sums).tolist()
+        rest, self._rest = self._rest, None
+        size = 4 * rows
+        both = torch.zeros(size + 3 * len(self.names), device=device)
+        if sums is not None and rest is not None:
+            both = torch.cat([sums.flatten(), rest.flatten()])
+        both = reduce(both)
+        found = both[:size].view(rows, 4).tolist()
         metrics = {}
+        for name, (count, theirs, own) in zip(self.names, both[size:].view(-1, 3).tolist(), strict=True):
+            if count:
+                metrics[f"rest_mass/{name}"] = theirs / count
+                metrics[f"student_rest_mass/{name}"] = own / count
         for name, (count, entropy, agreement, overlap) in zip(self.names, found, strict=False):
             if count:
                 metrics[f"entropy/{name}"] = entropy / count
@@ -156,10 +173,19 @@ class DivergenceTally:
 class _View:
     """A distribution at S positions, in full or as the tokens that are listed."""
 
-    def __init__(self, entropy: Tensor, support: Tensor, logprobs: Tensor | None) -> None:
+    def __init__(
+        self,
+        entropy: Tensor,
+        support: Tensor,
+        logprobs: Tensor | None,
+        shared: SharedTokens | None = None,
+        rest_mass: Tensor | None = None,
+    ) -> None:
         self.entropy = entropy  # (S,) nats
-        self.support = support  # (S, K) ids, the likeliest first; -1 where fewer are listed
+        self.support = support  # (S, K) ids, the likeliest first; -1 where fewer are listed, or the student has it not
         self.logprobs = logprobs  # (S, V), or None
+        self.shared = shared  # of a teacher of another vocabulary, with
+        self.rest_mass = rest_mass  # (S,) its probability of tokens that the student does not share
 
     @classmethod
     def of(cls, signal: HiddenSignal | SparseSignal) -> _View:
@@ -167,7 +193,11 @@ class _View:
             return cls._of_list(signal)
         logprobs = signal.head.logits(signal.hidden).float().log_softmax(-1)
         entropy = torch.special.entr(logprobs.exp()).sum(-1)
-        return cls(entropy, logprobs.topk(min(SUPPORT, logprobs.size(1)), -1).indices, logprobs)
+        support = logprobs.topk(min(SUPPORT, logprobs.size(1)), -1).indices
+        if signal.shared is None:
+            return cls(entropy, support, logprobs)
+        support = support.masked_fill(~shared_mask(signal.shared, support), -1)
+        return cls(entropy, support, logprobs, signal.shared, _rest_mass(logprobs, signal.shared))
 
     @classmethod
     def _of_list(cls, signal: SparseSignal) -> _View:
@@ -182,7 +212,7 @@ class _View:
             entropy = entropy + torch.special.entr(signal.tail_logmass.float().exp())
         best, order = logprobs.topk(min(SUPPORT, logprobs.size(1)), -1)
         ids = signal.ids.gather(1, order).masked_fill(best == -torch.inf, -1)
-        return cls(entropy, ids, None)
+        return cls(entropy, ids, None, signal.shared, signal.rest_mass)
 
     def part(self, begin: int, count: int) -> _View:
         """Return ``count`` positions from ``begin`` on."""
@@ -197,10 +227,16 @@ class _View:
         overlap = shared.sum(-1) / listed.sum(-1).clamp(min=1)
         return self._sums(self.entropy, (self.support[:, 0] == student.support[:, 0]).float(), overlap)
 
+    def rest_against(self, student: _View) -> Tensor:
+        """Return (3,) count, and the mass of tokens that are not shared, of this side and of the student."""
+        assert self.shared is not None and self.rest_mass is not None and student.logprobs is not None
+        own = _rest_mass(student.logprobs, self.shared)
+        return torch.stack([torch.ones_like(own), self.rest_mass.float(), own], dim=1).sum(0)
+
     def between(self, other: _View) -> Tensor:
         """Return (4,) count, Jensen-Shannon divergence in nats, disagreement of the first token, dense count."""
-        differ = (self.support[:, 0] != other.support[:, 0]).float()
-        if self.logprobs is None or other.logprobs is None or self.logprobs.shape != other.logprobs.shape:
+        differ = ((self.support[:, 0] != other.support[:, 0]) | (self.support[:, 0] < 0)).float()
+        if self.logprobs is None or other.logprobs is None or self.shared != other.shared:
             return self._sums(torch.zeros_like(differ), differ, torch.zeros_like(differ))
         middle = 0.5 * (self.logprobs.exp() + other.logprobs.exp())
         divergence = torch.special.entr(middle).sum(-1) - 0.5 * (self.entropy + other.entropy)
@@ -211,16 +247,16 @@ class _View:
         return torch.stack([torch.ones_like(columns[0]), *columns], dim=1).float().sum(0)
 
 
+def _rest_mass(logprobs: Tensor, shared: SharedTokens) -> Tensor:
+    """(S,) probability of the tokens that are not shared, from (S, V) log-probabilities of one side."""
+    ids = torch.arange(logprobs.shape[1], device=logprobs.device)
+    return logprobs.masked_fill(shared_mask(shared, ids), -torch.inf).exp().sum(-1)
+
+
 def _selected(signal: HiddenSignal | SparseSignal, chosen: Tensor) -> HiddenSignal | SparseSignal:
     if isinstance(signal, HiddenSignal):
-        return HiddenSignal(signal.hidden.index_select(0, chosen), signal.head)
-    draws = None if signal.draws is None else signal.draws.index_select(0, chosen)
-    return SparseSignal(
-        signal.ids.index_select(0, chosen),
-        signal.logprobs.index_select(0, chosen),
-        signal.tail_logmass.index_select(0, chosen),
-        draws,
-    )
+        return replace(signal, hidden=signal.hidden.index_select(0, chosen))
+    return signal.select(chosen)
 
 
 class Stopwatch:

@@ -20,7 +20,7 @@ from kd_plugin.divergence.listed import logprobs_of, top_tokens
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel.batches import MicroBatch
 from kd_plugin.panel.loss import TeacherDivergence
-from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
+from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal, shared_mask
 
 ROLLOUTS = "rollouts"  # directory below output_dir
 _KEYS = {"step", "row", "prompt", "domain", "truncated", "tokens", "scored", "student", "correction", "teachers"}
@@ -179,6 +179,8 @@ def _token_view(
         [(decode(i), round(math.exp(p), 4)) for i, p in zip(row_ids, row, strict=True) if p > -math.inf]
         for row_ids, row in zip(ids.tolist(), logprobs.tolist(), strict=True)
     ]
+    if signal.shared is not None:
+        written = written.masked_fill(~shared_mask(signal.shared, tokens), math.nan)
     return _numbers(written), top
 
 

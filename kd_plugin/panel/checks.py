@@ -23,7 +23,7 @@ from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.teachers.agreement import require_alike
 from kd_plugin.teachers.base import Teacher, adopt_vocabulary, end_tokens, reach
 from kd_plugin.views.view import OWN
-from kd_plugin.vocab import TEMPLATE, Vocabulary
+from kd_plugin.vocab import TEMPLATE, SharedTokens, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> Vocabulary:
     """Refuse teachers whose token ids mean other tokens than the student's, or that never end where it ends.
 
-    Another chat template, and an end token of its own beside the student's, are warned of: lengths may change.
+    Those that share a part of the student's tokens are compared over that part, which is said. Another chat template,
+    and an end token of its own beside the student's, are warned of: lengths may change.
 
     Args:
         panel: the teachers; their tokenizers are read, not their weights.
@@ -45,7 +46,9 @@ def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> Vocab
     """
     for name, teacher in panel.teachers.items():
         adopt_vocabulary(teacher, vocabulary)
-        vocabulary.require_same_tokens(teacher.vocabulary, "student", f"teacher {name!r}")
+        shared = vocabulary.shared_with(teacher.vocabulary, "student", f"teacher {name!r}")
+        if shared is not None:
+            _say_shared(name, shared, vocabulary, teacher.vocabulary)
         _require_common_end(panel, name, teacher, vocabulary)
         view = panel.own[name].view
         for difference in vocabulary.differences_that_change_lengths(teacher.vocabulary):
@@ -57,13 +60,26 @@ def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> Vocab
             )
     common = vocabulary
     for teacher in panel.teachers.values():
-        common = common.within(teacher.vocabulary.size)
+        if vocabulary.fingerprint == teacher.vocabulary.fingerprint:
+            common = common.within(teacher.vocabulary.size)
     if common.is_cut:
         logger.warning(
             f"An output head of this run has {common.size} rows, fewer than the tokenizer has tokens. The tokens "
             "beyond have no probability: they are not generated, and a row that holds one is refused."
         )
     return common
+
+
+def _say_shared(name: str, shared: SharedTokens, student: Vocabulary, teacher: Vocabulary) -> None:
+    moved = student.moved(teacher)
+    listed = ", ".join(map(repr, moved[:3])) + (" and others" if len(moved) > 3 else "")
+    logger.warning(
+        f"The student and teacher {name!r} share {shared.count} token ids; the student has "
+        f"{shared.student_size - shared.count} more and the teacher {shared.teacher_size - shared.count}. They are "
+        "compared over the shared tokens, with all others as one outcome, whose mass is logged as rest_mass. The "
+        "teacher scores a response up to its first token that is not shared."
+        + (f" Under another id, and so not shared: {listed}." if moved else "")
+    )
 
 
 def _require_common_end(panel: TeacherPanel, name: str, teacher: Teacher, vocabulary: Vocabulary) -> None:

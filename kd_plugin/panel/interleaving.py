@@ -15,7 +15,7 @@ from kd_plugin.rollouts.in_process import interleave
 from kd_plugin.rollouts.responses import until_end
 from kd_plugin.rollouts.rows import left_padded, seeded
 from kd_plugin.sharding.gathering import gathered_heads, most_of_any_rank
-from kd_plugin.signals import HiddenSignal, SparseSignal
+from kd_plugin.signals import HiddenSignal, SparseSignal, shared_mask
 from kd_plugin.vocab import Vocabulary
 
 _INTERLEAVED = 1 << 20  # added to a rank: keeps its generator apart from that of the on-policy rows
@@ -134,7 +134,8 @@ def panel_logprobs(
         step: optimizer step, for weights with a schedule.
 
     Returns:
-        For each row (len(proposal), V) nats; ``-inf`` for what a teacher that lists only some tokens leaves out.
+        For each row (len(proposal), V) nats; ``-inf`` for what a teacher that lists only some tokens leaves out, and
+        for tokens that it does not share with the student.
     """
     start, width = max(map(len, prefixes)), max(map(len, proposals))
     ids = torch.full((len(prefixes), start + width), pad_token_id)
@@ -170,6 +171,11 @@ def panel_logprobs(
 
 def _logprobs(signal: HiddenSignal | SparseSignal, vocab_size: int) -> Tensor:
     if isinstance(signal, HiddenSignal):
-        return exact_logits(signal.head, signal.hidden)[:, :vocab_size].log_softmax(dim=-1)
+        logits = exact_logits(signal.head, signal.hidden)
+        if signal.shared is not None:
+            ids = torch.arange(logits.shape[1], device=logits.device)
+            logits = logits.masked_fill_(~shared_mask(signal.shared, ids), -torch.inf)
+            logits = torch.nn.functional.pad(logits, (0, max(vocab_size - logits.shape[1], 0)), value=-torch.inf)
+        return logits[:, :vocab_size].log_softmax(dim=-1)
     full = signal.logprobs.new_full((len(signal), vocab_size), -torch.inf)
     return full.scatter_reduce(1, signal.ids, signal.logprobs, reduce="amax")

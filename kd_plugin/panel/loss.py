@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.panel.scoring import GroupTerms, RowScores, group_terms, panel_group
-from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
+from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal, shared_mask
+from kd_plugin.vocab import SharedTokens
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,14 @@ def panel_loss(
     return MicroBatchLoss(total, entropy, tuple(one for part in present for one in part.by_teacher))
 
 
+class _SampledAlike(NamedTuple):
+    """What teachers have in common whose sampled tokens one pass compares."""
+
+    temperature: float
+    ratio_bounds: tuple[float, float]
+    shared: SharedTokens | None
+
+
 @dataclass(frozen=True)
 class _Run:
     """The arguments that all three estimators share."""
@@ -150,18 +160,19 @@ class _Run:
         return MicroBatchLoss(found.loss_sum, found.entropy, tuple(by_teacher))
 
     def listed(self, groups: Sequence[GroupTerms]) -> MicroBatchLoss | None:
-        """All lists of tokens, one pass for each divergence and temperature among them."""
-        alike: dict[tuple[Divergence, float, bool], list[tuple[str, Tensor | None, SparseSignal, Tensor]]] = {}
+        """All lists of tokens, one pass for each divergence, temperature and vocabulary among them."""
+        alike: dict[tuple[object, ...], list[tuple[str, Tensor | None, SparseSignal, Tensor]]] = {}
         for group in groups:
             for term in group.terms:
                 estimator = self._estimator(term.teacher)
                 if estimator.name == "topk_tail":
                     divergence, temperature = self._compared(term.teacher)
                     signal = self._as_list(term.signal, group.positions, estimator, temperature, term.teacher)
-                    key = (divergence, temperature, signal.draws is not None)
+                    key = (divergence, temperature, signal.draws is not None, signal.shared)
                     alike.setdefault(key, []).append((term.teacher, group.positions, signal, term.weights))
         total, entropy, by_teacher = None, self._zeros(), []
-        for (divergence, temperature, _), asked in alike.items():
+        for asked in alike.values():
+            divergence, temperature = self._compared(asked[0][0])
             where = torch.cat([self._indices(positions) for _, positions, _, _ in asked])
             found = fused_sparse_divergence(
                 self.hidden.index_select(0, where),
@@ -178,21 +189,22 @@ class _Run:
         return None if total is None else MicroBatchLoss(total, entropy, tuple(by_teacher) if self.values else ())
 
     def sampled(self, groups: Sequence[GroupTerms]) -> MicroBatchLoss | None:
-        """All teachers that are asked about the sampled token alone, one pass for each temperature among them."""
-        alike: dict[tuple[float, tuple[float, float]], list[tuple[GroupTerms, list[tuple[str, Tensor, Tensor]]]]] = {}
+        """All teachers that are asked about the sampled token alone, one pass for those that are compared alike."""
+        alike: dict[_SampledAlike, list[tuple[GroupTerms, list[tuple[str, Tensor, Tensor]]]]] = {}
         for group in groups:
-            asked: dict[tuple[float, tuple[float, float]], list[tuple[str, Tensor, Tensor]]] = {}
+            asked: dict[_SampledAlike, list[tuple[str, Tensor, Tensor]]] = {}
             for term in group.terms:
                 estimator = self._estimator(term.teacher)
                 if estimator.name == "sampled":
                     _, temperature = self._compared(term.teacher)
-                    sampled = self._sampled(term.signal, group.positions, temperature, term.teacher)
-                    key = (temperature, estimator.ratio_bounds)
-                    asked.setdefault(key, []).append((term.teacher, sampled, term.weights))
+                    sampled, is_known = self._sampled(term.signal, group.positions, temperature, term.teacher)
+                    key = _SampledAlike(temperature, estimator.ratio_bounds, term.signal.shared)
+                    weights = term.weights if is_known is None else term.weights * is_known
+                    asked.setdefault(key, []).append((term.teacher, sampled, weights))
             for key, terms in asked.items():
                 alike.setdefault(key, []).append((group, terms))
         total, entropy, by_teacher = None, self._zeros(), []
-        for (temperature, bounds), parts in alike.items():
+        for key, parts in alike.items():
             where = torch.cat([self._indices(group.positions) for group, _ in parts])
             weights = torch.cat([torch.stack([w for _, _, w in terms]).sum(0) for _, terms in parts])
             weighed = [
@@ -204,10 +216,11 @@ class _Run:
                 self.head,
                 self.tokens.index_select(0, where),
                 torch.cat(weighed) / torch.where(weights == 0, 1.0, weights),
-                temperature=temperature,
+                temperature=key.temperature,
                 weights=weights,
                 behaviour_logprobs=None if self.behaviour is None else self.behaviour.index_select(0, where),
-                ratio_bounds=bounds,
+                ratio_bounds=key.ratio_bounds,
+                shared=key.shared,
             )
             total = found.loss_sum if total is None else total + found.loss_sum
             entropy.index_copy_(0, where, found.entropy.to(entropy.dtype))
@@ -237,16 +250,19 @@ class _Run:
 
     def _sampled(
         self, signal: HiddenSignal | SparseSignal, positions: Tensor | None, temperature: float, name: str
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return log-probabilities of the sampled tokens, and which of them are known; None for all."""
         tokens = self.tokens if positions is None else self.tokens.index_select(0, positions)
         if isinstance(signal, HiddenSignal):
-            return logprobs_of(signal, tokens, temperature)
+            return logprobs_of(signal, tokens, temperature), None
         if signal.sampled_token_logprobs is None:
             raise ConfigError(
                 f"Teacher {name!r} does not tell the log-probability of the sampled token, which estimator='sampled' "
                 "needs. Use estimator='topk_tail'."
             )
-        return signal.sampled_token_logprobs
+        if signal.shared is None:
+            return signal.sampled_token_logprobs, None
+        return signal.sampled_token_logprobs, shared_mask(signal.shared, tokens)  # the mass of its rest is not told
 
     def _estimator(self, name: str) -> Estimator:
         return self.panel.own[name].estimator or self.panel.estimator

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from kd_plugin.divergence.modes import PanelGroup, TeacherTerm
+from kd_plugin.errors import DataError
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.rollouts.rows import Span, by_length, left_aligned, row_spans
 from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 from kd_plugin.teachers.base import Teacher, resident
 from kd_plugin.views.render import Reader, Reading
-from kd_plugin.vocab import Vocabulary
+from kd_plugin.vocab import SharedTokens, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class RowScores:
         assignment: who scores the row, and what decides their weights.
         span: the columns of the generation batch that hold the row's tokens.
         prompts: what a teacher with a view read before the response, by name.
+        covered: teacher's name to the positions that it says anything of, (n_b,) bool on the CPU; absent for all.
     """
 
     positions: tuple[int, ...]
@@ -40,6 +42,7 @@ class RowScores:
     assignment: Assignment
     span: Span
     prompts: Mapping[str, str] = field(default_factory=dict)
+    covered: Mapping[str, Tensor] = field(default_factory=dict)
 
     def with_heads(self, heads: Mapping[str, OutputHead]) -> RowScores:
         """Return the same with these output heads, which were gathered, in the signals of the teachers so named."""
@@ -47,7 +50,7 @@ class RowScores:
         for name in signals.keys() & heads.keys():
             signal, head = signals[name], heads[name]
             if isinstance(signal, HiddenSignal):
-                signals[name] = HiddenSignal(signal.hidden, replace(signal.head, weight=head.weight, bias=head.bias))
+                signals[name] = replace(signal, head=replace(signal.head, weight=head.weight, bias=head.bias))
         return replace(self, signals=signals)
 
 
@@ -81,12 +84,14 @@ def score_rows(
         positions: for each row the offsets c of the completion tokens that are trained on.
         rows_at_once: rows in the forward pass of a teacher in this process; others get all rows at once.
         clock: entered with a teacher's name around all that it does.
-        vocabulary: of the run: what a teacher says of tokens beyond is cut off. None leaves each teacher its own.
+        vocabulary: of the run: what a teacher says of tokens beyond is cut off, and one that shares a part of it is
+            compared over that part. None leaves each teacher its own.
         rows: the B rows' columns, which readers render.
         readers: of those teachers that have a view, by name.
 
     Raises:
-        DataError: a row holds a token that a head of the run has no row for, or cannot be read under a view.
+        DataError: a row holds a token that a head of the run has no row for, a prompt one that its teacher has not, or
+            a row cannot be read under a view.
 
     Returns:
         One :class:`RowScores` a row, in order.
@@ -95,6 +100,8 @@ def score_rows(
         vocabulary.require_rows(input_ids.masked_fill(attention_mask == 0, 0).tolist(), "Row")
     collected: list[dict[str, HiddenSignal | SparseSignal]] = [{} for _ in assignments]
     prompts: list[dict[str, str]] = [{} for _ in assignments]
+    covered: list[dict[str, Tensor]] = [{} for _ in assignments]
+    common = {} if vocabulary is None else shared_tokens(panel, vocabulary)
     spans = row_spans(attention_mask)
     plain = Reading(input_ids, attention_mask, completion_start, positions, spans)
     scored = {
@@ -112,19 +119,26 @@ def score_rows(
             reading = reader.read([rows[b] for b in numbers], reading)
             for b, text in zip(numbers, reading.prompts or (), strict=True):
                 prompts[b][name] = text
+        shared = common.get(name)
+        if shared is not None:
+            reading, covers = _readable(reading, shared, name)
+            for b, flags in zip(numbers, covers, strict=True):
+                covered[b] |= {} if bool(flags.all()) else {name: flags}
         longest_first = by_length([span.length for span in reading.spans])
         at_once = rows_at_once if teacher.capabilities.in_process else max(len(numbers), 1)
         with clock(name) if clock is not None else nullcontext(), resident(teacher, input_ids.device):
             for start in range(0, len(numbers), at_once):
                 chunk = longest_first[start : start + at_once]
                 signal = _score(teacher, reading.select(chunk))
-                if vocabulary is not None and teacher.vocabulary.size > vocabulary.size:
+                if shared is not None:
+                    signal = signal.over(shared)
+                elif vocabulary is not None and teacher.vocabulary.size > vocabulary.size:
                     signal = signal.within(vocabulary.size)
                 counts = [len(reading.positions[r]) for r in chunk]
                 if isinstance(signal, SparseSignal):
                     pieces: Sequence[HiddenSignal | SparseSignal] = signal.split(counts)
                 else:
-                    pieces = [HiddenSignal(piece, signal.head) for piece in signal.hidden.split(counts)]
+                    pieces = [replace(signal, hidden=piece) for piece in signal.hidden.split(counts)]
                 for r, piece in zip(chunk, pieces, strict=True):
                     collected[numbers[r]][name] = piece
             for _ in range(passes[name] - -(-len(numbers) // rows_at_once)):
@@ -132,9 +146,67 @@ def score_rows(
                 nothing = torch.empty(0, dtype=torch.int64, device=input_ids.device)
                 teacher.score(input_ids[:1, -1:], torch.ones_like(attention_mask[:1, -1:]), nothing)
     return [
-        RowScores(tuple(p), {name: signals[name] for name in a.teachers if name in signals}, a, span, read)
-        for p, signals, a, span, read in zip(positions, collected, assignments, spans, prompts, strict=True)
+        RowScores(tuple(p), {name: signals[name] for name in a.teachers if name in signals}, a, span, read, covers)
+        for p, signals, a, span, read, covers in zip(
+            positions, collected, assignments, spans, prompts, covered, strict=True
+        )
     ]
+
+
+def shared_tokens(panel: TeacherPanel, vocabulary: Vocabulary) -> dict[str, SharedTokens]:
+    """Return what each teacher of another vocabulary shares with the student.
+
+    A mixture of teachers is one distribution, so all of a panel that mixes are compared over what all share.
+
+    Args:
+        panel: the teachers.
+        vocabulary: of the run.
+
+    Raises:
+        VocabularyError: a teacher shares too little.
+    """
+    found = {
+        name: vocabulary.shared_with(teacher.vocabulary, "student", f"teacher {name!r}")
+        for name, teacher in panel.teachers.items()
+    }
+    if panel.mode.one_divergence and any(found.values()):
+        own = {
+            name: shared or SharedTokens(((0, vocabulary.size),), vocabulary.size, vocabulary.size)
+            for name, shared in found.items()
+        }
+        found = {name: shared.within(own.values()) for name, shared in own.items()}
+    return {name: shared for name, shared in found.items() if shared is not None}
+
+
+def _readable(reading: Reading, shared: SharedTokens, name: str) -> tuple[Reading, list[Tensor]]:
+    """Replace what a teacher cannot read: a row's tokens from the first on that it does not share with the student.
+
+    Args:
+        reading: the rows; those tokens become the last one before them.
+        shared: what the teacher shares.
+        name: of the teacher.
+
+    Returns:
+        The rows, and for each (n_b,) bool, the positions that the teacher covers: all up to that token, which its rest
+        stands for.
+
+    Raises:
+        DataError: a prompt holds such a token.
+    """
+    ids, covers = reading.input_ids.clone(), []
+    for row, (span, positions) in enumerate(zip(reading.spans, reading.positions, strict=True)):
+        tokens = ids[row, span.first : span.stop].tolist()
+        read = span.first + shared.readable(tokens)
+        if read < reading.start:
+            raise DataError(
+                f"A prompt holds token {tokens[read - span.first]}, which teacher {name!r} has not, and cannot read. "
+                "Let it read the prompt by its own chat template (view: {chat_template: own}), or take the token out "
+                "of the prompts."
+            )
+        if read < span.stop:
+            ids[row, read : span.stop] = ids[row, read - 1].clone()
+        covers.append(torch.tensor([reading.start + c <= read for c in positions], dtype=torch.bool))
+    return replace(reading, input_ids=ids), covers
 
 
 def _score(teacher: Teacher, reading: Reading) -> HiddenSignal | SparseSignal:
@@ -241,7 +313,11 @@ def group_terms(
         by_row = torch.tensor([panel.weights_of(scores[b].assignment, step) for b in rows])
         by_position = by_row.repeat_interleave(counts, dim=0).to(device, non_blocking=True)
         terms = [
-            AskedTeacher(name, joined([scores[b].signals[name] for b in rows]), by_position[:, i])
+            AskedTeacher(
+                name,
+                joined([scores[b].signals[name] for b in rows]),
+                by_position[:, i] * _covered([scores[b] for b in rows], name, device),
+            )
             for i, name in enumerate(teachers)
         ]
         groups.append(GroupTerms(positions, tuple(terms)))
@@ -262,5 +338,13 @@ def joined(signals: Sequence[HiddenSignal | SparseSignal]) -> HiddenSignal | Spa
     """Put the positions of one teacher's rows after one another."""
     first = signals[0]
     if isinstance(first, HiddenSignal):
-        return HiddenSignal(torch.cat([s.hidden for s in signals if isinstance(s, HiddenSignal)]), first.head)
+        return replace(first, hidden=torch.cat([s.hidden for s in signals if isinstance(s, HiddenSignal)]))
     return SparseSignal.joined([s for s in signals if isinstance(s, SparseSignal)])
+
+
+def _covered(rows: Sequence[RowScores], name: str, device: torch.device) -> Tensor | float:
+    """Return (n,) 1 for positions of some rows that a teacher covers, 0 for others."""
+    if not any(name in row.covered for row in rows):
+        return 1.0
+    flags = [row.covered.get(name, torch.ones(len(row.positions), dtype=torch.bool)) for row in rows]
+    return torch.cat(flags).float().to(device, non_blocking=True)
