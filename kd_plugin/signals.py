@@ -232,22 +232,26 @@ class SparseSignal:
         def padded(tensor: Tensor, value: float) -> Tensor:
             return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
 
-        ids, logprobs, draws = (
-            [None if t is None else padded(t, fill) for t in tensors]
-            for tensors, fill in (
-                ([s.ids for s in signals], 0),
-                ([s.logprobs for s in signals], -math.inf),
-                ([s.draws for s in signals], 0),
-            )
+        def column(tensors: Sequence[Tensor | None], fill: float | None = None) -> Tensor | None:
+            present = [tensor for tensor in tensors if tensor is not None]
+            if len(present) < len(tensors):
+                return None
+            return torch.cat(present if fill is None else [padded(tensor, fill) for tensor in present])
+
+        return signals[0]._with(
+            column([signal.ids for signal in signals], 0),
+            column([signal.logprobs for signal in signals], -math.inf),
+            column([signal.tail_logmass for signal in signals]),
+            column([signal.draws for signal in signals], 0),
+            column([signal.sampled_token_logprobs for signal in signals]),
+            column([signal.rest_mass for signal in signals]),
         )
-        tails, written = [s.tail_logmass for s in signals], [s.sampled_token_logprobs for s in signals]
-        columns = [ids, logprobs, tails, draws, written, [s.rest_mass for s in signals]]
-        whole = [None if any(t is None for t in column) else torch.cat(column) for column in columns]  # type: ignore[arg-type]
-        return signals[0]._with(*whole)
 
     def _with(self, *tensors: Tensor | None) -> SparseSignal:
         """Return a signal of the same teacher with these in the place of :meth:`_tensors`."""
-        return SparseSignal(*tensors[:5], shared=self.shared, rest_mass=tensors[5])  # type: ignore[arg-type]
+        ids, logprobs, tail, draws, sampled, mass = tensors
+        assert ids is not None and logprobs is not None and tail is not None
+        return SparseSignal(ids, logprobs, tail, draws, sampled, self.shared, mass)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         return self.ids, self.logprobs, self.tail_logmass, self.draws, self.sampled_token_logprobs, self.rest_mass
