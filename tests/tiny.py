@@ -21,8 +21,13 @@ CHAT_TEMPLATE = (
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def byte_tokenizer(swap: tuple[str, str] | None = None) -> PreTrainedTokenizerFast:
-    """Build a tokenizer with one token a byte and three specials (259 tokens); ``swap`` exchanges two ids."""
+def byte_tokenizer(swap: tuple[str, str] | None = None, added: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """Build a tokenizer with one token a byte and three specials (259 tokens).
+
+    Args:
+        swap: two tokens that exchange their ids.
+        added: further tokens, from id 259 on.
+    """
     tokens = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(tokens)}
     if swap:
@@ -34,6 +39,7 @@ def byte_tokenizer(swap: tuple[str, str] | None = None) -> PreTrainedTokenizerFa
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token=None
     )
     tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.add_tokens(list(added))
     return tokenizer
 
 
@@ -123,7 +129,12 @@ def tiny_llama(
 
 
 def save_tiny(
-    directory: Path, license: str | None = "apache-2.0", swap=None, variant: str | None = None, **kwargs
+    directory: Path,
+    license: str | None = "apache-2.0",
+    swap=None,
+    variant: str | None = None,
+    added: tuple[str, ...] = (),
+    **kwargs,
 ) -> str:
     """Save a tiny model with its tokenizer and, if given, a model card that names ``license``.
 
@@ -132,11 +143,12 @@ def save_tiny(
         license: its hub id.
         swap: two tokens that exchange their ids.
         variant: of :data:`VARIANTS`, built by :func:`tiny_model`; None is :func:`tiny_llama`.
+        added: further tokens of its tokenizer.
         **kwargs: of the function that builds it.
     """
     model = tiny_llama(**kwargs) if variant is None else tiny_model(variant, **kwargs)
     model.save_pretrained(directory)
-    byte_tokenizer(swap).save_pretrained(directory)
+    byte_tokenizer(swap, added).save_pretrained(directory)
     if license:
         (Path(directory) / "README.md").write_text(f"---\nlicense: {license}\n---\n\n# Tiny test model\n")
     return str(directory)

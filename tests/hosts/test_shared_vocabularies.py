@@ -1,0 +1,166 @@
+"""A student and teachers that share a part of their tokens, in every host: added tokens, padded heads, other ids."""
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from kd_plugin.divergence import Divergence
+from kd_plugin.divergence.reference import divergence_from_logits
+from kd_plugin.errors import DataError
+from kd_plugin.lightning import TeacherPanelModule
+from kd_plugin.panel import TeacherPanel
+from kd_plugin.panel.checks import require_one_vocabulary
+from kd_plugin.teachers import LocalTeacher, ServerTeacher
+from kd_plugin.transformers import PanelSettings, TeacherPanelMixin
+from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
+from kd_plugin.vocab import Vocabulary
+from tests.fake_vllm import fake_vllm
+from tests.hosts.runs import losses, prompts, settings
+from tests.lightning.help import trainer
+from tests.tiny import byte_tokenizer, save_tiny
+
+ADDED = {
+    "plain": (),
+    "more": ("<think>", "</think>"),  # as Qwen3 beside Qwen2.5
+    "own": ("<hint>", "<think>"),  # one token of its own, one that stands elsewhere
+}
+PAIRS = [("plain", "more"), ("more", "plain"), ("own", "more")]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Students and teachers with 272 rows, of which 259 to 261 are tokens."""
+    base = tmp_path_factory.mktemp("shared")
+    return {
+        (role, kind): save_tiny(base / f"{role}-{kind}", variant="padded", seed=seed, added=added)
+        for seed, role in enumerate(("student", "teacher"))
+        for kind, added in ADDED.items()
+    }
+
+
+class PlainPanelTrainer(TeacherPanelMixin, Trainer):
+    pass
+
+
+def panel_trainer(directory, student, teachers, rows=None, **options):
+    return TeacherPanelTrainer(
+        model=student,
+        teacher_models=teachers if isinstance(teachers, dict) else {"t": teachers},
+        args=TeacherPanelConfig(**settings(directory, **{"max_steps": 1, "max_completion_length": 8, **options})),
+        train_dataset=prompts() if rows is None else Dataset.from_list(rows),
+    )
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+def test_the_loss_is_over_shared_tokens_and_the_rest(student, teacher, divergence, models, tmp_path):
+    made = panel_trainer(tmp_path, models["student", student], models["teacher", teacher], divergence=divergence)
+    tokens = 259 + len(ADDED[student])
+    assert made._vocabulary.size == tokens and not made._vocabulary.is_cut
+    shared = made._vocabulary.shared_with(made.panel.teachers["t"].vocabulary)
+    assert shared.runs == ((0, 259),)
+    made.model.train()
+    batch = made._generate_and_score_completions([dict(row) for row in made.train_dataset.select(range(4))])
+    ids, mask = (torch.cat([batch[f"prompt_{k}"], batch[f"completion_{k}"]], dim=1) for k in ("ids", "mask"))
+    start, scored = batch["prompt_ids"].shape[1], batch["completion_mask"].bool()
+    with torch.no_grad():
+        q, p = (
+            model(input_ids=ids, attention_mask=mask).logits[:, start - 1 : -1, :size]
+            for model, size in ((made.model, tokens), (made.panel.teachers["t"].model, shared.teacher_size))
+        )
+        found, _, count = made._compute_loss(made.model, {"batch": batch["scored"].micro_batches([4])[0]}, None)
+    covered = (batch["completion_ids"] >= 259).int().cumsum(1) <= (batch["completion_ids"] >= 259).int()
+    values = divergence_from_logits(q[scored], p[scored], Divergence(divergence), 1.0, shared)
+    expected = (values * covered[scored]).sum() / count  # after a token that it cannot read the teacher says nothing
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimator": "exact", "combine": "mixture"},
+        {"estimator": "exact", "combine": "confidence"},
+        {"estimator": "sampled", "combine": "weighted_kl"},
+        {"estimator": "topk_tail", "combine": "weighted_kl"},
+        {"combine": "weighted_kl", "rollouts": "interleaved"},
+    ],
+)
+@pytest.mark.parametrize("student", ["plain", "own"])
+def test_every_estimator_and_mode_with_teachers_of_two_vocabularies(options, student, models, tmp_path):
+    teachers = {name: models["teacher", name] for name in ("plain", "more")}
+    made = panel_trainer(
+        tmp_path, models["student", student], teachers, divergence="reverse_kl", max_steps=2, save_rollouts=2, **options
+    )
+    made.train()
+    assert len(losses(made)) == 2
+    logged = made.state.log_history[0]
+    assert 0.0 < logged["rest_mass/more"] < 1.0 and logged["student_rest_mass/more"] >= 0.0
+    assert ("rest_mass/plain" in logged) == (student == "own" or options.get("combine") == "mixture")
+
+
+def test_a_server_of_a_larger_vocabulary(models, tmp_path):
+    path = models["teacher", "more"]
+    local, tokenizer = LocalTeacher(path, dtype="float32"), AutoTokenizer.from_pretrained(path)
+    with fake_vllm(local.model, tokenizer) as (url, _):
+        for top_k, estimator in ((5, "topk_tail"), ("all", "topk_tail"), (5, "sampled")):
+            server = ServerTeacher(url, tokenizer=tokenizer, top_k=top_k, repo=path, license="apache-2.0")
+            for student in ("plain", "own"):
+                made = panel_trainer(
+                    tmp_path / f"{top_k}{estimator}{student}", models["student", student], server, estimator=estimator,
+                    divergence="reverse_kl",
+                )  # fmt: skip
+                made.train()
+                assert len(losses(made)) == 1
+
+
+def test_all_tokens_from_a_server_equal_the_exact_loss(models, tmp_path):
+    path = models["teacher", "more"]
+    local, tokenizer = LocalTeacher(path, dtype="float32"), AutoTokenizer.from_pretrained(path)
+    with fake_vllm(local.model, tokenizer) as (url, _):
+        server = ServerTeacher(url, tokenizer=tokenizer, top_k="all", repo=path, license="apache-2.0")
+        runs = {}
+        for kind, teacher, estimator in (("server", server, "topk_tail"), ("local", local, "exact")):
+            made = panel_trainer(
+                tmp_path / kind, models["student", "own"], teacher, estimator=estimator, divergence="forward_kl"
+            )
+            made.train()
+            runs[kind] = losses(made)
+    assert runs["server"] == pytest.approx(runs["local"], rel=1e-4)
+
+
+def test_transformers_and_lightning(models, tmp_path):
+    student, teacher = models["student", "own"], models["teacher", "more"]
+    made = PlainPanelTrainer(
+        model=AutoModelForCausalLM.from_pretrained(student),
+        args=TrainingArguments(**settings(tmp_path / "plain", max_steps=1)),
+        teacher_models={"t": teacher},
+        panel_settings=PanelSettings(max_completion_length=8),
+        processing_class=AutoTokenizer.from_pretrained(student),
+        train_dataset=prompts(count=4),
+    )
+    made.train()
+    assert len(losses(made)) == 1
+    module = TeacherPanelModule(student, teacher_models={"t": teacher}, max_completion_length=8)
+    host = trainer(tmp_path / "lightning", max_steps=1)
+    host.fit(module, DataLoader([{"prompt": "a"}, {"prompt": "bc"}], batch_size=2, collate_fn=_columns))
+    assert host.global_step == 1
+
+
+def _columns(rows):
+    return {"prompt": [row["prompt"] for row in rows]}
+
+
+def test_a_prompt_with_a_token_that_the_teacher_has_not(models, tmp_path):
+    made = panel_trainer(tmp_path, models["student", "own"], models["teacher", "more"], [{"prompt": "a<hint>b"}] * 4)
+    with pytest.raises(DataError, match=r"holds token 259, which teacher 't' has not.*chat_template: own"):
+        made.train()
+
+
+def test_it_is_said(models, caplog):
+    panel = TeacherPanel({"t": LocalTeacher(models["teacher", "more"])})
+    own = Vocabulary.from_tokenizer(byte_tokenizer(added=ADDED["own"]))
+    assert require_one_vocabulary(panel, own).size == 261
+    assert "share 259 token ids; the student has 2 more and the teacher 2" in caplog.text
+    assert "Under another id, and so not shared: '<think>'" in caplog.text
