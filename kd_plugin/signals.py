@@ -259,15 +259,23 @@ class SparseSignal:
 
 @dataclass(frozen=True)
 class TextSignal:
-    """A corrected response in text; teaches through the student's own tokenizer.
+    """A correction that a teacher wrote, as the student's own tokens: all mass is on the token that should come next.
 
     Attributes:
-        response: the text that the student should have written.
-        score: the teacher's score of the student's answer, in [0, 1], or None.
+        tokens: (N,) int64 the correction's tokens at the scored positions.
+        weights: (N,) how much each counts: 1 from where the correction departs from the response.
     """
 
-    response: str
-    score: float | None = None
+    tokens: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def as_list(self) -> SparseSignal:
+        """Return the distribution as a list of one token; the forward KL from it is the cross-entropy."""
+        certain = torch.zeros(len(self), 1, device=self.tokens.device)
+        return SparseSignal(self.tokens.unsqueeze(-1), certain, torch.full_like(certain[:, 0], -math.inf))
 
 
 def shared_mask(shared: SharedTokens, ids: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from kd_plugin.lightning.student import engine_of, shards_the_student
 from kd_plugin.limits import refuse_images, refuse_router_loss
 from kd_plugin.lineage.start import start_run
 from kd_plugin.monitor.run import PanelRun
-from kd_plugin.panel.anchor import SHARDED_ANCHOR, Anchor
+from kd_plugin.panel.anchor import Anchor
 from kd_plugin.panel.batches import MicroBatch, ScoredRollouts
 from kd_plugin.panel.checks import (
     check_rows,
@@ -120,9 +120,9 @@ class TeacherPanelCorrection(StudentCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the trainer, the module, the panel and the licenses; keep the student's start if it is anchored."""
-        anchored = stage == "fit" and self.settings.anchor_weight > 0.0
+        anchored = stage == "fit" and self.panel_run.keeps_start
         if anchored and shards_the_student(trainer):
-            raise ConfigError(SHARDED_ANCHOR.format("ZeRO-3 and FSDP2"))
+            raise ConfigError(self.panel_run.sharded_start.format("ZeRO-3 and FSDP2"))
         super().setup(trainer, pl_module, stage)
         if anchored:
             self._keeper = StartKeeper(pl_module, functools.partial(self._keep_start, pl_module))
@@ -186,7 +186,7 @@ class TeacherPanelCorrection(StudentCallback):
         log("val/loss", loss, batch_size=tokens)
         log("val/completion_length", sum(len(one.tokens) for one in responses) / rows, batch_size=rows)
         found, _ = self._panel_step.monitor.read_divergences(lambda sums: sums)
-        for name in self.panel.names:
+        for name in self.panel.teachers:
             count = int(found[f"tokens/{name}"])
             log(f"val/divergence/{name}", found.get(f"divergence/{name}", 0.0), batch_size=count)
         return [self._tokenizer.decode(one.tokens, skip_special_tokens=True) for one in responses]
@@ -320,7 +320,7 @@ class TeacherPanelCorrection(StudentCallback):
             vocabulary=self._vocabulary,
             repeats=self.settings.repetition_stop,
         )
-        rows = rows_of(batches, self.panel.view_columns)
+        rows = rows_of(batches, self.panel.columns)
         return self._panel_step.roll_out(rows, count_of(batches[0]), engine, draw=draw)
 
     def _next(self, batch: Any) -> Prepared:

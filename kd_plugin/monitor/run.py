@@ -13,11 +13,12 @@ from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.lineage import RunLineage, Source
 from kd_plugin.lineage.start import gate_servers, student_source
 from kd_plugin.monitor.watch import LengthAlarm, Monitor
-from kd_plugin.panel.anchor import Anchor, starting_student
+from kd_plugin.panel.anchor import SHARDED_ANCHOR, Anchor, starting_student
 from kd_plugin.panel.batches import Host
 from kd_plugin.panel.block import panel_from
-from kd_plugin.panel.checks import require_defined_panel, require_fitting_student
+from kd_plugin.panel.checks import require_correctable, require_defined_panel, require_fitting_student
 from kd_plugin.panel.identity import ResumeState
+from kd_plugin.panel.preference import SHARDED_REFERENCE
 from kd_plugin.panel.sampling import (
     completed,
     own_generation_config,
@@ -28,6 +29,7 @@ from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.viewing import require_viewable
 from kd_plugin.panel.warmup import warmup_objective
 from kd_plugin.rollouts.in_process import Sampling
+from kd_plugin.text.prompts import Templates
 from kd_plugin.upstream import reference_of
 from kd_plugin.vocab import Vocabulary
 
@@ -60,6 +62,7 @@ class PanelRun:
         require_defined_panel(self.panel, self.divergence, settings.temperature)
         require_sampling(self.panel, settings)
         require_viewable(self.panel, settings.rollouts)
+        require_correctable(self.panel, settings.rollouts)
         self.caches = [TeacherCache(path) for path in settings.warmup_caches()]
         if self.caches:
             warmup_objective(self.caches, settings.warmup_divergence)  # a wrong name shows now
@@ -87,12 +90,26 @@ class PanelRun:
         self.lineage = start(
             method="teacher_panel",
             student=student_source(model, revision),
-            teachers=[teacher.source for teacher in self.panel.teachers.values()],
+            teachers=[teacher.source for teacher in self.panel.members.values()],
             outputs=[cache.source for cache in self.caches],
             datasets=datasets,
         )
-        gate_servers(self.lineage, self.panel.teachers.values())
+        gate_servers(self.lineage, self.panel.members.values())
+        if self.panel.text_teachers:
+            self.lineage.templates = Templates.load(self.panel.text.templates).identity
         return self.lineage
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the student's start is needed: to stay near it, or to compare a preference with it."""
+        return self.settings.anchor_weight > 0.0 or (
+            bool(self.panel.text_teachers) and self.panel.text.preference is not None
+        )
+
+    @property
+    def sharded_start(self) -> str:
+        """Why the start cannot be kept where the student is sharded; ``{}`` stands for what shards it."""
+        return SHARDED_ANCHOR if self.settings.anchor_weight > 0.0 else SHARDED_REFERENCE
 
     def require_student(self, model: Any, vocabulary: Vocabulary, config: Callable[[], Any]) -> Vocabulary:
         """Compare the student with the teachers and the caches, before it is loaded.

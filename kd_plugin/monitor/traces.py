@@ -20,7 +20,7 @@ from kd_plugin.divergence.listed import logprobs_of, top_tokens
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel.batches import MicroBatch
 from kd_plugin.panel.loss import TeacherDivergence
-from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal, shared_mask
+from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal, TextSignal, shared_mask
 
 ROLLOUTS = "rollouts"  # directory below output_dir
 _KEYS = {"step", "row", "prompt", "domain", "truncated", "tokens", "scored", "student", "correction", "teachers"}
@@ -69,7 +69,7 @@ def rollout_rows(
         teachers: dict[str, dict[str, Any]] = {}
         for name, signal in row_scores.signals.items():
             divergence, weight = (_numbers(column[span]) for column in said[name])
-            logprobs, top = _token_view(signal, tokens[span], top_k, lambda token: decode([token]))
+            logprobs, top = _token_view(_listed(signal), tokens[span], top_k, lambda token: decode([token]))
             teachers[name] = {"weight": weight, "divergence": divergence, "logprob": logprobs, "top": top}
         total = [
             round(sum((t["weight"][i] or 0.0) * (t["divergence"][i] or 0.0) for t in teachers.values()), 4)
@@ -156,6 +156,11 @@ def _values(by_teacher: Sequence[TeacherDivergence], name: str, tokens: Tensor) 
             for column, values in zip(both, (one.divergence, one.weights), strict=True):
                 column.index_copy_(0, where, values.float())
     return both[0], both[1]
+
+
+def _listed(signal: HiddenSignal | SparseSignal | TextSignal) -> HiddenSignal | SparseSignal:
+    """Return a correction as a list of its tokens."""
+    return signal.as_list() if isinstance(signal, TextSignal) else signal
 
 
 def _token_view(

@@ -15,8 +15,11 @@ from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, nearest, require_known_keys
 from kd_plugin.inputs import read_yaml
 from kd_plugin.panel.estimators import Estimator
+from kd_plugin.panel.reward import Reward
 from kd_plugin.panel.roster import OwnTerms, TeacherPanel
-from kd_plugin.teachers import KINDS, AdapterTeacher, LocalTeacher, Teacher
+from kd_plugin.teachers import KINDS, AdapterTeacher, LocalTeacher
+from kd_plugin.text import TEXT_KINDS
+from kd_plugin.text.correcting import text_settings
 from kd_plugin.views.view import View
 
 _ESTIMATOR_KEYS = ("top_k", "student_top_k", "ratio_bounds")
@@ -29,13 +32,18 @@ _PANEL_KEYS = (
     "confidence_temperature",
     "estimator",
     "allow_other_eos",
+    "text",
+    "reward",
     *_ESTIMATOR_KEYS,
 )
-_OWN_KEYS = ("kind", "weight", "divergence", "temperature", "estimator", "view")
+_OWN_KEYS = ("kind", "weight", "divergence", "temperature", "estimator", "view", "signal", "prices")
+# A text teacher's `temperature` is of its sampling, an argument of its class
+_OWN_TEXT_KEYS = ("kind", "weight", "signal", "prices")
+SIGNALS = ("distribution", "text")
 # TRL loads teachers in float32 unless told, and one teacher must train as it does there
 _DEFAULTS = {"dtype": "float32"}
 # What a `panel` block, or a TeacherPanel, says itself
-_SAID_BY_A_PANEL = ("teacher_weights", "domain_weights", "routes")
+_SAID_BY_A_PANEL = ("teacher_weights", "domain_weights", "routes", "text", "reward")
 
 
 def panel_from_block(block: Mapping[str, Any] | str | Path, where: str = "panel") -> TeacherPanel:
@@ -47,7 +55,11 @@ def panel_from_block(block: Mapping[str, Any] | str | Path, where: str = "panel"
     ``adapter``, ``server``, ``cached``), ``weight`` (a number or a schedule), ``divergence``, ``temperature``,
     ``estimator`` and ``view`` (a mapping with the attributes of :class:`~kd_plugin.views.view.View`) of its own, and
     the arguments of its class: ``model``, ``adapter`` and ``base``, ``url``, ``cache``, ``placement`` and so on. A base
-    is ``student``, a path, the name of a local teacher, or a mapping with the arguments of ``LocalTeacher``.
+    is ``student``, a path, the name of a local teacher, or a mapping with the arguments of ``LocalTeacher``. With
+    ``signal: text`` a teacher evaluates and corrects by text, as ``text`` says
+    (:class:`~kd_plugin.text.correcting.TextSettings`). Any teacher may have ``prices``, ``{read: X, written: Y}`` of a
+    million tokens. ``reward`` (:meth:`~kd_plugin.panel.reward.Reward.described`) weighs the divergence by a verifier's
+    verdict.
 
     Args:
         block: the block, or a YAML file that holds it.
@@ -79,25 +91,34 @@ def panel_from_block(block: Mapping[str, Any] | str | Path, where: str = "panel"
         estimator=estimator,
         divergence=_divergence(block.get("divergence"), where),
         allow_other_eos=block.get("allow_other_eos", False),
+        text=None if block.get("text") is None else text_settings(block["text"], f"{where}: text"),
+        reward=None if block.get("reward") is None else Reward.described(block["reward"], f"{where}: reward"),
+        prices={name: teacher["prices"] for name, teacher in described.items() if _has(teacher, "prices")},
     )
 
 
-def _teachers(described: Mapping[str, Any], where: str) -> dict[str, Teacher]:
+def _teachers(described: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Make the teachers; adapters last, since they may name one of the others as their base."""
-    made: dict[str, Teacher] = {}
+    made: dict[str, Any] = {}
     bases: dict[str, LocalTeacher] = {}
     for name, given in described.items():
         spec = {"model": given} if isinstance(given, str) else given
         if not isinstance(spec, Mapping):
             raise ConfigError(f"{where}: teacher {name!r} is {given!r}; expected a path, a hub id or a mapping.")
-        kind = spec.get("kind", "local")
-        if kind not in KINDS:
+        label, kind, signal = f"{where}: teacher {name!r}", spec.get("kind", "local"), spec.get("signal", SIGNALS[0])
+        if signal not in SIGNALS:
+            raise ConfigError(f"{label} has signal {signal!r}; expected one of {', '.join(SIGNALS)}.")
+        kinds = TEXT_KINDS if signal == "text" else KINDS
+        if kind not in kinds:
             raise ConfigError(
-                f"{where}: teacher {name!r} has kind {kind!r}; expected one of {', '.join(KINDS)}."
-                + nearest(str(kind), list(KINDS))
+                f"{label} has kind {kind!r}"
+                + (" and signal 'text'" if signal == "text" else "")
+                + f"; expected one of {', '.join(kinds)}."
+                + nearest(str(kind), list(kinds))
             )
         if kind != "adapter":
-            made[name] = _make(KINDS[kind], spec, f"{where}: teacher {name!r}", _OWN_KEYS, name)
+            own = _OWN_TEXT_KEYS if signal == "text" else _OWN_KEYS
+            made[name] = _make(kinds[kind], spec, label, own, name)
     for name, spec in described.items():
         if isinstance(spec, Mapping) and spec.get("kind") == "adapter":
             label = f"{where}: teacher {name!r}"
@@ -106,7 +127,7 @@ def _teachers(described: Mapping[str, Any], where: str) -> dict[str, Teacher]:
     return {name: made[name] for name in described}
 
 
-def _base(given: Any, made: Mapping[str, Teacher], bases: dict[str, LocalTeacher], label: str) -> Any:
+def _base(given: Any, made: Mapping[str, Any], bases: dict[str, LocalTeacher], label: str) -> Any:
     """Return an adapter's base, one for all adapters that describe the same."""
     if given == "student":
         return given
@@ -135,6 +156,8 @@ def _make(kind: Callable[..., Any], spec: Mapping[str, Any], label: str, extra: 
 
 def _own(spec: Any, estimator: Estimator, label: str) -> OwnTerms:
     if not isinstance(spec, Mapping):
+        return OwnTerms()
+    if spec.get("signal") == "text":
         return OwnTerms()
     temperature = spec.get("temperature")
     own = None if spec.get("estimator") is None else replace(estimator, name=spec["estimator"])
@@ -212,6 +235,8 @@ def panel_from(teacher_model: Any, teacher_models: Any, args: Any) -> TeacherPan
         confidence_temperature=args.confidence_temperature,
         estimator=estimator_from(args),
         allow_other_eos=getattr(args, "allow_other_eos", False),
+        text=None if args.text is None else text_settings(args.text),
+        reward=None if args.reward is None else Reward.described(args.reward),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.divergence.projection import require_temperature
 from kd_plugin.divergence.spec import Divergence
-from kd_plugin.errors import ConfigError, DataError, VocabularyError
+from kd_plugin.errors import ConfigError, DataError, ServerError, VocabularyError, nearest
 from kd_plugin.limits import refuse_images
 from kd_plugin.panel.estimators import require_defined
 from kd_plugin.panel.roster import TeacherPanel
@@ -151,6 +151,7 @@ def check_rows(dataset: Any, name: str, panel: TeacherPanel) -> None:
             f"{name} has no column 'prompt'; it has {', '.join(map(repr, columns))}. The student generates the "
             "completions itself, so each row needs the prompt alone, as text or as messages."
         )
+    check_verified_columns(panel, list(columns), name)
     if not isinstance(dataset, Dataset):
         panel.assign(next(iter(dataset)))
         check_view_columns(panel, columns, dataset, name)
@@ -178,8 +179,14 @@ def require_reachable(panel: TeacherPanel) -> None:
         ServerError: one is away, does not serve the model, or gives no log-probabilities.
         VocabularyError, ConfigError: it has another tokenizer, or lists fewer tokens than were asked for.
     """
-    for teacher in panel.teachers.values():
-        reach(teacher)
+    for name, teacher in panel.members.items():
+        try:
+            reach(teacher)
+        except ServerError as error:
+            if name not in panel.text_teachers or panel.text.min_teachers is None:
+                raise
+            # Whether enough are left is seen with the first batch, by all ranks together
+            logger.warning("Text teacher %r cannot be reached before the run begins: %s", name, error)
 
 
 def require_one_server(panel: TeacherPanel, device: torch.device) -> None:
@@ -247,6 +254,39 @@ def require_defined_panel(panel: TeacherPanel, divergence: Divergence, temperatu
             own.divergence or divergence,
             own.temperature_or(temperature),
         )
+
+
+def require_correctable(panel: TeacherPanel, rollouts: str) -> None:
+    """Refuse text teachers where the panel replaces tokens as they are generated.
+
+    Args:
+        panel: the teachers.
+        rollouts: who generates, as in the settings.
+
+    Raises:
+        ConfigError: says why, and what can be.
+    """
+    if panel.text_teachers and rollouts == "interleaved":
+        raise ConfigError(
+            f"Teacher {next(iter(panel.text_teachers))!r} corrects by text, and rollouts='interleaved' asks every "
+            "teacher of a row for distributions. Let the student generate alone (rollouts='student')."
+        )
+
+
+def check_verified_columns(panel: TeacherPanel, columns: Sequence[str], name: str) -> None:
+    """Refuse a dataset without the columns that the panel's verifiers read.
+
+    Raises:
+        DataError: names the column and the way out.
+    """
+    for verifier in panel.verifiers:
+        for column in verifier.columns or ():
+            if column not in columns:
+                raise DataError(
+                    f"The verifier {verifier.name} reads the column {column!r}, and {name} has none; it has "
+                    f"{', '.join(map(repr, columns))}. Name the right one with answer_column."
+                    + nearest(column, list(columns))
+                )
 
 
 def require_no_shared_tensors(panel: TeacherPanel) -> None:

@@ -14,6 +14,7 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.panel.weights import Schedule
 from kd_plugin.teachers.base import identity as teacher_identity
+from kd_plugin.text.prompts import Templates
 
 logger = logging.getLogger(__name__)
 FILE, ALARM_FILE = "panel.json", "alarm.json"
@@ -39,8 +40,9 @@ def panel_identity(panel: TeacherPanel, divergence: Divergence, temperature: flo
         "version": _VERSION,
         "teachers": {
             name: {**teacher_identity(teacher), **_own(panel, name, divergence, temperature)}
-            for name, teacher in panel.teachers.items()
+            for name, teacher in panel.members.items()
         },
+        **_by_text(panel),
         "combine": panel.combine,
         "domain_weights": {
             domain: {name: _schedule(s) for name, s in weights.items()}
@@ -201,6 +203,19 @@ def _short(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64:
         return f"{value[:12]}..."
     return json.dumps(value) if not isinstance(value, str) else repr(value)
+
+
+def _by_text(panel: TeacherPanel) -> dict[str, Any]:
+    """Describe what text teachers are asked by, and the reward; nothing where there are none."""
+    found: dict[str, Any] = {}
+    if panel.text_teachers:
+        settings = {**vars(panel.text), "verifier": getattr(panel.text.check(), "name", None)}
+        for name in ("min_teachers", "ceiling"):  # they end a run, and teach nothing
+            settings.pop(name)
+        found["text"] = {**settings, "templates": Templates.load(panel.text.templates).identity}
+    if panel.reward is not None:
+        found["reward"] = panel.reward.identity
+    return found
 
 
 def _schedule(schedule: Schedule) -> Any:

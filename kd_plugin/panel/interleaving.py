@@ -159,7 +159,7 @@ def panel_logprobs(
     with gathered_heads(list(sharded.values())) as heads:
         opened = dict(zip(sharded, heads, strict=True))
         for assignment, row_scores in zip(assignments, scores, strict=True):
-            weights, signals = panel.weights_of(assignment, step), row_scores.with_heads(opened).signals
+            weights, signals = panel.weights_of(assignment, step), row_scores.with_heads(opened).distributions
             terms = [
                 _logprobs(signals[name], vocabulary.size) + torch.tensor(weight).log()
                 for name, weight in zip(assignment.teachers, weights, strict=True)

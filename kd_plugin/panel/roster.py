@@ -16,13 +16,21 @@ from kd_plugin.divergence.projection import require_temperature
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, DataError, nearest
 from kd_plugin.panel.estimators import Estimator
+from kd_plugin.panel.reward import Reward
 from kd_plugin.panel.weights import Weights, row_weights
 from kd_plugin.settings import require_known
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.adapter import share_bases
 from kd_plugin.teachers.base import Teacher, missing_members
 from kd_plugin.teachers.local import LocalTeacher
+from kd_plugin.text.correcting import TextSettings
+from kd_plugin.text.prompts import Templates
+from kd_plugin.text.spending import Prices
+from kd_plugin.text.teaching import TextTeacher, is_text_teacher
+from kd_plugin.verifying import Verifier
 from kd_plugin.views.view import View
+
+_BY_TEXT = Estimator("topk_tail"), Divergence("forward_kl")  # cross-entropy with a list of one token
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,8 @@ class TeacherPanel:
     """Several teachers over one vocabulary, and how their scores are combined.
 
     Args:
-        teachers: name to teacher; a path, a hub id or a loaded model becomes a :class:`LocalTeacher`.
+        teachers: name to teacher; a path, a hub id or a loaded model becomes a :class:`LocalTeacher`. A
+            :class:`~kd_plugin.text.teaching.TextTeacher` evaluates and corrects by text.
         combine: ``route`` asks one teacher a row, named in the row's ``teacher_id``. The others ask all of them, or
             those that ``teacher_id`` lists. ``weighted_kl`` minimises Σ wᵢ·D(teacherᵢ, student), the objective of
             DeepSeek-V4 (arXiv 2606.19348, 5.1.2). ``mixture`` minimises D(Σ wᵢ·pᵢ, student). ``confidence`` is
@@ -88,6 +97,14 @@ class TeacherPanel:
         estimator: how the divergence is estimated, for teachers without an estimator of their own.
         divergence: of the panel; None leaves it to the host's configuration.
         allow_other_eos: take teachers that end their responses with another token than the student.
+        text: how text teachers evaluate and correct.
+        reward: of a verifier, which weighs the divergence from teachers that give distributions; or None.
+        prices: name to what a teacher's tokens cost.
+
+    Attributes:
+        members: name to teacher, all of them.
+        teachers: those that give distributions.
+        text_teachers: those that evaluate and correct.
 
     Raises:
         ConfigError: no teacher, an unknown ``combine``, a name that is on no panel, a negative weight, weights that
@@ -107,14 +124,21 @@ class TeacherPanel:
         estimator: Estimator | None = None,
         divergence: Divergence | None = None,
         allow_other_eos: bool = False,
+        text: TextSettings | None = None,
+        reward: Reward | None = None,
+        prices: Mapping[str, Prices | Mapping[str, float]] | None = None,
     ) -> None:
         if not teachers:
             raise ConfigError("A teacher panel needs at least one teacher; got none.")
         require_known("combine", combine, tuple(MODES))
         self.combine: Combine = combine
         self.mode = MODES[combine]
-        self.teachers: Mapping[str, Teacher] = MappingProxyType(
-            {name: as_teacher(name, teacher) for name, teacher in teachers.items()}
+        text_teachers: dict[str, TextTeacher] = {n: t for n, t in teachers.items() if is_text_teacher(t)}
+        scoring = {name: as_teacher(name, t) for name, t in teachers.items() if name not in text_teachers}
+        self.text_teachers: Mapping[str, TextTeacher] = MappingProxyType(text_teachers)
+        self.teachers: Mapping[str, Teacher] = MappingProxyType(scoring)
+        self.members: Mapping[str, Teacher | TextTeacher] = MappingProxyType(
+            {name: text_teachers.get(name) or scoring[name] for name in teachers}
         )
         share_bases(self.teachers.values())
         if self.mode.one_teacher and (weights is not None or domain_weights is not None):
@@ -130,19 +154,23 @@ class TeacherPanel:
         self.estimator = estimator or Estimator()
         self.divergence = divergence
         self.allow_other_eos = allow_other_eos
-        self.own = {name: OwnTerms() for name in self.teachers} | dict(own or {})
-        for name in self.own:
-            if name not in self.teachers:
+        self.own = {name: OwnTerms() for name in self.members} | dict(own or {})
+        for name in (*self.own, *(prices or {})):
+            if name not in self.members:
                 raise ConfigError(
                     f"Settings are given for teacher {name!r}, which is not on the panel; there are "
-                    f"{_listed(self.teachers)}." + nearest(name, list(self.teachers))
+                    f"{_listed(self.members)}." + nearest(name, list(self.members))
                 )
+        self.reward = reward
+        self.prices = {name: Prices.of((prices or {}).get(name)) for name in self.members}
+        self.text = TextSettings() if text is None else text
+        self._settle_text(text)
         self.routes = {domain: self._known(names) for domain, names in (routes or {}).items()}
 
     @property
     def names(self) -> tuple[str, ...]:
         """The teachers' names, in the order given."""
-        return tuple(self.teachers)
+        return tuple(self.members)
 
     @property
     def views(self) -> dict[str, View]:
@@ -150,9 +178,24 @@ class TeacherPanel:
         return {name: own.view for name, own in self.own.items() if own.view is not None}
 
     @property
-    def view_columns(self) -> tuple[str, ...]:
-        """Columns of a row that views read, beside ``prompt``."""
-        return tuple(dict.fromkeys(column for view in self.views.values() for column in view.columns))
+    def columns(self) -> tuple[str, ...]:
+        """Columns of a row that views, verifiers and text teachers read, beside ``prompt``.
+
+        What says nothing of what it reads, such as a function, has the column of the answer.
+        """
+        found = [column for view in self.views.values() for column in view.columns]
+        checks = [one.columns for one in self.verifiers]
+        for columns in checks:
+            found += columns or ()
+        if self.text_teachers or None in checks:
+            found.append(self.text.answer_column)
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def verifiers(self) -> list[Verifier]:
+        """What decides whether a response, or a correction, is right."""
+        checks = [self.text.check() if self.text_teachers else None, None if self.reward is None else self.reward.check]
+        return [one for one in checks if one is not None]
 
     def teachers_of(self, teacher_id: str | Sequence[str] | None, domain: str | None = None) -> tuple[str, ...]:
         """Return the names of the teachers that score a row.
@@ -172,10 +215,10 @@ class TeacherPanel:
                 )
             chosen = self.routes[domain]
         elif teacher_id is None:
-            if self.mode.one_teacher and len(self.teachers) > 1:
+            if self.mode.one_teacher and len(self.members) > 1:
                 raise DataError(
                     f"With combine={self.combine!r} and several teachers each row must say who scores it. Add a column "
-                    f"'teacher_id' holding one of {_listed(self.teachers)}, or set routes and a column 'domain', "
+                    f"'teacher_id' holding one of {_listed(self.members)}, or set routes and a column 'domain', "
                     "or combine='weighted_kl' to ask all of them."
                 )
             chosen = self.names
@@ -202,6 +245,12 @@ class TeacherPanel:
                 f"A row has teacher_weights, which have no meaning with combine={self.combine!r}, where one teacher "
                 "scores a row. Remove the column, or use combine='weighted_kl'."
             )
+        by_text = [name for name in teachers if name in self.text_teachers]
+        if len(by_text) == 1 and self.text.accepts == "majority":
+            raise DataError(
+                f"A row names one text teacher, {by_text[0]!r}, and a correction is accepted by a majority of the "
+                "others. Name several in its teacher_id, or set a verifier or accept: teacher."
+            )
         assignment = Assignment(teachers, domain, own)
         for step in self.weights.turning_points():
             self.weights_of(assignment, step)
@@ -225,14 +274,61 @@ class TeacherPanel:
     def _known(self, names: str | Iterable[str]) -> tuple[str, ...]:
         listed = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
         for name in listed:
-            if name not in self.teachers:
+            if name not in self.members:
                 raise DataError(
-                    f"teacher_id {name!r} names no teacher of this panel; there are {_listed(self.teachers)}."
-                    + nearest(str(name), list(self.teachers))
+                    f"teacher_id {name!r} names no teacher of this panel; there are {_listed(self.members)}."
+                    + nearest(str(name), list(self.members))
                 )
         if not listed:
-            raise DataError(f"teacher_id is an empty list; name at least one of {_listed(self.teachers)}.")
+            raise DataError(f"teacher_id is an empty list; name at least one of {_listed(self.members)}.")
         return listed
+
+    def _settle_text(self, given: TextSettings | None) -> None:
+        """Refuse what text teachers cannot do, and tell them what to ask by.
+
+        Raises:
+            ConfigError: says what is not defined, and what is.
+        """
+        if self.reward is not None and not self.teachers:
+            raise ConfigError(
+                "A reward weighs the divergence from teachers that give distributions, and the panel has none. Add "
+                "one, or leave reward out."
+            )
+        if not self.text_teachers:
+            if given is not None:
+                raise ConfigError(
+                    "The panel has settings `text`, and no text teacher that they could apply to. Give one, such as "
+                    "{kind: server, signal: text, url: ...}, or leave `text` out."
+                )
+            return
+        if self.mode.needs:
+            raise ConfigError(
+                f"combine={self.combine!r} needs {self.mode.needs}, which teacher {next(iter(self.text_teachers))!r} "
+                "does not give: it corrects by text. Use combine='weighted_kl' or 'route'."
+            )
+        if self.text.accepts == "majority" and (len(self.text_teachers) < 2 or self.mode.one_teacher):
+            raise ConfigError(
+                "Corrections are accepted by a majority of the other text teachers of a row, and there are none: the "
+                f"panel has {len(self.text_teachers)} text teacher(s) and combine={self.combine!r}. Name a verifier, "
+                "set accept: teacher to take whatever a teacher writes, or have several text teachers and "
+                "combine='weighted_kl'."
+            )
+        if (self.text.min_teachers or 1) > len(self.text_teachers):
+            raise ConfigError(
+                f"min_teachers is {self.text.min_teachers}, and the panel has {len(self.text_teachers)} text teachers."
+            )
+        templates = Templates.load(self.text.templates)
+        self.text.check()
+        for name, teacher in self.text_teachers.items():
+            if self.own[name] != OwnTerms():
+                raise ConfigError(
+                    f"Teacher {name!r} corrects by text, which has no divergence, temperature or estimator of its own. "
+                    "Leave them out."
+                )
+            self.own[name] = OwnTerms(_BY_TEXT[1], 1.0, _BY_TEXT[0])
+            adopt = getattr(teacher, "adopt_templates", None)
+            if adopt is not None:
+                adopt(templates)
 
 
 def as_teacher(name: str, teacher: Any) -> Teacher:

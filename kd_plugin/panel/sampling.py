@@ -110,6 +110,11 @@ def require_sampling(panel: TeacherPanel, args: Any) -> None:
             "would depend on the tokens after it, so that those that are left were not drawn from the student's "
             "distribution. Use another estimator, or a longer max_completion_length in its place."
         )
+    if panel.reward is not None:
+        raise ConfigError(
+            f"A reward with estimator='sampled' (teacher {name!r}): how much a token counts would depend on the tokens "
+            "after it, and the estimator's mean would be the gradient of no divergence. Use another estimator."
+        )
     if getattr(args, "neftune_noise_alpha", None):
         raise ConfigError(
             f"neftune_noise_alpha={args.neftune_noise_alpha} with estimator='sampled' (teacher {name!r}): tokens are "

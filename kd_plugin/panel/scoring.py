@@ -18,7 +18,7 @@ from kd_plugin.errors import DataError
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.rollouts.rows import Span, by_length, left_aligned, row_spans
 from kd_plugin.sharding.gathering import most_of_any_rank
-from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
+from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal, TextSignal
 from kd_plugin.teachers.base import Teacher, resident
 from kd_plugin.views.render import Reader, Reading
 from kd_plugin.vocab import SharedTokens, Vocabulary
@@ -35,14 +35,21 @@ class RowScores:
         span: the columns of the generation batch that hold the row's tokens.
         prompts: what a teacher with a view read before the response, by name.
         covered: teacher's name to the positions that it says anything of, (n_b,) bool on the CPU; absent for all.
+        weight: how often the row counts, by its reward.
     """
 
     positions: tuple[int, ...]
-    signals: Mapping[str, HiddenSignal | SparseSignal]
+    signals: Mapping[str, HiddenSignal | SparseSignal | TextSignal]
     assignment: Assignment
     span: Span
     prompts: Mapping[str, str] = field(default_factory=dict)
     covered: Mapping[str, Tensor] = field(default_factory=dict)
+    weight: float = 1.0
+
+    @property
+    def distributions(self) -> dict[str, HiddenSignal | SparseSignal]:
+        """The signals of those teachers that gave distributions."""
+        return {name: one for name, one in self.signals.items() if not isinstance(one, TextSignal)}
 
     def with_heads(self, heads: Mapping[str, OutputHead]) -> RowScores:
         """Return the same with these output heads, which were gathered, in the signals of the teachers so named."""
@@ -292,7 +299,7 @@ def group_terms(
         step: optimizer step, for weights with a schedule.
 
     Returns:
-        Disjoint groups that together cover every position.
+        Disjoint groups that together cover every position that a teacher scored or wrote.
     """
     starts, total = [], 0
     for row_scores in scores:
@@ -300,7 +307,7 @@ def group_terms(
         total += len(row_scores.positions)
     rows_of: dict[tuple[str, ...], list[int]] = {}
     for b, row_scores in enumerate(scores):
-        if row_scores.positions:
+        if row_scores.positions and row_scores.signals:
             rows_of.setdefault(tuple(row_scores.signals), []).append(b)
 
     groups = []
@@ -310,18 +317,37 @@ def group_terms(
         if int(counts.sum()) != total:
             spans = [torch.arange(starts[b], starts[b] + len(scores[b].positions)) for b in rows]
             positions = torch.cat(spans).to(device, non_blocking=True)
-        by_row = torch.tensor([panel.weights_of(scores[b].assignment, step) for b in rows])
+        by_row = torch.tensor([_weights(panel, scores[b], teachers, step) for b in rows])
         by_position = by_row.repeat_interleave(counts, dim=0).to(device, non_blocking=True)
-        terms = [
-            AskedTeacher(
-                name,
-                joined([scores[b].signals[name] for b in rows]),
-                by_position[:, i] * _covered([scores[b] for b in rows], name, device),
-            )
-            for i, name in enumerate(teachers)
-        ]
+        terms = [_asked(name, [scores[b] for b in rows], by_position[:, i]) for i, name in enumerate(teachers)]
         groups.append(GroupTerms(positions, tuple(terms)))
     return groups
+
+
+def _weights(panel: TeacherPanel, scores: RowScores, teachers: Sequence[str], step: int) -> list[float]:
+    """Return the weights of those teachers of a row that said something of it.
+
+    A correction counts for all text teachers of its row, because all of them had a voice in it.
+    """
+    weights = dict(zip(scores.assignment.teachers, panel.weights_of(scores.assignment, step), strict=True))
+    by_text = text_weight(panel, scores.assignment, step)
+    return [by_text if name in panel.text_teachers else weights[name] * scores.weight for name in teachers]
+
+
+def text_weight(panel: TeacherPanel, assignment: Assignment, step: int) -> float:
+    """Return the weight of a row's text teachers together, at an optimizer step."""
+    weights = zip(assignment.teachers, panel.weights_of(assignment, step), strict=True)
+    return sum(weight for name, weight in weights if name in panel.text_teachers)
+
+
+def _asked(name: str, rows: Sequence[RowScores], weights: Tensor) -> AskedTeacher:
+    """Put what one teacher said of some rows after one another."""
+    written = [one for row in rows if isinstance(one := row.signals[name], TextSignal)]
+    if written:
+        own = torch.cat([signal.weights for signal in written])
+        return AskedTeacher(name, joined([signal.as_list() for signal in written]), weights * own)
+    signals = joined([row.distributions[name] for row in rows])
+    return AskedTeacher(name, signals, weights * _covered(rows, name, weights.device))
 
 
 def panel_group(panel: TeacherPanel, group: GroupTerms, terms: Sequence[AskedTeacher]) -> PanelGroup:

@@ -44,6 +44,16 @@ class TeacherSettings(DivergenceSettings):
     routes: dict[str, Any] | str | None = option(
         default=None, help="Domain to teacher, for rows that have a `domain` and no `teacher_id`."
     )
+    text: dict[str, Any] | str | None = option(
+        default=None,
+        help="How text teachers evaluate and correct: a mapping with evaluate, threshold, correct, accept, verifier, "
+        "answer_column, earlier_weight, preference, preference_beta, templates, min_teachers, ceiling.",
+    )
+    reward: dict[str, Any] | str | None = option(
+        default=None,
+        help="A verifier that weighs the divergence by whether a response is right: {verifier: math_verify, weight: 1} "
+        "masks wrong responses, {right: X, wrong: Y} as weight says both factors.",
+    )
     panel: dict[str, Any] | str | None = option(
         default=None,
         help="The whole panel in one block, or a path to YAML with it: `teachers` (each with its `kind`), "

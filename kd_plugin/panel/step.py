@@ -16,63 +16,32 @@ Shape suffixes: B rows, L columns, N scored positions, H hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.panel.anchor import Anchor
-from kd_plugin.panel.batches import Assigned, Host, MicroBatch, ScoredRollouts, StepLoss
+from kd_plugin.panel.batches import Assigned, Host, MicroBatch, ScoredRollouts, StepLoss, Watch
+from kd_plugin.panel.corrections import Corrector
+from kd_plugin.panel.economics import Economics
 from kd_plugin.panel.interleaving import InterleavedSettings, interleaved_responses
-from kd_plugin.panel.loss import MicroBatchLoss, panel_loss
+from kd_plugin.panel.loss import panel_loss
+from kd_plugin.panel.preference import preference_loss
+from kd_plugin.panel.reward import weighed_rows
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import score_rows
 from kd_plugin.panel.viewing import readers_of
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
 from kd_plugin.rollouts import Propose, RolloutEngine
-from kd_plugin.rollouts.responses import Response, completion_ids, cut_loops, require_prompts, scored_offsets
+from kd_plugin.rollouts.responses import completion_ids, cut_loops, require_prompts, scored_offsets
 from kd_plugin.rollouts.rows import Rollouts, assembled, mixed_seed, on_policy_rows, render
 from kd_plugin.sharding.gathering import gathered_heads, most_of_any_rank
 from kd_plugin.signals import OutputHead
+from kd_plugin.text.correcting import Outcome
 from kd_plugin.vocab import Vocabulary
-
-
-class Watch(Protocol):
-    """What looks on; :class:`~kd_plugin.monitor.watch.Monitor` is one."""
-
-    @property
-    def clock(self) -> Any:
-        """Entered with a teacher's name around all that it does."""
-        ...
-
-    @property
-    def values_are_read(self) -> bool:
-        """Whether anything reads each teacher's divergence of the present batch."""
-        ...
-
-    def observe(self, responses: Sequence[Response]) -> None:
-        """Look at the responses of a generation batch; a collective call."""
-        ...
-
-    def see(self, batch: MicroBatch, hidden: Tensor, head: OutputHead, tokens: Tensor, loss: MicroBatchLoss) -> None:
-        """Look at a micro-batch, whose heads are gathered."""
-        ...
-
-    @property
-    def counted(self) -> bool:
-        """Whether anything was seen since the last log; the same on every rank."""
-        ...
-
-    def read_divergences(
-        self, reduce: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[dict[str, float], float | None]:
-        """Return each teacher's divergence and tokens, and the mean loss; a collective call without ``reduce``."""
-        ...
-
-    def read(self) -> dict[str, float]:
-        """Return what else was seen since the last log; a collective call."""
-        ...
 
 
 class PanelStep:
@@ -91,8 +60,10 @@ class PanelStep:
         seed: of the run.
         monitor: looks on.
         warmup_caches: teacher caches that the first steps fit offline.
-        anchor: the student's start, whose weighted divergence is added; or None.
+        anchor: the student's start, whose weighted divergence is added and with which preferences are compared; or
+            None.
         chat_options: further arguments of ``apply_chat_template``.
+        keep: is given all that text teachers said of a generation batch, to keep it.
     """
 
     def __init__(
@@ -112,6 +83,7 @@ class PanelStep:
         warmup_caches: Sequence[TeacherCache] = (),
         anchor: Anchor | None = None,
         chat_options: Mapping[str, Any] | None = None,
+        keep: Callable[[int, Sequence[Outcome]], None] | None = None,
     ) -> None:
         self.host = host
         self.panel = panel
@@ -133,6 +105,19 @@ class PanelStep:
             self.warmup = CacheWarmup(cut, seed=seed, pad_token_id=pad_token_id)
             self._warmup_objective = warmup_objective(warmup_caches, settings.warmup_divergence)
         self._fraction = settings.on_policy_schedule()
+        self.corrector: Corrector | None = None
+        if panel.text_teachers:
+            self.corrector = Corrector(
+                panel,
+                host,
+                tokenizer,
+                vocabulary=vocabulary,
+                end_tokens=self.end_tokens,
+                pad_token_id=pad_token_id,
+                max_length=settings.max_completion_length,
+                keep=None if keep is None else lambda outcomes: keep(host.step, outcomes),
+            )
+        self.economics = Economics(panel, None if self.corrector is None else self.corrector.asked)
 
     # Warm-up from caches
 
@@ -309,6 +294,8 @@ class PanelStep:
             offsets = [at if row < counted else [] for row, at in enumerate(offsets)]
         if self.host.training or self.host.is_logged:
             self.monitor.observe(responses)
+        wanted = [bool(at) for at in offsets]
+        offsets, weights = weighed_rows(self.panel, self.host, self.tokenizer, assigned, responses, offsets)
         given = rollouts.input_ids, rollouts.attention_mask, rollouts.completion_start, offsets, assigned.rows_at_once
         scores = score_rows(
             self.panel,
@@ -319,8 +306,17 @@ class PanelStep:
             rows=assigned.rows,
             readers=self._readers,
         )
-        anchor = () if self.anchor is None else tuple(self.anchor.score(*given))
-        return ScoredRollouts(rollouts, tuple(scores), anchor, behaviour_logprobs)
+        scores = [replace(one, weight=weight) for one, weight in zip(scores, weights, strict=True)]
+        anchored = self.anchor is not None and self.anchor.weight > 0.0
+        anchor = tuple(self.anchor.score(*given)) if self.anchor is not None and anchored else ()
+        corrections = None
+        if self.corrector is not None and self.host.training:
+            corrections = self.corrector.correct(assigned.assignments, assigned.rows, rollouts, wanted)
+            if corrections is not None and self.anchor is not None:
+                corrections = corrections.anchored(self.anchor, assigned.rows_at_once)
+        if self.host.training:
+            self.economics.add(responses, scores)
+        return ScoredRollouts(rollouts, tuple(scores), anchor, behaviour_logprobs, corrections)
 
     def loss(self, hidden: Tensor, head: OutputHead, batch: MicroBatch | WarmupBatch) -> StepLoss:
         """Return the loss of a micro-batch; call it in the student's forward pass, on all ranks together.
@@ -359,15 +355,22 @@ class PanelStep:
             behaviour_logprobs=None if behaviour is None else behaviour.to(hidden.device),
         )
         self.monitor.see(batch, scored, head, tokens, found)
-        total = found.loss_sum
-        if self.anchor is not None:
+        total, divergence = found.loss_sum, found.loss_sum.detach()
+        beta = self.panel.text.preference_beta
+        compared = preference_loss(self.panel, batch, scored, head, tokens, beta=beta, step=self.host.step)
+        if compared is not None:
+            total, divergence = total + compared.loss_sum, divergence + compared.loss_sum.detach()
+            self.host.note({"text/margin": float(compared.margins.mean())})
+        if self.anchor is not None and self.anchor.weight > 0.0:
             total = total + self.anchor.loss(batch.anchor, scored, head, tokens, training=self.host.training)
-        return StepLoss(total, found.loss_sum.detach(), found.entropy.sum(), len(tokens))
+        return StepLoss(total, divergence, found.entropy.sum(), len(tokens))
 
     def read(self) -> dict[str, float]:
         """Return what was seen since the last log, but for each teacher's divergence; a collective call."""
         found = self.monitor.read()
-        if self.anchor is not None:
+        if self.host.training:
+            found |= self.economics.read(self.host.sum_over_ranks, self.host.device)
+        if self.anchor is not None and self.anchor.weight > 0.0:
             found["divergence/start"] = self.anchor.read(
                 self.host.sum_over_ranks, self.host.device, training=self.host.training
             )

@@ -133,7 +133,7 @@ def most_tokens(teacher: Teacher) -> int | None:
     return getattr(teacher, "max_length", None)
 
 
-def identity(teacher: Teacher) -> dict[str, Any]:
+def identity(teacher: Any) -> dict[str, Any]:
     """Describe a teacher so that two descriptions are equal when they teach the same; a mapping that JSON can hold.
 
     By default its class's name and its source. What a resumed run compares.
@@ -144,7 +144,7 @@ def identity(teacher: Teacher) -> dict[str, Any]:
     return {"kind": type(teacher).__name__, "repo": teacher.source.ref, "revision": teacher.source.revision}
 
 
-def reach(teacher: Teacher) -> Sequence[float]:
+def reach(teacher: Any) -> Sequence[float]:
     """Have a teacher that computes elsewhere say what it is; one that does not is not asked.
 
     Returns:

@@ -2,10 +2,32 @@
 
 writers.py says what a writer is and what it answers; server.py asks any OpenAI-compatible server, local.py a model in
 this process. spending.py counts tokens and money, up to a ceiling.
+
+On a panel: prompts.py renders what a teacher is asked, from templates/ or the user's own, and parsing.py reads its
+replies, strictly; teacher.py is the teacher that does both, and correcting.py lets several evaluate, correct and
+accept.
 """
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from kd_plugin.text.server import ServerWriter
 from kd_plugin.text.spending import Budget, Prices
+from kd_plugin.text.teacher import TextServerTeacher
 from kd_plugin.text.writers import Answer, Ask, Usage, Writer, in_order
 
-__all__ = ["Answer", "Ask", "Budget", "Prices", "ServerWriter", "Usage", "Writer", "in_order"]
+# What `kind:` may be beside `signal: text` in a panel's block; its other keys are the arguments of the class
+TEXT_KINDS: Mapping[str, Callable[..., Any]] = {"server": TextServerTeacher}
+
+__all__ = [
+    "TEXT_KINDS",
+    "Answer",
+    "Ask",
+    "Budget",
+    "Prices",
+    "ServerWriter",
+    "TextServerTeacher",
+    "Usage",
+    "Writer",
+    "in_order",
+]

@@ -232,7 +232,7 @@ class ServerWriter:
             body["top_k"] = generation.top_k
         if self._stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        body |= self._request
+        body |= {**self._request, **ask.request}
         return {key: value for key, value in body.items() if value is not None}
 
     def _read(self, answer: Any) -> Answer:

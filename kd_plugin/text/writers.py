@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from kd_plugin.cache.targets import Generation
@@ -42,11 +42,13 @@ class Ask:
         prompt: messages with ``role`` and ``content``, or a text, which a chat is given as the user's one message.
         generation: how to sample; its ``n`` is ignored, each text has a request of its own.
         seed: of the sampling, where the writer takes one.
+        request: further fields of the request, for a server.
     """
 
     prompt: Prompt
     generation: Generation
     seed: int = 0
+    request: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def messages(self) -> list[dict[str, str]]:

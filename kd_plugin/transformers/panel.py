@@ -20,7 +20,6 @@ from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage
 from kd_plugin.models import output_rows
 from kd_plugin.monitor.run import PanelRun
 from kd_plugin.panel import TeacherPanel
-from kd_plugin.panel.anchor import SHARDED_ANCHOR
 from kd_plugin.panel.batches import MicroBatch, ScoredRollouts
 from kd_plugin.panel.checks import (
     check_rows,
@@ -123,9 +122,9 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         place_under_accelerate(self, self.panel, self._vocabulary)
         self.add_callback(PanelStateCallback(self.panel_run.resume))
         anchor = None
-        if self.panel_settings.anchor_weight > 0.0:
+        if self.panel_run.keeps_start:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                raise ConfigError(SHARDED_ANCHOR.format("DeepSpeed and FSDP"))
+                raise ConfigError(self.panel_run.sharded_start.format("DeepSpeed and FSDP"))
             anchor = self.panel_run.anchor(self.accelerator.unwrap_model(self.model), self._vocabulary)
             place_under_accelerate(self, anchor.panel, self._vocabulary)
         self.panel_step = self.panel_run.step(
@@ -167,7 +166,7 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
     @property
     def kept_columns(self) -> tuple[str, ...]:
         """What the panel reads of a row."""
-        return (*_ROW, *self.panel.view_columns)
+        return (*_ROW, *self.panel.columns)
 
     def panel_loss(self, student: nn.Module, batch: MicroBatch | WarmupBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the summed loss of a micro-batch, the summed entropy, and the number of scored tokens.

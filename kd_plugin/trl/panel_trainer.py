@@ -99,6 +99,11 @@ class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
             peft_config=peft_config,
             declared=declared_lineage(callbacks),
         )
+        if tools and self.panel.text_teachers:
+            raise ConfigError(
+                "A text teacher corrects what the student wrote, and with tools a part of a response is a tool's. "
+                "Leave tools out, or have teachers that give distributions."
+            )
         require_draws(self.panel, args, model)
         super().__init__(
             model=model,

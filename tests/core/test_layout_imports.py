@@ -95,6 +95,7 @@ ORDER = (
     ("text",),
     ("rollouts",),
     ("views",),
+    ("text",),
     ("panel",),
     ("monitor",),
     ("planner",),

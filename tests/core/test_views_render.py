@@ -141,7 +141,7 @@ def test_yaml_reaches_the_view_and_a_wrong_key_is_named():
     block = {"teachers": {"t": {"model": "x", "view": {"context": "{{ hint }}", "chat_template": "own"}}}}
     panel = panel_from_block(block)
     assert panel.views["t"] == View(context="{{ hint }}", chat_template="own")
-    assert panel.view_columns == ("hint",)
+    assert panel.columns == ("hint",)
     with pytest.raises(ConfigError, match=r"teacher 't', view: unknown key 'contxt'. Did you mean 'context'"):
         panel_from_block({"teachers": {"t": {"model": "x", "view": {"contxt": "a"}}}})
 

@@ -41,11 +41,13 @@ def cache(tmp_path_factory, teacher_dir):
 
 @pytest.fixture(scope="module")
 def panel(teacher_dir, other_teacher_dir, cache):
-    """Every field of PanelSettings but ``panel``, which excludes others, and what needs DeepSpeed."""
+    """Every field of PanelSettings but ``panel``, which excludes others, ``text``, which needs teachers of its own, and
+    what needs DeepSpeed."""
     values = {
         **PARAMETERS, "teacher_models": {"a": teacher_dir, "b": other_teacher_dir}, "combine": "confidence",
         "teacher_weights": {"a": 0.3, "b": 0.7}, "domain_weights": {"x": {"a": 1.0}}, "confidence_temperature": 0.5,
-        "routes": {"x": "a"}, "estimator": "exact", "top_k_tail": 7, "student_top_k": 3, "ratio_bounds": [0.4, 3.0],
+        "routes": {"x": "a"}, "reward": {"verifier": "exact", "weight": 0.5},
+        "estimator": "exact", "top_k_tail": 7, "student_top_k": 3, "ratio_bounds": [0.4, 3.0],
         "panel_values": "logging", "allow_other_eos": True, "allow_changed_panel": True, "divergence": "jsd",
         "beta": 0.3, "rollouts": "interleaved", "rollout_draws": "uniform", "interleaved_top_k": 4,
         "interleaved_block": 5, "on_policy_fraction": "0.5", "warmup_cache": cache, "warmup_cache_steps": 2,
@@ -58,7 +60,7 @@ def panel(teacher_dir, other_teacher_dir, cache):
         "min_p": 0.05, "repetition_penalty": 1.2, "cache_implementation": "dynamic",
         "generation_kwargs": {"no_repeat_ngram_size": 2}, "chat_template_kwargs": {"enable_thinking": False},
     }  # fmt: skip
-    return complete(PanelSettings, values, {"panel", "shard_teachers", "estimator"})
+    return complete(PanelSettings, values, {"panel", "shard_teachers", "estimator", "text"})
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,7 @@ def test_lightning_command(panel, tmp_path):
 
 def test_transformers_hosts_take_the_settings_whole(panel, offline, cache, tmp_path, student_dir):
     """They have no fields of their own; what they keep is the object that they were given."""
-    rows = Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS])
+    rows = Dataset.from_list([{"prompt": row["prompt"], "answer": "1"} for row in ROWS])
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     common = {"model": AutoModelForCausalLM.from_pretrained(student_dir), "args": args}
     common |= {"processing_class": byte_tokenizer()}

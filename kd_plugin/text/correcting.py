@@ -1,0 +1,382 @@
+"""A panel of text teachers over a batch of responses: each evaluates and corrects, and a correction is accepted.
+
+Teachers are asked side by side, each about all of its cases at once, in at most three turns: evaluate the responses,
+correct those that fall short, vote on the corrections.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar, get_args
+
+from kd_plugin.errors import ConfigError, ServerError, require_known_keys
+from kd_plugin.settings import option, require_known, settings
+from kd_plugin.text.spending import Budget, Prices
+from kd_plugin.text.teaching import Case, Correction, Evaluation, TextTeacher
+from kd_plugin.text.writers import split_reasoning
+from kd_plugin.verifying import Verifier, make_verifier
+
+logger = logging.getLogger(__name__)
+Accept = Literal["verifier", "majority", "teacher"]
+Evaluate = Literal["rubric", "verifier"]
+Correct = Literal["rewrite", "continue"]
+Said = TypeVar("Said")
+
+
+@settings
+class TextSettings:
+    """How a panel's text teachers evaluate a response, correct it, and what the student learns of the correction.
+
+    Raises:
+        ConfigError: an unknown name, a value out of range, or two that contradict each other.
+    """
+
+    evaluate: str = option(
+        default="rubric",
+        help="Who says that a response falls short: 'rubric', each teacher's score, or 'verifier', which asks no "
+        "teacher.",
+    )
+    threshold: float = option(
+        default=0.7, help="Score in [0, 1] from which a response, and a correction that is voted on, is good."
+    )
+    correct: str = option(
+        default="rewrite",
+        help="'rewrite' has a teacher write the response anew, 'continue' has it go on from the first step that it "
+        "marks wrong.",
+    )
+    accept: str | None = option(
+        default=None,
+        help="Who accepts a correction: 'verifier', 'majority' (more than half of the other text teachers of the row "
+        "score it `threshold` or higher), or 'teacher' (whoever wrote it). Left out, the verifier where there is one, "
+        "else the majority.",
+    )
+    verifier: Any = option(
+        default=None,
+        help="'exact', 'contains', 'math_verify', a mapping such as {kind: regex, pattern: ...}, or a function as "
+        "`package.module:function` that takes the response and the row.",
+    )
+    answer_column: str = option(default="answer", help="Column of the reference answer.")
+    earlier_weight: float = option(
+        default=0.0, help="Weight of the tokens before the correction departs from the response; those after it have 1."
+    )
+    preference: str | None = option(
+        default=None,
+        help="'dpo' trains on the pair of correction and response, against the student's start. Left out, on the "
+        "correction's cross-entropy.",
+    )
+    preference_beta: float = option(default=0.1, help="Of DPO: how far the student may go from its start.")
+    templates: str | None = option(
+        default=None, help="Directory with your own evaluate.txt, rewrite.txt or continue.txt."
+    )
+    min_teachers: int | None = option(
+        default=None, help="Go on while at least so many text teachers can be reached. Left out, all must be."
+    )
+    ceiling: float | None = option(
+        default=None, help="Stop cleanly, with what was learned saved, when the text teachers have cost this much."
+    )
+
+    def __post_init__(self) -> None:
+        require_known("evaluate", self.evaluate, get_args(Evaluate))
+        require_known("correct", self.correct, get_args(Correct))
+        if self.accept is not None:
+            require_known("accept", self.accept, get_args(Accept))
+        if self.preference is not None:
+            require_known("preference", self.preference, ("dpo",))
+        for name, least, most in (("threshold", 0.0, 1.0), ("earlier_weight", 0.0, math.inf)):
+            if not least <= getattr(self, name) <= most or math.isinf(getattr(self, name)):
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a number from {least} to {most}.")
+        if not 0.0 < self.preference_beta < math.inf:
+            raise ConfigError(f"preference_beta is {self.preference_beta}; expected a positive number.")
+        if self.ceiling is not None and self.ceiling <= 0.0:
+            raise ConfigError(f"ceiling is {self.ceiling}; expected a positive amount, or nothing for no limit.")
+        if self.min_teachers is not None and self.min_teachers < 1:
+            raise ConfigError(f"min_teachers is {self.min_teachers}; expected at least 1.")
+        if self.verifier is None and "verifier" in (self.evaluate, self.accept):
+            raise ConfigError(
+                "evaluate or accept is 'verifier', and no verifier is named. Set verifier: math_verify, exact, or "
+                "package.module:function."
+            )
+
+    @property
+    def accepts(self) -> str:
+        """Who accepts a correction."""
+        return self.accept or ("majority" if self.verifier is None else "verifier")
+
+    def check(self) -> Verifier | None:
+        """Return the verifier, if one is named.
+
+        Raises:
+            ConfigError: it cannot be found.
+        """
+        return make_verifier(self.verifier, self.answer_column)
+
+
+def text_settings(given: Mapping[str, Any] | TextSettings | None, where: str = "text") -> TextSettings:
+    """Read the settings of text teachers from a configuration.
+
+    Raises:
+        ConfigError: an unknown key, naming the nearest, or what the settings refuse.
+    """
+    if given is None:
+        return TextSettings()
+    if isinstance(given, TextSettings):
+        return given
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where} is {given!r}; expected a mapping.")
+    require_known_keys(given, [field.name for field in fields(TextSettings)], where)
+    return TextSettings(**given)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A correction that one teacher wrote.
+
+    Attributes:
+        teacher: its name.
+        correction: what it wrote.
+        votes: other teacher's name to its evaluation, where a majority accepts.
+        right: the verifier's verdict, where it accepts.
+        accepted: whether it may be trained on.
+    """
+
+    teacher: str
+    correction: Correction
+    votes: Mapping[str, Evaluation] = field(default_factory=dict)
+    right: bool | None = None
+    accepted: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that was said of one response.
+
+    Attributes:
+        case: the response.
+        right: the verifier's verdict on it; None without one.
+        evaluations: teacher's name to what it thinks of it.
+        candidates: the corrections.
+        chosen: the one that is trained on; None where none was accepted.
+    """
+
+    case: Case
+    right: bool | None = None
+    evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
+    candidates: tuple[Candidate, ...] = ()
+    chosen: Candidate | None = None
+
+    @property
+    def text(self) -> str | None:
+        """The accepted correction."""
+        return None if self.chosen is None else self.chosen.correction.text
+
+
+class CorrectingPanel:
+    """Several text teachers, and what they have read and written.
+
+    Args:
+        teachers: name to teacher.
+        settings: how they evaluate and correct.
+        prices: name to what its tokens cost.
+
+    Attributes:
+        budget: what each read, wrote and cost so far, on this rank.
+        unparsed: replies that counted as none so far.
+        missing: names of teachers that could not be reached, and are not asked any more.
+    """
+
+    def __init__(
+        self, teachers: Mapping[str, TextTeacher], settings: TextSettings, prices: Mapping[str, Prices] | None = None
+    ) -> None:
+        self.teachers, self.settings = dict(teachers), settings
+        self.prices = dict.fromkeys(self.teachers, Prices()) | dict(prices or {})
+        self.check = settings.check()
+        self.budget = Budget(settings.ceiling)
+        self.unparsed = dict.fromkeys(self.teachers, 0)
+        self.missing: list[str] = []
+
+    def correct(self, cases: Sequence[Case]) -> list[Outcome]:
+        """Have responses evaluated and corrected.
+
+        Args:
+            cases: the responses.
+
+        Returns:
+            One outcome a case, in order.
+
+        Raises:
+            ServerError: fewer teachers than ``min_teachers`` can be reached.
+            DataError: the verifier failed.
+        """
+        settings = self.settings
+        rights = [self._right(case.response, case, f"Response {n}") for n, case in enumerate(cases)]
+        by_verifier = settings.evaluate == "verifier"
+        open_cases = [n for n, right in enumerate(rights) if not (by_verifier and right)]
+        evaluations: list[dict[str, Evaluation]] = [{} for _ in cases]
+        if not by_verifier or settings.correct == "continue":
+            asked = {name: [n for n in open_cases if name in cases[n].teachers] for name in self._alive()}
+            found = self._ask(asked, lambda teacher, rows: teacher.evaluate([cases[n] for n in rows]), "evaluation")
+            for name, said in found.items():
+                for n, evaluation in zip(asked[name], said, strict=True):
+                    evaluations[n][name] = evaluation
+        short = {
+            name: [
+                n
+                for n in open_cases
+                if name in cases[n].teachers and (by_verifier or self._falls_short(evaluations[n].get(name)))
+            ]
+            for name in self._alive()
+        }
+        candidates = self._candidates(cases, short, evaluations)
+        candidates = self._judged(cases, candidates)
+        return [
+            Outcome(case, right, evaluated, tuple(written), _best(written, case.teachers))
+            for case, right, evaluated, written in zip(cases, rights, evaluations, candidates, strict=True)
+        ]
+
+    def _candidates(
+        self, cases: Sequence[Case], short: Mapping[str, list[int]], evaluations: Sequence[Mapping[str, Evaluation]]
+    ) -> list[list[Candidate]]:
+        """Have each teacher correct what it finds too short of good."""
+
+        def steps(name: str, rows: Sequence[int]) -> list[int | None]:
+            if self.settings.correct == "rewrite":
+                return [None] * len(rows)
+            found = [evaluations[n].get(name) for n in rows]
+            return [None if one is None else one.first_wrong for one in found]
+
+        written = self._ask(
+            short,
+            lambda teacher, rows: teacher.correct([cases[n] for n in rows], steps(self._name(teacher), rows)),
+            "correction",
+        )
+        candidates: list[list[Candidate]] = [[] for _ in cases]
+        for name, corrections in written.items():
+            for n, correction in zip(short[name], corrections, strict=True):
+                if correction.text is not None:
+                    text = _in_form_of(cases[n].response, correction.text)
+                    candidates[n].append(Candidate(name, replace(correction, text=text)))
+        return candidates
+
+    def _judged(self, cases: Sequence[Case], candidates: Sequence[list[Candidate]]) -> list[list[Candidate]]:
+        """Say of each correction whether it is accepted."""
+        how = self.settings.accepts
+        if how == "teacher":
+            return [[replace(one, accepted=True) for one in written] for written in candidates]
+        if how == "verifier":
+            found = []
+            for n, written in enumerate(candidates):
+                where = f"The correction of response {n}"
+                rights = [self._right(str(one.correction.text), cases[n], where) for one in written]
+                found.append(
+                    [replace(one, right=r, accepted=r is True) for one, r in zip(written, rights, strict=True)]
+                )
+            return found
+        return self._voted(cases, candidates)
+
+    def _voted(self, cases: Sequence[Case], candidates: Sequence[list[Candidate]]) -> list[list[Candidate]]:
+        """Have the other teachers of a row evaluate each correction; more than half of them must find it good."""
+        places = [(n, k) for n, written in enumerate(candidates) for k in range(len(written))]
+        asked = {
+            name: [
+                i for i, (n, k) in enumerate(places) if name in cases[n].teachers and candidates[n][k].teacher != name
+            ]
+            for name in self._alive()
+        }
+        as_cases = [replace(cases[n], response=str(candidates[n][k].correction.text)) for n, k in places]
+        found = self._ask(asked, lambda teacher, rows: teacher.evaluate([as_cases[i] for i in rows]), "vote")
+        votes: list[dict[str, Evaluation]] = [{} for _ in places]
+        for name, said in found.items():
+            for i, vote in zip(asked[name], said, strict=True):
+                votes[i][name] = vote
+        judged: list[list[Candidate]] = [[] for _ in candidates]
+        for (n, k), own in zip(places, votes, strict=True):
+            good = sum(vote.score is not None and vote.score >= self.settings.threshold for vote in own.values())
+            judged[n].append(replace(candidates[n][k], votes=own, accepted=good > len(own) / 2))
+        return judged
+
+    def _right(self, response: str, case: Case, where: str) -> bool | None:
+        """Whether the verifier accepts a response; None without one."""
+        return None if self.check is None else self.check.verify(split_reasoning(response)[0], case.row, where).passed
+
+    def _falls_short(self, evaluation: Evaluation | None) -> bool:
+        """Whether a teacher said that a response is not good; a reply that says nothing does not say that."""
+        return evaluation is not None and evaluation.score is not None and evaluation.score < self.settings.threshold
+
+    def _alive(self) -> list[str]:
+        return [name for name in self.teachers if name not in self.missing]
+
+    def _name(self, teacher: TextTeacher) -> str:
+        return next(name for name, one in self.teachers.items() if one is teacher)
+
+    def _ask(
+        self, asked: Mapping[str, Sequence[int]], call: Callable[[TextTeacher, Sequence[int]], list[Said]], what: str
+    ) -> dict[str, list[Said]]:
+        """Ask each teacher about its rows, side by side; leave out one that cannot be reached, where that is allowed.
+
+        Raises:
+            ServerError: too few can be reached.
+        """
+        busy = {name: rows for name, rows in asked.items() if rows}
+        if not busy:
+            return {}
+        found: dict[str, list[Said]] = {}
+        with ThreadPoolExecutor(len(busy), thread_name_prefix="text-teacher") as pool:
+            futures = {name: pool.submit(call, self.teachers[name], rows) for name, rows in busy.items()}
+            for name, future in futures.items():
+                try:
+                    found[name] = future.result()
+                except ServerError as error:
+                    self._lose(name, error)
+        for name, said in found.items():
+            self._count(name, said, what)
+        return found
+
+    def _lose(self, name: str, error: ServerError) -> None:
+        """Go on without a teacher, and say so.
+
+        Raises:
+            ServerError: that is not allowed, or too few are left.
+        """
+        self.missing.append(name)
+        needed = len(self.teachers) if self.settings.min_teachers is None else self.settings.min_teachers
+        left = self._alive()
+        if len(left) < needed:
+            raise ServerError(
+                f"Text teacher {name!r} cannot be reached, and {len(left)} of {len(self.teachers)} are left where "
+                f"{needed} must be. Set min_teachers to go on with fewer. It said: {error}"
+            ) from error
+        logger.warning(
+            "Text teacher %r cannot be reached (%s). The run goes on with %s.", name, error, ", ".join(map(repr, left))
+        )
+
+    def _count(self, name: str, said: Sequence[Any], what: str) -> None:
+        """Add up tokens, and log what could not be parsed."""
+        for one in said:
+            self.budget.count(name, self.prices[name], one.usage)
+        problems = [one.problem for one in said if one.problem]
+        self.unparsed[name] += len(problems)
+        if problems:
+            logger.warning(
+                "%d of %d replies of text teacher %r to a request for a %s count as none; the first: %s.",
+                *(len(problems), len(said), name, what, problems[0]),
+            )
+
+
+def _best(written: Sequence[Candidate], order: Sequence[str]) -> Candidate | None:
+    """Return the accepted correction with the highest mean vote; among equals the first by the row's teachers."""
+
+    def rank(one: Candidate) -> tuple[float, int]:
+        scores = [vote.score or 0.0 for vote in one.votes.values()]
+        return (-sum(scores) / len(scores) if scores else 0.0, order.index(one.teacher))
+
+    return min((one for one in written if one.accepted), key=rank, default=None)
+
+
+def _in_form_of(response: str, correction: str) -> str:
+    """Return a correction with the white space with which the response begins: a student does not unlearn that."""
+    begin = response[: len(response) - len(response.lstrip())]
+    return begin + correction.strip() if response.strip() else correction.strip()

@@ -1,0 +1,191 @@
+"""A teacher that is asked in words, through templates: any writer can be one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kd_plugin.cache.targets import Generation
+from kd_plugin.lineage.sources import Source
+from kd_plugin.text.parsing import correction_pattern, parse_correction, parse_evaluation, verdict_pattern
+from kd_plugin.text.prompts import Message, Templates, key_of, quoted, steps_of, task_of
+from kd_plugin.text.server import ServerWriter
+from kd_plugin.text.teaching import Case, Correction, Evaluation
+from kd_plugin.text.writers import REFUSED, Answer, Ask, Writer, in_order
+
+
+class PromptedTeacher:
+    """A :class:`~kd_plugin.text.teaching.TextTeacher` that asks a writer through templates.
+
+    Args:
+        writer: the model.
+        name: of the teacher; a part of each request's key.
+        max_tokens: of a reply at most.
+        temperature: of the sampling; 0 takes the likeliest token.
+        guided: hold replies to their form (vLLM's ``structured_outputs``); for small models.
+        templates: what it is asked; None takes the package's own, until a run brings others.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        *,
+        name: str = "teacher",
+        max_tokens: int = 1024,
+        temperature: float = 0.0,
+        guided: bool = False,
+        templates: Templates | None = None,
+    ) -> None:
+        self.writer, self.name, self.guided = writer, name, guided
+        self.generation = Generation(max_new_tokens=max_tokens, temperature=temperature)
+        self.templates = Templates.load() if templates is None else templates
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.writer!r}, name={self.name!r})"
+
+    @property
+    def source(self) -> Source:
+        """What this teacher is, known before anything is sent."""
+        return self.writer.source
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The writer's, and how replies are sampled."""
+        sampling = {"max_tokens": self.generation.max_new_tokens, "sampling_temperature": self.generation.temperature}
+        return {**self.writer.identity, **sampling, "guided": self.guided}
+
+    def gate(self, admit: Callable[[Sequence[str]], None]) -> None:
+        """Have every name that the writer turns out to have judged before it is used."""
+        self.writer.gate(admit)
+
+    def reach(self) -> list[float]:
+        """Have a writer that is elsewhere say that it is there.
+
+        Raises:
+            LicenseRefusedError: by the name that it gives, it serves what may not teach.
+            ServerError: it is away, or does not serve the model.
+        """
+        check = getattr(self.writer, "check", None)
+        if check is not None:
+            check()
+        return []
+
+    def adopt_templates(self, templates: Templates) -> None:
+        """Ask by a run's templates from now on."""
+        self.templates = templates
+
+    def evaluate(self, cases: Sequence[Case]) -> list[Evaluation]:
+        """Ask for a score and the first wrong step of each response."""
+        keys = [self._key("evaluate", case) for case in cases]
+        steps = [steps_of(case.response) for case in cases]
+        requests = [
+            self.templates.evaluate.messages({"task": task_of(c.prompt), "steps": quoted(s), "key": k})
+            for c, s, k in zip(cases, steps, keys, strict=True)
+        ]
+        found = []
+        answers = self._ask(requests, [verdict_pattern(key) for key in keys])
+        for answer, key, own in zip(answers, keys, steps, strict=True):
+            read = parse_evaluation(answer.text, key, len(own), finished=answer.finished)
+            found.append(
+                Evaluation(read.score, read.first_wrong, answer.text, _why(answer, read.problem), answer.usage)
+            )
+        return found
+
+    def correct(self, cases: Sequence[Case], first_wrong: Sequence[int | None]) -> list[Correction]:
+        """Ask for each response anew, or for what should follow the steps that are right."""
+        keys = [self._key("correct", case) for case in cases]
+        requests, kept = [], []
+        for case, step, key in zip(cases, first_wrong, keys, strict=True):
+            values = {"task": task_of(case.prompt), "key": key}
+            steps = steps_of(case.response)
+            right = [] if step is None else steps[: step - 1]
+            if right:
+                values |= {"kept": quoted(right), "rest": quoted(steps[len(right) :])}
+                requests.append(self.templates.go_on.messages(values))
+            else:
+                requests.append(self.templates.rewrite.messages(values | {"response": quoted(case.response)}))
+            kept.append("".join(right))
+        found = []
+        answers = self._ask(requests, [correction_pattern(key) for key in keys])
+        for answer, key, before in zip(answers, keys, kept, strict=True):
+            text, problem = parse_correction(answer.text, key, finished=answer.finished)
+            whole = None if text is None else before + text
+            found.append(Correction(whole, answer.text, _why(answer, problem), answer.usage))
+        return found
+
+    def _ask(self, requests: Sequence[Sequence[Message]], patterns: Sequence[str]) -> list[Answer]:
+        asks = []
+        for messages, pattern in zip(requests, patterns, strict=True):
+            guide = {"structured_outputs": {"regex": pattern}} if self.guided else {}
+            asks.append(Ask(messages, self.generation, request=guide))
+        return in_order(self.writer, asks)
+
+    def _key(self, purpose: str, case: Case) -> str:
+        return key_of(self.name, purpose, task_of(case.prompt), case.response)
+
+
+def _why(answer: Answer, problem: str) -> str:
+    """Return why a reply says nothing; what a server refused, in its own words."""
+    return f"the server refused the request: {answer.says}" if answer.ended == REFUSED else problem
+
+
+class TextServerTeacher(PromptedTeacher):
+    """A model behind any server with OpenAI's chat interface: vLLM, SGLang, or a hosted one.
+
+    Nothing is sent until the first case, or :meth:`reach`, so that the license gate comes before.
+
+    Args:
+        url: address of the server; see :class:`~kd_plugin.text.server.ServerWriter`, like what follows.
+        model: name of the model; None takes the only one that the server lists.
+        name: how metrics and lineage call it.
+        max_tokens: of a reply at most.
+        temperature: of the sampling; 0 takes the likeliest token.
+        guided: hold replies to their form (vLLM's ``structured_outputs``); for small models.
+        timeout: seconds without a byte until a request counts as failed.
+        max_concurrency: requests at a time.
+        max_retries: further attempts of a request while the server is away, overloaded or restarting.
+        api_key_env: environment variable with the server's key; it is never written or shown.
+        stream: have answers sent as they are written.
+        request: further fields of each request.
+        repo: hub id or directory of the weights that are served, where their terms can be read.
+        revision: branch, tag or commit of ``repo``.
+        license: declared licence where none can be discovered.
+
+    Raises:
+        ConfigError: a setting is out of range, or the url holds credentials.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        *,
+        name: str = "teacher",
+        max_tokens: int = 1024,
+        temperature: float = 0.0,
+        guided: bool = False,
+        timeout: float = 600.0,
+        max_concurrency: int = 32,
+        max_retries: int = 8,
+        api_key_env: str | None = None,
+        stream: bool = False,
+        request: Mapping[str, Any] | None = None,
+        repo: str | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+    ) -> None:
+        writer = ServerWriter(
+            url,
+            model,
+            name=name,
+            timeout=timeout,
+            max_concurrency=max_concurrency,
+            max_retries=max_retries,
+            api_key_env=api_key_env,
+            stream=stream,
+            request=request,
+            repo=repo,
+            revision=revision,
+            license=license,
+        )
+        super().__init__(writer, name=name, max_tokens=max_tokens, temperature=temperature, guided=guided)
