@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,7 @@ class CaptureGate:
     """The license gate of a capture: passed before anything is loaded, and again by the names that a server gives.
 
     Args:
-        teacher: who teaches.
+        teachers: who teaches.
         dataset: the rows.
         lineage: the user's declarations.
 
@@ -106,19 +108,25 @@ class CaptureGate:
         LicenseRefusedError: the terms of the teacher or of the rows forbid training on its outputs.
     """
 
-    def __init__(self, teacher: Source, dataset: Any, lineage: Mapping[str, Any] | str | Path | None) -> None:
+    def __init__(
+        self, teachers: Sequence[Source], dataset: Any, lineage: Mapping[str, Any] | str | Path | None
+    ) -> None:
         from kd_plugin.lineage.data import dataset_sources
 
-        self._teacher, self._lineage = teacher, lineage
+        self._teachers, self._lineage = {teacher.name: teacher for teacher in teachers}, lineage
         self._rows = dataset_sources(dataset)
-        self.admit(())
+        self._lock = threading.Lock()
+        self.admit(teachers[0].name, ())
 
-    def admit(self, served: Sequence[str]) -> None:
-        """Judge the teacher by these names as well; raises LicenseRefusedError."""
+    def admit(self, teacher: str, served: Sequence[str]) -> None:
+        """Judge the teacher of this name by the names that its server gives as well; raises LicenseRefusedError."""
         from kd_plugin.lineage import outputs_record
 
-        teacher = replace(self._teacher, served=tuple(dict.fromkeys(served)))
-        self.record: Mapping[str, Any] = outputs_record(teacher, self._rows, config=self._lineage)
+        with self._lock:
+            named = replace(self._teachers[teacher], served=tuple(dict.fromkeys(served)))
+            teachers = {**self._teachers, teacher: named}
+            self.record: Mapping[str, Any] = outputs_record(list(teachers.values()), self._rows, config=self._lineage)
+            self._teachers = teachers
 
 
 @settings
@@ -201,9 +209,9 @@ def capture(  # noqa: D417
 def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any = None) -> PreparedCapture:
     """Check what can be checked before the teacher's weights are loaded, and reach a server; see :func:`capture`."""
     require_teacher(teacher)
-    gate = CaptureGate(teacher.source, dataset, asked.lineage)
+    gate = CaptureGate([teacher.source], dataset, asked.lineage)
     if hasattr(teacher, "gate"):
-        teacher.gate(gate.admit)
+        teacher.gate(partial(gate.admit, teacher.source.name))
     require_targets(teacher, asked.targets, asked.temperature)
     if asked.generate is not None and teacher.capabilities.generates is None:
         raise ConfigError(

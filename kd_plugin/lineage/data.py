@@ -6,16 +6,20 @@ none: it is noted as undeclared data, and a ``datasets`` entry of the user's dec
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from kd_plugin.lineage.hashing import sha256_file
 from kd_plugin.lineage.origins import COLUMNS
+from kd_plugin.lineage.record import digest_of
 from kd_plugin.lineage.sources import RowFacts, Source
 from kd_plugin.upstream import source_of_stream
 
+TEXT_RECORD, TEXT_SCHEMA = "teacher_text.json", "kd-plugin/text/1"
 IN_MEMORY = "data in memory"
 CACHE = "kd-plugin-cache://"  # rows of a teacher cache, by its digest: the cache's own record speaks for them
 _FILE = "file://"
@@ -28,6 +32,37 @@ _MAX_VALUES = 1000  # distinct values that are kept
 _MAX_DEPTH = 6
 _MAX_STEPS = 200  # iterables inside one stream
 _MAX_WORDS = 1 << 16
+
+
+def read_text_record(directory: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """Read what a capture of text says of its dataset, and compare the dataset's files with it.
+
+    Args:
+        directory: of the dataset.
+
+    Returns:
+        The lineage of the rows as a teacher's outputs, or None; and why there is none, None where nothing claims any.
+    """
+    path = directory / TEXT_RECORD
+    if not path.is_file():
+        return None, None
+    try:
+        record = json.loads(path.read_bytes())
+        content = {key: value for key, value in record.items() if key != "digest"}
+        if record.get("schema") != TEXT_SCHEMA or record["digest"] != digest_of(content):
+            return None, f"{TEXT_RECORD} is not as it was written"
+        promised = {str(name): (file["sha256"], file["size"]) for name, file in record["files"].items()}
+        outputs = {**record["outputs"], "digest": record["digest"]}
+        lineage = dict(record["lineage"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        return None, f"{TEXT_RECORD} cannot be read ({type(error).__name__})"
+    there = {one.name: one for one in directory.glob("*.parquet")}
+    if set(there) != set(promised):
+        return None, f"{TEXT_RECORD} names other files than are here"
+    for name, (digest, size) in promised.items():
+        if there[name].stat().st_size != size or sha256_file(there[name]) != digest:
+            return None, f"{name} is not the file that {TEXT_RECORD} names"
+    return {**lineage, "outputs": outputs}, None
 
 
 def with_origin(rows: Any, *places: str | Path) -> Any:

@@ -176,14 +176,14 @@ def remedy_of(finding: Finding, roots: Sequence[tuple[Edge, Found]], graph: Grap
 
 
 def outputs_record(
-    teacher: Source,
+    teacher: Source | Sequence[Source],
     datasets: Sequence[Source] = (),
     config: Mapping[str, Any] | str | Path | None = None,
 ) -> dict[str, Any]:
     """Return the lineage that a teacher cache carries in its manifest: nodes and edges, sorted, JSON-ready.
 
     Args:
-        teacher: who fills the cache.
+        teacher: who fills the cache; several, where several write.
         datasets: what the teacher is shown.
         config: the user's ``lineage`` field.
 
@@ -192,9 +192,11 @@ def outputs_record(
     """
     declared = load_config(config)
     registry = registry_of(declared)
-    sources = [*match_teachers([teacher], declared), *match_datasets(datasets, declared)]
+    teachers = [teacher] if isinstance(teacher, Source) else list(teacher)
+    sources = [*match_teachers(teachers, declared), *match_datasets(datasets, declared)]
     behind = [with_weights(discover(one.source, registry, repo=one.repo), one.source) for one in sources]
-    node = Node("teacher_outputs", f"outputs of {behind[0].node.label}")
+    taught_by = {found.node.id: one.name for one, found in zip(teachers, behind, strict=False)}
+    node = Node("teacher_outputs", f"outputs of {', '.join(found.node.label for found in behind[: len(teachers)])}")
     edges = []
     for one, found in zip(sources, behind, strict=True):
         kind: EdgeKind = "distilled_logits" if one.source.signal == "logits" else "trained_on_outputs"
@@ -212,8 +214,8 @@ def outputs_record(
 
     def remedy(finding: Finding) -> str:
         is_contract = finding.terms in registry.terms and registry.terms[finding.terms].kind == "service"
-        if finding.code == "unknown_license" and finding.node == behind[0].node.id and not is_contract:
-            name = teacher.name
+        if finding.code == "unknown_license" and finding.node in taught_by and not is_contract:
+            name = taught_by[finding.node]
             return f"declare its licence, `own` if it is yours: `lineage: {{teachers: {{{name}: {{license: mit}}}}}}`"
         return finding.remedy
 

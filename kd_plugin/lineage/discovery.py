@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import hashing
+from kd_plugin.lineage.data import TEXT_RECORD, read_text_record
 from kd_plugin.lineage.directory import DirectoryFacts, ask_hub, read_directory
 from kd_plugin.lineage.graph import SELF, Edge, EdgeKind, Evidence, Graph, Node
 from kd_plugin.lineage.names import host_of
@@ -96,6 +97,12 @@ def discover(
         hub = ask_hub(str(source.ref), source.revision, "dataset" if source.kind == "dataset" else "model")
         directory = hub.directory or directory
     doubt: tuple[Evidence, ...] = ()
+    if directory is not None and source.kind == "dataset":
+        text, problem = read_text_record(directory)
+        if text is not None:
+            return _from_outputs(replace(source, name=printable(directory.resolve().name), record=text), registry)
+        if problem is not None:
+            doubt = (Evidence(TEXT_RECORD, f"not about these rows: {problem}", (UNKNOWN,)),)
     if directory is not None and (directory / RECORD).is_file():
         record = load_record(directory)
         problem = proofs.problem(directory, record, {} if hub is None else hub.weights)

@@ -1,7 +1,11 @@
 """Teachers that only write: they are asked for text, and the student learns from what they wrote.
 
 writers.py says what a writer is and what it answers; server.py asks any OpenAI-compatible server, local.py a model in
-this process. spending.py counts tokens and money, up to a ceiling.
+this process; spending.py counts tokens and money, up to a ceiling.
+
+Offline: capture.py has the whole of a capture. collecting.py asks, store.py keeps every answer, voting.py is the
+panel's vote, selecting.py decides what stays, contamination.py compares with evaluation sets, dataset.py is what
+comes out and how it is read.
 
 On a panel: prompts.py renders what a teacher is asked, from templates/ or the user's own, and parsing.py reads its
 replies, strictly; teacher.py is the teacher that does both, and correcting.py lets several evaluate, correct and
@@ -11,7 +15,11 @@ accept.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kd_plugin.text.capture import CapturedText, capture_text
+from kd_plugin.text.dataset import load_text, text_source
+from kd_plugin.text.local import LocalWriter
 from kd_plugin.text.server import ServerWriter
+from kd_plugin.text.settings import TextSettings
 from kd_plugin.text.spending import Budget, Prices
 from kd_plugin.text.teacher import TextServerTeacher
 from kd_plugin.text.writers import Answer, Ask, Usage, Writer, in_order
@@ -24,10 +32,16 @@ __all__ = [
     "Answer",
     "Ask",
     "Budget",
+    "CapturedText",
+    "LocalWriter",
     "Prices",
     "ServerWriter",
     "TextServerTeacher",
+    "TextSettings",
     "Usage",
     "Writer",
+    "capture_text",
     "in_order",
+    "load_text",
+    "text_source",
 ]

@@ -21,10 +21,15 @@ from kd_plugin.text.writers import REFUSED, Answer, Ask, Key, Usage, split_reaso
 logger = logging.getLogger(__name__)
 _OF_THIS_PROMPT = (400, 413, 422, 451)  # statuses that speak of one prompt: too long, or filtered
 _REFUSED_AT_FIRST = 16  # prompts that are refused before any is answered: then it is the request's form
+_AHEAD = 4  # requests that are ready, so that a thread need not wait for the next one
 _VERSIONED = re.compile(r"/v\d+\w*$")
 _FIELDS_OF_REASONING = ("reasoning_content", "reasoning")
 # Words under which servers say that they, and not the model, ended an answer
 _BROKEN_OFF = ("insufficient_system_resource", "error", "abort")
+
+
+class _NotAsked(Exception):
+    """Another request has failed for good before this one was sent."""
 
 
 class ServerWriter:
@@ -172,7 +177,7 @@ class ServerWriter:
         with ThreadPoolExecutor(self.client.max_concurrency, thread_name_prefix="writer-server") as pool:
             try:
                 while True:
-                    while more and len(under_way) < self.client.max_concurrency:
+                    while more and len(under_way) < self.client.max_concurrency + _AHEAD:
                         try:
                             asked = next(source)
                         except StopIteration:
@@ -188,8 +193,7 @@ class ServerWriter:
                         key, error = under_way.pop(future), future.exception()
                         if isinstance(error, ServerError):
                             failure, more = failure or error, False
-                            given_up.set()
-                        else:
+                        elif not isinstance(error, _NotAsked):
                             yield key, future.result()
             finally:
                 given_up.set()
@@ -198,6 +202,15 @@ class ServerWriter:
             raise failure
 
     def _ask(self, model: str, ask: Ask, given_up: threading.Event) -> Answer:
+        if given_up.is_set():
+            raise _NotAsked
+        try:
+            return self._answer(model, ask, given_up)
+        except ServerError:
+            given_up.set()
+            raise
+
+    def _answer(self, model: str, ask: Ask, given_up: threading.Event) -> Answer:
         path = f"{self._version}/{'chat/completions' if self._api == 'chat' else 'completions'}"
         try:
             answer = self.client.ask(path, self._body(model, ask), self._read, given_up)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from kd_plugin.cache.targets import Generation
 from kd_plugin.errors import ServerError
 from kd_plugin.lineage.sources import Source
+
+if TYPE_CHECKING:
+    from kd_plugin.text.spending import Prices
 
 THINK, END_OF_THINKING = "<think>", "</think>"
 FINISHED, TOO_LONG, REFUSED = "stop", "length", "refused"
@@ -92,6 +95,11 @@ class Writer(Protocol):
     @property
     def name(self) -> str:
         """How metrics, messages and lineage call it."""
+        ...
+
+    @property
+    def prices(self) -> Prices:
+        """Of its tokens."""
         ...
 
     @property

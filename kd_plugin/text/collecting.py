@@ -1,0 +1,312 @@
+"""Asking the writers for all texts of a capture: every server is kept busy, and prompts are held for a few units.
+
+Each writer has a thread that feeds it and writes its answers down. Units that have all their answers are verified in
+the calling thread, whose alarms bound the verifiers' time, while the writers go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from kd_plugin.cache.targets import Generation
+from kd_plugin.capturing.rows import Row, RowSource
+from kd_plugin.capturing.work import Progress
+from kd_plugin.errors import DataError
+from kd_plugin.text.spending import Budget
+from kd_plugin.text.store import SCHEMA, AnswerStore, Slot
+from kd_plugin.text.voting import Vote
+from kd_plugin.text.writers import REFUSED, Answer, Ask, Prompt, Usage, Writer
+from kd_plugin.verifying import Verdict, Verifier
+
+_WINDOW = 16  # units that are under way at once
+_LOOK_SECONDS = 0.1  # until a writer without room looks again
+_Key = tuple[int, Slot, Ask]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for each row, and how answers are verified.
+
+    Attributes:
+        rows: the dataset.
+        unit_rows: rows of a unit.
+        generation: how each text is sampled; ``n`` texts a row and writer.
+        seed: of the sampling.
+        system: system message for prompts that have none.
+        verifier: which answers are right, or None.
+        vote: how the writers vote, or None.
+        facts: columns of the rows that are kept beside the answers.
+    """
+
+    rows: RowSource
+    unit_rows: int
+    generation: Generation
+    seed: int
+    system: str | None = None
+    verifier: Verifier | None = None
+    vote: Vote | None = None
+    facts: tuple[str, ...] = ()
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return -(-len(self.rows) // self.unit_rows)
+
+    def rows_of(self, unit: int) -> list[Row]:
+        """Return the rows of a unit."""
+        first = unit * self.unit_rows
+        return list(self.rows.slice(first, min(self.unit_rows, len(self.rows) - first)))
+
+    def prompt(self, row: Row, where: str) -> Prompt:
+        """Return what a row asks: its ``prompt``, or its ``messages`` up to the last of the user.
+
+        Raises:
+            DataError: it has neither, or no user.
+        """
+        prompt = row.get("prompt") or row.get("messages") or row.get("conversations")
+        if not prompt:
+            raise DataError(
+                f"{where} has no prompt; it has {', '.join(map(repr, row))}. A teacher that writes needs `prompt`, a "
+                "text or messages, or `messages`."
+            )
+        if isinstance(prompt, str):
+            system = [] if self.system is None else [{"role": "system", "content": self.system}]
+            return [*system, {"role": "user", "content": prompt}] if system else prompt
+        messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in prompt]
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages or messages[-1]["role"] == "system":
+            raise DataError(f"{where} has messages without one of the user at their end: {str(prompt)[:100]}.")
+        if self.system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system})
+        return messages
+
+    def ask(self, prompt: Prompt, slot: Slot) -> Ask:
+        """Return the request for one text, with a seed of its own that no order of asking changes."""
+        digest = hashlib.sha256(f"{self.seed}/{slot.row}/{slot.writer}/{slot.sample}".encode()).digest()
+        return Ask(prompt, self.generation, int.from_bytes(digest[:4], "big") >> 1)
+
+
+@dataclass
+class _Unit:
+    rows: list[Row]
+    prompts: list[Prompt]
+    first: int
+    answered: set[Slot]
+    left: int
+
+    def missing(self, writer: str, n: int) -> Iterator[tuple[Slot, Prompt]]:
+        for offset, prompt in enumerate(self.prompts):
+            for sample in range(n):
+                slot = Slot(self.first + offset, writer, sample)
+                if slot not in self.answered:
+                    yield slot, prompt
+
+
+@dataclass
+class Collection:
+    """What is under way.
+
+    Attributes:
+        plan: what is asked.
+        store: where answers are written down.
+        writers: who is asked, each for every row.
+        budget: what was spent.
+        ceiling_reached: whether the ceiling kept something from being asked.
+    """
+
+    plan: Plan
+    store: AnswerStore
+    writers: Sequence[Writer]
+    budget: Budget
+    ceiling_reached: bool = False
+    _open: dict[int, _Unit] = field(default_factory=dict)
+    _condition: threading.Condition = field(default_factory=threading.Condition)
+    _whole: queue.Queue[int | None] = field(default_factory=queue.Queue)
+    _under_way: dict[str, int] = field(default_factory=dict)
+    _failure: BaseException | None = None
+    _next: int = 0
+
+    def run(self, bar: Progress) -> dict[int, pa.Table]:
+        """Ask for all that is missing, verify and store it.
+
+        Returns:
+            What there is of units that are not whole, because the ceiling was reached; nothing else.
+
+        Raises:
+            ServerError: a writer is away for good, after what was under way is answered; all of it is kept.
+            LicenseRefusedError: a server turned out to serve what may not teach.
+            DataError: a row has no prompt, or the verifier failed.
+        """
+        self._count_what_is_there()
+        threads = [threading.Thread(target=self._ask, args=(w, bar), name=f"writer-{w.name}") for w in self.writers]
+        for thread in threads:
+            thread.start()
+        try:
+            ended = 0
+            while ended < len(threads):
+                unit = self._whole.get()
+                if unit is None:
+                    ended += 1
+                else:
+                    self._finish(unit)
+        except BaseException as error:
+            self._failure = self._failure or error
+        for thread in threads:  # what is under way is answered and written down
+            thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return {number: self._table(unit, self.store.answered(number)) for number, unit in sorted(self._open.items())}
+
+    def _count_what_is_there(self) -> None:
+        prices = {writer.name: writer.prices for writer in self.writers}
+        for unit in range(self.plan.units):
+            if self.store.finished(unit):
+                columns = ["teacher_name", "tokens_read", "tokens_written", "tokens_cached"]
+                for row in self.store.table(unit, columns).to_pylist():
+                    counted = row["tokens_read"] is not None
+                    usage = Usage(row["tokens_read"], row["tokens_written"], row["tokens_cached"]) if counted else None
+                    self.budget.count(row["teacher_name"], prices[row["teacher_name"]], usage)
+            else:
+                for slot, answer in self.store.answered(unit).items():
+                    self.budget.count(slot.writer, prices[slot.writer], _counted(answer))
+
+    def _ask(self, writer: Writer, bar: Progress) -> None:
+        self._under_way[writer.name] = 0
+        share = 1 / (len(self.writers) * self.plan.generation.n)
+        try:
+            for (number, slot, ask), answer in writer.answers(self._feed(writer)):
+                self.store.add(number, slot, answer)
+                with self._condition:
+                    self._under_way[writer.name] -= 1
+                    self.budget.settle(writer.name, writer.prices, ask, answer)
+                    bar.advance(share, answer.usage.written if answer.usage else 0)
+                    unit = self._open[number]
+                    unit.left -= 1
+                    if not unit.left:
+                        self._whole.put(number)
+        except BaseException as error:
+            self._failure = self._failure or error
+        finally:
+            self._whole.put(None)
+
+    def _feed(self, writer: Writer) -> Iterator[tuple[_Key, Ask] | None]:
+        """Yield what this writer is to be asked; None where it must first answer what it was asked before."""
+        for number in range(self.plan.units):
+            while (unit := self._enter(number)) is None and self._failure is None:
+                if self.store.finished(number):
+                    break
+                if self._under_way[writer.name]:
+                    yield None
+                else:
+                    with self._condition:
+                        self._condition.wait(_LOOK_SECONDS)
+            if unit is None:
+                if self._failure is not None:
+                    return
+                continue
+            for slot, prompt in unit.missing(writer.name, self.plan.generation.n):
+                ask = self.plan.ask(prompt, slot)
+                while not self._reserve(writer, ask):
+                    if self._failure is not None or not self._under_way[writer.name]:
+                        self.ceiling_reached |= self._failure is None
+                        return
+                    yield None
+                yield (number, slot, ask), ask
+
+    def _reserve(self, writer: Writer, ask: Ask) -> bool:
+        with self._condition:
+            if self._failure is not None or not self.budget.reserve(writer.prices, ask):
+                return False
+            self._under_way[writer.name] += 1
+            return True
+
+    def _enter(self, number: int) -> _Unit | None:
+        """Return a unit that is under way, opening it if there is room; None if there is none, or it is done."""
+        with self._condition:
+            if number in self._open or self.store.finished(number) or len(self._open) >= _WINDOW:
+                return self._open.get(number)
+            rows, first = self.plan.rows_of(number), number * self.plan.unit_rows
+            prompts = [self.plan.prompt(row, f"row {first + i}") for i, row in enumerate(rows)]
+            answered = set(self.store.answered(number))
+            left = len(rows) * len(self.writers) * self.plan.generation.n - len(answered)
+            self._open[number] = unit = _Unit(rows, prompts, first, answered, left)
+            if not left:
+                self._whole.put(number)
+            return unit
+
+    def _finish(self, number: int) -> None:
+        unit = self._open[number]
+        self.store.finish(number, self._table(unit, self.store.answered(number)))
+        with self._condition:
+            del self._open[number]
+            self._condition.notify_all()
+
+    def _table(self, unit: _Unit, answered: Mapping[Slot, Answer]) -> pa.Table:
+        order = {writer.name: i for i, writer in enumerate(self.writers)}
+        slots = sorted(answered, key=lambda slot: (slot.row, order[slot.writer], slot.sample))
+        verdicts = self._verdicts(unit, [(slot, answered[slot]) for slot in slots])
+        lines = []
+        for slot, verdict in zip(slots, verdicts, strict=True):
+            answer, row = answered[slot], unit.rows[slot.row - unit.first]
+            usage = _counted(answer)
+            lines.append(
+                {
+                    "row": slot.row,
+                    "sample": slot.sample,
+                    "teacher_name": slot.writer,
+                    "prompt": json.dumps(unit.prompts[slot.row - unit.first], ensure_ascii=False),
+                    "response": answer.text,
+                    "reasoning": answer.reasoning,
+                    "ended": answer.ended,
+                    "says": answer.says,
+                    "model_said": answer.model,
+                    "tokens_read": None if usage is None else usage.read,
+                    "tokens_written": None if usage is None else usage.written,
+                    "tokens_cached": None if usage is None else usage.cached,
+                    "passed": verdict.passed,
+                    "score": verdict.score,
+                    "why_not": verdict.reason,
+                    "facts": json.dumps({n: None if row.get(n) is None else str(row[n]) for n in self.plan.facts}),
+                }
+            )
+        return pa.Table.from_pylist(lines, SCHEMA)
+
+    def _verdicts(self, unit: _Unit, answers: list[tuple[Slot, Answer]]) -> list[Verdict]:
+        verifier, vote = self.plan.verifier, self.plan.vote
+
+        def verdict(one: tuple[Slot, Answer]) -> Verdict:
+            slot, answer = one
+            if answer.ended == REFUSED or not answer.text.strip():
+                return Verdict(False, 0.0, None)
+            if verifier is None:
+                return Verdict(True, 1.0)
+            return verifier.verify(answer.text, unit.rows[slot.row - unit.first], f"row {slot.row}")
+
+        if verifier is not None and verifier.waits:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                found = list(pool.map(verdict, answers))
+        else:
+            found = [verdict(one) for one in answers]
+        if vote is None:
+            return found
+        for row in dict.fromkeys(slot.row for slot, _ in answers):
+            mine = [i for i, (slot, answer) in enumerate(answers) if slot.row == row and answer.text.strip()]
+            outcome = vote.outcome([(answers[i][0].writer, answers[i][1].text) for i in mine])
+            for i, reason in zip(mine, outcome, strict=True):
+                if reason is not None and found[i].passed:
+                    found[i] = Verdict(False, 0.0, reason)
+        return found
+
+
+def _counted(answer: Answer) -> Usage | None:
+    return (answer.usage or Usage()) if answer.ended == REFUSED else answer.usage

@@ -1,0 +1,156 @@
+"""The dataset that a capture of text ends in: Parquet files, a card, and the record of who wrote it.
+
+``datasets.load_dataset(DIR)`` reads it like any other. The record is placed last, so that its presence means that the
+rest is whole; it names the digest of each file, and speaks for those bytes alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kd_plugin.cache.files import explained, publish, remove_leftovers, temporary_name
+from kd_plugin.errors import CacheError
+from kd_plugin.inputs import load_rows
+from kd_plugin.lineage.data import TEXT_RECORD, TEXT_SCHEMA, read_text_record
+from kd_plugin.lineage.hashing import sha256_file
+from kd_plugin.lineage.record import canonical, digest_of
+from kd_plugin.lineage.sources import Source
+from kd_plugin.text.selecting import Selection
+from kd_plugin.text.spending import Budget
+
+CONTAMINATED_LIST = "contaminated.jsonl"
+_SHARD_ROWS = 100_000
+_WAY_OUT = "The answers are kept: make room, and run the same command again."
+
+
+def publish_dataset(
+    directory: Path,
+    tables: Iterable[pa.Table],
+    *,
+    lineage: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+    selection: Selection,
+    budget: Budget,
+    complete: bool,
+) -> None:
+    """Write the dataset, in the place of one that was selected before from the same answers.
+
+    Args:
+        directory: of the capture.
+        tables: the rows.
+        lineage: nodes and edges of who wrote and what they were shown.
+        sampling: how texts were sampled.
+        selection: what was dropped, and which items of evaluation sets were found.
+        budget: what was spent.
+        complete: whether every prompt was asked.
+
+    Raises:
+        CacheError: the directory cannot be written.
+    """
+    with explained(f"Writing the dataset in {directory}", _WAY_OUT):
+        remove_leftovers(directory)
+        (directory / TEXT_RECORD).unlink(missing_ok=True)
+        names = _write_shards(directory, tables)
+        for path in directory.glob("train-*.parquet"):
+            if path.name not in names:
+                path.unlink()
+        listed = [json.dumps({"row": row, **asdict(found)}) + "\n" for row, found in selection.found]
+        _place(directory / CONTAMINATED_LIST, "".join(listed).encode())
+        files = {
+            name: {"sha256": sha256_file(directory / name), "size": (directory / name).stat().st_size} for name in names
+        }
+        tokens = {name: asdict(usage) for name, usage in sorted(budget.usage.items())}
+        record: dict[str, Any] = {
+            "schema": TEXT_SCHEMA,
+            "lineage": dict(lineage),
+            "outputs": {
+                "rows": selection.kept,
+                "tokens": tokens,
+                "date": datetime.now(UTC).date().isoformat(),
+                "sampling": dict(sampling),
+            },
+            "files": files,
+            "dropped": dict(sorted(selection.dropped.items())),
+            "contaminated": len(selection.found),
+            "spent": budget.spent,
+            "complete": complete,
+        }
+        _place(directory / "README.md", _card(record).encode())
+        _place(directory / TEXT_RECORD, canonical({**record, "digest": digest_of(record)}))
+
+
+def text_source(directory: str | Path) -> Source:
+    """Return a dataset of text as the teacher's outputs that it is, with its lineage.
+
+    Raises:
+        CacheError: there is no finished dataset of this kind, or its files are not those that its record names.
+    """
+    path = Path(directory)
+    record, problem = read_text_record(path)
+    if record is None:
+        raise CacheError(
+            f"{path} holds no dataset of a teacher's text: {problem or f'it has no {TEXT_RECORD}'}. Capture it with "
+            "`kd-plugin capture` and targets: text; run that again where it was interrupted."
+        )
+    return Source(name=path.name, kind="teacher_outputs", ref=str(path), signal="text", record=record)
+
+
+def load_text(directory: str | Path) -> Any:
+    """Return the rows of a dataset of text, memory-mapped; raises CacheError as :func:`text_source`."""
+    text_source(directory)
+    return load_rows(str(directory))
+
+
+def _write_shards(directory: Path, tables: Iterable[pa.Table]) -> list[str]:
+    names: list[str] = []
+    writer: pq.ParquetWriter | None = None
+    made, rows = Path(), 0
+
+    def close() -> None:
+        nonlocal writer
+        if writer is not None:
+            writer.close()
+            names.append(f"train-{len(names):05d}.parquet")
+            publish(made, directory / names[-1])
+            writer = None
+
+    for table in tables:
+        if not table.num_rows:
+            continue
+        if writer is None:
+            made, rows = temporary_name(directory, "train"), 0
+            writer = pq.ParquetWriter(made, table.schema, compression="zstd")
+        writer.write_table(table)
+        rows += table.num_rows
+        if rows >= _SHARD_ROWS:
+            close()
+    close()
+    return names
+
+
+def _place(path: Path, data: bytes) -> None:
+    made = temporary_name(path.parent, path.name)
+    made.write_bytes(data)
+    publish(made, path)
+
+
+def _card(record: Mapping[str, Any]) -> str:
+    """Return a card that hub and ``datasets`` read; what counts as lineage is the record beside it."""
+    teachers = sorted({str(n["name"]) for n in record["lineage"]["nodes"] if n.get("kind") == "model"})
+    dropped = "".join(f"| {reason} | {count} |\n" for reason, count in record["dropped"].items())
+    return (
+        # No `configs`, with which datasets (5.0) takes what it cached of another directory of this name
+        f"---\ntags:\n- distillation\n- synthetic\ndistillation:\n  lineage: {TEXT_RECORD}\n---\n"
+        f"# Text of teachers\n\n{record['outputs']['rows']} rows in TRL's form of prompt and completion, written by "
+        f"{', '.join(teachers)} on or before {record['outputs']['date']}. Captured with kd-plugin; who wrote it, under "
+        f"which terms, and the digests of the files are in `{TEXT_RECORD}`.\n\n"
+        + (f"| dropped because | answers |\n|---|---|\n{dropped}" if dropped else "")
+    )
