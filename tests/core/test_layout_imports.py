@@ -92,7 +92,6 @@ ORDER = (
     ("teachers",),
     ("student",),
     ("capturing",),
-    ("text",),
     ("rollouts",),
     ("views",),
     ("text",),
