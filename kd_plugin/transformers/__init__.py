@@ -1,12 +1,12 @@
 """Any subclass of ``transformers.Trainer`` as a host: mixins to be put before the trainer that you have.
 
-The trainers of :mod:`kd_plugin.trl` stand on this room too, for TRL's trainers are transformers trainers.
+What they share with TRL's trainers, which are transformers trainers too, is in :mod:`kd_plugin.trainers`.
 """
 
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.lineage.trainer_callback import LicenseLineageCallback
 from kd_plugin.panel.settings import PanelSettings
-from kd_plugin.transformers.offline import OfflineKDMixin
+from kd_plugin.trainers.offline import OfflineKDMixin
 from kd_plugin.transformers.panel import TeacherPanelMixin
 
 __all__ = ["LicenseLineageCallback", "OfflineKDMixin", "OfflineSettings", "PanelSettings", "TeacherPanelMixin"]

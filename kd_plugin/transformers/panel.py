@@ -1,194 +1,28 @@
-"""The panel of teachers for any subclass of ``transformers.Trainer``."""
+"""The teacher panel in front of any subclass of ``transformers.Trainer``, the student generating in process."""
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kd_plugin.divergence import Divergence, require_finite
-from kd_plugin.errors import ConfigError, ServerError
-from kd_plugin.limits import refuse_images, refuse_prompt_learning, refuse_router_loss
-from kd_plugin.lineage import RunLineage
-from kd_plugin.lineage.data import dataset_sources
+from kd_plugin.divergence import require_finite
+from kd_plugin.errors import ConfigError
+from kd_plugin.limits import refuse_images
 from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage
-from kd_plugin.models import output_rows
 from kd_plugin.monitor.run import PanelRun
-from kd_plugin.panel import TeacherPanel
-from kd_plugin.panel.batches import MicroBatch, ScoredRollouts
-from kd_plugin.panel.checks import (
-    check_rows,
-    require_one_server,
-)
-from kd_plugin.panel.identity import read_state
-from kd_plugin.panel.sampling import (
-    require_same_student,
-)
+from kd_plugin.panel.batches import ScoredRollouts
 from kd_plugin.panel.settings import PanelSettings
-from kd_plugin.panel.step import PanelStep
-from kd_plugin.panel.warmup import WarmupBatch
 from kd_plugin.rollouts.in_process import InProcessEngine, Sampling, pad_token
 from kd_plugin.rollouts.rows import mixed_seed
 from kd_plugin.sharding.running import through
-from kd_plugin.signals import OutputHead
-from kd_plugin.transformers.panel_host import (
-    PanelStateCallback,
-    TrainerHost,
-    last_hidden_states,
-    place_under_accelerate,
-    save_what_was_learned,
-)
-from kd_plugin.transformers.run import (
-    LineageSavingMixin,
-    TokenMeanMixin,
-    load_vocabulary,
-    named_datasets,
-    require_launchable,
-    resumed_checkpoint,
-    start_lineage,
-    student_config,
-)
-from kd_plugin.transformers.upstream import KeptColumnsMixin
-from kd_plugin.vocab import Vocabulary
+from kd_plugin.trainers.panel import PanelHostMixin
 
-_ROW = ("prompt", "teacher_id", "domain", "teacher_weights", "completion")
 _VALIDATION = -1  # in the place of a step: what is generated at each evaluation is the same
-
-
-class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
-    """What a transformers trainer is as the host of the panel's step, whoever generates for it.
-
-    A trainer calls :meth:`gate_panel` before its parent's ``__init__`` and :meth:`join_panel` after it.
-    """
-
-    panel: TeacherPanel
-    divergence: Divergence
-    panel_run: PanelRun
-    panel_settings: Any
-    panel_step: PanelStep
-    _vocabulary: Vocabulary
-
-    def gate_panel(
-        self,
-        args: Any,
-        run: PanelRun,
-        model: Any,
-        *,
-        train_dataset: Any,
-        eval_dataset: Any,
-        processing_class: Any,
-        peft_config: Any = None,
-        declared: Any = None,
-    ) -> RunLineage:
-        """Pass the license gate, and check all that can be checked before a student is loaded.
-
-        Arguments are the trainer's, but for ``run``, the panel, and ``declared``, what the user says of the lineage.
-        """
-        self.panel_run, self.panel, self.divergence = run, run.panel, run.divergence
-        self.panel_settings = run.settings
-        refuse_prompt_learning(model, peft_config)
-        for name, dataset in named_datasets(train_dataset, eval_dataset):
-            check_rows(dataset, name, self.panel)
-        start = functools.partial(start_lineage, args, run.settings, declared)
-        revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision")
-        lineage = run.gate(start, model, revision, dataset_sources(train_dataset))
-        require_launchable(args, model, self.panel)
-        config = student_config(model, args)
-        if config is not None:
-            refuse_router_loss(config, "The panel's loss has none.")
-        own = load_vocabulary(model, processing_class, args)
-        self._vocabulary = run.require_student(model, own, lambda: config)
-        return lineage
-
-    def join_panel(self, metrics: Any, **tokens: Any) -> None:
-        """Place the teachers, and join the panel's step with this trainer.
-
-        Args:
-            metrics: see :class:`~kd_plugin.transformers.panel_host.TrainerHost`.
-            **tokens: of :class:`~kd_plugin.panel.step.PanelStep`: the student's tokenizer and what is told of it.
-
-        Raises:
-            ConfigError: the student is anchored, and DeepSpeed or FSDP would shard the copy.
-        """
-        # The configuration promised as much; an adapter's directory has none
-        self._vocabulary = self._vocabulary.within(output_rows(self.model))
-        require_same_student(self.panel, self.model)
-        require_one_server(self.panel, self.accelerator.device)
-        place_under_accelerate(self, self.panel, self._vocabulary)
-        self.add_callback(PanelStateCallback(self.panel_run.resume))
-        anchor = None
-        if self.panel_run.keeps_start:
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                raise ConfigError(self.panel_run.sharded_start.format("DeepSpeed and FSDP"))
-            anchor = self.panel_run.anchor(self.accelerator.unwrap_model(self.model), self._vocabulary)
-            place_under_accelerate(self, anchor.panel, self._vocabulary)
-        self.panel_step = self.panel_run.step(
-            TrainerHost(self, metrics),
-            str(self.args.output_dir),
-            vocabulary=self._vocabulary,
-            seed=self.args.seed,
-            anchor=anchor,
-            **tokens,
-        )
-
-    def replicated_teacher(self, model: nn.Module) -> nn.Module:
-        """Return a teacher where each rank has a replica, under ZeRO-1 and 2."""
-        return model.to(self.accelerator.device)
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """Train as the parent does.
-
-        Raises:
-            ServerError: a teacher's server stayed away; the steps done so far are saved as a checkpoint before.
-            ConfigError: the checkpoint was trained under another panel, and ``allow_changed_panel`` is not set; or
-                ``output_dir`` holds another run's checkpoints, and this call does not resume.
-        """
-        checkpoint = resumed_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
-        if checkpoint is not None:
-            allowed = self.panel_settings.allow_changed_panel
-            self.panel_run.load(read_state(checkpoint, allowed=allowed), checkpoint)
-        try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        except ServerError:
-            save_what_was_learned(self)
-            raise
-
-    @property
-    def kept_columns(self) -> tuple[str, ...]:
-        """What the panel reads of a row."""
-        return (*_ROW, *self.panel.columns)
-
-    def panel_loss(self, student: nn.Module, batch: MicroBatch | WarmupBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the summed loss of a micro-batch, the summed entropy, and the number of scored tokens.
-
-        Call it inside the forward pass of whatever wraps the student.
-        """
-        hidden = last_hidden_states(student, batch.input_ids, batch.attention_mask)
-        found = self.panel_step.loss(hidden, OutputHead.from_model(student, self._vocabulary.size), batch)
-        count = torch.tensor(found.tokens).to(hidden.device)
-        if self.evaluated is not None:
-            self.evaluated.add("loss", found.loss_sum, count)
-            self.evaluated.add("entropy", found.entropy_sum, count)
-        return found.loss_sum, found.entropy_sum, count
-
-    def note_panel(self, logs: dict[str, float]) -> None:
-        """Add what was seen since the last log to the metrics; a collective call."""
-        if not self.panel_step.monitor.counted:
-            return
-        found, loss = self.panel_step.monitor.read_divergences()
-        if self.panel_settings.panel_values == "logging" and self.model.training and "loss" in logs:
-            logs["loss"] = logs["loss"] if loss is None else loss  # the steps before this one had lower bounds
-        self.panel_step.host.note(found | self.panel_step.read())
 
 
 class TeacherPanelMixin(PanelHostMixin):

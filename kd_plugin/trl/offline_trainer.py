@@ -26,7 +26,7 @@ from kd_plugin.cache.joint import Caches, JointCache
 from kd_plugin.cache.templates import is_conversation, pinned, pinned_tokenizer
 from kd_plugin.cache.training_rows import CutIndex, Window, something_to_cut, why_not_found, with_labels
 from kd_plugin.errors import ConfigError
-from kd_plugin.transformers.offline import OfflineKDMixin
+from kd_plugin.trainers.offline import OfflineKDMixin
 from kd_plugin.trl.config import OfflineKDConfig, require_sft_loss
 from kd_plugin.trl.upstream import TrlMetricsMixin
 from kd_plugin.upstream import reference_of

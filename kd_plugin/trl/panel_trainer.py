@@ -24,7 +24,7 @@ from kd_plugin.panel.sampling import sampled_teacher
 from kd_plugin.rollouts.responses import as_responses
 from kd_plugin.rollouts.rows import Rollouts
 from kd_plugin.teachers import Teacher
-from kd_plugin.transformers.panel import PanelHostMixin
+from kd_plugin.trainers.panel import PanelHostMixin
 from kd_plugin.trl.config import TeacherPanelConfig
 from kd_plugin.trl.generation import TRLEngine, ask_for_logprobs, padded_logprobs, recorded, require_draws, share_evenly
 from kd_plugin.trl.upstream import TrlMetricsMixin

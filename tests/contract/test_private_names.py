@@ -18,17 +18,17 @@ from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 import kd_plugin
 from kd_plugin import upstream as core
 from kd_plugin.lightning import upstream as lightning_host
-from kd_plugin.transformers import upstream as transformers_host
+from kd_plugin.trainers import upstream as trainers_room
 from kd_plugin.trl import upstream as trl_host
 from tests.contract import test_upstream
 
 PACKAGE = Path(kd_plugin.__file__).parent
 TESTS = Path(__file__).parents[1]
-ROOMS = {"core": core, "lightning": lightning_host, "transformers": transformers_host, "trl": trl_host}
+ROOMS = {"core": core, "lightning": lightning_host, "trainers": trainers_room, "trl": trl_host}
 # Classes that a room's own classes inherit from, whose private names `self` has too
 PARENTS = {
     "trl": (SFTTrainer, DistillationTrainer, SFTConfig, DistillationConfig),
-    "transformers": (transformers.Trainer, transformers.TrainerCallback),
+    "trainers": (transformers.Trainer, transformers.TrainerCallback),
     "lightning": (pl.LightningModule, pl.LightningDataModule, pl.Callback),
 }
 ELSEWHERE = {
@@ -54,6 +54,8 @@ ELSEWHERE = {
 
 def room_of(path: Path) -> str:
     room = path.relative_to(PACKAGE).parts[0]
+    if room == "transformers":  # its private names are those of the room that it stands on
+        return "trainers"
     return room if room in ROOMS else "core"
 
 
@@ -144,8 +146,8 @@ def test_private_names_are_used_in_upstream_files_alone(path):
         ("core", "from transformers._x import y", {"_x"}),
         ("core", "getattr(config, '_name_or_path', None)", {"_name_or_path"}),
         ("core", "import peft\npeft.BaseTuner.inject_adapter = x", {"a patch of peft.BaseTuner.inject_adapter"}),
-        ("transformers", "self._signature_columns.append(1)", {"_signature_columns"}),
-        ("transformers", "class A:\n    def _save_checkpoint(self): ...", {"_save_checkpoint"}),
+        ("trainers", "self._signature_columns.append(1)", {"_signature_columns"}),
+        ("trainers", "class A:\n    def _save_checkpoint(self): ...", {"_save_checkpoint"}),
         ("trl", "super()._prepare_dataset(); self._textbook_name", {"_textbook_name"}),
         ("lightning", "checkpoint_io._executor", {"_executor"}),
         ("core", "self._vocabulary; trainer._vocabulary", set()),

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from kd_plugin import upstream as core
 from kd_plugin.lightning import upstream as lightning_host
-from kd_plugin.transformers import upstream as transformers_host
+from kd_plugin.trainers import upstream as trainers_room
 from tests.hosts.runs import settings
 from tests.tiny import byte_tokenizer, save_tiny, tiny_llama, tiny_model
 
@@ -163,7 +163,7 @@ def test_source_of_stream():
 # transformers
 
 
-class Columns(transformers_host.KeptColumnsMixin, transformers.Trainer):
+class Columns(trainers_room.KeptColumnsMixin, transformers.Trainer):
     kept_columns = ("input_ids", "wanted")
 
 
@@ -194,7 +194,7 @@ def test_save_checkpoint_now(tmp_path):
 
     trainer.add_callback(Told())
     trainer.train()
-    transformers_host.save_checkpoint_now(trainer)
+    trainers_room.save_checkpoint_now(trainer)
     assert saved == [1]
     assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= {
         p.name for p in (tmp_path / "checkpoint-1").iterdir()

@@ -11,14 +11,16 @@ import kd_plugin
 
 PACKAGE = Path(kd_plugin.__file__).parent
 HOSTS = ("kd_plugin.trl", "kd_plugin.lightning", "kd_plugin.transformers")
+SHARED = "kd_plugin.trainers"
 TRAINERS = ("trl", "lightning", "pytorch_lightning")
 # What each layer may not import, not even inside a function. `cli` and `demo` may import everything.
 FORBIDDEN = {
-    "core": (*HOSTS, "kd_plugin.cli", "kd_plugin.demo", *TRAINERS),
+    "core": (*HOSTS, SHARED, "kd_plugin.cli", "kd_plugin.demo", *TRAINERS),
+    # Users' transformers trainers and TRL's stand on this room, and it knows neither
+    "trainers": (*HOSTS, "kd_plugin.cli", "kd_plugin.demo", *TRAINERS),
     "transformers": (*HOSTS[:2], "kd_plugin.cli", "kd_plugin.demo", *TRAINERS),
-    # TRL's trainers are transformers trainers, so this host stands on that one
-    "trl": ("kd_plugin.lightning", "kd_plugin.cli", "kd_plugin.demo", "lightning", "pytorch_lightning"),
-    "lightning": ("kd_plugin.trl", "kd_plugin.transformers", "kd_plugin.cli", "kd_plugin.demo", "trl"),
+    "trl": (*HOSTS[1:], "kd_plugin.cli", "kd_plugin.demo", "lightning", "pytorch_lightning"),
+    "lightning": ("kd_plugin.trl", "kd_plugin.transformers", SHARED, "kd_plugin.cli", "kd_plugin.demo", "trl"),
     "cli": (),
     "demo": (),
 }
@@ -69,7 +71,10 @@ def test_no_file_breaks_an_arrow(path):
         ("lightning", "from trl import SFTTrainer", {"trl", "trl.SFTTrainer"}),
         ("transformers", "from kd_plugin.trl.start import x", {"kd_plugin.trl.start", "kd_plugin.trl.start.x"}),
         ("lightning", "import kd_plugin.transformers", {"kd_plugin.transformers"}),
-        ("trl", "import kd_plugin.transformers.offline", set()),
+        ("lightning", "import kd_plugin.trainers", {"kd_plugin.trainers"}),
+        ("trl", "import kd_plugin.transformers", {"kd_plugin.transformers"}),
+        ("trainers", "import kd_plugin.transformers", {"kd_plugin.transformers"}),
+        ("trl", "import kd_plugin.trainers.offline", set()),
         ("core", "import transformers", set()),
         ("core", "import trlx", set()),
         ("trl", "from trl import SFTTrainer", set()),

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from kd_plugin.cache import TopK
 from kd_plugin.capturing import capture
 from kd_plugin.teachers import LocalTeacher
-from kd_plugin.transformers.upstream import LeanRandomSampler, shuffle_leanly
+from kd_plugin.trainers.upstream import LeanRandomSampler, shuffle_leanly
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
 from tests.hosts.runs import settings
 from tests.tiny import byte_tokenizer

@@ -24,7 +24,7 @@ from kd_plugin.lineage.data import dataset_sources
 from kd_plugin.lineage.start import student_source
 from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage
 from kd_plugin.student.head import DistillationHead, evaluation_sums
-from kd_plugin.transformers.run import (
+from kd_plugin.trainers.run import (
     LineageSavingMixin,
     TokenMeanMixin,
     load_vocabulary,
@@ -32,7 +32,7 @@ from kd_plugin.transformers.run import (
     require_launchable,
     start_lineage,
 )
-from kd_plugin.transformers.upstream import KeptColumnsMixin, shuffle_leanly
+from kd_plugin.trainers.upstream import KeptColumnsMixin, shuffle_leanly
 
 
 class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
