@@ -256,7 +256,7 @@ class StudentGradient:
     def _add_weight(self, grad_RV: Tensor, hidden_RH: Tensor) -> None:
         assert self.weight is not None
         total_VH = self.weight[: self._vocab]
-        if grad_RV.device.type == "cuda" and hidden_RH.dtype in (torch.float16, torch.bfloat16):
+        if _can_widen(hidden_RH.dtype, grad_RV.dtype, grad_RV.device):
             narrow_RV = self._narrow(grad_RV, hidden_RH.dtype)
             torch.addmm(total_VH, narrow_RV.t(), hidden_RH, out_dtype=torch.float32, out=total_VH)
         else:
