@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ _DESCRIPTION = """\
 Score a dataset with a teacher, or let it generate completions first, and store its outputs: a directory of Parquet
 shards that `kd-plugin offline` trains on. Run the same command again to go on after an interruption; run it several
 times at once over one directory, on one machine or many, to share the work. The teacher's terms are checked before
-its weights are loaded or its server is asked.
+its weights are loaded or its server is asked. With `targets: text` the teacher, any OpenAI-compatible server or a model
+here, writes, and its text becomes an ordinary dataset; `kd-plugin capture --targets text --help` shows how.
 Exit codes: 0 done, 1 refused or failed (finished units are kept), 130 interrupted.
 """
 
@@ -48,8 +50,8 @@ _SERVER_KEYS = (
 
 
 @settings
-class TeachingSettings:
-    """What is captured, from whom, and what is kept of it; see :class:`CaptureConfig`."""
+class SourceSettings:
+    """What is captured, and from whom."""
 
     dataset: str = option(
         default="",
@@ -57,13 +59,14 @@ class TeachingSettings:
     )
     teacher: dict[str, Any] | str = option(
         default="",
-        help="A local model directory, a hub id, or a vLLM server as a mapping with url and model, and if need be "
-        "tokenizer, repo (of the weights, for their terms), signal (top_k, or hidden for the "
-        "whole distribution of a server that pools), top_k (all lists every token), server_dtype, api_key_env, "
-        "timeout, max_concurrency, max_retries.",
+        help="A local model directory, a hub id, or a server as a mapping with url and model, and if need be tokenizer, "
+        "repo (of the weights, for their terms), signal (top_k, or hidden for the whole distribution of a server that "
+        "pools), top_k (all lists every token), server_dtype, api_key_env, timeout, max_concurrency, max_retries; for "
+        "text also api, stream, request and prices, and nothing of tokens.",
     )
     output_dir: str = option(
-        default="", help="The cache: a new directory, or one with the same capture, which then goes on."
+        default="",
+        help="The cache, or the dataset of text: a new directory, or one with the same capture, which goes on.",
     )
     split: str = option(default="train", help="Split of the dataset.")
     streaming: bool = option(
@@ -79,6 +82,12 @@ class TeachingSettings:
     device: str | None = option(
         default=None, help="Where the teacher runs; null takes the accelerator, if there is one."
     )
+
+
+@settings
+class TeachingSettings(SourceSettings):
+    """What is captured, from whom, and what is kept of it; see :class:`CaptureConfig`."""
+
     mode: str = option(default="score", help="score the completions that the dataset holds, or generate them.")
     completions: int = option(default=1, help="Completions that the teacher generates a prompt.")
     max_new_tokens: int = option(default=512, help="Tokens of a generated completion at most.")
@@ -90,7 +99,7 @@ class TeachingSettings:
     keep_unfinished: bool = option(
         default=False, help="Keep generated completions that reach max_new_tokens without an end."
     )
-    targets: str = option(default="top_k", help="What is kept of the distribution: top_k, top_p or sampled.")
+    targets: str = option(default="top_k", help="What is kept of the distribution: top_k, top_p or sampled; or text.")
     k: int = option(default=64, help="Tokens kept by top_k.")
     p: float = option(default=0.98, help="Mass that top_p reaches.")
     cap: int = option(default=256, help="Tokens that top_p keeps at most.")
@@ -109,8 +118,15 @@ class CaptureConfig(ScoringSettings, TeachingSettings):
 
 def main(argv: Sequence[str], append: bool = False) -> int:
     """Run the command with ``argv`` and return its exit code."""
-    from kd_plugin.cli.main import as_yaml, parse_settings
+    from kd_plugin.cli.main import as_yaml, config_files, parse_settings
+    from kd_plugin.inputs import read_yaml
 
+    asked = [read_yaml(path).get("targets") for path in config_files(argv)]
+    asked += [one.partition("=")[2] or after for one, after in pairwise([*argv, ""]) if one.startswith("--targets")]
+    if asked and asked[-1] == "text" and not append:
+        from kd_plugin.cli.text import main as capture_text
+
+        return capture_text(argv)
     parsed = parse_settings(
         CaptureConfig,
         ["--dry_run" if argument == "--dry-run" else argument for argument in argv],
@@ -247,7 +263,7 @@ def make_targets(config: CaptureConfig) -> Targets:
     """
     from kd_plugin.cache import Sampled, TopK, TopP
 
-    kinds = ["top_k", "top_p", "sampled"]
+    kinds = ["top_k", "top_p", "sampled", "text"]
     if config.targets == "top_k":
         return TopK(config.k)
     if config.targets == "top_p":

@@ -93,7 +93,7 @@ def parse_settings(
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     arguments, print_only = _without_bare_config(argv)
     _require_known_options(arguments, [*names, "config", "help", *(flags or {})])
-    for path in _config_files(arguments):
+    for path in config_files(arguments):
         require_known_keys(read_yaml(path), names, path)
     try:
         parsed = parser.parse_args(arguments)
@@ -138,7 +138,8 @@ def _require_known_options(arguments: Sequence[str], known: list[str]) -> None:
             raise ConfigError(f"unknown option --{option}.{nearest(option, known)} Known: {', '.join(known)}.")
 
 
-def _config_files(arguments: Sequence[str]) -> list[str]:
+def config_files(arguments: Sequence[str]) -> list[str]:
+    """Return the files that ``--config`` names."""
     after = [arguments[i + 1] for i, a in enumerate(arguments[:-1]) if a == "--config"]
     return after + [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
 

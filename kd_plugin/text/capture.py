@@ -25,7 +25,7 @@ from kd_plugin.text.settings import PASS_RATE, TextSettings
 from kd_plugin.text.spending import Budget
 from kd_plugin.text.store import AnswerStore
 from kd_plugin.text.voting import Vote
-from kd_plugin.text.writers import Writer
+from kd_plugin.text.writers import Ask, Writer
 from kd_plugin.verifying import make_verifier
 
 _DOMAIN = "domain"  # a column that travels where the rows have it, as in a teacher cache
@@ -87,33 +87,8 @@ def capture_text(  # noqa: D417
     gate = CaptureGate([writer.source for writer in writers], dataset, settings.lineage)
     for writer in writers:
         writer.gate(partial(gate.admit, writer.name))
-    verifier = make_verifier(settings.verify, settings.answer_column)
-    facts = tuple(name for name in settings.balance or () if name != PASS_RATE)
-    columns = None if verifier is not None and verifier.columns is None else (*facts, _DOMAIN)
-    more = columns if columns is None or verifier is None else (*columns, *(verifier.columns or ()))
-    rows = open_rows(dataset, settings.shard_rows, more)
-    missing = [name for name in facts if name not in rows.columns]
-    if missing:
-        raise ConfigError(f"balance: the rows have no column {missing[0]!r}; they have {', '.join(rows.columns)}.")
-    generation = Generation(
-        settings.completions,
-        settings.max_new_tokens,
-        settings.sampling_temperature,
-        settings.sampling_top_p,
-        settings.sampling_top_k,
-    )
-    kept_facts = tuple(dict.fromkeys([*facts, *([_DOMAIN] if _DOMAIN in rows.columns else [])]))
-    plan = Plan(
-        rows,
-        settings.shard_rows,
-        generation,
-        settings.seed,
-        settings.system,
-        verifier,
-        Vote.of(settings.vote),
-        kept_facts,
-    )
-    plan.prompt(rows.slice(0, 1)[0], "row 0")
+    plan = _plan(dataset, settings)
+    rows, verifier = plan.rows, plan.verifier
     items = load_items(settings.decontaminate, settings.ngram, settings.overlap) if settings.decontaminate else None
     budget = Budget(settings.ceiling)
     asked = {
@@ -126,7 +101,7 @@ def capture_text(  # noqa: D417
     }
     store = AnswerStore(Path(output_dir), asked)
     with store.alone():
-        done = sum(len(plan.rows_of(u)) for u in range(plan.units) if store.finished(u)) if progress else 0
+        done = min(sum(map(store.finished, range(plan.units))) * plan.unit_rows, len(rows))
         collection = Collection(plan, store, writers, budget)
         with Progress(len(rows), done, progress, "capture") as bar:
             partial_units = collection.run(bar)
@@ -145,7 +120,7 @@ def capture_text(  # noqa: D417
             store.directory,
             training_rows(tables, chosen, settings, not completions_api, {w.name: _model(w) for w in writers}),
             lineage=gate.record,
-            sampling=asdict(generation) | {"seed": settings.seed},
+            sampling=asdict(plan.generation) | {"seed": settings.seed},
             selection=chosen,
             budget=budget,
             complete=not collection.ceiling_reached,
@@ -159,6 +134,45 @@ def capture_text(  # noqa: D417
         budget.spent,
         not collection.ceiling_reached,
     )
+
+
+def most_of(dataset: Any, writers: Sequence[Writer], **fields: Any) -> tuple[int, float]:
+    """Return how many prompts a capture has, and what it costs at most; nobody is asked.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        DataError: a row has no prompt.
+    """
+    settings = built(TextSettings, fields)
+    plan, most = _plan(dataset, settings), 0.0
+    for unit in range(plan.units):
+        for row in plan.rows_of(unit):
+            ask = Ask(plan.prompt(row, f"a row of unit {unit}"), plan.generation)
+            most += plan.generation.n * sum(writer.prices.most(ask) for writer in writers)
+    return len(plan.rows), most
+
+
+def _plan(dataset: Any, settings: TextSettings) -> Plan:
+    verifier = make_verifier(settings.verify, settings.answer_column)
+    facts = tuple(name for name in settings.balance or () if name != PASS_RATE)
+    columns = None if verifier is not None and verifier.columns is None else (*facts, _DOMAIN)
+    more = columns if columns is None or verifier is None else (*columns, *(verifier.columns or ()))
+    rows = open_rows(dataset, settings.shard_rows, more)
+    missing = [name for name in facts if name not in rows.columns]
+    if missing:
+        raise ConfigError(f"balance: the rows have no column {missing[0]!r}; they have {', '.join(rows.columns)}.")
+    generation = Generation(
+        settings.completions,
+        settings.max_new_tokens,
+        settings.sampling_temperature,
+        settings.sampling_top_p,
+        settings.sampling_top_k,
+    )
+    kept_facts = tuple(dict.fromkeys([*facts, *([_DOMAIN] if _DOMAIN in rows.columns else [])]))
+    vote = Vote.of(settings.vote)
+    plan = Plan(rows, settings.shard_rows, generation, settings.seed, settings.system, verifier, vote, kept_facts)
+    plan.prompt(rows.slice(0, 1)[0], "row 0")
+    return plan
 
 
 def _model(writer: Writer) -> str:
