@@ -59,14 +59,14 @@ class SourceSettings:
     )
     teacher: dict[str, Any] | str = option(
         default="",
-        help="A local model directory, a hub id, or a server as a mapping with url and model, and if need be tokenizer, "
-        "repo (of the weights, for their terms), signal (top_k, or hidden for the whole distribution of a server that "
-        "pools), top_k (all lists every token), server_dtype, api_key_env, timeout, max_concurrency, max_retries; for "
-        "text also api, stream, request and prices, and nothing of tokens.",
+        help="A local model directory, a hub id, or a server as a mapping with url and model, and if need be "
+        "tokenizer, repo (of the weights, for their terms), signal (top_k, or hidden for the whole distribution of a "
+        "server that pools), top_k (all lists every token), server_dtype, api_key_env, timeout, max_concurrency, "
+        "max_retries; for text also api, stream, request and prices, and nothing of tokens.",
     )
     output_dir: str = option(
         default="",
-        help="The cache, or the dataset of text: a new directory, or one with the same capture, which goes on.",
+        help="The cache, or for text the dataset: a new directory, or one with the same capture, to go on.",
     )
     split: str = option(default="train", help="Split of the dataset.")
     streaming: bool = option(

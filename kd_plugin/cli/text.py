@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Have one or several teachers write about the prompts of a dataset, keep what is right, and store it as an ordinary
-dataset with its lineage: prompt and completion as messages, the reasoning apart. `kd-plugin offline` with `teacher_text`
-trains on it, and so does any trainer that reads datasets. A teacher is any OpenAI-compatible server, or a model here.
-Run the same command again to go on after an interruption: no answer that came is lost, none is asked for twice. Run it
-with other rules to select again from the same answers. Terms are checked before the first request.
+dataset with its lineage: prompt and completion as messages, the reasoning apart. `kd-plugin offline` with
+`teacher_text` trains on it, and so does any trainer that reads datasets. A teacher is any OpenAI-compatible server, or
+a model here. Run the same command again to go on after an interruption: no answer that came is lost, none is asked for
+twice. Run it with other rules to select again from the same answers. Terms are checked before the first request.
 Exit codes: 0 done (also where the ceiling was reached), 1 refused or failed (answers are kept), 130 interrupted.
 """
 
@@ -111,7 +111,8 @@ def _estimate(config: TextCaptureConfig, writers: Sequence[Writer], rows: Any) -
     from kd_plugin.text.capture import most_of
 
     count, most = most_of(rows, writers, **values_of(TextSettings, vars(config)))
+    texts = count * config.completions * len(writers)
     return (
-        f"{count} prompts, {count * config.completions * len(writers)} texts of at most {config.max_new_tokens} tokens; at "
-        f"most {most:.2f} by the prices given, if each took all its tokens. Nothing was asked."
+        f"{count} prompts, {texts} texts of at most {config.max_new_tokens} tokens; at most {most:.2f} by the prices "
+        "given, if each took all its tokens. Nothing was asked."
     )

@@ -1,4 +1,4 @@
-"""``kd-plugin capture`` with ``targets: text``: every setting arrives, and what is wrong is said before anybody is asked."""
+"""``kd-plugin capture`` with ``targets: text``: every setting arrives; what is wrong is said before a request."""
 
 import dataclasses
 import json
@@ -38,9 +38,9 @@ def test_from_yaml_to_a_dataset_and_again(config, tmp_path, capsys):
         assert "6 rows (6 dropped: 6 same answer). Tokens: teacher: 36 read, 60 written. Spent: 156.00" in said
         assert main(["capture", "--config", path, "--deduplicate", "false"]) == 0
         assert "12 rows (0 rows dropped)" in capsys.readouterr().out and len(script.log) == 12
-        path = config(teacher=teacher, output_dir=str(tmp_path / "b"), ceiling=1000.0, max_new_tokens=100)
+        path = config(teacher=teacher, output_dir=str(tmp_path / "b"), ceiling=320.0, max_new_tokens=100)
         assert main(["capture", "--config", path]) == 0
-        assert "The ceiling of 1000 is reached" in capsys.readouterr().out
+        assert "The ceiling of 320 is reached" in capsys.readouterr().out
     assert len(load_text(tmp_path / "out")) == 12
 
 
