@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-_LISTED = 40  # known keys that a message names
+_LISTED = 240  # characters of known keys that a message names
 
 
 class KDError(Exception):
@@ -18,6 +18,21 @@ class KDError(Exception):
 
 class ConfigError(KDError, ValueError):
     """A setting is wrong, or two settings contradict each other."""
+
+
+class UsageError(ConfigError):
+    """What a user typed or wrote into a file cannot be read as settings; the command's exit code is 2.
+
+    Args:
+        message: what was seen, with file, line and key where there are such, and what was expected.
+        command: the command as it is typed, whose ``--help`` says more; empty if the message says all.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, command: str = "") -> None:
+        super().__init__(message)
+        self.command = command
 
 
 class DataError(KDError, ValueError):
@@ -76,5 +91,5 @@ def require_known_keys(keys: Iterable[object], known: Sequence[str], where: str,
     """
     for key in keys:
         if key not in known:
-            listed = f" Known: {', '.join(known)}." if len(known) <= _LISTED else ""
+            listed = f" Known: {', '.join(known)}." if len(", ".join(known)) <= _LISTED else ""
             raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}.{nearest(str(key), list(known))}{listed}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.errors import ConfigError, DataError
-from kd_plugin.lineage.data import with_origin
+from kd_plugin.errors import DataError, UsageError
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -26,6 +28,8 @@ def load_rows(reference: str, *, split: str = "train", name: str | None = None, 
         DataError: nothing is there, it cannot be read, or it has no such split.
     """
     import datasets
+
+    from kd_plugin.lineage.data import with_origin
 
     path = Path(reference)
     try:
@@ -50,24 +54,123 @@ def load_rows(reference: str, *, split: str = "train", name: str | None = None, 
     return with_origin(loaded, path) if path.exists() else loaded
 
 
+@dataclass(frozen=True)
+class YamlFile:
+    """Lines ``name: value`` of a YAML file, with where each stands.
+
+    Attributes:
+        path: the file.
+        nodes: the values, as PyYAML's nodes.
+        lines: the line of each name, counted from 1.
+    """
+
+    path: Path
+    nodes: Mapping[str, Any]
+    lines: Mapping[str, int]
+
+    @classmethod
+    def read(cls, path: str | Path) -> YamlFile:
+        """Read a file.
+
+        Raises:
+            UsageError: there is no such file, it is no YAML (with line and column), it holds something else, or it
+                names a setting twice.
+        """
+        import yaml
+
+        if not Path(path).is_file():
+            raise UsageError(f"{path}: there is no such file.")
+        try:
+            root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
+            if isinstance(root, yaml.MappingNode):
+                yaml.SafeLoader("").flatten_mapping(root)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}.") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: expected UTF-8 text: {error}.") from error
+        if not isinstance(root, yaml.MappingNode):
+            found = "nothing" if root is None else "a list" if isinstance(root, yaml.SequenceNode) else repr(root.value)
+            raise UsageError(f"{path}: expected lines `name: value`, found {found}.")
+        nodes: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key, value in root.value:
+            line = key.start_mark.line + 1
+            if key.value in nodes:
+                raise UsageError(f"{path}, line {line}: {key.value} is set twice; first in line {lines[key.value]}.")
+            nodes[key.value], lines[key.value] = value, line
+        return cls(Path(path), nodes, lines)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        import yaml
+
+        return {key: yaml.safe_load(yaml.serialize(node)) for key, node in self.nodes.items()}
+
+    def where(self, key: str) -> str:
+        """Return ``FILE, line N`` of a setting."""
+        return f"{self.path}, line {self.lines[key]}"
+
+    def place(self, message: str, aside: Collection[str] = ()) -> str | None:
+        """Return ``FILE, line N`` of what an error is about, as far as its text tells; None if it does not.
+
+        That is the innermost key that the message puts into quotes or before a colon, or that it begins with; else a
+        value that it quotes.
+
+        Args:
+            message: of the error.
+            aside: settings that do not count, since the command line had them.
+        """
+        nodes = {key: node for key, node in self.nodes.items() if key not in aside}
+        for tells, of_keys in ((_names, True), (_quotes, False), (_repeats, False)):
+            for key, node in nodes.items():
+                own = tells(message, key if of_keys else _text(node))
+                found = _line_within(node, message, tells, of_keys) or (self.lines[key] if own else None)
+                if found is not None:
+                    return f"{self.path}, line {found}"
+        return None
+
+
+def _names(message: str, key: str) -> bool:
+    word = re.escape(key)
+    loose = rf"|(?<![\w.]){word}(?!\w)" if "_" in key else ""
+    return bool(re.search(rf"'{word}'|^{word}(?!\w)|(?<![\w.]){word}[:=]{loose}", message))
+
+
+def _quotes(message: str, value: str) -> bool:
+    return any(word in value for word in re.findall(r"'([^']{3,})'", message))
+
+
+def _repeats(message: str, value: str) -> bool:
+    return len(value) > 2 and value in message
+
+
+def _text(node: Any) -> str:
+    return node.value if isinstance(node.value, str) else ""
+
+
+def _line_within(node: Any, message: str, tells: Callable[[str, str], bool], of_keys: bool) -> int | None:
+    """Return the line of the innermost key, or else value, below a node that a message tells."""
+    if isinstance(node.value, str):
+        return None
+    for pair in node.value:
+        key, value = pair if isinstance(pair, tuple) else (None, pair)
+        found = _line_within(value, message, tells, of_keys)
+        marked = key if of_keys else value
+        if found is None and marked is not None and tells(message, _text(marked)):
+            found = marked.start_mark.line + 1
+        if found is not None:
+            return int(found)
+    return None
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read settings, lines ``name: value``, from a YAML file.
 
     Raises:
-        ConfigError: there is no such file, it is no YAML (with line and column), or it holds something else.
+        UsageError: there is no such file, it is no YAML (with line and column), it holds something else, or it names a
+            setting twice.
     """
-    import yaml
-
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: there is no such file.")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{path}: {where}not valid YAML: {getattr(error, 'problem', error)}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8 text: {error}.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected lines `name: value`, found {type(content).__name__}.")
-    return content
+    return YamlFile.read(path).content

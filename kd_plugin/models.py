@@ -10,10 +10,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.upstream import built
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def require_dtype(dtype: Any) -> None:
+    """Refuse the name of a dtype that torch does not have.
+
+    Raises:
+        ConfigError: names the nearest.
+    """
+    import torch
+
+    name = str(dtype).removeprefix("torch.")
+    if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
+        known = ["auto", "bfloat16", "float16", "float32"]
+        raise ConfigError(f"dtype: {name!r} is unknown; expected one of {', '.join(known)}.{nearest(name, known)}")
 
 
 def language_model_class(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Any:

@@ -1,10 +1,11 @@
-"""Private names of transformers, PEFT, datasets and torch that the core relies on, each with what is relied on.
+"""Private names of transformers, PEFT, datasets, torch and argparse that the core relies on, each with what it does.
 
 No other file of the core uses one; ``tests/contract/test_private_names.py`` holds that, and each behaviour by a test.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -95,3 +96,20 @@ def next_inputs(model: Any, outputs: Any, model_kwargs: dict[str, Any]) -> dict[
 def source_of_stream(rows: Any) -> Any:
     """Return what a ``datasets.IterableDataset`` reads from; None for other rows."""
     return getattr(rows, "_ex_iterable", None)
+
+
+def option_groups(parser: argparse.ArgumentParser) -> list[tuple[str | None, list[argparse.Action]]]:
+    """Return the titles of argparse's groups, each with its options."""
+    return [(group.title, group._group_actions) for group in parser._action_groups]
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers below an argparse parser, by name."""
+    return {name: one for action in parser._actions if isinstance(action.choices, dict)
+            for name, one in action.choices.items()}  # fmt: skip
+
+
+def option_names(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the options of an argparse parser, and of those below it."""
+    own = [name for action in parser._actions for name in action.option_strings]
+    return own + [name for one in subcommands(parser).values() for name in option_names(one)]

@@ -214,7 +214,7 @@ class JointCache:
             input_ids: see :meth:`TeacherCache.teacher_index`.
             twin: likewise.
         """
-        found = {member.column: member.cache.teacher_index(input_ids, twin) for member in self.members}
+        found = {member.column: member.cache.find_index(input_ids, twin) for member in self.members}
         return {column: [-1] * len(input_ids) if index is None else index for column, index in found.items()}
 
     def require_own(self, rows: Iterable[Mapping[str, Any]], name: str) -> None:

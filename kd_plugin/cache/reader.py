@@ -21,7 +21,7 @@ from kd_plugin.cache.schema import example_id
 from kd_plugin.cache.store import card, gather
 from kd_plugin.cache.targets import Sampled, describe
 from kd_plugin.cache.templates import pinned_tokenizer
-from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError, VocabularyError
+from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError, DataError, VocabularyError
 from kd_plugin.lineage.data import CACHE, with_origin
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import SparseSignal
@@ -112,7 +112,7 @@ class TeacherCache:
         rows = datasets.Dataset.from_file(str(self._mapped.rows_path()))
         return with_origin(rows, f"{CACHE}{self.manifest.content_digest}")
 
-    def teacher_index(self, input_ids: Sequence[int], twin: int = 0) -> list[int] | None:
+    def teacher_index(self, input_ids: Sequence[int], twin: int = 0) -> list[int]:
         """Return the ``teacher_index`` column of a sequence that was tokenized elsewhere.
 
         Args:
@@ -122,8 +122,23 @@ class TeacherCache:
                 which it has none, since another completion mask left them out, take those of the others.
 
         Returns:
-            L numbers, -1 where there is no target; None when the cache has no such sequence. Takes constant time.
+            L numbers, -1 where there is no target. Takes constant time.
+
+        Raises:
+            DataError: the cache has no such sequence; names it by its length and its ends.
         """
+        found = self.find_index(input_ids, twin)
+        if found is None:
+            ids = [int(token) for token in input_ids]
+            shown = ", ".join(map(str, ids if len(ids) <= 8 else [*ids[:4], "...", *ids[-4:]]))
+            raise DataError(
+                f"{self.path} holds no row with these {len(ids)} tokens: [{shown}]. Was it captured from other rows, "
+                "or is it tokenized in another way: another chat template, one end token more, a cut before this call?"
+            )
+        return found
+
+    def find_index(self, input_ids: Sequence[int], twin: int = 0) -> list[int] | None:
+        """Return what :meth:`teacher_index` returns; None when the cache has no such sequence."""
         kept = self.manifest.settings.max_length
         rows = self.teacher_indices_of(example_id(input_ids[:kept]))
         if not rows:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_plugin.errors import CacheCorruptionError, ConfigError
+from kd_plugin.cli.parsing import Parser, as_yaml, parse_settings
+from kd_plugin.errors import CacheCorruptionError, UsageError
 
 if TYPE_CHECKING:
     from kd_plugin.cache import Targets
@@ -40,9 +40,7 @@ def main(argv: Sequence[str]) -> int:
 
         named = len(argv) > 1 and not argv[1].startswith("-")  # as the others take it
         return capture(["--output_dir", *argv[1:]] if named else argv[1:], append=True)
-    parser = argparse.ArgumentParser(
-        prog="kd-plugin cache", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("kd-plugin cache", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="info|verify|fidelity|merge|append")
     info = commands.add_parser("info", help="what a cache holds")
     info.add_argument("directory", type=Path)
@@ -198,8 +196,6 @@ class FidelityConfig:
 
 def fidelity_command(argv: Sequence[str]) -> int:
     """Run ``kd-plugin cache fidelity ARGV`` and return its exit code."""
-    from kd_plugin.cli.main import as_yaml, parse_settings
-
     parsed = parse_settings(FidelityConfig, argv, command="cache fidelity", description=_FIDELITY)
     config = parsed.settings
     if parsed.print_only:
@@ -207,7 +203,7 @@ def fidelity_command(argv: Sequence[str]) -> int:
         return 0
     for name in ("dataset", "teacher", "student"):
         if not getattr(config, name):
-            raise ConfigError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
+            raise UsageError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
     if config.output is not None:
         import matplotlib  # noqa: F401  a missing plot is said before the probe, not after it
     found = _probe(config)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_plugin.capturing.capture import ScoringSettings
-from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.errors import ConfigError, UsageError, nearest
 from kd_plugin.settings import option, settings, values_of
 
 if TYPE_CHECKING:
@@ -118,12 +117,9 @@ class CaptureConfig(ScoringSettings, TeachingSettings):
 
 def main(argv: Sequence[str], append: bool = False) -> int:
     """Run the command with ``argv`` and return its exit code."""
-    from kd_plugin.cli.main import as_yaml, config_files, parse_settings
-    from kd_plugin.inputs import read_yaml
+    from kd_plugin.cli.parsing import as_yaml, parse_settings, written_for
 
-    asked = [read_yaml(path).get("targets") for path in config_files(argv)]
-    asked += [one.partition("=")[2] or after for one, after in pairwise([*argv, ""]) if one.startswith("--targets")]
-    if asked and asked[-1] == "text" and not append:
+    if written_for("targets", argv) == "text" and not append:
         from kd_plugin.cli.text import main as capture_text
 
         return capture_text(argv)
@@ -140,7 +136,7 @@ def main(argv: Sequence[str], append: bool = False) -> int:
         return 0
     for name in ("dataset", "teacher", "output_dir"):
         if not getattr(config, name):
-            raise ConfigError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
+            raise UsageError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
     targets, generation, teacher = make_targets(config), make_generation(config), make_teacher(config)
     from kd_plugin.capturing import capture
     from kd_plugin.inputs import load_rows

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kd_plugin.cli.lineage_registry import add_commands as add_registry_commands
+from kd_plugin.cli.parsing import Parser
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import NO_ADVICE, Problem, load_record, verify
 
@@ -104,15 +105,11 @@ _Run = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str]) -> int:
     """Run ``kd-plugin lineage ARGV`` and return its exit code; ``--help`` lists the codes."""
-    parser = argparse.ArgumentParser(
-        "kd-plugin lineage", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("kd-plugin lineage", description=_ABOUT)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, description: str, run: _Run, *places: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+    def add(name: str, description: str, run: _Run, *places: str) -> Parser:
+        command = commands.add_parser(name, description=description)
         for place in places:
             meaning = "a YAML file of declarations" if place == "CONFIG" else "a checkpoint directory"
             command.add_argument(place.lower(), metavar=place, type=Path, help=meaning)
@@ -135,9 +132,7 @@ def main(argv: Sequence[str]) -> int:
     export.add_argument("--format", choices=("cyclonedx", "spdx", "markdown"), required=True)
     for command in (export, add("graph", _GRAPH, _graph, "DIR")):
         command.add_argument("--output", type=Path, help="file to write; without it, standard output")
-    registry = commands.add_parser(
-        "registry", description=_REGISTRY, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    registry = commands.add_parser("registry", description=_REGISTRY)
     add_registry_commands(registry)
     arguments = parser.parse_args(argv)
     run_command: _Run = arguments.run

@@ -40,9 +40,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add ``list`` and ``show ID`` below ``kd-plugin lineage registry``."""
     commands = parser.add_subparsers(dest="registry_command", required=True, metavar="COMMAND")
     for name, description, run in (("list", _LIST, _list), ("show", _SHOW, _show)):
-        command = commands.add_parser(
-            name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        command = commands.add_parser(name, description=description)
         if name == "show":
             command.add_argument("id", metavar="ID", help="an entry's id, or another spelling of it")
         command.add_argument("--json", action="store_true", help="print JSON for machines instead")

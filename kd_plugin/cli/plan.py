@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cli.main import as_yaml, parse_settings
+from kd_plugin.cli.parsing import as_yaml, parse_settings
 from kd_plugin.cli.plan_report import plot_peaks, print_plan
-from kd_plugin.errors import ConfigError
+from kd_plugin.errors import UsageError
 from kd_plugin.launch.configs import write_all
 from kd_plugin.planner.architectures import architecture
 from kd_plugin.planner.cost import BreakEven, Option, bills, break_even, options, recommended
@@ -125,10 +125,10 @@ def planned(settings: PlanSettings) -> tuple[PlannedRun, Cluster]:
     """Turn settings into a run and machines.
 
     Raises:
-        ConfigError: an unknown model, a contradiction, or no student.
+        ConfigError: an unknown model, a contradiction, or no student (UsageError).
     """
     if not settings.student:
-        raise ConfigError("no student is named; set --student to a known name, a config.json, or a directory with one.")
+        raise UsageError("no student is named; set --student to a known name, a config.json, or a directory with one.")
     run = PlannedRun(
         student=architecture(settings.student, lora_rank=settings.lora_rank, lora_targets=tuple(settings.lora_targets)),
         method=settings.method,  # type: ignore[arg-type]

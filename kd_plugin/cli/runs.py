@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from kd_plugin.cli.main import as_yaml, parse_settings
+from kd_plugin.cli.parsing import Parser, as_yaml, parse_settings
 from kd_plugin.errors import ConfigError
 from kd_plugin.launch.doctor import LaunchSettings, check_launch, own_problems, with_plan
 
@@ -82,14 +81,12 @@ def _report_problems(what: str, problems: Sequence[str]) -> int:
 
 def trace(argv: Sequence[str]) -> int:
     """Run ``kd-plugin trace ARGV`` and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="kd-plugin trace", description=_TRACE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("kd-plugin trace", description=_TRACE)
     parser.add_argument("place", type=Path, help="a run's output_dir, its rollouts directory, or one file of it")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the page; an existing file is replaced")
     parser.add_argument("--limit", type=int, default=200, help="rollouts on the page, the latest; 200 if not given")
     parser.add_argument("--title", default=None, help="heading; the name of the place if not given")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(list(argv))
     if arguments.limit < 1:
         parser.error("--limit must be at least 1")
 
@@ -110,15 +107,13 @@ def trace(argv: Sequence[str]) -> int:
 
 def consolidate(argv: Sequence[str]) -> int:
     """Run ``kd-plugin consolidate ARGV`` and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="kd-plugin consolidate", description=_CONSOLIDATE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("kd-plugin consolidate", description=_CONSOLIDATE)
     parser.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint-N directory of a run under DeepSpeed")
     parser.add_argument("--output", type=Path, help="a new directory; left out, DIR-consolidated or DIR-universal")
     parser.add_argument("--dtype", default="bfloat16", help="of the written weights (bfloat16)")
     parser.add_argument("--universal", action="store_true", help="keep the optimizer, for a run with other ranks")
     parser.add_argument("--workers", type=int, default=1, help="processes that convert, with --universal (1)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(list(argv))
     from kd_plugin.launch import checkpoints
 
     directory = arguments.directory

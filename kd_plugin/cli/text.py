@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kd_plugin.cli.capture import SourceSettings, dropped_text
-from kd_plugin.errors import ConfigError, require_known_keys
+from kd_plugin.errors import ConfigError, UsageError, require_known_keys
 from kd_plugin.settings import option, settings, values_of
 from kd_plugin.text.settings import TextSettings
 
@@ -37,7 +37,7 @@ class TextCaptureConfig(TextSettings, SourceSettings):
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with ``argv`` and return its exit code."""
-    from kd_plugin.cli.main import as_yaml, parse_settings
+    from kd_plugin.cli.parsing import as_yaml, parse_settings
     from kd_plugin.inputs import load_rows
     from kd_plugin.text import capture_text
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     for name in ("dataset", "output_dir"):
         if not getattr(config, name):
-            raise ConfigError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
+            raise UsageError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
     writers = make_writers(config)
     rows = load_rows(config.dataset, split=config.split, name=config.dataset_name, streaming=config.streaming)
     if "dry_run" in parsed.flags:

@@ -1,23 +1,23 @@
 """``kd-plugin offline`` and ``kd-plugin panel``: training from flat YAML of TRL's own fields.
 
-Their help has our fields first, and all of TRL's on request; TRL's parser would print the fields of
-``TrainingArguments`` first, several hundred lines of them.
+Their help has our fields first, and all of TRL's on request.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, get_peft_config
 
-from kd_plugin.errors import ConfigError, nearest, require_known_keys
-from kd_plugin.inputs import load_rows, read_yaml
+from kd_plugin.cli.parsing import Parser, add_config, take_config
+from kd_plugin.errors import UsageError
+from kd_plugin.inputs import load_rows
 from kd_plugin.sharding.gathering import close_process_group
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig, TeacherPanelTrainer
 
@@ -47,31 +47,84 @@ _TRAINING = (
     "seed",
     "resume_from_checkpoint",
 )
-_METAVARS = {bool: "true|false", int: "N", float: "X", dict: "YAML"}
 
 
-def parse(command: str, config_class: type, argv: Sequence[str]) -> tuple[ScriptArguments, Any, ModelConfig]:
+@dataclass(frozen=True)
+class Introduction:
+    """What a command says of itself.
+
+    Attributes:
+        description: what it does.
+        example: a configuration and how it is used, as typed.
+        own: title of the fields that its configuration class declares itself.
+    """
+
+    description: str
+    example: str
+    own: str
+
+
+def parser_for(command: str, config_class: type, introduction: Introduction, *, everything: bool = False) -> Parser:
+    """Return the parser of a training command.
+
+    Args:
+        command: its name.
+        config_class: the configuration of its trainer.
+        introduction: what its help says before the fields.
+        everything: whether the help has every field of TRL and transformers, and not only those that most runs set.
+    """
+    parser = Parser(
+        f"kd-plugin {command}",
+        usage=f"kd-plugin {command} --config FILE [--FIELD VALUE ...]",
+        description=f"{introduction.description}\n\n{introduction.example}",
+    )
+    add_config(parser, printed=False)
+    parser.add_argument("--help-all", "--help_all", action="store_true", help="show every field")
+    ours = _ours(config_class, introduction.own)
+    added = {name for names in ours.values() for name in names}
+    for title, names in ours.items():
+        parser.add_fields(config_class, names, title=title)
+    for title, cls, often in (
+        ("the student (TRL's ModelConfig)", ModelConfig, _STUDENT),
+        ("data (TRL's ScriptArguments)", ScriptArguments, _DATA),
+        ("training (TRL and transformers)", config_class, _TRAINING),
+    ):
+        names = [f.name for f in dataclasses.fields(cls) if f.name not in added]
+        shown = names if everything else [name for name in names if name in often]
+        parser.add_fields(cls, shown, title=title)
+        parser.add_fields(cls, [name for name in names if name not in shown], hidden=True)
+        added |= set(names)
+    return parser
+
+
+def parse(
+    command: str, config_class: type, argv: Sequence[str], introduction: Introduction | None = None
+) -> tuple[ScriptArguments, Any, ModelConfig]:
     """Parse a YAML file and options whose names are the fields of TRL's classes and of ``config_class``.
 
     Raises:
-        ConfigError: an unknown key or option, naming the nearest; a file that is missing or no YAML; no model.
+        UsageError: an unknown key or option, naming the nearest; a value of another type, or one that TRL or the
+            configuration refuses; a file that is missing or no YAML; no student. Names the file and the line.
     """
+    introduction = introduction or Introduction("", "", command)
+    words = vars(parser_for(command, config_class, introduction).parse_args(list(argv)))
+    words.pop("help_all")
+    given, asked = take_config(words)
+    if asked:
+        raise UsageError("--config needs a YAML file; none is named.", f"kd-plugin {command}")
     classes = (ScriptArguments, config_class, ModelConfig)
-    known = sorted({field.name for cls in classes for field in dataclasses.fields(cls)})
-    arguments = list(argv)
-    if "--config" in arguments:
-        after = arguments[arguments.index("--config") + 1 :]
-        if not after:
-            raise ConfigError("--config needs a YAML file; none is named.")
-        require_known_keys(read_yaml(after[0]), [*known, "env"], after[0])
-    for argument in arguments:
-        name = argument.removeprefix("--").split("=")[0].replace("-", "_")
-        if argument.startswith("--") and name not in (*known, "config") and not name.startswith("no_"):
-            raise ConfigError(f"unknown option {argument.split('=')[0]!r}.{nearest(name, known)}")
-    parser = TrlParser(classes, prog=f"kd-plugin {command}")  # type: ignore[arg-type]
-    script, training, model = parser.parse_args_and_config(arguments)
-    if not model.model_name_or_path:
-        raise ConfigError("no student is named; set model_name_or_path to a path or a hub id.")
+    hints = {name: hint for cls in reversed(classes) for name, hint in get_type_hints(cls).items()}
+    fields = [{field.name for field in dataclasses.fields(cls)} for cls in classes]
+    values = given.values({name: hints[name] for name in set().union(*fields)}, elsewhere=["env"])
+    if not values.get("model_name_or_path"):
+        raise UsageError("no student is named; set model_name_or_path to a path or a hub id.", f"kd-plugin {command}")
+    if given.file is not None and "env" in given.file.nodes:
+        os.environ.update({str(name): str(value) for name, value in given.file.content["env"].items()})
+    with given.usage():
+        script, training, model = (
+            cls(**{name: value for name, value in values.items() if name in own})
+            for cls, own in zip(classes, fields, strict=True)
+        )
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "dtype": model.dtype,
@@ -85,11 +138,10 @@ def train(
     command: str, trainer_class: type, config_class: type, argv: Sequence[str], introduction: Introduction
 ) -> int:
     """Build the trainer from ``argv``, train, resuming where that says so, and save the student with its lineage."""
-    everything = asked_for(argv)
-    if everything is not None:
-        print(help_text(command, config_class, introduction, everything=everything), end="")
+    if {"--help-all", "--help_all"} & set(argv):
+        print(parser_for(command, config_class, introduction, everything=True).format_help(), end="")
         return 0
-    output_dir = _train(trainer_class, *parse(command, config_class, argv))
+    output_dir = _train(trainer_class, *parse(command, config_class, argv, introduction))
     print(f"The student and its lineage are in {output_dir}.", file=sys.stderr)
     close_process_group()
     return 0
@@ -117,96 +169,20 @@ def _rows(script: ScriptArguments, split: str) -> Any:
     return load_rows(script.dataset_name, split=split, name=script.dataset_config, streaming=script.dataset_streaming)
 
 
-@dataclass(frozen=True)
-class Introduction:
-    """What a command says of itself.
-
-    Attributes:
-        description: what it does.
-        example: a configuration and how it is used, as typed.
-        own: title of the fields that its configuration class declares itself.
-    """
-
-    description: str
-    example: str
-    own: str
-
-
-def help_text(command: str, config_class: type, introduction: Introduction, *, everything: bool) -> str:
-    """Return the help of a training command.
-
-    Args:
-        command: its name.
-        config_class: the configuration of its trainer.
-        introduction: what comes before the fields.
-        everything: with every field of TRL and transformers, instead of those that most runs set.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"kd-plugin {command}",
-        usage=f"kd-plugin {command} --config FILE [--FIELD VALUE ...]",
-        description=f"{introduction.description}\n\n{introduction.example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-    )
-    groups = _ours(config_class, introduction.own)
-    ours = {field.name for fields in groups.values() for field in fields}
-    for title, cls, often in (
-        ("the student (TRL's ModelConfig)", ModelConfig, _STUDENT),
-        ("data (TRL's ScriptArguments)", ScriptArguments, _DATA),
-        ("training (TRL and transformers)", config_class, _TRAINING),
-    ):
-        groups[title] = [f for f in dataclasses.fields(cls) if f.name not in ours and (everything or f.name in often)]
-    general = parser.add_argument_group("options")
-    general.add_argument(
-        "--config", metavar="FILE", help="YAML whose keys are the fields below; options stand above it"
-    )
-    general.add_argument("-h", "--help", action="store_true", help="show our fields and the most used of TRL's")
-    general.add_argument("--help-all", action="store_true", help="show every field")
-    for title, fields in groups.items():
-        group = parser.add_argument_group(title)
-        for field in fields:
-            group.add_argument(f"--{field.name}", metavar=_metavar(field), help=_sentence(field))
-    return parser.format_help()
-
-
-def _ours(config_class: type, own: str) -> dict[str, list[dataclasses.Field[Any]]]:
+def _ours(config_class: type, own: str) -> dict[str, list[str]]:
     """Return the fields that this project declares, by title; bases are named from the most special to the shared."""
-    groups: dict[str, list[dataclasses.Field[Any]]] = {}
-    by_name = {field.name: field for field in dataclasses.fields(config_class)}
+    groups: dict[str, list[str]] = {}
+    names = {field.name for field in dataclasses.fields(config_class)}
     for cls in config_class.__mro__:
         if not cls.__module__.startswith("kd_plugin"):
             continue
         title = own if cls is config_class else (cls.__doc__ or "").split(";")[0]
-        fields = [by_name.pop(name) for name in inspect.get_annotations(cls) if name in by_name]
+        fields = [name for name in inspect.get_annotations(cls) if name in names]
+        names -= set(fields)
         if fields:
             groups[title[0].lower() + title[1:]] = fields
     *special, shared = groups
     return {title: groups[title] for title in [*reversed(special), shared]}
-
-
-def _metavar(field: dataclasses.Field[Any]) -> str:
-    return _METAVARS.get(type(_default(field)), "VALUE")
-
-
-def _sentence(field: dataclasses.Field[Any]) -> str:
-    default = _default(field)
-    said = " ".join(str(field.metadata.get("help", "")).split())
-    if default not in (None, "", dataclasses.MISSING):
-        said += f" (default: {default})"
-    return said.replace("%", "%%")
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
-
-
-def asked_for(argv: Sequence[str]) -> bool | None:
-    """Return whether help is asked for: None if not, True for every field."""
-    if "--help-all" in argv or "--help_all" in argv:
-        return True
-    return False if {"-h", "--help"} & set(argv) else None
 
 
 _OFFLINE = Introduction(

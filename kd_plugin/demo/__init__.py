@@ -20,7 +20,7 @@ two CPU cores, and writes to --output_dir only. Called again it goes on where it
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with ``argv`` and return its exit code."""
-    from kd_plugin.cli.main import as_yaml, parse_settings
+    from kd_plugin.cli.parsing import as_yaml, parse_settings
     from kd_plugin.demo.state import DemoConfig
 
     parsed = parse_settings(

@@ -116,7 +116,7 @@ class CachedTeacher:
         wanted = positions.cpu()
         index = torch.full_like(ids, -1)
         for row in torch.unique(wanted // length).tolist():
-            found = self.cache.teacher_index(ids[row][mask[row]].tolist())
+            found = self.cache.find_index(ids[row][mask[row]].tolist())
             if found is None:
                 printed = self.cache.manifest.settings.rendered_at
                 raise DataError(

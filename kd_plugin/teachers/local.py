@@ -15,7 +15,7 @@ from torch import nn
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.start import carried_by
-from kd_plugin.models import load_language_model, output_rows
+from kd_plugin.models import load_language_model, output_rows, require_dtype
 from kd_plugin.sharding.gathering import is_sharded, move, swapped_apart, whole_on_each_rank
 from kd_plugin.sharding.running import through
 from kd_plugin.signals import OutputHead
@@ -75,6 +75,7 @@ class LocalTeacher(InProcessTeacher):
         self._ref = _reference(model)
         self._revision = revision
         self._license = license
+        require_dtype(dtype)
         self._dtype = dtype
         self._trust_remote_code = trust_remote_code
         self._model_init_kwargs = dict(model_init_kwargs or {})

@@ -113,7 +113,7 @@ def save_what_was_learned(trainer: Trainer) -> None:
         save_checkpoint_now(trainer)
     logger.error(
         f"A teacher's server is gone. What was learned in {step} steps is in {checkpoint}; once the server is back, go "
-        "on with trainer.train(resume_from_checkpoint=True)."
+        "on with trainer.train(resume_from_checkpoint=True), or the command with --resume_from_checkpoint true."
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import DistillationConfig, SFTConfig
 
 from kd_plugin.divergence.objective import OfflineSettings
@@ -13,6 +16,15 @@ from kd_plugin.limits import refuse_label_smoothing
 from kd_plugin.lineage.config import LineageSettings
 from kd_plugin.panel.settings import PanelSettings, RolloutSettings, TeacherSettings, WatchSettings
 from kd_plugin.settings import mappings, mutable, part_of
+
+logger = logging.getLogger(__name__)
+
+
+def without_bf16(args: TrainingArguments) -> None:
+    """Turn off bf16, which TRL takes as its default, where no accelerator is there and the user did not choose it."""
+    if args.bf16 is None and not args.fp16 and not args.use_cpu and not is_torch_bf16_gpu_available():
+        logger.warning("No accelerator here computes in bf16, so this run is in float32. `bf16: true` would insist.")
+        args.bf16 = False
 
 
 def require_sft_loss(args: SFTConfig) -> None:
@@ -58,6 +70,7 @@ class OfflineKDConfig(mutable(OfflineSettings), mutable(LineageSettings), SFTCon
     )
 
     def __post_init__(self):
+        without_bf16(self)
         super().__post_init__()
         require_sft_loss(self)
         self.settings()
@@ -91,6 +104,7 @@ class TeacherPanelConfig(
     ]
 
     def __post_init__(self):
+        without_bf16(self)
         super().__post_init__()
         self.settings()
         if self.label_smoothing_factor:

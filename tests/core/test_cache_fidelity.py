@@ -86,5 +86,5 @@ def test_command_prints_a_table_and_writes_json_and_plot(tmp_path, teacher_dir, 
     stored = json.loads((tmp_path / "out" / "fidelity.json").read_text())
     assert [m["targets"]["kind"] for m in stored["measurements"]] == ["top_k", "top_k", "sampled"]
     assert (tmp_path / "out" / "fidelity.png").read_bytes().startswith(b"\x89PNG")
-    assert main(["cache", "fidelity", "--teacher", teacher_dir]) == 1
+    assert main(["cache", "fidelity", "--teacher", teacher_dir]) == 2
     assert "dataset is not set" in capsys.readouterr().err

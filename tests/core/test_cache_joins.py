@@ -1,9 +1,11 @@
 """Which row of a cache a sequence of tokens finds."""
 
 import numpy as np
+import pytest
 
 from kd_plugin.cache import TopK
 from kd_plugin.capturing import capture
+from kd_plugin.errors import DataError
 from kd_plugin.teachers import LocalTeacher
 
 PARTS = [("ab", "cd"), ("abc", "d"), ("ab", "cd")]
@@ -33,5 +35,7 @@ def test_a_row_is_found_by_what_the_capture_kept_of_it(teacher_dir, tmp_path):
     for row, cut in zip(whole, kept, strict=True):
         found = cache.teacher_index(np.array(row["input_ids"]))
         assert found == cut["teacher_index"] + [-1] * (len(row["input_ids"]) - len(cut["input_ids"]))
-    assert cache.teacher_index([*whole[1]["input_ids"], 5]) is None  # longer than a row that was not cut
-    assert cache.teacher_index(whole[0]["input_ids"][:8]) is None
+    for unknown in ([*whole[1]["input_ids"], 5], whole[0]["input_ids"][:8]):  # longer than a row that was not cut
+        assert cache.find_index(unknown) is None
+        with pytest.raises(DataError, match=rf"no row with these {len(unknown)} tokens: \[{unknown[0]}, "):
+            cache.teacher_index(unknown)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
-from kd_plugin.cli.main import as_yaml, parse_settings
+from kd_plugin.cli.parsing import as_yaml, parse_settings
 from kd_plugin.errors import ConfigError
 
 
@@ -81,9 +81,9 @@ def test_a_float_without_a_point_is_a_float_again(tmp_path):
     ("text", "message"),
     [
         ("stepz: 3\n", r"unknown key 'stepz'. Did you mean 'steps'\? Known: rate, name, steps."),
-        ("steps: [1\n", r"c.yaml: line 2, column 1: not valid YAML"),
-        ("- 1\n", r"expected lines `name: value`, found list"),
-        ("", r"expected lines `name: value`, found NoneType"),
+        ("steps: [1\n", r"c.yaml, line 2, column 1: not valid YAML"),
+        ("- 1\n", r"expected lines `name: value`, found a list"),
+        ("", r"expected lines `name: value`, found nothing"),
         ("steps: many\n", r"steps"),
         ("steps: 0\n", r"steps must be at least 1, got 0"),
     ],
@@ -99,7 +99,7 @@ def test_a_bad_file_is_one_clear_error(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--step", "3"], r"unknown option --step. Did you mean 'steps'\?"),
+        (["--step", "3"], r"unknown option --step. Did you mean '--steps'\?"),
         (["--steps", "x"], "steps"),
         (["--steps"], "steps"),
         (["stray"], "stray"),

@@ -35,7 +35,7 @@ def test_a_known_error_is_one_line_on_stderr(command, capsys):
         raise ConfigError("top_k is 0; expected at least 1.")
 
     command(fail)
-    assert cli.main(["probe"]) == 1
+    assert cli.main(["probe"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "kd-plugin probe: top_k is 0; expected at least 1.\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_plugin.cli.main import parse_settings
+from kd_plugin.cli.parsing import parse_settings
 from kd_plugin.cli.plan import PlanSettings, planned
 from kd_plugin.planner.time import traffic
 

@@ -231,7 +231,7 @@ def test_own_gpus_pay_off_only_where_a_token_costs_less():
     ],
 )
 def test_contradictions_are_refused(argv, message, capsys):
-    assert main(["plan", *argv]) == 1
+    assert main(["plan", *argv]) == 2
     import re
 
     assert re.search(message, capsys.readouterr().err)

@@ -136,7 +136,7 @@ def test_the_latest_rollouts_are_kept_and_the_rest_counted(run, tmp_path, capsys
 
 
 def test_what_is_no_rollout_is_named(tmp_path, capsys):
-    assert main(["trace", str(tmp_path), "-o", str(tmp_path / "page.html")]) == 1
+    assert main(["trace", str(tmp_path), "-o", str(tmp_path / "page.html")]) == 2
     assert "save_rollouts" in capsys.readouterr().err
     broken = tmp_path / "x.jsonl"
     broken.write_text(json.dumps(ROWS[0]) + "\n{}\n")
@@ -146,6 +146,6 @@ def test_what_is_no_rollout_is_named(tmp_path, capsys):
     with pytest.raises(DataError, match="line 1"):
         read_rollouts(broken)
     broken.write_text(json.dumps(ROWS[0]) + "\n")
-    assert main(["trace", str(broken), "-o", str(tmp_path / "no" / "page.html")]) == 1
+    assert main(["trace", str(broken), "-o", str(tmp_path / "no" / "page.html")]) == 2
     assert "--output" in capsys.readouterr().err
     assert not Path(tmp_path / "no").exists()

@@ -104,15 +104,15 @@ def test_panel_from_one_block(tmp_path, student_dir, teacher_dir, other_teacher_
     assert verify(tmp_path / "out").exit_code == 0
     block["teachers"]["b"]["divergenc"] = "jsd"
     config = write(tmp_path / "wrong.yaml", **common, panel=block)
-    assert main(["panel", "--config", config]) == 1
+    assert main(["panel", "--config", config]) == 2
     assert "teacher 'b': unknown key 'divergenc'. Did you mean 'divergence'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["offline", "panel"])
 def test_an_unknown_key_names_the_nearest(command, tmp_path, capsys):
     config = write(tmp_path / "run.yaml", output_dir=str(tmp_path / "out"), learning_rat=1e-3)
-    assert main([command, "--config", config]) == 1
+    assert main([command, "--config", config]) == 2
     assert "unknown key 'learning_rat'. Did you mean 'learning_rate'" in capsys.readouterr().err
-    assert main([command, "--divergenc", "forward_kl"]) == 1
-    assert "Did you mean 'divergence'" in capsys.readouterr().err
+    assert main([command, "--divergenc", "forward_kl"]) == 2
+    assert "Did you mean '--divergence'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

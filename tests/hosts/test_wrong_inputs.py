@@ -1,0 +1,109 @@
+"""Wrong inputs to all commands: a few lines that name the file, the line and the key, and the exit code."""
+
+import json
+
+import pytest
+
+from kd_plugin.cli.main import main
+
+ROW = {"prompt": "a?", "completion": " b"}
+# Command, the YAML of --config (None for none), what the message must say. FILE stands for the YAML file, DIR for an
+# empty directory, DATA for a small dataset, MODEL for a model.
+WRONG = [
+    ("capture", None, "dataset is not set", "--dataset"),
+    ("capture --datset DATA", None, "unknown option --datset", "Did you mean '--dataset'"),
+    ("capture --config FILE", "datset: x", "FILE, line 1: unknown key 'datset'", "Did you mean 'dataset'"),
+    ("capture --config FILE", "dataset: x\nk: many", "FILE, line 2: k: expected a whole number, found 'many'"),
+    ("capture --config FILE", "dataset: [x", "FILE, line 1, column", "not valid YAML"),
+    ("capture --config FILE", "dataset: a\ndataset: b", "FILE, line 2: dataset is set twice"),
+    ("capture --config FILE", "", "FILE: expected lines `name: value`, found nothing"),
+    ("capture --config missing.yaml", None, "missing.yaml: there is no such file"),
+    ("capture --dataset DATA --teacher MODEL --output_dir DIR --dtype float17", None, "dtype", "float17", "float16"),
+    ("capture --dataset DATA --teacher MODEL --output_dir DIR --targets topk", None, "targets", "Did you mean 'top_k'"),
+    (
+        "capture --config FILE",
+        "dataset: DATA\nteacher: MODEL\noutput_dir: DIR\nmode: scores",
+        "FILE, line 4: mode: 'scores' is unknown",
+        "Did you mean 'score'",
+    ),
+    (
+        "capture --config FILE",
+        "dataset: DATA\noutput_dir: DIR\nteacher:\n  url: http://x\n  top_kk: 3",
+        "FILE, line 5: teacher: unknown key 'top_kk'",
+        "Did you mean 'top_k'",
+    ),
+    ("capture --dataset nowhere.jsonl --teacher MODEL --output_dir DIR", None, "nowhere.jsonl"),
+    ("cache", None, "required: info|verify|"),
+    ("cache verfy DIR", None, "unknown 'verfy'", "Did you mean 'verify'"),
+    ("cache info DIR --jsn", None, "unknown option --jsn", "Did you mean '--json'"),
+    ("cache merge DIR", None, "required: caches"),
+    ("cache merge DIR DIR --weights x", None, "--weights: invalid float value: 'x'"),
+    ("cache fidelity --teacher MODEL", None, "dataset is not set"),
+    ("cache fidelity --config FILE", "k: [8, x]", "FILE, line 1: k[1]: expected a whole number, found 'x'"),
+    ("cache fidelity --k 8 x", None, "--k[1]: expected a whole number, found 'x'"),
+    ("offline", None, "no student is named", "model_name_or_path"),
+    ("offline off.yaml", None, "unexpected argument 'off.yaml'", "--config off.yaml"),
+    ("offline --config", None, "--config needs a YAML file"),
+    ("offline --config FILE", "model_name_or_path: MODEL\ntemperature: hot", "FILE, line 2: temperature: expected"),
+    ("offline --config FILE", "model_name_or_path: MODEL\nlearning_rat: 1e-3", "FILE, line 2", "'learning_rate'"),
+    ("offline --config FILE", "model_name_or_path: MODEL\ndivergence: klm", "FILE, line 2: ", "klm"),
+    ("offline --config FILE", "model_name_or_path: MODEL\nuse_cpu: true\nloss_type: dft", "FILE, line 3: loss_type"),
+    ("offline --config FILE", "model_name_or_path: MODEL\nteacher_cache: {a: x}", "FILE, line 2: teacher_cache.a"),
+    ("offline --config FILE", "model_name_or_path: MODEL\nlr_scheduler_type: linaer", "FILE, line 2", "linaer"),
+    ("offline --packing maybe --model_name_or_path MODEL", None, "--packing: expected true or false, found 'maybe'"),
+    ("panel --teacher_models '{t:' --model_name_or_path MODEL", None, "--teacher_models: neither YAML nor JSON"),
+    (
+        "panel --config FILE",
+        "model_name_or_path: MODEL\nuse_cpu: true\npanel:\n  teachers:\n    a:\n      modle: x",
+        "FILE, line 6",
+        "modle",
+        "Did you mean 'model'",
+    ),
+    ("panel --config FILE", "model_name_or_path: MODEL\nrollouts: somebody", "FILE, line 2", "somebody"),
+    ("plan --studnet x", None, "Did you mean '--student'"),
+    ("plan --student Qwen/Qwen2.5-7", None, "Qwen/Qwen2.5-7"),
+    ("plan --config FILE", "student: Qwen/Qwen2.5-7B\nnodes: few", "FILE, line 2: nodes: expected a whole number"),
+    ("plan --config FILE", "student: Qwen/Qwen2.5-7B\nteachers: [Qwen/Qwen2.5-7B:sharder]", "FILE, line 2", "sharde"),
+    ("doctor --memory_gib much", None, "--memory_gib: expected a number", "found 'much'"),
+    ("trace DIR", None, "required: -o/--output"),
+    ("trace DIR -o page.html --limit none", None, "--limit: invalid int value: 'none'"),
+    ("consolidate", None, "arguments are required"),
+    ("consolidate DIR --workers x", None, "--workers: invalid int value: 'x'"),
+    ("demo --seed one", None, "--seed: expected a whole number, found 'one'"),
+    ("completion powershell", None, "unknown 'powershell'", "bash, zsh, fish"),
+    ("lineage", None, "required: COMMAND"),
+    ("lineage shw DIR", None, "Did you mean 'show'"),
+    ("lineage check FILE", "techers: {}", "FILE", "techers", "Did you mean 'teachers'"),
+    ("lineage export DIR --format spdxx", None, "unknown 'spdxx'", "Did you mean 'spdx'"),
+    ("offlin", None, "Did you mean 'offline'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "content", *["says"]), [(a, b, c) for a, b, *c in WRONG], ids=lambda v: str(v)[:60]
+)
+def test_wrong_input(command, content, says, tmp_path, capsys, monkeypatch, student_dir):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
+    places = {"FILE": "wrong.yaml", "DIR": "empty", "DATA": "rows.jsonl", "MODEL": student_dir}
+
+    def placed(text):
+        for name, place in places.items():
+            text = text.replace(name, place)
+        return text
+
+    if content is not None:
+        (tmp_path / "wrong.yaml").write_text(placed(content))
+    words = ["{t:" if word == "'{t:'" else word for word in placed(command).split()]
+    assert main(words) == (1 if "nowhere.jsonl" in words else 2)  # what is not there is no wrong usage
+    message = capsys.readouterr().err.strip()
+    lines = [line for line in message.splitlines() if line]
+    assert 1 <= len(lines) <= 6 and len(message) <= 6 * 120, message
+    assert "Traceback" not in message and "usage:" not in message
+    for said in says:
+        assert placed(said) in message, message
+
+
+def test_there_are_forty():
+    assert len(WRONG) >= 40 and len({command.split()[0] for command, *_ in WRONG}) >= 11
