@@ -3,6 +3,7 @@
 ``test_private_names.py`` asks for them.
 """
 
+import argparse
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -158,6 +159,29 @@ def test_source_of_stream():
     while not getattr(mapped, "kwargs", None):
         mapped = mapped.ex_iterable
     assert mapped.kwargs["shards"][0]["a"] == rows["a"]
+
+
+@pytest.fixture
+def parser():
+    made = argparse.ArgumentParser("x")
+    made.add_argument("place")
+    made.add_argument_group("a title").add_argument("--own")
+    made.add_subparsers().add_parser("below").add_argument("--deep")
+    return made
+
+
+def test_option_groups(parser):
+    groups = dict(core.option_groups(parser))
+    assert [one.dest for one in groups["a title"]] == ["own"]
+    assert "place" in {one.dest for one in groups["positional arguments"]}
+
+
+def test_subcommands(parser):
+    assert list(core.subcommands(parser)) == ["below"]
+
+
+def test_option_names(parser):
+    assert {"--own", "--deep", "--help"} <= set(core.option_names(parser))
 
 
 # transformers
