@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.cli.main import COMMANDS
-from kd_plugin.cli.parsing import Parser, parser_of
+from kd_plugin.cli.parsing import Parser, parser_of, written_for
 from kd_plugin.upstream import option_groups, subcommands
 
 FILE = Path(__file__).with_name("described.json")
@@ -57,7 +57,7 @@ def help_of(name: str, words: Sequence[str]) -> str:
         words: what follows; sub-commands are looked for until an option comes.
     """
     everything = json.loads(FILE.read_text(encoding="utf-8"))
-    if name not in everything or (name, "text") == ("capture", *{"text"} & {*words}):
+    if name not in everything or (name == "capture" and written_for("targets", words) == "text"):
         # not this package's own, or `capture --targets text`, whose settings are others
         return parser_of(COMMANDS[name].run, [word for word in words if word not in ("-h", "--help")]).format_help()
     described = everything[name]

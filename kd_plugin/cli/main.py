@@ -111,14 +111,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return EXIT_USAGE
-    if {"-h", "--help"} & set(rest):
-        from kd_plugin.cli.described import help_of
-
-        print(help_of(name, rest), end="")
-        return EXIT_OK
     forget_given()
     quiet()
     try:
+        if {"-h", "--help"} & set(rest):
+            from kd_plugin.cli.described import help_of
+
+            print(help_of(name, rest), end="")
+            return EXIT_OK
         return COMMANDS[name].run(rest)
     except ModuleNotFoundError as error:
         if debug or error.name not in EXTRAS:

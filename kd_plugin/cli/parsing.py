@@ -202,7 +202,8 @@ def parse_settings(
         UsageError: an unknown option or YAML key (naming the nearest), a value of the wrong type or that the settings
             refuse, or a file that is missing or no YAML.
     """
-    parser = Parser(f"kd-plugin {command}", description=description)
+    usage = f"kd-plugin {command} [--config FILE] [--OPTION VALUE ...]"
+    parser = Parser(f"kd-plugin {command}", usage=usage, description=description)
     add_config(parser)
     for name, text in (flags or {}).items():
         spelled = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])

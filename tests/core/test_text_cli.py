@@ -96,7 +96,7 @@ def test_every_setting_arrives(config, monkeypatch, tmp_path):
     ],
 )
 def test_what_is_wrong_is_said_at_once(config, capsys, values, message):
-    assert main(["capture", "--config", config(**values)]) == 1
+    assert main(["capture", "--config", config(**values)]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -104,6 +104,5 @@ def test_help_and_settings_are_those_of_text(capsys):
     assert main(["capture", "--targets", "text", "--config"]) == 0
     said = yaml.safe_load(capsys.readouterr().out)
     assert said["reasoning"] == "think" and "k" not in said
-    with pytest.raises(SystemExit):
-        main(["capture", "--targets=text", "--help"])
+    assert main(["capture", "--targets=text", "--help"]) == 0
     assert "decontaminate" in capsys.readouterr().out
