@@ -136,7 +136,7 @@ class YamlFile:
 def _names(message: str, key: str) -> bool:
     word = re.escape(key)
     loose = rf"|(?<![\w.]){word}(?!\w)" if "_" in key else ""
-    return bool(re.search(rf"'{word}'|^{word}(?!\w)|(?<![\w.]){word}[:=]{loose}", message))
+    return bool(re.search(rf"'{word}'|^{word}(?![\w.])|(?<!\w){word}[:=]{loose}", message))
 
 
 def _quotes(message: str, value: str) -> bool:

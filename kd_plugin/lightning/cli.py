@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
+import textwrap
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from kd_plugin.errors import ConfigError, KDError, nearest, require_known_keys
-from kd_plugin.inputs import read_yaml
+from kd_plugin.inputs import YamlFile, read_yaml
 from kd_plugin.lightning.data import KDDataModule
 from kd_plugin.lightning.module import StudentModule
 from kd_plugin.sharding.gathering import close_process_group
@@ -47,6 +50,7 @@ class KDCommand(LightningCLI):
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
+            parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in _COMMANDS}},
             args=arguments,
             run=run,
         )
@@ -149,12 +153,28 @@ def _values(arguments: Sequence[str], name: str) -> Iterator[str]:
             yield arguments[i + 1]
 
 
+def _brief(message: str) -> str:
+    """Return what jsonargparse says of a value in one line: the key, what was expected, and what was found."""
+    keys = [key for found in re.findall(r'Parser key "([^"]+)"', message) for key in found.split(".")]
+    wrong = re.search(r"Expected (?:an? )?(.+?)\. Got value: (.*)", message)
+    if not keys or wrong is None:
+        return textwrap.shorten(" ".join(message.split()), 400)
+    kind = re.sub(r"<class '([\w.]+)'>", r"\1", wrong[1])
+    return f"{'.'.join(dict.fromkeys(keys))}: expected {kind}, found {wrong[2]!r}."
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; an error of this package is one message and exit code 1."""
+    """Run the command; a wrong setting is one message and exit code 2, another error of this package 1."""
+    arguments = sys.argv[1:] if argv is None else argv
     try:
         KDCommand(argv)
+    except ArgumentError as error:
+        message = _brief(str(error))
+        places = (YamlFile.read(path).place(message) for path in _files(arguments))
+        print(f"error: {next((f'{place}: ' for place in places if place), '')}{message}", file=sys.stderr)
+        return 2
     except KDError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     close_process_group()
     return 0

@@ -105,7 +105,7 @@ def test_a_wrong_key_names_the_near_one(where, change, said, tmp_path):
      ("--modl", "'model'")],
 )  # fmt: skip
 def test_a_wrong_option_names_the_near_one(option, said, capsys):
-    assert main(["fit", "--model", "OfflineKDModule", f"{option}=1"]) == 1
+    assert main(["fit", "--model", "OfflineKDModule", f"{option}=1"]) == 2
     assert f"Did you mean {said}" in capsys.readouterr().err
 
 
@@ -123,3 +123,16 @@ def test_the_example(tmp_path, student_dir, cache):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{tmp_path}/student.ckpt: good" in done.stdout
+
+
+@pytest.mark.parametrize("way", ["option", "file"])
+def test_a_value_of_another_type_is_one_line(way, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("model:\n  class_path: OfflineKDModule\n  init_args:\n    model: x\n    ce_weight: lots\n")
+    option = ["--model", "OfflineKDModule", "--model.model", "x", "--model.ce_weight", "lots"]
+    assert main(["fit", *(option if way == "option" else ["--config", str(file)])]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    place = "" if way == "option" else f"{file}, line 5: "
+    assert (
+        len(said) == 1 and said[0].startswith(f"error: {place}model") and "ce_weight: expected float, found" in said[0]
+    )
