@@ -239,6 +239,10 @@ class TeacherPanelCorrection(StudentCallback):
         if batch_idx + 1 == window_end(trainer, batch_idx):
             self._host.stop_if_wanted()
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make a dataset of what text teachers said."""
+        self._panel_step.finish()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was, and what was generated for it."""
         super().teardown(trainer, pl_module, stage)

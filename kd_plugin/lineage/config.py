@@ -100,18 +100,18 @@ class LineageConfig:
     registry: Path | None = None
 
 
-def load_config(config: Mapping[str, Any] | str | Path | None) -> LineageConfig:
+def load_config(config: Mapping[str, Any] | str | Path | LineageConfig | None) -> LineageConfig:
     """Read and check the user's declarations.
 
     Args:
-        config: a mapping, the path of a YAML file, or None.
+        config: a mapping, the path of a YAML file, what was read of one, or None.
 
     Raises:
         ConfigError: unreadable or malformed YAML (with line and column), an unknown key (with the nearest known
             one), or a value of the wrong type.
     """
-    if config is None:
-        return LineageConfig()
+    if config is None or isinstance(config, LineageConfig):
+        return config or LineageConfig()
     if not isinstance(config, str | Path):
         return _load(config, "lineage", Path())
     path = Path(config)

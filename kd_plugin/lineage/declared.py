@@ -178,7 +178,7 @@ def remedy_of(finding: Finding, roots: Sequence[tuple[Edge, Found]], graph: Grap
 def outputs_record(
     teacher: Source | Sequence[Source],
     datasets: Sequence[Source] = (),
-    config: Mapping[str, Any] | str | Path | None = None,
+    config: Mapping[str, Any] | str | Path | LineageConfig | None = None,
 ) -> dict[str, Any]:
     """Return the lineage that a teacher cache carries in its manifest: nodes and edges, sorted, JSON-ready.
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from kd_plugin.cache.reader import TeacherCache
-from kd_plugin.lineage import RunLineage, Source
+from kd_plugin.lineage import RunLineage, Source, outputs_record
 from kd_plugin.lineage.start import gate_servers, student_source
 from kd_plugin.monitor.watch import LengthAlarm, Monitor
 from kd_plugin.panel.anchor import SHARDED_ANCHOR, Anchor, starting_student
@@ -30,6 +30,7 @@ from kd_plugin.panel.viewing import require_viewable
 from kd_plugin.panel.warmup import warmup_objective
 from kd_plugin.rollouts.in_process import Sampling
 from kd_plugin.text.prompts import Templates
+from kd_plugin.text.rounds import ROUNDS, RoundWriter
 from kd_plugin.upstream import reference_of
 from kd_plugin.vocab import Vocabulary
 
@@ -172,7 +173,14 @@ class PanelRun:
             tokenizer: the student's.
             **options: the other arguments of :class:`~kd_plugin.panel.step.PanelStep` that are the host's.
         """
-        settings = self.settings
+        settings, rounds = self.settings, None
+        if self.panel.text_teachers and not self.panel.text.recorded:
+            rounds = RoundWriter(
+                Path(output_dir, ROUNDS, "round-0000"),
+                self._text_lineage,
+                rank=host.rank,
+                answer_column=self.panel.text.answer_column,
+            )
         return PanelStep(
             host,
             self.panel,
@@ -182,5 +190,13 @@ class PanelRun:
             tokenizer=tokenizer,
             monitor=Monitor(host, self.panel, settings, tokenizer=tokenizer, output_dir=output_dir, alarm=self.alarm),
             warmup_caches=self.caches,
+            rounds=rounds,
             **options,
         )
+
+    def _text_lineage(self) -> dict[str, Any]:
+        """Return the nodes and edges of what text teachers wrote, for the dataset that a round is."""
+        assert self.lineage is not None
+        shown = [one.source for one in self.lineage.datasets]
+        teachers = [teacher.source for teacher in self.panel.text_teachers.values()]
+        return outputs_record(teachers, shown, config=self.lineage.config)

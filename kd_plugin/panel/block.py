@@ -19,7 +19,7 @@ from kd_plugin.panel.reward import Reward
 from kd_plugin.panel.roster import OwnTerms, TeacherPanel
 from kd_plugin.teachers import KINDS, AdapterTeacher, LocalTeacher
 from kd_plugin.text import TEXT_KINDS
-from kd_plugin.text.correcting import text_settings
+from kd_plugin.text.correction import correction_settings
 from kd_plugin.views.view import View
 
 _ESTIMATOR_KEYS = ("top_k", "student_top_k", "ratio_bounds")
@@ -57,9 +57,9 @@ def panel_from_block(block: Mapping[str, Any] | str | Path, where: str = "panel"
     the arguments of its class: ``model``, ``adapter`` and ``base``, ``url``, ``cache``, ``placement`` and so on. A base
     is ``student``, a path, the name of a local teacher, or a mapping with the arguments of ``LocalTeacher``. With
     ``signal: text`` a teacher evaluates and corrects by text, as ``text`` says
-    (:class:`~kd_plugin.text.correcting.TextSettings`). Any teacher may have ``prices``, ``{read: X, written: Y}`` of a
-    million tokens. ``reward`` (:meth:`~kd_plugin.panel.reward.Reward.described`) weighs the divergence by a verifier's
-    verdict.
+    (:class:`~kd_plugin.text.correction.CorrectionSettings`). Any teacher may have ``prices``, ``{read: X, written: Y}``
+    of a million tokens. ``reward`` (:meth:`~kd_plugin.panel.reward.Reward.described`) weighs the divergence by a
+    verifier's verdict.
 
     Args:
         block: the block, or a YAML file that holds it.
@@ -91,7 +91,7 @@ def panel_from_block(block: Mapping[str, Any] | str | Path, where: str = "panel"
         estimator=estimator,
         divergence=_divergence(block.get("divergence"), where),
         allow_other_eos=block.get("allow_other_eos", False),
-        text=None if block.get("text") is None else text_settings(block["text"], f"{where}: text"),
+        text=None if block.get("text") is None else correction_settings(block["text"], f"{where}: text"),
         reward=None if block.get("reward") is None else Reward.described(block["reward"], f"{where}: reward"),
         prices={name: teacher["prices"] for name, teacher in described.items() if _has(teacher, "prices")},
     )
@@ -235,7 +235,7 @@ def panel_from(teacher_model: Any, teacher_models: Any, args: Any) -> TeacherPan
         confidence_temperature=args.confidence_temperature,
         estimator=estimator_from(args),
         allow_other_eos=getattr(args, "allow_other_eos", False),
-        text=None if args.text is None else text_settings(args.text),
+        text=None if args.text is None else correction_settings(args.text),
         reward=None if args.reward is None else Reward.described(args.reward),
     )
 

@@ -10,19 +10,21 @@ Shape suffixes: R rows of corrections.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kd_plugin.errors import ServerError
+from kd_plugin.errors import DataError, ServerError
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import RowScores
 from kd_plugin.rollouts.responses import until_end
 from kd_plugin.rollouts.rows import Rollouts, assembled, row_spans
 from kd_plugin.signals import TextSignal
-from kd_plugin.text.correcting import CorrectingPanel, Outcome
+from kd_plugin.text.correcting import CorrectingPanel
+from kd_plugin.text.correction import Outcome
+from kd_plugin.text.rounds import RoundWriter
 from kd_plugin.text.teaching import Case
 from kd_plugin.vocab import Vocabulary
 
@@ -100,6 +102,21 @@ def departure(
     return None if same == len(tokens) else (tokens, same)
 
 
+def recorded_responses(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Return the responses of rows of a round that was kept, as the student's tokens.
+
+    Raises:
+        DataError: a row has none.
+    """
+    for row in rows:
+        if not row.get("response_ids"):
+            raise DataError(
+                "text: {recorded: true} trains on a round that was kept, and a row has no `response_ids`. Name the "
+                f"directory of a round as the dataset; the row has {', '.join(map(repr, row))}."
+            )
+    return [list(row["response_ids"]) for row in rows]
+
+
 class Corrector:
     """Asks the text teachers of a panel about each generation batch, and makes rows of what is accepted.
 
@@ -111,7 +128,7 @@ class Corrector:
         end_tokens: ids that end a response.
         pad_token_id: fills up short rows.
         max_length: tokens of a correction at most; None for no limit.
-        keep: is given all that was said of a generation batch, to keep it.
+        rounds: keeps all that is said; None where nobody says anything new.
     """
 
     def __init__(
@@ -124,12 +141,12 @@ class Corrector:
         end_tokens: Sequence[int],
         pad_token_id: int,
         max_length: int | None,
-        keep: Callable[[Sequence[Outcome]], None] | None = None,
+        rounds: RoundWriter | None = None,
     ) -> None:
         self.panel, self.host, self.tokenizer = panel, host, tokenizer
         self.asked = CorrectingPanel(panel.text_teachers, panel.text, panel.prices)
         self.vocabulary, self.end_tokens, self.pad_token_id = vocabulary, tuple(end_tokens), pad_token_id
-        self.max_length, self.keep = max_length, keep
+        self.max_length, self.rounds = max_length, rounds
         self._stopped = False
 
     def correct(
@@ -158,8 +175,9 @@ class Corrector:
         for number, (assignment, row, is_wanted) in enumerate(zip(assignments, rows, wanted, strict=True)):
             teachers = tuple(name for name in assignment.teachers if name in self.panel.text_teachers)
             if teachers and is_wanted and not self._stopped:
-                text = self.tokenizer.decode(rollouts.responses[number].tokens, skip_special_tokens=True)
-                cases.append(Case(row.get("prompt"), text, row, teachers))
+                tokens = rollouts.responses[number].tokens
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                cases.append(Case(row.get("prompt"), text, row, teachers, tokens))
                 numbers.append(number)
         failure: ServerError | None = None
         outcomes: list[Outcome] = []
@@ -169,9 +187,15 @@ class Corrector:
             failure = error
         departures, unusable = ([], 0) if failure else self._departures(outcomes, numbers, rollouts)
         self._agree(outcomes, len(departures), unusable, failure)
-        if self.keep is not None and outcomes:
-            self.keep(outcomes)
+        if self.rounds is not None and outcomes:
+            self.rounds.keep(self.host.step, outcomes)
         return self._rows(departures, assignments, rollouts) if departures else None
+
+    def finish(self) -> None:
+        """Make a dataset of what was kept; a collective call: all ranks have written before one says so."""
+        self.host.sum_over_ranks(torch.zeros(1, device=self.host.device))
+        if self.rounds is not None and self.host.rank == 0:
+            self.rounds.close(self.asked.budget)
 
     def _departures(
         self, outcomes: Sequence[Outcome], numbers: Sequence[int], rollouts: Rollouts

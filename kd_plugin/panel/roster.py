@@ -23,8 +23,9 @@ from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.adapter import share_bases
 from kd_plugin.teachers.base import Teacher, missing_members
 from kd_plugin.teachers.local import LocalTeacher
-from kd_plugin.text.correcting import TextSettings
+from kd_plugin.text.correction import CorrectionSettings
 from kd_plugin.text.prompts import Templates
+from kd_plugin.text.rounds import RECORDED
 from kd_plugin.text.spending import Prices
 from kd_plugin.text.teaching import TextTeacher, is_text_teacher
 from kd_plugin.verifying import Verifier
@@ -124,7 +125,7 @@ class TeacherPanel:
         estimator: Estimator | None = None,
         divergence: Divergence | None = None,
         allow_other_eos: bool = False,
-        text: TextSettings | None = None,
+        text: CorrectionSettings | None = None,
         reward: Reward | None = None,
         prices: Mapping[str, Prices | Mapping[str, float]] | None = None,
     ) -> None:
@@ -163,7 +164,7 @@ class TeacherPanel:
                 )
         self.reward = reward
         self.prices = {name: Prices.of((prices or {}).get(name)) for name in self.members}
-        self.text = TextSettings() if text is None else text
+        self.text = CorrectionSettings() if text is None else text
         self._settle_text(text)
         self.routes = {domain: self._known(names) for domain, names in (routes or {}).items()}
 
@@ -189,6 +190,8 @@ class TeacherPanel:
             found += columns or ()
         if self.text_teachers or None in checks:
             found.append(self.text.answer_column)
+        if self.text.recorded:
+            found += RECORDED
         return tuple(dict.fromkeys(found))
 
     @property
@@ -283,7 +286,7 @@ class TeacherPanel:
             raise DataError(f"teacher_id is an empty list; name at least one of {_listed(self.members)}.")
         return listed
 
-    def _settle_text(self, given: TextSettings | None) -> None:
+    def _settle_text(self, given: CorrectionSettings | None) -> None:
         """Refuse what text teachers cannot do, and tell them what to ask by.
 
         Raises:

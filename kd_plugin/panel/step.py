@@ -15,7 +15,7 @@ Shape suffixes: B rows, L columns, N scored positions, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.panel.anchor import Anchor
 from kd_plugin.panel.batches import Assigned, Host, MicroBatch, ScoredRollouts, StepLoss, Watch
-from kd_plugin.panel.corrections import Corrector
+from kd_plugin.panel.corrections import Corrector, recorded_responses
 from kd_plugin.panel.economics import Economics
 from kd_plugin.panel.interleaving import InterleavedSettings, interleaved_responses
 from kd_plugin.panel.loss import panel_loss
@@ -40,7 +40,7 @@ from kd_plugin.rollouts.responses import completion_ids, cut_loops, require_prom
 from kd_plugin.rollouts.rows import Rollouts, assembled, mixed_seed, on_policy_rows, render
 from kd_plugin.sharding.gathering import gathered_heads, most_of_any_rank
 from kd_plugin.signals import OutputHead
-from kd_plugin.text.correcting import Outcome
+from kd_plugin.text.rounds import RoundWriter
 from kd_plugin.vocab import Vocabulary
 
 
@@ -63,7 +63,7 @@ class PanelStep:
         anchor: the student's start, whose weighted divergence is added and with which preferences are compared; or
             None.
         chat_options: further arguments of ``apply_chat_template``.
-        keep: is given all that text teachers said of a generation batch, to keep it.
+        rounds: keeps what text teachers say; None where nobody says anything new.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class PanelStep:
         warmup_caches: Sequence[TeacherCache] = (),
         anchor: Anchor | None = None,
         chat_options: Mapping[str, Any] | None = None,
-        keep: Callable[[int, Sequence[Outcome]], None] | None = None,
+        rounds: RoundWriter | None = None,
     ) -> None:
         self.host = host
         self.panel = panel
@@ -115,7 +115,7 @@ class PanelStep:
                 end_tokens=self.end_tokens,
                 pad_token_id=pad_token_id,
                 max_length=settings.max_completion_length,
-                keep=None if keep is None else lambda outcomes: keep(host.step, outcomes),
+                rounds=rounds,
             )
         self.economics = Economics(panel, None if self.corrector is None else self.corrector.asked)
 
@@ -149,6 +149,8 @@ class PanelStep:
             DataError: a row names no teacher of the panel, or has no completion where one is needed.
         """
         assignments = tuple(self.panel.assign(row) for row in rows)
+        if self.panel.text.recorded and self.host.training:
+            return Assigned(assignments, tuple(recorded_responses(rows)), rows_at_once, tuple(rows))
         host, fraction = self.host, self._fraction.at(self.host.step)
         if not host.training or fraction >= 1.0:
             return Assigned(assignments, (None,) * len(rows), rows_at_once, tuple(rows))
@@ -364,6 +366,11 @@ class PanelStep:
         if self.anchor is not None and self.anchor.weight > 0.0:
             total = total + self.anchor.loss(batch.anchor, scored, head, tokens, training=self.host.training)
         return StepLoss(total, divergence, found.entropy.sum(), len(tokens))
+
+    def finish(self) -> None:
+        """Say that training is done: what text teachers said is then a dataset; a collective call."""
+        if self.corrector is not None:
+            self.corrector.finish()
 
     def read(self) -> dict[str, float]:
         """Return what was seen since the last log, but for each teacher's divergence; a collective call."""

@@ -64,27 +64,54 @@ def publish_dataset(
                 path.unlink()
         listed = [json.dumps({"row": row, **asdict(found)}) + "\n" for row, found in selection.found]
         _place(directory / CONTAMINATED_LIST, "".join(listed).encode())
-        files = {
-            name: {"sha256": sha256_file(directory / name), "size": (directory / name).stat().st_size} for name in names
-        }
-        tokens = {name: asdict(usage) for name, usage in sorted(budget.usage.items())}
-        record: dict[str, Any] = {
-            "schema": TEXT_SCHEMA,
-            "lineage": dict(lineage),
-            "outputs": {
-                "rows": selection.kept,
-                "tokens": tokens,
-                "date": datetime.now(UTC).date().isoformat(),
-                "sampling": dict(sampling),
-            },
-            "files": files,
-            "dropped": dict(sorted(selection.dropped.items())),
-            "contaminated": len(selection.found),
-            "spent": budget.spent,
-            "complete": complete,
-        }
-        _place(directory / "README.md", _card(record).encode())
-        _place(directory / TEXT_RECORD, canonical({**record, "digest": digest_of(record)}))
+        seal_dataset(
+            directory,
+            names,
+            lineage=lineage,
+            outputs={"rows": selection.kept, "sampling": dict(sampling)},
+            budget=budget,
+            dropped=selection.dropped,
+            contaminated=len(selection.found),
+            complete=complete,
+        )
+
+
+def seal_dataset(
+    directory: Path,
+    names: Iterable[str],
+    *,
+    lineage: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+    budget: Budget,
+    dropped: Mapping[str, int],
+    **facts: Any,
+) -> None:
+    """Place the card and, last, the record of who wrote the files of a dataset of text.
+
+    Args:
+        directory: of the dataset.
+        names: its Parquet files.
+        lineage: nodes and edges of who wrote and what they were shown.
+        outputs: its ``rows``, and how they came to be.
+        budget: what was spent.
+        dropped: reason to the number of texts that are not in it.
+        **facts: further plain values of the record.
+    """
+    files = {
+        name: {"sha256": sha256_file(directory / name), "size": (directory / name).stat().st_size} for name in names
+    }
+    tokens = {name: asdict(usage) for name, usage in sorted(budget.usage.items())}
+    record: dict[str, Any] = {
+        "schema": TEXT_SCHEMA,
+        "lineage": dict(lineage),
+        "outputs": {"tokens": tokens, "date": datetime.now(UTC).date().isoformat(), **outputs},
+        "files": files,
+        "dropped": dict(sorted(dropped.items())),
+        "spent": budget.spent,
+        **facts,
+    }
+    _place(directory / "README.md", _card(record).encode())
+    _place(directory / TEXT_RECORD, canonical({**record, "digest": digest_of(record)}))
 
 
 def text_source(directory: str | Path) -> Source:

@@ -19,12 +19,14 @@ class Case:
         response: the student's, or a correction that others vote on.
         row: the dataset's row, for verifiers.
         teachers: names of the text teachers that are asked.
+        tokens: of the response, as the student drew them.
     """
 
     prompt: Any
     response: str
     row: Mapping[str, Any] = field(default_factory=dict)
     teachers: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

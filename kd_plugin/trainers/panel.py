@@ -149,10 +149,12 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
             allowed = self.panel_settings.allow_changed_panel
             self.panel_run.load(read_state(checkpoint, allowed=allowed), checkpoint)
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            done = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except ServerError:
             save_what_was_learned(self)
             raise
+        self.panel_step.finish()
+        return done
 
     @property
     def kept_columns(self) -> tuple[str, ...]:

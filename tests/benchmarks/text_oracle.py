@@ -34,7 +34,7 @@ from trl import SFTConfig, SFTTrainer
 from kd_plugin.cache.targets import Generation
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.text import Ask, ServerWriter, TextServerTeacher, in_order
-from kd_plugin.text.correcting import TextSettings
+from kd_plugin.text.correction import CorrectionSettings
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.tiny import byte_tokenizer, tiny_llama
 
@@ -183,7 +183,7 @@ def on_policy(directory: Path, seed: int, rounds: int) -> list[dict]:
     model, tokenizer = student(seed, directory / "student")
     oracle = Oracle({row["prompt"]: row["answer"] for row in rows})
     with serving(oracle) as url:
-        text = TextSettings(evaluate="verifier", verifier="exact", templates=str(templates))
+        text = CorrectionSettings(evaluate="verifier", verifier="exact", templates=str(templates))
         panel = TeacherPanel({"oracle": TextServerTeacher(url, name="oracle", license="apache-2.0")}, text=text)
         curve = Curve(tokenizer, held_out, oracle)
         trainer = TeacherPanelTrainer(

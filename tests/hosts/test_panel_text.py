@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kd_plugin.errors import ConfigError, DataError, ServerError
+from kd_plugin.errors import CacheError, ConfigError, DataError, ServerError
+from kd_plugin.inputs import load_rows
 from kd_plugin.panel import TeacherPanel
-from kd_plugin.text.correcting import TextSettings
+from kd_plugin.text.correction import CorrectionSettings
+from kd_plugin.text.dataset import text_source
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.hosts.runs import assert_same, losses, prompts, settings, weights
 from tests.text_teachers import ScriptedTeacher
@@ -18,7 +20,9 @@ ANSWERS = [f"answer {i % 3}" for i in range(24)]
 
 def trainer(directory, student, teachers, text=None, rows=None, **options):
     panel = {k: options.pop(k) for k in ("combine", "prices", "reward") if k in options}
-    panel = TeacherPanel(teachers, text=TextSettings(**({"accept": "teacher"} if text is None else text)), **panel)
+    panel = TeacherPanel(
+        teachers, text=CorrectionSettings(**({"accept": "teacher"} if text is None else text)), **panel
+    )
     config = TeacherPanelConfig(**settings(directory, **{"max_completion_length": 12, "max_steps": 2, **options}))
     rows = prompts(answer=ANSWERS) if rows is None else rows
     return TeacherPanelTrainer(model=student, teacher_models=panel, args=config, train_dataset=rows)
@@ -103,7 +107,7 @@ def test_a_mixed_row_is_the_weighted_sum_of_both(tmp_path, student_dir, teacher_
         (batch,) = one_batch(run)["scored"].micro_batches([4])
         return float(run.panel_loss(run.model, batch)[0]), batch
 
-    taken = TextSettings(accept="teacher")
+    taken = CorrectionSettings(accept="teacher")
     text, corrected = loss_of(TeacherPanel({"t": ScriptedTeacher()}, text=taken))
     plain, scored = loss_of({"d": teacher_dir})
     both = {"t": ScriptedTeacher(), "d": teacher_dir}
@@ -236,3 +240,40 @@ def test_a_verifier_without_its_column_is_refused_early(tmp_path, student_dir, t
             model=student_dir, teacher_models={"d": teacher_dir}, train_dataset=prompts(),
             args=TeacherPanelConfig(**settings(tmp_path, reward={"verifier": "contains"})),
         )  # fmt: skip
+
+
+# Rounds
+
+
+def test_a_round_is_a_dataset_that_trains_again_without_a_teacher(tmp_path, student_dir):
+    """The kept rows give the losses and the weights of the run that they were kept in."""
+    rare = ScriptedTeacher(score=lambda case: float(case.row["answer"] == "answer 1"))
+    first = trainer(tmp_path / "a", student_dir, {"t": rare}, max_steps=2)
+    first.train()
+    directory = tmp_path / "a" / "rounds" / "round-0000"
+    rows = load_rows(str(directory))
+    assert len(rows) == 8 and rows.column_names[:2] == ["prompt", "completion"]
+    corrected = [row for row in rows if row["completion"] is not None]
+    assert 0 < len(corrected) < 8
+    assert all(row["completion"].strip() == row["answer"] and row["corrected_by"] == "t" for row in corrected)
+    assert all(row["evaluations"][0]["teacher"] == "t" for row in rows)
+    assert text_source(directory).signal == "text"  # its record is about these files
+    dead = ScriptedTeacher(dead=True)
+    again = trainer(
+        tmp_path / "b", student_dir, {"t": dead}, {"accept": "teacher", "recorded": True}, rows=rows, max_steps=2
+    )
+    again._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
+    again.train()
+    assert losses(again) == pytest.approx(losses(first), rel=1e-5)
+    assert_same(weights(again), weights(first), 1e-5)
+    assert not dead.seen and not (tmp_path / "b" / "rounds").exists()
+
+
+def test_a_changed_round_is_no_record_of_its_teachers(tmp_path, student_dir):
+    run = trainer(tmp_path, student_dir, {"t": ScriptedTeacher()})
+    run.train()
+    directory = tmp_path / "rounds" / "round-0000"
+    file = sorted(directory.glob("*.parquet"))[0]
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(CacheError, match="is not the file that"):
+        text_source(directory)

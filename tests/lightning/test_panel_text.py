@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from kd_plugin.lightning import TeacherPanelCorrection
 from kd_plugin.panel import TeacherPanel
-from kd_plugin.text.correcting import TextSettings
+from kd_plugin.text.correction import CorrectionSettings
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.hosts.runs import TOPICS, assert_same, losses, settings
 from tests.lightning.help import Losses, Plain, trainer
@@ -20,7 +20,7 @@ ROWS = [{"prompt": f"{TOPICS[i]}{'?' * (1 + i)}", "answer": f"answer {i % 3}"} f
 
 def panel(teacher_dir, preference):
     teachers = {"t": ScriptedTeacher(score=lambda case: float(case.row["answer"] == "answer 1")), "d": teacher_dir}
-    text = TextSettings(accept="teacher", preference=preference)
+    text = CorrectionSettings(accept="teacher", preference=preference)
     return TeacherPanel(teachers, combine="weighted_kl", text=text)
 
 
