@@ -73,6 +73,9 @@ COMMANDS = {
     "lineage": Command(
         "kd_plugin.cli.lineage:main", "show and verify who taught a checkpoint, and its terms", AFTER, 1
     ),
+    "evaluate": Command(
+        "kd_plugin.cli.evaluate:main", "how good a model is on your own questions, and how sure that is", AFTER
+    ),
     "consolidate": Command(
         "kd_plugin.cli.runs:consolidate", "join a ZeRO checkpoint into one model (extra: deepspeed)", AFTER
     ),

@@ -87,11 +87,12 @@ def make_writers(config: TextCaptureConfig) -> list[Writer]:
         raise ConfigError(f"teacher and teachers: {given} given; name one teacher, or several by their names.")
     shared: dict[str, Any] = {"revision": config.revision, "license": config.license}
     if config.teachers:
-        return [_writer(one, str(name), config, {}, f"teachers.{name}") for name, one in config.teachers.items()]
-    return [_writer(config.teacher, config.teacher_name, config, shared, "teacher")]
+        return [make_writer(one, str(name), config, {}, f"teachers.{name}") for name, one in config.teachers.items()]
+    return [make_writer(config.teacher, config.teacher_name, config, shared, "teacher")]
 
 
-def _writer(given: Any, name: str, config: TextCaptureConfig, shared: Mapping[str, Any], where: str) -> Writer:
+def make_writer(given: Any, name: str, config: Any, shared: Mapping[str, Any], where: str) -> Writer:
+    """Return the writer that ``given`` describes; ``config`` has the dtype and the device of one here."""
     from kd_plugin.text import LocalWriter, ServerWriter
 
     options: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"model": given}

@@ -36,10 +36,9 @@ _PANEL_KEYS = (
     "reward",
     *_ESTIMATOR_KEYS,
 )
-_OWN_KEYS = ("kind", "weight", "divergence", "temperature", "estimator", "view", "signal", "prices")
+_OWN_KEYS = ("kind", "weight", "divergence", "temperature", "estimator", "view", "prices")
 # A text teacher's `temperature` is of its sampling, an argument of its class
 _OWN_TEXT_KEYS = ("kind", "weight", "signal", "prices")
-SIGNALS = ("distribution", "text")
 # TRL loads teachers in float32 unless told, and one teacher must train as it does there
 _DEFAULTS = {"dtype": "float32"}
 # What a `panel` block, or a TeacherPanel, says itself
@@ -105,19 +104,18 @@ def _teachers(described: Mapping[str, Any], where: str) -> dict[str, Any]:
         spec = {"model": given} if isinstance(given, str) else given
         if not isinstance(spec, Mapping):
             raise ConfigError(f"{where}: teacher {name!r} is {given!r}; expected a path, a hub id or a mapping.")
-        label, kind, signal = f"{where}: teacher {name!r}", spec.get("kind", "local"), spec.get("signal", SIGNALS[0])
-        if signal not in SIGNALS:
-            raise ConfigError(f"{label} has signal {signal!r}; expected one of {', '.join(SIGNALS)}.")
-        kinds = TEXT_KINDS if signal == "text" else KINDS
+        label, kind = f"{where}: teacher {name!r}", spec.get("kind", "local")
+        by_text = spec.get("signal") == "text"  # another signal is for the class to understand
+        kinds = TEXT_KINDS if by_text else KINDS
         if kind not in kinds:
             raise ConfigError(
                 f"{label} has kind {kind!r}"
-                + (" and signal 'text'" if signal == "text" else "")
+                + (" and signal 'text'" if by_text else "")
                 + f"; expected one of {', '.join(kinds)}."
                 + nearest(str(kind), list(kinds))
             )
         if kind != "adapter":
-            own = _OWN_TEXT_KEYS if signal == "text" else _OWN_KEYS
+            own = _OWN_TEXT_KEYS if by_text else _OWN_KEYS
             made[name] = _make(kinds[kind], spec, label, own, name)
     for name, spec in described.items():
         if isinstance(spec, Mapping) and spec.get("kind") == "adapter":

@@ -100,7 +100,7 @@ ORDER = (
     ("rollouts",),
     ("views",),
     ("text",),
-    ("panel",),
+    ("panel", "evaluation"),
     ("monitor",),
     ("planner",),
     ("launch",),

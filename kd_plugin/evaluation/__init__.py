@@ -1,0 +1,24 @@
+"""The user's own set: how good is a model on it, and is it better than another.
+
+tasks.py has what is asked and what is right, evaluate.py asks, verifies, stores and compares, statistics.py says how
+sure a result is, page.py shows the answers.
+"""
+
+from kd_plugin.evaluation.evaluate import Evaluation, TaskResult, compare, evaluate, load_evaluation
+from kd_plugin.evaluation.statistics import Estimate, difference, pass_at, rate
+from kd_plugin.evaluation.tasks import Task, TaskSettings, load_tasks
+
+__all__ = [
+    "Estimate",
+    "Evaluation",
+    "Task",
+    "TaskResult",
+    "TaskSettings",
+    "compare",
+    "difference",
+    "evaluate",
+    "load_evaluation",
+    "load_tasks",
+    "pass_at",
+    "rate",
+]
