@@ -1,19 +1,26 @@
-"""Files that users name, for every command and host: datasets, and settings as YAML."""
+"""Files that users name, for every command and host: datasets and their mixtures, and settings as YAML."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.errors import DataError, UsageError
+from kd_plugin.errors import ConfigError, DataError, UsageError, nearest, require_known_keys
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+MIXTURE = (  # for the help of settings that take one
+    "in TRL's form: a list of mappings with path, and if need be name, data_files, split, columns (a list, or {theirs: "
+    "ours}), fraction, template ({column: text with {their column}}) and formatting (package.module:function)"
+)
 
 
-def load_rows(reference: str, *, split: str = "train", name: str | None = None, streaming: bool = False) -> Any:
+def load_rows(
+    reference: str, *, split: str = "train", name: str | None = None, streaming: bool = False, **more: Any
+) -> Any:
     """Return the ``datasets.Dataset`` that ``reference`` names, memory-mapped, so that its size does not matter.
 
     Args:
@@ -23,6 +30,7 @@ def load_rows(reference: str, *, split: str = "train", name: str | None = None, 
         name: configuration of a hub dataset.
         streaming: return an ``IterableDataset`` instead, which converts and downloads nothing beforehand; what
             ``save_to_disk`` wrote needs neither.
+        **more: of ``datasets.load_dataset``, such as ``data_files``.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it has no such split.
@@ -42,7 +50,7 @@ def load_rows(reference: str, *, split: str = "train", name: str | None = None, 
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
         else:
-            loaded = datasets.load_dataset(reference, name, split=split, streaming=streaming)
+            loaded = datasets.load_dataset(reference, name, split=split, streaming=streaming, **more)
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError, ConnectionError) as error:
         if isinstance(error, DataError):
             raise
@@ -52,6 +60,136 @@ def load_rows(reference: str, *, split: str = "train", name: str | None = None, 
             raise DataError(f"{reference} has no split {split!r}; it has {', '.join(loaded)}.")
         loaded = loaded[split]
     return with_origin(loaded, path) if path.exists() else loaded
+
+
+@dataclass(frozen=True)
+class DatasetPart:
+    """One dataset of a mixture, in the form of TRL's ``datasets:``, with what makes its rows those of the others.
+
+    Attributes:
+        path: as :func:`load_rows` takes it, or a builder's name with ``data_files``, as in ``datasets.load_dataset``.
+        name: configuration of a hub dataset.
+        data_dir: of a hub dataset or a builder.
+        data_files: of a hub dataset or a builder.
+        split: which split.
+        columns: columns that are kept, as a list; or those that are kept under another name, ``{theirs: ours}``.
+        fraction: share of the mixture; then every part has one, and no dataset is seen twice in an epoch.
+        template: columns that are written anew from the row's, such as ``{prompt: "Q: {question}"}``.
+        formatting: import path ``package.module:function`` of a function from a row to a row, called before `template`.
+    """
+
+    path: str
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: Any = None
+    split: str = "train"
+    columns: list[str] | dict[str, str] | None = None
+    fraction: float | None = None
+    template: dict[str, str] | None = None
+    formatting: str | None = None
+
+    def load(self, *, streaming: bool = False) -> Any:
+        """Return its rows.
+
+        Raises:
+            ConfigError: the function cannot be imported, or a template names a column that is not there.
+            DataError: the dataset cannot be read, or lacks a column.
+        """
+        rows = load_rows(
+            self.path, split=self.split, name=self.name, streaming=streaming, data_dir=self.data_dir,
+            data_files=self.data_files,
+        )  # fmt: skip
+        if self.formatting is not None:
+            rows = rows.map(imported(self.formatting))
+        names = list(rows.column_names or next(iter(rows), {}))
+        if self.template is not None:
+            written = _Written(self.template, self.path)
+            rows = rows.map(written, remove_columns=[name for name in names if name not in self.template])
+            names = list(self.template)
+        if self.columns is not None:
+            kept = self.columns if isinstance(self.columns, dict) else {name: name for name in self.columns}
+            for name in kept:
+                if name not in names:
+                    raise DataError(
+                        f"{self.path} has no column {name!r}.{nearest(name, names)} It has {', '.join(names)}."
+                    )
+            rows = rows.select_columns(list(kept))
+            moved = {theirs: ours for theirs, ours in kept.items() if theirs != ours}
+            rows = rows.rename_columns(moved) if moved else rows
+        return rows
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Writes columns by templates; a class, so that ``datasets`` can tell by its contents whether it has run before."""
+
+    template: dict[str, str]
+    path: str
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, str]:
+        try:
+            return {name: text.format_map(row) for name, text in self.template.items()}
+        except (KeyError, ValueError, IndexError) as error:
+            raise ConfigError(f"template of {self.path}: {error}; the row has {', '.join(row)}.") from error
+
+
+def load_mixture(parts: Sequence[Mapping[str, Any]], *, streaming: bool = False, where: str = "datasets") -> Any:
+    """Return the rows of several datasets as one, one after another, as TRL's ``get_dataset`` does.
+
+    Args:
+        parts: the attributes of :class:`DatasetPart`, each.
+        streaming: read them as streams; then no part may have a fraction.
+        where: what messages call it.
+
+    Raises:
+        ConfigError: an unknown key, no path, fractions of some parts only, or columns that differ.
+        DataError: a dataset cannot be read.
+    """
+    import datasets
+
+    known = [field.name for field in fields(DatasetPart)]
+    made = []
+    for number, part in enumerate(parts):
+        require_known_keys(part, known, f"{where}[{number}]")
+        if not part.get("path"):
+            raise ConfigError(f"{where}[{number}]: path is not set; name a file, a directory or a hub id.")
+        made.append(DatasetPart(**part))
+    shares = [part.fraction for part in made]
+    if not made or (None in shares and set(shares) != {None}):
+        raise ConfigError(f"{where}: " + ("nothing is listed." if not made else "give every part a fraction, or none."))
+    if streaming and shares[0] is not None:
+        raise ConfigError(f"{where}: fraction needs the number of rows, which a stream does not know.")
+    loaded = [part.load(streaming=streaming) for part in made]
+    names = [sorted(rows.column_names or ()) for rows in loaded]
+    if any(one != names[0] for one in names):
+        listed = "; ".join(f"{part.path}: {', '.join(one)}" for part, one in zip(made, names, strict=True))
+        raise ConfigError(
+            f"{where}: the parts have different columns ({listed}). Choose them with columns or template."
+        )
+    if shares[0] is not None:
+        total = sum(share or 0.0 for share in shares)
+        portions = [(share or 0.0) / total for share in shares]
+        size = min(len(rows) / portion for rows, portion in zip(loaded, portions, strict=True))
+        loaded = [rows.select(range(round(portion * size))) for rows, portion in zip(loaded, portions, strict=True)]
+    origins = {url: said for rows in loaded for url, said in (rows.info.download_checksums or {}).items()}
+    together = datasets.concatenate_datasets(loaded)
+    together.info.download_checksums = origins or None
+    return together
+
+
+def imported(path: str) -> Any:
+    """Return what an import path ``package.module:name`` names.
+
+    Raises:
+        ConfigError: it names nothing that can be imported.
+    """
+    module, colon, name = path.partition(":")
+    try:
+        if not colon:
+            raise ImportError("expected package.module:function")
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{path!r} cannot be imported: {error}.") from error
 
 
 @dataclass(frozen=True)

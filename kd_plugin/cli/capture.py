@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd_plugin.capturing.capture import ScoringSettings
 from kd_plugin.errors import ConfigError, UsageError, nearest
+from kd_plugin.inputs import MIXTURE
 from kd_plugin.settings import option, settings, values_of
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ class SourceSettings:
     output_dir: str = option(
         default="",
         help="The cache, or for text the dataset: a new directory, or one with the same capture, to go on.",
+    )
+    datasets: list[dict[str, Any]] | None = option(
+        default=None, help=f"Several datasets in the place of dataset, {MIXTURE}."
     )
     split: str = option(default="train", help="Split of the dataset.")
     streaming: bool = option(
@@ -135,13 +139,12 @@ def main(argv: Sequence[str], append: bool = False) -> int:
         print(as_yaml(config))
         return 0
     for name in ("dataset", "teacher", "output_dir"):
-        if not getattr(config, name):
+        if not getattr(config, name) and not (name == "dataset" and config.datasets):
             raise UsageError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
     targets, generation, teacher = make_targets(config), make_generation(config), make_teacher(config)
     from kd_plugin.capturing import capture
-    from kd_plugin.inputs import load_rows
 
-    rows = load_rows(config.dataset, split=config.split, name=config.dataset_name, streaming=config.streaming)
+    rows = rows_of(config)
     options: dict[str, Any] = {
         **values_of(ScoringSettings, vars(config)),
         "targets": targets,
@@ -166,6 +169,22 @@ def main(argv: Sequence[str], append: bool = False) -> int:
         f"{size / 1e6:.1f} MB, {size / cache.tokens:.1f} bytes a target with its tokens."
     )
     return 0
+
+
+def rows_of(config: SourceSettings) -> Any:
+    """Return the rows that ``dataset`` or ``datasets`` names.
+
+    Raises:
+        ConfigError: both are given, or a mixture that cannot be.
+        DataError: a dataset cannot be read.
+    """
+    from kd_plugin.inputs import load_mixture, load_rows
+
+    if config.datasets and config.dataset:
+        raise ConfigError("dataset and datasets are both set; choose one of them.")
+    if config.datasets:
+        return load_mixture(config.datasets, streaming=config.streaming)
+    return load_rows(config.dataset, split=config.split, name=config.dataset_name, streaming=config.streaming)
 
 
 def dropped_text(dropped: Mapping[str, int]) -> str:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kd_plugin.cli.capture import SourceSettings, dropped_text
+from kd_plugin.cli.capture import SourceSettings, dropped_text, rows_of
 from kd_plugin.errors import ConfigError, UsageError, require_known_keys
 from kd_plugin.settings import option, settings, values_of
 from kd_plugin.text.settings import TextSettings
@@ -38,7 +38,6 @@ class TextCaptureConfig(TextSettings, SourceSettings):
 def main(argv: Sequence[str]) -> int:
     """Run the command with ``argv`` and return its exit code."""
     from kd_plugin.cli.parsing import as_yaml, parse_settings
-    from kd_plugin.inputs import load_rows
     from kd_plugin.text import capture_text
 
     parsed = parse_settings(
@@ -53,10 +52,10 @@ def main(argv: Sequence[str]) -> int:
         print(as_yaml(config))
         return 0
     for name in ("dataset", "output_dir"):
-        if not getattr(config, name):
+        if not getattr(config, name) and not (name == "dataset" and config.datasets):
             raise UsageError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
     writers = make_writers(config)
-    rows = load_rows(config.dataset, split=config.split, name=config.dataset_name, streaming=config.streaming)
+    rows = rows_of(config)
     if "dry_run" in parsed.flags:
         print(_estimate(config, writers, rows))
         return 0

@@ -10,19 +10,19 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from kd_plugin.cli.parsing import Parser, add_config, take_config
-from kd_plugin.errors import UsageError
-from kd_plugin.inputs import load_rows
+from kd_plugin.errors import ConfigError, UsageError
+from kd_plugin.inputs import MIXTURE, load_mixture, load_rows
 from kd_plugin.sharding.gathering import close_process_group
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig, TeacherPanelTrainer
 
 _STUDENT = ("model_name_or_path", "dtype", "use_peft", "lora_r", "lora_alpha", "lora_target_modules")
-_DATA = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
+_DATA = ("datasets", "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
 _TRAINING = (
     "output_dir",
     "learning_rate",
@@ -47,6 +47,16 @@ _TRAINING = (
     "seed",
     "resume_from_checkpoint",
 )
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's ``ScriptArguments``, and the mixture that TRL has in another class."""
+
+    datasets: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={"help": f"Several datasets in the place of dataset_name, {MIXTURE}."},
+    )
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ def parser_for(command: str, config_class: type, introduction: Introduction, *, 
         parser.add_fields(config_class, names, title=title)
     for title, cls, often in (
         ("the student (TRL's ModelConfig)", ModelConfig, _STUDENT),
-        ("data (TRL's ScriptArguments)", ScriptArguments, _DATA),
+        ("data (TRL's ScriptArguments, and mixtures)", DataArguments, _DATA),
         ("training (TRL and transformers)", config_class, _TRAINING),
     ):
         names = [f.name for f in dataclasses.fields(cls) if f.name not in added]
@@ -99,7 +109,7 @@ def parser_for(command: str, config_class: type, introduction: Introduction, *, 
 
 def parse(
     command: str, config_class: type, argv: Sequence[str], introduction: Introduction | None = None
-) -> tuple[ScriptArguments, Any, ModelConfig]:
+) -> tuple[DataArguments, Any, ModelConfig]:
     """Parse a YAML file and options whose names are the fields of TRL's classes and of ``config_class``.
 
     Raises:
@@ -112,7 +122,7 @@ def parse(
     given, asked = take_config(words)
     if asked:
         raise UsageError("--config needs a YAML file; none is named.", f"kd-plugin {command}")
-    classes = (ScriptArguments, config_class, ModelConfig)
+    classes = (DataArguments, config_class, ModelConfig)
     hints = {name: hint for cls in reversed(classes) for name, hint in get_type_hints(cls).items()}
     fields = [{field.name for field in dataclasses.fields(cls)} for cls in classes]
     values = given.values({name: hints[name] for name in set().union(*fields)}, elsewhere=["env"])
@@ -147,7 +157,7 @@ def train(
     return 0
 
 
-def _train(trainer_class: type, script: ScriptArguments, training: Any, model: ModelConfig) -> str:
+def _train(trainer_class: type, script: DataArguments, training: Any, model: ModelConfig) -> str:
     """Train and save, and return where; the trainer is gone then."""
     trainer = trainer_class(
         model=model.model_name_or_path,
@@ -162,8 +172,19 @@ def _train(trainer_class: type, script: ScriptArguments, training: Any, model: M
     return str(training.output_dir)
 
 
-def _rows(script: ScriptArguments, split: str) -> Any:
-    """Load a split of the dataset that ``script`` names; None if it names none, as training on a cache's own rows."""
+def _rows(script: DataArguments, split: str) -> Any:
+    """Load a split of the data that ``script`` names; None if it names none, as training on a cache's own rows.
+
+    Raises:
+        ConfigError: a mixture that cannot be, or one beside a dataset.
+        DataError: a dataset cannot be read.
+    """
+    if script.datasets:
+        if script.dataset_name:
+            raise ConfigError("dataset_name and datasets are both set; choose one of them.")
+        trained = split == script.dataset_train_split
+        parts = [part if trained else {**part, "split": split} for part in script.datasets]
+        return load_mixture(parts, streaming=script.dataset_streaming)
     if not script.dataset_name:
         return None
     return load_rows(script.dataset_name, split=split, name=script.dataset_config, streaming=script.dataset_streaming)

@@ -1,0 +1,84 @@
+"""Several datasets as one: in TRL's own form, with columns, templates and functions, and each part in the lineage."""
+
+import json
+
+import pytest
+from trl import DatasetMixtureConfig, get_dataset
+from trl.scripts.utils import DatasetConfig
+
+from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.inputs import load_mixture
+from kd_plugin.lineage.data import dataset_sources
+
+
+def file(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one = file(tmp_path / "one" / "a.jsonl", [{"prompt": f"p{i}", "completion": f"c{i}", "x": i} for i in range(10)])
+    two = file(tmp_path / "two" / "b.jsonl", [{"question": f"q{i}", "answer": f"a{i}"} for i in range(4)])
+    return one, two
+
+
+def shouted(row):
+    return {"question": row["question"].upper(), "answer": row["answer"]}
+
+
+def test_columns_templates_and_functions_make_one_dataset(parts):
+    one, two = parts
+    rows = load_mixture([
+        {"path": one, "columns": ["prompt", "completion"]},
+        {"path": two, "columns": {"question": "prompt", "answer": "completion"}},
+        {"path": two, "template": {"prompt": "Q: {question}", "completion": " {answer}"},
+         "formatting": f"{__name__}:shouted"},
+    ])  # fmt: skip
+    assert len(rows) == 18 and rows.column_names == ["prompt", "completion"]
+    assert rows[10] == {"prompt": "q0", "completion": "a0"} and rows[14] == {"prompt": "Q: Q0", "completion": " a0"}
+    assert {source.name for source in dataset_sources(rows)} == {"a.jsonl", "b.jsonl"}
+
+
+@pytest.mark.parametrize("fractions", [(None, None), (0.5, 0.5), (3.0, 1.0)])
+def test_the_rows_are_those_of_trl(parts, fractions, tmp_path):
+    same = file(tmp_path / "c.jsonl", [{"prompt": f"z{i}", "completion": "c", "x": -i} for i in range(4)])
+    told = [
+        {"path": "json", "data_files": name, "fraction": share}
+        for name, share in zip((parts[0], same), fractions, strict=True)
+    ]
+    theirs = get_dataset(DatasetMixtureConfig(datasets=[DatasetConfig(**one) for one in told]))["train"]
+    ours = load_mixture(
+        [{"path": name, "fraction": share} for name, share in zip((parts[0], same), fractions, strict=True)]
+    )
+    assert ours.to_list() == theirs.to_list() == load_mixture(told).to_list()
+
+
+def test_streams_are_joined(parts):
+    rows = load_mixture(
+        [{"path": name, "columns": [column]} for name, column in zip(parts[:1] * 2, "xx", strict=True)], streaming=True
+    )
+    assert [row["x"] for row in rows] == [*range(10), *range(10)]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"pth": "a"}, r"datasets\[1\]: unknown key 'pth'. Did you mean 'path'"),
+        ({"split": "train"}, r"datasets\[1\]: path is not set"),
+        ({"fraction": 0.5}, "give every part a fraction, or none"),
+        ({"columns": ["promt"]}, "has no column 'promt'. Did you mean 'prompt'"),
+        ({"template": {"prompt": "{nothing}"}}, "template of .*nothing.*the row has prompt, completion, x"),
+        ({"formatting": "tests.nowhere:f"}, "'tests.nowhere:f' cannot be imported"),
+        ({"formatting": "json"}, "expected package.module:function"),
+        ({"columns": ["prompt"]}, "different columns"),
+    ],
+)
+def test_what_cannot_be_is_refused(parts, part, message):
+    second = part if "pth" in part or set(part) == {"split"} else {"path": parts[0], **part}
+    with pytest.raises((ConfigError, DataError), match=message):
+        load_mixture([{"path": parts[0]}, second])
+    with pytest.raises(ConfigError, match="a stream does not know"):
+        load_mixture([{"path": parts[0], "fraction": 1.0}], streaming=True)
