@@ -62,6 +62,7 @@ FIRST, OFFLINE, PANEL, BEFORE, AFTER = (
 )
 COMMANDS = {
     "demo": Command("kd_plugin.demo:main", "distil a small real model both ways, and verify its lineage", FIRST),
+    "run": Command("kd_plugin.cli.recipe:main", "do all of a distillation that one YAML file describes", FIRST),
     "completion": Command("kd_plugin.cli.described:completion", "complete commands and options in your shell", FIRST),
     "capture": Command("kd_plugin.cli.capture:main", "store a teacher's outputs once, as a teacher cache", OFFLINE),
     "cache": Command("kd_plugin.cli.cache:main", "inspect, verify, extend and join teacher caches", OFFLINE),

@@ -169,11 +169,13 @@ class Parsed(Generic[Settings]):
         settings: the filled dataclass.
         flags: the flags that were given.
         print_only: the user asked to see the settings, not to run; see :func:`as_yaml`.
+        file: the YAML file, or None.
     """
 
     settings: Settings
     flags: frozenset[str]
     print_only: bool
+    file: YamlFile | None = None
 
 
 def parse_settings(
@@ -216,7 +218,7 @@ def parse_settings(
     values = given.values(get_type_hints(cls))
     with given.usage():
         filled = cls(**{**start, **values})
-    return Parsed(settings=filled, flags=asked, print_only=print_only)
+    return Parsed(settings=filled, flags=asked, print_only=print_only, file=given.file)
 
 
 def add_config(parser: Parser, printed: bool = True) -> None:
@@ -236,6 +238,23 @@ def take_config(words: dict[str, Any]) -> tuple[Given, bool]:
     given = Given(words, YamlFile.read(config) if config else None)
     _GIVEN.set(given)
     return given, print_only
+
+
+def typed_section(file: YamlFile, name: str, classes: Sequence[type]) -> dict[str, Any]:
+    """Return a mapping of a file whose keys are fields of some dataclasses, each value of the type of its field.
+
+    Raises:
+        UsageError: an unknown key, naming the nearest, or a value of another type: names the file and the line.
+    """
+    hints = {field: hint for cls in reversed(classes) for field, hint in get_type_hints(cls).items()}
+    known = {field.name for cls in classes for field in dataclasses.fields(cls)}
+    found = {}
+    for key, node in file.nodes[name].value:
+        place = f"{file.path}, line {key.start_mark.line + 1}: {name}"
+        if key.value not in known:
+            raise UsageError(f"{place}: unknown key {key.value!r}.{nearest(key.value, sorted(known))}")
+        found[key.value] = value_of(node, hints[key.value], f"{place}.{key.value}")
+    return found
 
 
 def written_for(name: str, argv: Sequence[str]) -> str | None:

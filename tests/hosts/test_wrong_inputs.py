@@ -75,6 +75,8 @@ WRONG = [
     ("lineage shw DIR", None, "Did you mean 'show'"),
     ("lineage check FILE", "techers: {}", "FILE", "techers", "Did you mean 'teachers'"),
     ("lineage export DIR --format spdxx", None, "unknown 'spdxx'", "Did you mean 'spdx'"),
+    ("run", None, "no recipe is named"),
+    ("run FILE", "output_dir: x\nstudnet: y", "FILE, line 2: unknown key", "Did you mean 'student'"),
     ("offlin", None, "Did you mean 'offline'"),
 ]  # fmt: skip
 

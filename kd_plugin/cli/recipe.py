@@ -1,0 +1,341 @@
+"""``kd-plugin run RECIPE``: one YAML file from data to a checked student; what is done is not done again.
+
+Each stage is a command of this package with a configuration that is written beside the results, so that it can also be
+run by hand: a capture for each teacher, then offline KD, then the panel, then ``lineage verify``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd_plugin.cli.capture import CaptureConfig, make_teacher, rows_of
+from kd_plugin.cli.parsing import parse_settings, typed_section
+from kd_plugin.errors import ConfigError, LicenseRefusedError, UsageError, nearest
+from kd_plugin.inputs import YamlFile
+from kd_plugin.settings import option, settings
+
+_DESCRIPTION = """\
+Do all of a distillation that one YAML file describes: capture each teacher, train offline, train with the panel, verify
+the lineage of the student. The plan and the verdict on all terms come first. What is done is skipped, what was
+interrupted goes on. Each stage's own configuration lies in output_dir/recipe, and runs by hand with the same result.
+
+example, recipe.yaml:
+    output_dir: work
+    student: {model_name_or_path: STUDENT}
+    teachers:
+      math: {model: TEACHER}
+    data: {dataset: rows.jsonl}         # rows with prompt and completion; or datasets: [...], a mixture
+    capture: {k: 64}                    # settings of `kd-plugin capture`
+    offline: {learning_rate: 2.0e-5}    # settings of `kd-plugin offline`
+    panel: {max_completion_length: 256} # settings of `kd-plugin panel`
+    lineage: {use: {commercial: true}}
+    launch: {processes: 8}
+
+  kd-plugin run recipe.yaml --dry-run
+  kd-plugin run recipe.yaml
+
+A section that is left out is a stage that is left out; capture belongs to offline. Exit codes: 0 done, 1 refused or a
+stage failed, 2 wrong usage, 130 interrupted.
+"""
+_SET_HERE = {  # settings of a stage that the recipe sets, and where a user sets them instead
+    "dataset": "data", "datasets": "data", "dataset_name": "data", "teacher": "teachers", "teacher_models": "teachers",
+    "teacher_cache": "teachers", "model_name_or_path": "student", "lineage": "lineage", "output_dir": "output_dir",
+}  # fmt: skip
+_DATA = ("dataset", "datasets", "split", "dataset_name", "streaming")
+_TEACHER = ("license", "revision", "dtype", "device")  # of a teacher, settings of its capture
+_LAUNCH = ("processes", "command")
+
+
+@settings
+class Recipe:
+    """What a recipe says; each section has the settings of the command of that name."""
+
+    output_dir: str = option(default="", help="Directory of all results; made where it is not there.")
+    student: dict[str, Any] | str = option(
+        default="", help="The student: a path or hub id, or a mapping with model_name_or_path and TRL's ModelConfig."
+    )
+    teachers: dict[str, Any] | None = option(
+        default=None,
+        help="Teachers by name: a path or hub id, or a mapping as in a panel block: model or url, license, weight.",
+    )
+    data: dict[str, Any] | None = option(
+        default=None, help="The rows: dataset or datasets, split, dataset_name, streaming, as `kd-plugin capture` has."
+    )
+    capture: dict[str, Any] | None = option(default=None, help="Settings of `kd-plugin capture`, for every teacher.")
+    offline: dict[str, Any] | None = option(default=None, help="Settings of `kd-plugin offline`; {} for its defaults.")
+    panel: dict[str, Any] | None = option(default=None, help="Settings of `kd-plugin panel`; {} for its defaults.")
+    lineage: dict[str, Any] | str | None = option(
+        default=None, help="Declarations of teachers, datasets and use, as a mapping or the path of a YAML file."
+    )
+    launch: dict[str, Any] | None = option(
+        default=None, help="How training starts: processes on this machine, or command, such as `accelerate launch`."
+    )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a recipe.
+
+    Attributes:
+        name: of the stage, and of its files.
+        command: of this package.
+        config: its settings.
+        result: directory that it fills.
+        launcher: words before ``-m kd_plugin``.
+    """
+
+    name: str
+    command: str
+    config: Mapping[str, Any]
+    result: Path
+    launcher: tuple[str, ...] = (sys.executable,)
+
+    def digest(self, data: str) -> str:
+        """Return what changes when its settings or the data do."""
+        return hashlib.sha256(json.dumps([self.config, data], sort_keys=True).encode()).hexdigest()
+
+
+class Stages:
+    """The stages of a recipe in a directory, and which of them are done.
+
+    Args:
+        recipe: what is asked for.
+        stages: what follows from it.
+        data: digest of the data's files.
+    """
+
+    def __init__(self, recipe: Recipe, stages: Sequence[Stage], data: str) -> None:
+        self.stages, self._data = stages, data
+        self._files = Path(recipe.output_dir) / "recipe"
+
+    def config_of(self, stage: Stage) -> Path:
+        """Return where a stage's settings are written."""
+        return self._files / f"{stage.name}.yaml"
+
+    def is_done(self, stage: Stage) -> bool:
+        """Return whether a stage was done with these settings and this data.
+
+        Raises:
+            ConfigError: it was done with others; names what changed.
+        """
+        mark = self._files / f"{stage.name}.done.json"
+        if not mark.is_file() or not stage.result.is_dir():
+            return False
+        before = json.loads(mark.read_text(encoding="utf-8"))
+        if before["digest"] == stage.digest(self._data):
+            return True
+        old, new = before["config"], json.loads(json.dumps(stage.config))
+        changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key)) or ["the data's files"]
+        raise ConfigError(
+            f"{stage.name} was done on {before['date']} with other settings ({', '.join(changed)}). Delete "
+            f"{stage.result} and what follows from it to do it again, or choose another output_dir."
+        )
+
+    def write(self) -> None:
+        """Write the settings of each stage."""
+        self._files.mkdir(parents=True, exist_ok=True)
+        for stage in self.stages:
+            text = yaml.safe_dump(dict(stage.config), sort_keys=False, allow_unicode=True)
+            self.config_of(stage).write_text(f"# kd-plugin {stage.command} --config {self.config_of(stage)}\n{text}")
+
+    def run(self, stage: Stage) -> int:
+        """Run a stage in a process of its own, resuming where it was interrupted, and return its exit code."""
+        words = [*stage.launcher, "-m", "kd_plugin", stage.command, "--config", str(self.config_of(stage))]
+        if stage.command != "capture" and any(stage.result.glob("checkpoint-*")):
+            words += ["--resume_from_checkpoint", "true"]
+        code = subprocess.run(words, check=False).returncode
+        if code == 0:
+            mark = {"digest": stage.digest(self._data), "config": stage.config, "date": str(datetime.now(UTC).date())}
+            (self._files / f"{stage.name}.done.json").write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+        return code
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``kd-plugin run ARGV`` and return its exit code."""
+    words = ["--config", *argv] if argv and not argv[0].startswith("-") else list(argv)
+    flags = {"dry_run": "Print the plan and the verdict on all terms; run nothing."}
+    parsed = parse_settings(Recipe, words, command="run", description=_DESCRIPTION, flags=flags)
+    recipe = parsed.settings
+    given = parsed.file
+    if given is None:
+        raise UsageError("no recipe is named. Give its YAML file: kd-plugin run recipe.yaml", "kd-plugin run")
+    stages = Stages(recipe, stages_of(recipe, given), data_digest(recipe))
+    done = {stage.name: stages.is_done(stage) for stage in stages.stages}
+    print(f"{given.path} -> {recipe.output_dir}")
+    for stage in stages.stages:
+        print(f"  {stage.name:<24}{'done before' if done[stage.name] else 'to do':<14}{stage.result}")
+    refused = _print_verdict(recipe, stages.stages)
+    if refused or "dry_run" in parsed.flags:
+        return int(refused)
+    stages.write()
+    for stage in stages.stages:
+        if done[stage.name]:
+            continue
+        print(f"\n== {stage.name}: kd-plugin {stage.command} --config {stages.config_of(stage)}", flush=True)
+        code = stages.run(stage)
+        if code:
+            print(f"{stage.name} ended with exit code {code}. Run the same command again to go on.", file=sys.stderr)
+            return code
+    from kd_plugin.cli.lineage import main as lineage
+
+    student = stages.stages[-1].result
+    print(f"\n== kd-plugin lineage verify {student}", flush=True)
+    return lineage(["verify", str(student)]) if stages.stages[-1].command != "capture" else 0
+
+
+def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
+    """Return the stages that a recipe asks for, in order.
+
+    Raises:
+        UsageError: an unknown key of a section, or a value of another type: names file, line and key.
+        ConfigError: a section that is missing, or a setting that another section has.
+    """
+    for name in ("output_dir", "student"):
+        if not getattr(recipe, name):
+            raise UsageError(f"{file.path}: {name} is not set.")
+    if recipe.capture is None and recipe.offline is None and recipe.panel is None:
+        raise UsageError(f"{file.path}: nothing to do; add a section capture, offline or panel.")
+    if not recipe.teachers:
+        raise UsageError(f"{file.path}: no teachers are named. Add teachers: {{NAME: {{model: PATH}}}}.")
+    student = {"model_name_or_path": recipe.student} if isinstance(recipe.student, str) else dict(recipe.student)
+    place, shared = Path(recipe.output_dir), {} if recipe.lineage is None else {"lineage": recipe.lineage}
+    launcher, found = _launcher(recipe, file), []
+    data = {key: value for key, value in _section(recipe, file, "data").items() if value is not None}
+    if recipe.capture is not None or recipe.offline is not None:
+        for name in recipe.teachers:
+            config = {**data, **_teacher(recipe, name), **_section(recipe, file, "capture"), **shared}
+            result = place / f"cache-{name}"
+            found.append(Stage(f"capture-{name}", "capture", {**config, "output_dir": str(result)}, result))
+    start = student
+    if recipe.offline is not None:
+        weights = {str(stage.result): _weight(recipe, name) for stage, name in zip(found, recipe.teachers, strict=True)}
+        caches: Any = weights if len(weights) > 1 else next(iter(weights))
+        config = {**student, "teacher_cache": caches, "output_dir": str(place / "offline")}
+        config |= {**_section(recipe, file, "offline"), **shared}
+        found.append(Stage("offline", "offline", config, place / "offline", launcher))
+        start = {**student, "model_name_or_path": str(place / "offline")}
+    if recipe.panel is not None:
+        rows = {"dataset": "dataset_name", "dataset_name": "dataset_config", "split": "dataset_train_split",
+                "streaming": "dataset_streaming"}  # fmt: skip
+        section = dict(_section(recipe, file, "panel"))
+        block = {"teachers": dict(recipe.teachers), **(section.pop("panel", None) or {})}
+        config = {**start, **{rows.get(key, key): value for key, value in data.items()}, "panel": block}
+        config |= {"output_dir": str(place / "panel"), **section, **shared}
+        found.append(Stage("panel", "panel", config, place / "panel", launcher))
+    return found
+
+
+def data_digest(recipe: Recipe) -> str:
+    """Return a digest of the local files that the data names, so that other rows are seen; a hub id counts by name."""
+    from kd_plugin.lineage.hashing import sha256_file
+
+    data = recipe.data or {}
+    named = [data.get("dataset"), *(part.get("path") for part in data.get("datasets") or ())]
+    files = [Path(str(one)) for one in named if one]
+    return ",".join(sha256_file(one) if one.is_file() else str(one) for one in files)
+
+
+def _print_verdict(recipe: Recipe, stages: Sequence[Stage]) -> bool:
+    """Print what the terms of student, teachers and rows allow; return whether training would be refused."""
+    from rich.console import Console
+
+    from kd_plugin.lineage import RunLineage
+    from kd_plugin.lineage.data import dataset_sources
+    from kd_plugin.lineage.show import verdict_lines
+    from kd_plugin.lineage.start import student_source
+
+    configs = [
+        CaptureConfig(**{"dataset": "", **_data(recipe), **_teacher(recipe, name)}) for name in recipe.teachers or ()
+    ]
+    rows = rows_of(configs[0]) if recipe.data else None
+    student = recipe.student if isinstance(recipe.student, str) else recipe.student["model_name_or_path"]
+    run = RunLineage(
+        method="recipe",
+        student=student_source(student),
+        teachers=[make_teacher(config).source for config in configs],
+        datasets=dataset_sources(rows),
+        config=recipe.lineage,
+    )
+    Console(highlight=False, soft_wrap=True).print(verdict_lines(run.verdict.to_json(), run.graph))
+    try:
+        run.require_trainable()
+    except LicenseRefusedError as error:
+        print(f"kd-plugin run: {error}", file=sys.stderr)
+        return True
+    return False
+
+
+def _section(recipe: Recipe, file: YamlFile, name: str) -> dict[str, Any]:
+    """Return the settings of a section, each of the type that its command takes."""
+    if getattr(recipe, name) is None:
+        return {}
+    if name == "data":
+        known: list[type] = [CaptureConfig]
+    elif name == "capture":
+        known = [CaptureConfig]
+        if (recipe.capture or {}).get("targets") == "text":
+            raise ConfigError(
+                "capture: targets: text is stored as a dataset; run `kd-plugin capture` for it, and train."
+            )
+    else:
+        from trl import ModelConfig
+
+        from kd_plugin.cli.training import DataArguments
+        from kd_plugin.trl import OfflineKDConfig, TeacherPanelConfig
+
+        known = [OfflineKDConfig if name == "offline" else TeacherPanelConfig, ModelConfig, DataArguments]
+    found = typed_section(file, name, known)
+    for key in found:
+        if name == "data" and key not in _DATA:
+            raise UsageError(f"{file.where(name)}: data: unknown key {key!r}.{nearest(key, list(_DATA))}")
+        if name != "data" and key in _SET_HERE and not (name == "panel" and key == "panel"):
+            raise UsageError(
+                f"{file.where(name)}: {name}: {key} is set by the recipe's {_SET_HERE[key]}; set it there."
+            )
+    return found
+
+
+def _data(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in (recipe.data or {}).items() if key in _DATA}
+
+
+def _teacher(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Return what a capture is told of a teacher."""
+    given = (recipe.teachers or {})[name]
+    spec = {"model": given} if isinstance(given, str) else dict(given)
+    own = {key: spec.pop(key) for key in _TEACHER if key in spec}
+    for key in ("weight", "kind"):
+        spec.pop(key, None)
+    if "url" in spec:
+        return {"teacher": spec, "teacher_name": name, **own}
+    if set(spec) != {"model"}:
+        raise ConfigError(f"teachers: {name}: expected model, or url and more; found {', '.join(spec) or 'nothing'}.")
+    return {"teacher": spec["model"], "teacher_name": name, **own}
+
+
+def _weight(recipe: Recipe, name: str) -> float:
+    given = (recipe.teachers or {})[name]
+    return float(given.get("weight", 1.0)) if isinstance(given, Mapping) else 1.0
+
+
+def _launcher(recipe: Recipe, file: YamlFile) -> tuple[str, ...]:
+    launch = recipe.launch or {}
+    for key in launch:
+        if key not in _LAUNCH:
+            raise UsageError(f"{file.where('launch')}: launch: unknown key {key!r}.{nearest(str(key), list(_LAUNCH))}")
+    if launch.get("command"):
+        return tuple(shlex.split(str(launch["command"])))
+    if int(launch.get("processes", 1)) > 1:
+        return (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(launch["processes"]))
+    return (sys.executable,)

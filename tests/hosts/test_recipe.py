@@ -1,0 +1,126 @@
+"""`kd-plugin run`: one YAML file from data to a checked student."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kd_plugin.cache import TeacherCache
+from kd_plugin.cli import recipe as recipes
+from kd_plugin.cli.main import main
+from kd_plugin.cli.parsing import parse_settings
+from kd_plugin.lineage import load_record, verify
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch, student_dir, teacher_dir, other_teacher_dir):
+    """Writes a recipe over two teachers and a mixture of two files, and returns its path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name, columns in (("a", ("prompt", "completion")), ("b", ("question", "answer"))):
+        rows = [dict(zip(columns, (f"{name}{i}?", f" {i}"), strict=True)) for i in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(**changes):
+        few = {"max_steps": 2, "use_cpu": True, "bf16": False, "report_to": "none", "per_device_train_batch_size": 2}
+        content = {
+            "output_dir": "work",
+            "student": student_dir,
+            "teachers": {"one": {"model": teacher_dir, "weight": 2.0}, "two": other_teacher_dir},
+            "data": {"datasets": [
+                {"path": "a.jsonl"}, {"path": "b.jsonl", "columns": {"question": "prompt", "answer": "completion"}},
+            ]},
+            "capture": {"k": 4},
+            "offline": few,
+            "panel": {**few, "max_completion_length": 4, "panel": {"combine": "weighted_kl"}},
+            **changes,
+        }  # fmt: skip
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}, sort_keys=False))
+        return str(path)
+
+    return write
+
+
+def test_from_data_to_a_checked_student_and_nothing_twice(recipe, capsys, monkeypatch):
+    path = recipe()
+    assert main(["run", path, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"^  (\S+) +to do", said, re.M) == ["capture-one", "capture-two", "offline", "panel"]
+    assert "decision" in said and not Path("work").exists()
+
+    assert main(["run", path]) == 0
+    assert len(TeacherCache("work/cache-one")) == len(TeacherCache("work/cache-two")) == 16
+    assert verify("work/panel").exit_code == 0
+    behind = json.dumps(load_record("work/panel")["lineage"] if "lineage" in load_record("work/panel") else
+                        load_record("work/panel"))  # fmt: skip
+    assert "a.jsonl" in behind and "b.jsonl" in behind
+    offline = yaml.safe_load(Path("work/recipe/offline.yaml").read_text())
+    assert offline["teacher_cache"] == {"work/cache-one": 2.0, "work/cache-two": 1.0}
+
+    monkeypatch.setattr(recipes.subprocess, "run", None)  # nothing may be started again
+    assert main(["run", path]) == 0
+    assert "to do" not in capsys.readouterr().out.split("panel  ")[-1]
+
+    assert main(["run", recipe(capture={"k": 5})]) == 2
+    assert "capture-one was done on" in (said := capsys.readouterr().err) and "(k)" in said
+    Path("a.jsonl").write_text('{"prompt": "new", "completion": " row"}\n')
+    assert main(["run", recipe()]) == 2
+    assert "other settings (the data's files)" in capsys.readouterr().err
+
+
+def stages(path):
+    parsed = parse_settings(recipes.Recipe, ["--config", path], command="run", description="")
+    return recipes.stages_of(parsed.settings, parsed.file)
+
+
+def test_a_section_that_is_left_out_is_a_stage_that_is_left_out(recipe, student_dir):
+    assert [stage.name for stage in stages(recipe(offline=None, capture=None))] == ["panel"]
+    (panel,) = stages(recipe(offline=None, capture=None))
+    assert panel.config["model_name_or_path"] == student_dir and len(panel.config["datasets"]) == 2
+    assert [stage.name for stage in stages(recipe(panel=None))] == ["capture-one", "capture-two", "offline"]
+    assert stages(recipe())[-1].config["model_name_or_path"] == "work/offline"
+
+
+def test_the_example_asks_for_every_stage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = stages(str(ROOT / "examples" / "recipe.yaml"))
+    assert [stage.name for stage in found] == ["capture-expert", "offline", "panel"]
+
+
+def test_how_training_is_launched(recipe):
+    assert stages(recipe(launch={"processes": 2}))[2].launcher[-2:] == ("--nproc_per_node", "2")
+    told = stages(recipe(launch={"command": "accelerate launch --config_file zero3.yaml"}))
+    assert told[2].launcher == ("accelerate", "launch", "--config_file", "zero3.yaml") and len(told[0].launcher) == 1
+
+
+def test_a_refused_teacher_stops_before_anything_runs(recipe, capsys, teacher_dir):
+    refused = {"teachers": {"one": {"license": "openai-terms-of-use"}}}
+    code = main(["run", recipe(teachers={"one": teacher_dir}, lineage=refused)])
+    assert code == 1 and not Path("work").exists(), capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_dir": None}, "output_dir is not set"),
+        ({"teachers": None}, "no teachers are named"),
+        ({"capture": None, "offline": None, "panel": None}, "nothing to do"),
+        ({"capture": {"kk": 4}}, r"recipe.yaml, line \d+: capture: unknown key 'kk'. Did you mean 'k'"),
+        ({"capture": {"k": "x"}}, r"line \d+: capture.k: expected a whole number, found 'x'"),
+        ({"offline": {"learning_rat": 1}}, "offline: unknown key 'learning_rat'. Did you mean 'learning_rate'"),
+        ({"offline": {"teacher_cache": "x"}}, "offline: teacher_cache is set by the recipe's teachers"),
+        ({"data": {"datset": "x"}}, "data: unknown key 'datset'. Did you mean 'dataset'"),
+        ({"launch": {"proceses": 2}}, "launch: unknown key 'proceses'. Did you mean 'processes'"),
+        ({"techers": {}}, r"line \d+: unknown key 'techers'. Did you mean 'teachers'"),
+        ({"teachers": {"one": {"weight": 1.0}}}, "expected model, or url and more"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(recipe, capsys, changes, message):
+    assert main(["run", recipe(**changes), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said) and len(said.splitlines()) <= 6, said
