@@ -3,12 +3,15 @@
 The forms of answers and errors were taken from a real server; ``make test-vllm`` compares with a real one.
 """
 
+import contextlib
+import copy
 import json
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import torch
 
@@ -39,6 +42,12 @@ class Behaviour:
     pooler: dict = field(default_factory=lambda: {"task": "token_embed", "use_activation": False})
     dtype: str = "float32"  # that it computes in
     root: str | None = None  # what it was loaded from
+    takes_adapters: bool = True  # --enable-lora
+    takes_weights: bool = True  # VLLM_SERVER_DEV_MODE
+    keeps_tied_head: bool = True  # as vLLM 0.32 on a CPU, after `reload_weights`
+    forgets: object = None  # called with the name of each tensor that is loaded; True keeps the old one
+    dies_at: int | None = None  # number of the completions request from which on it answers nothing
+    adapters: dict = field(default_factory=dict)  # name to model
 
 
 class _Refused(Exception):
@@ -112,9 +121,11 @@ def _write(model, prompt, body, settings, behaviour):
     ids, listed = [], []
     ends, most = behaviour.ends, 0 if behaviour.writes_nothing else body["max_tokens"]
     if body.get("ignore_eos"):
-        ends, most = (), body["max_tokens"]
+        ends, most = tuple(body.get("stop_token_ids") or ()), body["max_tokens"]
     while len(ids) < most and not (ids and ids[-1] in ends):
         logits = _logits(model, [*prompt, *ids])[-1]
+        for token, bias in (body.get("logit_bias") or {}).items():
+            logits[int(token)] += bias
         processed = _processed(logits, settings, prompt, ids)
         greedy = settings["temperature"] == 0
         chosen = int(processed.argmax() if greedy else torch.multinomial(processed.softmax(-1), 1, generator=generator))
@@ -159,18 +170,53 @@ def _complete(model, body, behaviour):
     behaviour.completions += 1
     if behaviour.replica is not None:
         model = behaviour.replica(behaviour.completions)
+    model = behaviour.adapters.get(body["model"], model)
     choices = []
     for index, tokens in enumerate(prompts):
         choices.append({"index": index, **_write(model, tokens, body, settings, behaviour)})
         if "prompt_logprobs" in body:
             choices[-1]["prompt_logprobs"] = _entries(model, tokens, body["prompt_logprobs"], behaviour)
-    answer = {"object": "text_completion", "model": behaviour.answer_as or behaviour.name, "choices": choices}
+    name = body["model"] if body["model"] in behaviour.adapters else behaviour.name
+    answer = {"object": "text_completion", "model": behaviour.answer_as or name, "choices": choices}
     if not behaviour.has_logprobs:
         for choice in choices:
             choice["logprobs"] = choice["prompt_logprobs"] = None
     if behaviour.change is not None:
         behaviour.change(answer)
     return answer
+
+
+def _load_adapter(model, body, behaviour):
+    """Load a PEFT adapter over a copy of the model, as ``/v1/load_lora_adapter`` does."""
+    from peft import PeftModel
+
+    if not behaviour.takes_adapters:
+        raise _Refused("This server has no LoRA.")
+    if not Path(body["lora_path"], "adapter_config.json").is_file():
+        raise _Refused(f"No adapter found for {body['lora_path']}")
+    assert body["load_inplace"] or body["lora_name"] not in behaviour.adapters
+    if behaviour.forgets is not None and body["lora_name"] in behaviour.adapters and behaviour.forgets(None):
+        return
+    with contextlib.redirect_stdout(None):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(model), body["lora_path"])
+    behaviour.adapters[body["lora_name"]] = loaded.eval()
+
+
+def _reload(model, body, behaviour):
+    """Load all weights of a directory over those of the model, as ``reload_weights`` does."""
+    from safetensors.torch import load_file
+
+    assert body["method"] == "reload_weights"
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if behaviour.keeps_tied_head and head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    files = sorted(Path(body["kwargs"]["weights_path"]).glob("*.safetensors"))
+    assert files, "no weights"
+    for file in files:
+        for name, tensor in load_file(file).items():
+            if behaviour.forgets is None or not behaviour.forgets(name):
+                parameters[name].data.copy_(tensor)
 
 
 @torch.no_grad()
@@ -231,12 +277,25 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0):
             with lock:
                 behaviour.requests.append((self.path, dict(self.headers), body))
                 status = behaviour.failures.pop(0) if behaviour.failures else None
+                if behaviour.dies_at is not None and behaviour.completions >= behaviour.dies_at:
+                    status = 0
             if status == 0:
                 self.close_connection = True
                 self.connection.close()
             elif status is not None:
                 self.send(status, {"error": {"message": "made to fail"}}, Location="http://elsewhere.invalid")
             return status is not None
+
+        def load(self, how, body):
+            try:
+                with lock:
+                    how(model, body, behaviour)
+            except _Refused as error:
+                self.send(400, {"error": {"message": str(error), "code": 400}})
+            else:
+                self.send_response(200)  # and no JSON
+                self.send_header("Content-Length", "0")
+                self.end_headers()
 
         def do_GET(self):
             if self.fails({}):
@@ -249,7 +308,8 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0):
                 return
             assert self.path == "/v1/models"
             listed = {"id": behaviour.name, "max_model_len": behaviour.max_model_len, "root": behaviour.root}
-            self.send(200, {"data": [listed]})
+            adapters = [{"id": name, "parent": behaviour.name} for name in behaviour.adapters]
+            self.send(200, {"data": [listed, *adapters]})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -257,6 +317,12 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0):
                 return
             if self.path == "/tokenize" and behaviour.has_tokenize:
                 self.send(200, {"tokens": tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]})
+            elif self.path == "/v1/load_lora_adapter":
+                self.load(_load_adapter, body)
+            elif self.path == "/collective_rpc" and behaviour.takes_weights:
+                self.load(_reload, body)
+            elif self.path == "/reset_prefix_cache" and behaviour.takes_weights:
+                self.load(lambda *_: None, body)
             elif self.path == "/pooling" and behaviour.runner == "pooling":
                 try:
                     with lock:

@@ -147,7 +147,7 @@ class StudentModule(LightningModule):
             return
         sampling = Sampling(max_completion_length=self.hparams["sample_length"], temperature=0.0)
         engine = engine_of(self, self.model, self.tokenizer, sampling, seed=0)
-        responses = engine.generate(render(self.tokenizer, batch["prompt"]))
+        responses = [one.ids for one in engine.generate(render(self.tokenizer, batch["prompt"]))]
         written = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
         self._shown += [[_as_text(p), text] for p, text in zip(batch["prompt"], written, strict=True)]
         self.log_accuracy("val/accuracy", written, batch)

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kd_plugin.errors import ConfigError
+from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.panel_host import (
     LightningHost,
@@ -36,7 +36,7 @@ from kd_plugin.lightning.step import (
     window_end,
     window_size,
 )
-from kd_plugin.lightning.student import engine_of, shards_the_student
+from kd_plugin.lightning.student import engine_of, inside_units, shards_the_student
 from kd_plugin.limits import refuse_images, refuse_router_loss
 from kd_plugin.lineage.start import start_run
 from kd_plugin.monitor.run import PanelRun
@@ -53,6 +53,7 @@ from kd_plugin.panel.sampling import (
 from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.rollouts.in_process import Sampling, pad_token
 from kd_plugin.rollouts.rows import mixed_seed
+from kd_plugin.rollouts.server_engine import ServerEngine
 from kd_plugin.settings import built, takes
 from kd_plugin.student.forward import Call, DistillingForward
 from kd_plugin.student.head import as_trained, config_of, find_student, load_tokenizer, student_rows
@@ -117,6 +118,7 @@ class TeacherPanelCorrection(StudentCallback):
         self._ahead: dict[Any, Prepared] = {}  # by window and place in it, see `_place`
         self._keeper: StartKeeper | None = None
         self._anchor: Anchor | None = None
+        self._server_engine: ServerEngine | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the trainer, the module, the panel and the licenses; keep the student's start if it is anchored."""
@@ -231,6 +233,19 @@ class TeacherPanelCorrection(StudentCallback):
             number = batch[WINDOW]["number"]
             self._ahead = {(number, i): prepared(part, scored.tokens) for i, part in enumerate(parts)}
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save what was learned if a server ended the run, and leave the module as it was.
+
+        Where ranks hold parts of the student saving takes all of them, and only some may know of the failure.
+        """
+        if isinstance(exception, ServerError) and trainer.global_step and not shards_the_student(trainer):
+            directory = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+            path = Path(directory, f"server-step={trainer.global_step}.ckpt")
+            if trainer.is_global_zero and trainer.world_size == 1:
+                trainer.save_checkpoint(path)
+                logger.error("A server is gone. What was learned in %d steps is in %s.", trainer.global_step, path)
+        super().on_exception(trainer, pl_module, exception)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -310,21 +325,32 @@ class TeacherPanelCorrection(StudentCallback):
             anchor=self._anchor,
             chat_options=settings.chat_template_kwargs,
         )
+        student = as_trained(module, model)
+        self._server_engine = self.panel_run.server_engine(
+            self._host,
+            student,
+            self._vocabulary,
+            [tokenizer.eos_token_id],
+            output_dir=trainer.default_root_dir,
+            inside=inside_units(module, student),
+        )
         objective = dataclasses.replace(self.objective, step=self._panel_step)
         self._forward = DistillingForward(model, self._vocabulary.size, objective, module)
 
     def _scored(self, module: LightningModule, batches: Sequence[Any], step: int, draw: int) -> ScoredRollouts:
         """Generate and score the responses to all prompts of some batches, as the step and the draw decide."""
-        engine = engine_of(
+        seed = mixed_seed(self.seed, step, self._host.rank, draw)
+        own = engine_of(
             module,
             as_trained(module, find_student(module, self.student)),
             self._tokenizer,
             Sampling.of(self.settings),
-            seed=mixed_seed(self.seed, step, self._host.rank, draw),
+            seed=seed,
             vocabulary=self._vocabulary,
             repeats=self.settings.repetition_stop,
         )
         rows = rows_of(batches, self.panel.columns)
+        engine = own if self._server_engine is None else self._server_engine.seeded(seed, own)
         return self._panel_step.roll_out(rows, count_of(batches[0]), engine, draw=draw)
 
     def _next(self, batch: Any) -> Prepared:

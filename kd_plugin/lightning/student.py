@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -20,6 +22,7 @@ from kd_plugin.launch.preflight import require_filled
 from kd_plugin.launch.preflight import require_launchable as require_configured
 from kd_plugin.lightning.upstream import resumed_from
 from kd_plugin.rollouts.in_process import InProcessEngine, Sampling
+from kd_plugin.sharding.running import called, through
 from kd_plugin.student.head import config_of
 from kd_plugin.vocab import Vocabulary
 
@@ -158,6 +161,14 @@ def engine_of(
         around=_units_around(module, student),
         repeats=repeats,
     )
+
+
+def inside_units(module: LightningModule, student: Any) -> Callable[..., Any]:
+    """Return what runs a function inside the FSDP2 units around a student, which gather for it."""
+    run: Callable[..., Any] = called
+    for unit in _units_around(module, student):
+        run = functools.partial(through(unit, unit), run)
+    return run
 
 
 def _units_around(module: LightningModule, model: Any) -> list[nn.Module]:

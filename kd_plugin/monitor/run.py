@@ -23,12 +23,14 @@ from kd_plugin.panel.sampling import (
     completed,
     own_generation_config,
     require_sampling,
+    require_server_engine,
     require_whole_distribution,
 )
 from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.viewing import require_viewable
 from kd_plugin.panel.warmup import warmup_objective
 from kd_plugin.rollouts.in_process import Sampling
+from kd_plugin.rollouts.server_engine import ServerEngine
 from kd_plugin.text.prompts import Templates
 from kd_plugin.text.rounds import ROUNDS, RoundWriter
 from kd_plugin.upstream import reference_of
@@ -62,6 +64,7 @@ class PanelRun:
         self.divergence = self.panel.divergence or settings.resolved_divergence()
         require_defined_panel(self.panel, self.divergence, settings.temperature)
         require_sampling(self.panel, settings)
+        require_server_engine(self.panel, settings)
         require_viewable(self.panel, settings.rollouts)
         require_correctable(self.panel, settings.rollouts)
         self.caches = [TeacherCache(path) for path in settings.warmup_caches()]
@@ -138,6 +141,9 @@ class PanelRun:
         Raises:
             ConfigError: tokens would not be drawn from its whole distribution.
         """
+        engine = self.settings.engine_settings()
+        if engine is not None and engine.on_mismatch == "stop":
+            return  # servers are told every setting, and take nothing from the checkpoint
         arguments = Sampling.of(self.settings).arguments()
         config = completed(GenerationConfig(), own_generation_config(model))
         config.update(**arguments)
@@ -163,6 +169,26 @@ class PanelRun:
             logger.warning("The panel changed since %s: %s.", where, change)
         self.lineage.note_changes([f"panel after {Path(where).name}: {change}" for change in changed])
         self._changed = ("", [])
+
+    def server_engine(
+        self, host: Host, student: Any, vocabulary: Vocabulary, end_tokens: Sequence[int], **options: Any
+    ) -> ServerEngine | None:
+        """Return the servers that generate for the student; None where it generates in the host's process.
+
+        Args:
+            host: the trainer.
+            student: unwrapped.
+            vocabulary: of the run.
+            end_tokens: ids that end a response.
+            **options: the other arguments of :class:`~kd_plugin.rollouts.server_engine.ServerEngine`.
+
+        Raises:
+            ConfigError: see there.
+        """
+        chosen = self.settings.engine_settings()
+        if chosen is None:
+            return None
+        return ServerEngine(chosen, student, host, Sampling.of(self.settings), vocabulary, end_tokens, **options)
 
     def step(self, host: Host, output_dir: str | Path, *, tokenizer: Any, **options: Any) -> PanelStep:
         """Return the on-policy step of a host, with a monitor that looks on.

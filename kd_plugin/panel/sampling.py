@@ -79,6 +79,31 @@ def sampled_teacher(panel: TeacherPanel) -> str | None:
     return next(names, None)
 
 
+def require_server_engine(panel: TeacherPanel, args: Any) -> None:
+    """Refuse what servers that generate for the student cannot do; nothing is loaded or sent for it.
+
+    Args:
+        panel: the teachers, and how they are estimated.
+        args: a host's configuration.
+
+    Raises:
+        ConfigError: interleaved rollouts, or sampled tokens at another temperature than 1.
+    """
+    if args.engine_settings() is None:
+        return
+    if args.rollouts == "interleaved":
+        raise ConfigError(
+            "rollouts='interleaved' replaces tokens while the student generates, which a rollout_engine on a server "
+            "cannot. Leave one of the two out."
+        )
+    name = sampled_teacher(panel)
+    if name is not None and args.temperature != 1.0:
+        raise ConfigError(
+            f"estimator='sampled' (teacher {name!r}) at temperature {args.temperature} with a rollout_engine: a server "
+            "tells the log-probabilities of its tokens at temperature 1. Use temperature=1, or another estimator."
+        )
+
+
 def require_sampling(panel: TeacherPanel, args: Any) -> None:
     """Refuse settings of a run under which the sampled estimator would be biased; nothing is loaded for it.
 

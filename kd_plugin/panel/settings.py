@@ -12,6 +12,7 @@ from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.weights import Schedule, as_schedule
 from kd_plugin.rollouts.decoding import Draws
+from kd_plugin.rollouts.engine_settings import EngineSettings, engine_settings
 from kd_plugin.settings import option, require_known, settings
 
 AlarmAction = Literal["warn", "lower_learning_rate", "stop"]
@@ -138,6 +139,11 @@ class RolloutSettings:
         help="'student' lets it generate alone, as in TRL. 'interleaved' (speculative KD) has the panel replace "
         "each token that it does not rank among its first `interleaved_top_k`.",
     )
+    rollout_engine: dict[str, Any] | str | None = option(
+        default=None,
+        help="Servers that generate for the student, as a block or a path to YAML with it: {kind: vllm, url: ..., "
+        "sync: adapter or reload, max_staleness: 0}. Left out, it generates in this process.",
+    )
     rollout_draws: str = option(
         default="multinomial",
         help="'multinomial' draws the tokens that TRL draws with the same seed. 'uniform' draws from the same "
@@ -176,6 +182,7 @@ class RolloutSettings:
         """
         require_known("rollouts", self.rollouts, ("student", "interleaved"))
         require_known("rollout_draws", self.rollout_draws, get_args(Draws))
+        self.engine_settings()
         if self.interleaved_top_k < 1 or self.interleaved_block < 1:
             raise ConfigError(
                 f"interleaved_top_k is {self.interleaved_top_k} and interleaved_block {self.interleaved_block}; "
@@ -190,6 +197,14 @@ class RolloutSettings:
             raise ConfigError("warmup_cache_steps is set, but no warmup_cache; name the cache to warm up on.")
         if self.warmup_cache and not self.warmup_cache_steps:
             raise ConfigError("warmup_cache is set, but warmup_cache_steps is 0; say how many steps to fit it.")
+
+    def engine_settings(self) -> EngineSettings | None:
+        """Return what ``rollout_engine`` describes; None where the student generates in this process.
+
+        Raises:
+            ConfigError: an unknown key, or a value that cannot be meant.
+        """
+        return engine_settings(self.rollout_engine)
 
     def on_policy_schedule(self) -> Schedule:
         """Return ``on_policy_fraction`` as a schedule."""

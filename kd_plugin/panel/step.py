@@ -35,9 +35,9 @@ from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import score_rows
 from kd_plugin.panel.viewing import readers_of
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
-from kd_plugin.rollouts import Propose, RolloutEngine
+from kd_plugin.rollouts import Drawn, Propose, RolloutEngine
 from kd_plugin.rollouts.responses import completion_ids, cut_loops, require_prompts, scored_offsets
-from kd_plugin.rollouts.rows import Rollouts, assembled, mixed_seed, on_policy_rows, render
+from kd_plugin.rollouts.rows import Rollouts, assembled, behaviour_logprobs, mixed_seed, on_policy_rows, render
 from kd_plugin.sharding.gathering import gathered_heads, most_of_any_rank
 from kd_plugin.signals import OutputHead
 from kd_plugin.text.rounds import RoundWriter
@@ -179,16 +179,19 @@ class PanelStep:
         """
         prompts = render(self.tokenizer, [row["prompt"] for row in rows], self.chat_options)
         assigned = self.assign(rows, rows_at_once, draw=draw)
+        drawn = self.respond(assigned, prompts, engine)
         rollouts = assembled(
             prompts,
-            self.respond(assigned, prompts, engine),
+            [one.ids for one in drawn],
             end_tokens=self.end_tokens,
             pad_token_id=self.pad_token_id,
             device=self.host.device,
         )
-        return self.score(assigned, rollouts, counted=counted)
+        width = rollouts.input_ids.shape[1] - rollouts.completion_start
+        behaviour = behaviour_logprobs(drawn, width, self.host.device)
+        return self.score(assigned, rollouts, counted=counted, behaviour_logprobs=behaviour)
 
-    def respond(self, assigned: Assigned, prompts: Sequence[Sequence[int]], engine: RolloutEngine) -> list[list[int]]:
+    def respond(self, assigned: Assigned, prompts: Sequence[Sequence[int]], engine: RolloutEngine) -> list[Drawn]:
         """Return the response to each prompt: the student's own, interleaved with the panel's, or the dataset's.
 
         Args:
@@ -205,7 +208,7 @@ class PanelStep:
         given = assigned.given if len(assigned.given) == len(prompts) else (None,) * len(prompts)
         rows = [row for row, ids in enumerate(given) if ids is None]
         own = dict(zip(rows, self._generate(assigned, rows, prompts, engine) or [], strict=True))
-        return [own[row] if ids is None else ids for row, ids in enumerate(given)]
+        return [own[row] if ids is None else Drawn(ids) for row, ids in enumerate(given)]
 
     def accompany(self, engine: RolloutEngine) -> bool:
         """Take part in a generation of other ranks without a row of its own; False where none of them generates."""
@@ -213,7 +216,7 @@ class PanelStep:
 
     def _generate(
         self, assigned: Assigned, rows: list[int], prompts: Sequence[Sequence[int]], engine: RolloutEngine
-    ) -> list[list[int]] | None:
+    ) -> list[Drawn] | None:
         """Let the student generate for some rows; None if no rank that generates with this one has any."""
         host, settings = self.host, self.settings
         interleaved = settings.rollouts == "interleaved" and host.training
@@ -225,13 +228,18 @@ class PanelStep:
             chosen = [list(ids) for ids in prompts[:1]] or [[self.pad_token_id]]  # what follows it is not used
         if interleaved:
             with engine.proposing() as propose:
-                found = self._interleaved([assigned.assignments[row] for row in rows or [0]], chosen, assigned, propose)
+                assignments = [assigned.assignments[row] for row in rows or [0]]
+                found = [Drawn(ids) for ids in self._interleaved(assignments, chosen, assigned, propose)]
         else:
             found = engine.generate(chosen)
         found = found[: len(rows)]
         if settings.repetition_stop:  # exactly where it says, also what an engine generated that was not stopped
-            found, looping = cut_loops(found, settings.repetition_stop)
+            kept, looping = cut_loops([one.ids for one in found], settings.repetition_stop)
+            found = [one.cut(len(ids)) for one, ids in zip(found, kept, strict=True)]
             host.note({"rollouts/looping": looping})
+        versions = [version for one in found for version in one.versions or ()]
+        if versions and host.training:
+            host.note({"rollouts/staleness": host.step - sum(versions) / len(versions)})
         return found
 
     def _interleaved(

@@ -1,18 +1,42 @@
 """Rollout engines: who generates the responses that teachers score, with which weights.
 
-in_process.py is the engine over transformers, decoding.py its loop; interleaved.py lets a panel replace the student's
-tokens; responses.py says where responses end and which tokens count, rows.py who fills a row and how rows are padded.
+in_process.py is the engine over transformers, decoding.py its loop. server_engine.py has vLLM servers generate:
+engine_settings.py declares how, engine_pool.py asks several of them, weights.py takes the student's weights there and
+parity.py sees whether they arrived. responses.py says where responses end and which tokens count, rows.py who fills a
+row and how rows are padded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 Propose = Callable[[Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The response to one prompt, as an engine drew it.
+
+    Attributes:
+        ids: token ids up to and with the first end token.
+        logprobs: nats of each token where it was drawn; None where the student of this process drew it, or nobody.
+        versions: of each token the optimizer steps of the weights that drew it; None likewise.
+    """
+
+    ids: list[int]
+    logprobs: list[float] | None = None
+    versions: list[int] | None = None
+
+    def cut(self, length: int) -> Drawn:
+        """Return the first ``length`` tokens."""
+        logprobs = None if self.logprobs is None else self.logprobs[:length]
+        versions = None if self.versions is None else self.versions[:length]
+        return Drawn(self.ids[:length], logprobs, versions)
 
 
 class RolloutEngine(Protocol):
@@ -31,8 +55,8 @@ class RolloutEngine(Protocol):
         """Whether :meth:`generate` may be called without a prompt; transformers cannot generate nothing."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return a response to each of B prompts: token ids up to and with the first end token."""
+    def generate(self, prompts: Sequence[Sequence[int]]) -> list[Drawn]:
+        """Return a response to each of B prompts."""
         ...
 
     def proposing(self) -> AbstractContextManager[Propose]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
 from kd_plugin.errors import NonFiniteError
-from kd_plugin.rollouts import Propose
+from kd_plugin.rollouts import Drawn, Propose
 from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_tokens
 from kd_plugin.rollouts.responses import StopLoops, until_end
 from kd_plugin.rollouts.rows import left_padded
@@ -119,14 +119,14 @@ class InProcessEngine:
         self.around = around
         self.repeats = repeats
 
-    def generate(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return a response to each of B prompts: token ids up to and with the first end token."""
+    def generate(self, prompts: Sequence[Sequence[int]]) -> list[Drawn]:
+        """Return a response to each of B prompts."""
         ids, mask = left_padded(prompts, pad_token(self.tokenizer))
         width = ids.shape[1]
         loops = {"stopping_criteria": StoppingCriteriaList([StopLoops(width, self.repeats)])} if self.repeats else {}
         with self._ready():
             generated = self._generate(ids, mask, **loops)
-        return [until_end(row, [self.tokenizer.eos_token_id]) for row in generated[:, width:].tolist()]
+        return [Drawn(until_end(row, [self.tokenizer.eos_token_id])) for row in generated[:, width:].tolist()]
 
     @contextmanager
     def proposing(self) -> Iterator[Propose]:

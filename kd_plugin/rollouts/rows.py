@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kd_plugin.rollouts import Drawn
 from kd_plugin.rollouts.responses import Response, as_responses, require_prompts
 
 
@@ -162,3 +163,14 @@ def assembled(
         ids[row, start : start + len(response)] = torch.tensor(response, dtype=ids.dtype)
         mask[row, start : start + len(response)] = 1
     return Rollouts(ids.to(device), mask.to(device), start, tuple(as_responses(responses, end_tokens)))
+
+
+def behaviour_logprobs(drawn: Sequence[Drawn], width: int, device: torch.device) -> Tensor | None:
+    """Return (B, ``width``) nats of response tokens where they were drawn, 0 at padding; None if a row lacks them."""
+    told = [one.logprobs for one in drawn]
+    if not drawn or any(one is None for one in told):
+        return None
+    found = torch.zeros(len(drawn), width)
+    for row, values in enumerate(told):
+        found[row, : len(values or ())] = torch.tensor(values, dtype=torch.float32)
+    return found.to(device)

@@ -87,6 +87,11 @@ def through(wrapper: nn.Module, model: nn.Module) -> Callable[..., Any]:
     return call
 
 
+def called(method: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    """Run a method where nothing must be entered for it; what :func:`through` returns for a model without a wrapper."""
+    return method(*inputs, **named)
+
+
 def shard_with_fsdp2(model: nn.Module, **options: Any) -> nn.Module:
     """Shard ``model`` over all ranks with FSDP2, in place: each layer a unit, the rest another.
 

@@ -151,6 +151,10 @@ class Client:
         """Return the JSON that answers ``body``, with retries."""
         return self._patiently("POST", path, body, threading.Event(), _as_it_is)
 
+    def tell(self, path: str, body: Any) -> None:
+        """Post what is answered by its status alone, with retries."""
+        self._patiently("POST", path, body, threading.Event(), _status_alone)
+
     def ask(self, path: str, body: Any, read: Callable[[Any], T], given_up: threading.Event | None = None) -> T:
         """Return what ``read`` makes of the answer to ``body``, with retries.
 
@@ -225,7 +229,10 @@ class Client:
             ) as answer:
                 self._require_success(url, answer)
                 events = stream and "text/event-stream" in answer.headers.get("Content-Type", "")
-                found = _events(answer) if events else [_content(url, answer)]
+                if read is _status_alone:
+                    found: list[Any] = [None]
+                else:
+                    found = _events(answer) if events else [_content(url, answer)]
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             raise Away(f"{type(error).__name__}: {_reason(error)}") from error
         made = read(found if stream else found[0])
@@ -284,6 +291,10 @@ class _Key(requests.auth.AuthBase):
 
 def _as_it_is(answer: Any) -> Any:
     return answer
+
+
+def _status_alone(answer: Any) -> None:
+    return None
 
 
 def _content(url: str, answer: requests.Response) -> Any:

@@ -27,6 +27,8 @@ from kd_plugin.panel.sampling import (
 )
 from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.warmup import WarmupBatch
+from kd_plugin.rollouts.server_engine import ServerEngine
+from kd_plugin.sharding.running import called, through
 from kd_plugin.signals import OutputHead
 from kd_plugin.trainers.panel_host import (
     PanelStateCallback,
@@ -62,6 +64,7 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
     panel_run: PanelRun
     panel_settings: Any
     panel_step: PanelStep
+    server_engine: ServerEngine | None
     _vocabulary: Vocabulary
 
     def gate_panel(
@@ -118,8 +121,18 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
                 raise ConfigError(self.panel_run.sharded_start.format("DeepSpeed and FSDP"))
             anchor = self.panel_run.anchor(self.accelerator.unwrap_model(self.model), self._vocabulary)
             place_under_accelerate(self, anchor.panel, self._vocabulary)
+        host = TrainerHost(self, metrics)
+        student = self.accelerator.unwrap_model(self.model)
+        self.server_engine = self.panel_run.server_engine(
+            host,
+            student,
+            self._vocabulary,
+            tokens["end_tokens"],
+            output_dir=str(self.args.output_dir),
+            inside=through(self.model_wrapped, student) if self.is_fsdp_enabled else called,
+        )
         self.panel_step = self.panel_run.step(
-            TrainerHost(self, metrics),
+            host,
             str(self.args.output_dir),
             vocabulary=self._vocabulary,
             seed=self.args.seed,

@@ -134,17 +134,19 @@ class TeacherPanelMixin(PanelHostMixin):
     def _rolled_out(self, rows: Sequence[Mapping[str, Any]], at_once: int, step: int, draw: int = 0) -> ScoredRollouts:
         for row in rows:
             refuse_images((name for name, value in row.items() if value), "A row")
-        engine = InProcessEngine(
+        seed = mixed_seed(self.args.seed, step, self.panel_step.host.rank, draw)
+        own = InProcessEngine(
             self.accelerator.unwrap_model(self.model_wrapped),
             self.panel_step.tokenizer,
             Sampling.of(self.panel_settings),
             device=self.accelerator.device,
-            seed=mixed_seed(self.args.seed, step, self.panel_step.host.rank, draw),
+            seed=seed,
             vocabulary=self._vocabulary,
             together=self.is_deepspeed_enabled and self.accelerator.num_processes > 1,
             repeats=self.panel_settings.repetition_stop,
         )
         counted = None if self.model.training else self.rows_of_its_own(len(rows))
+        engine = own if self.server_engine is None else self.server_engine.seeded(seed, own)
         return self.panel_step.roll_out(rows, at_once, engine, draw=draw, counted=counted)
 
     def compute_loss(

@@ -117,6 +117,8 @@ class TeacherPanelConfig(
                 "shard_teachers needs DeepSpeed: set `deepspeed` to a configuration file, or launch with an Accelerate "
                 "YAML that names one."
             )
+        if self.rollout_engine is not None and self.use_vllm:
+            raise ConfigError("use_vllm is TRL's own vLLM generation, and rollout_engine another. Set one of the two.")
         if self.rollouts == "interleaved" and self.use_vllm:
             raise ConfigError(
                 "rollouts='interleaved' needs transformers generation: the panel replaces tokens as they are sampled. "

@@ -19,7 +19,7 @@ from trl.models import unwrap_model_for_generation
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.sampling import completed, draw_settings, own_generation_config, require_whole_distribution
-from kd_plugin.rollouts import Propose
+from kd_plugin.rollouts import Drawn, Propose
 from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_tokens
 from kd_plugin.rollouts.responses import StopLoops
 from kd_plugin.sharding.gathering import most_of_any_rank
@@ -57,7 +57,7 @@ class TRLEngine:
         """Whether it may be called without a prompt."""
         return self.trainer.use_vllm
 
-    def generate(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]]) -> list[Drawn]:
         """Return a response to each prompt."""
         trainer, repeats = self.trainer, self.trainer.args.repetition_stop
         model, options = self._model, {}
@@ -66,7 +66,7 @@ class TRLEngine:
             stop = StopLoops(-(-longest // multiple) * multiple, repeats)
             options = {"stopping_criteria": StoppingCriteriaList([stop])}
         with self._decoding(), generating(model, **options):  # TRL passes no criteria to it (1.16)
-            return self.turn([list(ids) for ids in prompts])
+            return [Drawn(ids) for ids in self.turn([list(ids) for ids in prompts])]
 
     @contextmanager
     def proposing(self) -> Iterator[Propose]:
@@ -182,7 +182,8 @@ def require_draws(
     Raises:
         ConfigError: tokens would not be drawn from the student's whole distribution.
     """
-    if args.use_vllm:
+    engine = args.engine_settings()
+    if args.use_vllm or (engine is not None and engine.on_mismatch == "stop"):
         return  # it is told every setting, and takes nothing from the checkpoint
     given = {"do_sample": True, "cache_implementation": args.cache_implementation, **draw_settings(args)}
     own = own_generation_config(model, (args.model_init_kwargs or {}).get("revision"))

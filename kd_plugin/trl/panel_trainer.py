@@ -21,8 +21,9 @@ from kd_plugin.monitor.run import PanelRun
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.batches import Assigned, ScoredRollouts
 from kd_plugin.panel.sampling import sampled_teacher
+from kd_plugin.rollouts import Drawn, RolloutEngine
 from kd_plugin.rollouts.responses import as_responses
-from kd_plugin.rollouts.rows import Rollouts
+from kd_plugin.rollouts.rows import Rollouts, behaviour_logprobs, mixed_seed
 from kd_plugin.teachers import Teacher
 from kd_plugin.trainers.panel import PanelHostMixin
 from kd_plugin.trl.config import TeacherPanelConfig
@@ -133,7 +134,9 @@ class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
             pad_token_id=self._tokenizer.pad_token_id,
             chat_options={"chat_template": self.chat_template, **tools_shown, **self.chat_template_kwargs},
         )
-        self._engine = TRLEngine(self, self._vocabulary)
+        self._own_engine = TRLEngine(self, self._vocabulary)
+        self._drawn: list[Drawn] = []  # the responses of the generation batch, where one turn makes them
+        self._draws: tuple[Any, int] = (None, 0)  # generations of the present step
 
     def replicated_teacher(self, model: nn.Module) -> nn.Module:
         """Return a teacher where each rank has a replica, under ZeRO-1 and 2, in the student's precision."""
@@ -180,6 +183,9 @@ class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
             output = super()._generate_and_score_completions(inputs)
         completion_mask = output["completion_mask"]
         completion_mask[self._empty] = 0  # what stood in for empty responses
+        if self.server_engine is not None and self._is_sampled:
+            width = output["completion_ids"].shape[1]
+            behaviour = behaviour_logprobs(self._drawn, width, output["completion_ids"].device)
         if self.use_vllm and self._is_sampled:
             behaviour = padded_logprobs(found, completion_mask, cut=args.repetition_stop > 0)
         loss_mask = completion_mask * output["tool_mask"] if "tool_mask" in output else completion_mask
@@ -206,17 +212,30 @@ class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, **kwargs: Any) -> Any:
         generate = super()._generate_single_turn
-        self._engine.turn = lambda prompts: generate(prompts, images, multimodal_fields, **kwargs)
-        found = self.panel_step.respond(self._assigned, prompt_ids, self._engine)
+        self._own_engine.turn = lambda prompts: generate(prompts, images, multimodal_fields, **kwargs)
+        found = self.panel_step.respond(self._assigned, prompt_ids, self._next_engine())
         if len(self._assigned.given) == len(prompt_ids):
-            self._empty = [row for row, ids in enumerate(found) if not ids]
+            self._drawn = found
+            self._empty = [row for row, one in enumerate(found) if not one.ids]
         # TRL (1.16) looks at the last token of each response, and cannot at that of one without tokens
-        return [ids or [self._tokenizer.pad_token_id] for ids in found]
+        return [one.ids or [self._tokenizer.pad_token_id] for one in found]
+
+    def _next_engine(self) -> RolloutEngine:
+        """Return who generates the next turn, with the seed of it."""
+        if self.server_engine is None:
+            return self._own_engine
+        host, (key, draws) = self.panel_step.host, self._draws
+        present = (host.step, host.training)
+        self._draws = (present, draws + 1 if present == key else 0)
+        # What is generated at each evaluation is the same
+        seed = mixed_seed(self.args.seed, host.step if host.training else -1, host.rank, self._draws[1])
+        return self.server_engine.seeded(seed, self._own_engine)
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Call tools as the parent does, and take part while other ranks generate: theirs may call more of them."""
         found = super()._tool_call_loop(*args, **kwargs)
-        while self._engine.together and self.panel_step.accompany(self._engine):
+        engine = self._own_engine if self.server_engine is None else self.server_engine
+        while engine.together and self.panel_step.accompany(engine):
             continue
         return found
 
@@ -249,5 +268,7 @@ def require_no_tools(args: TeacherPanelConfig, tools: Any) -> None:
     """
     if tools and args.rollouts == "interleaved":
         raise ConfigError("rollouts='interleaved' cannot call tools; let the student generate alone.")
+    if tools and args.rollout_engine is not None:
+        raise ConfigError("rollout_engine generates one turn and calls no tools; let the student generate in process.")
     if tools and args.on_policy_schedule().values() != (1.0, 1.0):
         raise ConfigError("on_policy_fraction below 1 cannot be mixed with tools; let the student generate all rows.")

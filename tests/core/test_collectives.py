@@ -222,4 +222,4 @@ def test_a_rank_without_rows_of_its_own_joins_each_round_of_an_interleaved_gener
     engine = Proposing()
     found = step.respond(step.assign(rows, 4), PROMPTS, engine)
     assert engine.rounds == 2 and next(others, None) is None
-    assert found == [byte_tokenizer()("abc<|im_end|>")["input_ids"]] * 4
+    assert [one.ids for one in found] == [byte_tokenizer()("abc<|im_end|>")["input_ids"]] * 4

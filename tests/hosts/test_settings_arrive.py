@@ -21,6 +21,7 @@ from kd_plugin.lightning import OfflineKD, OfflineKDModule, TeacherPanelCorrecti
 from kd_plugin.lightning.cli import KDCommand
 from kd_plugin.lightning.module import PanelModuleSettings, StudentSettings
 from kd_plugin.panel.settings import PanelSettings
+from kd_plugin.rollouts.engine_settings import EngineSettings
 from kd_plugin.settings import values_of
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.transformers import OfflineKDMixin, TeacherPanelMixin
@@ -41,8 +42,7 @@ def cache(tmp_path_factory, teacher_dir):
 
 @pytest.fixture(scope="module")
 def panel(teacher_dir, other_teacher_dir, cache):
-    """Every field of PanelSettings but ``panel``, which excludes others, ``text``, which needs teachers of its own, and
-    what needs DeepSpeed."""
+    """Every field of PanelSettings but those that exclude others, and what needs DeepSpeed."""
     values = {
         **PARAMETERS, "teacher_models": {"a": teacher_dir, "b": other_teacher_dir}, "combine": "confidence",
         "teacher_weights": {"a": 0.3, "b": 0.7}, "domain_weights": {"x": {"a": 1.0}}, "confidence_temperature": 0.5,
@@ -60,7 +60,7 @@ def panel(teacher_dir, other_teacher_dir, cache):
         "min_p": 0.05, "repetition_penalty": 1.2, "cache_implementation": "dynamic",
         "generation_kwargs": {"no_repeat_ngram_size": 2}, "chat_template_kwargs": {"enable_thinking": False},
     }  # fmt: skip
-    return complete(PanelSettings, values, {"panel", "shard_teachers", "estimator", "text"})
+    return complete(PanelSettings, values, {"panel", "shard_teachers", "estimator", "text", "rollout_engine"})
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,21 @@ def test_lightning_panel_callback(panel):
     built = TeacherPanelCorrection(ce_weight=0.3, seed=5, lineage=LINEAGE, **panel)
     assert built.settings == PanelSettings(**panel)
     assert (built.objective.ce_weight, built.seed, built.lineage) == (0.3, 5, LINEAGE)
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_rollout_engine(in_file, teacher_dir, tmp_path):
+    block = {"kind": "vllm", "url": "http://HEAD:8000", "sync": "reload", "max_staleness": 2, "chunk": 64}
+    (tmp_path / "engine.yaml").write_text(yaml.safe_dump({"rollout_engine": block}))
+    values = {
+        "rollout_engine": str(tmp_path / "engine.yaml") if in_file else block,
+        "teacher_models": {"a": teacher_dir},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path), "model_name_or_path": "m"}))
+    _, config, _ = parse("panel", TeacherPanelConfig, ["--config", str(file), "--use_cpu"])
+    for made in (config.settings(), TeacherPanelCorrection(**values).settings, PanelSettings(**values)):
+        assert made.engine_settings() == EngineSettings(**block)
 
 
 def test_lightning_offline_callback(offline, cache):

@@ -102,7 +102,7 @@ def build_panel(job: dict, args: dict):
         args.setdefault("combine", "weighted_kl")
     if job.get("given"):  # what the dataset answers, which is the same on any number of ranks
         columns["completion"] = [f" {'ab' * (i * 7 % 11)}c" for i in range(count)]
-        args |= {"on_policy_fraction": 0.0}
+        args.setdefault("on_policy_fraction", 0.0)
     data: Dataset = prompts(count=count, **columns)
     config = TeacherPanelConfig(max_completion_length=job.get("completion", 8), temperature=1.0, **args)
     teachers: Any = {name: teacher(name, told) for name, told in job["teachers"].items()}

@@ -1,0 +1,268 @@
+"""Several vLLM servers that generate for one student: rows are spread over them, and one that dies is left out."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from kd_plugin.errors import ConfigError, ServerError
+from kd_plugin.rollouts import Drawn
+from kd_plugin.rollouts.engine_settings import EngineSettings
+from kd_plugin.rollouts.in_process import Sampling
+from kd_plugin.teachers.client import Client, RefusedRequest
+from kd_plugin.teachers.replies import Asking, Listed
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+_ADAPTER = "kd-plugin-policy"  # under which servers have the student's adapter
+_OF_ADAPTERS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora --max-lora-rank RANK"
+_OF_RELOADS = "VLLM_SERVER_DEV_MODE=1"
+_UNLIKELY = -100.0  # added to the logit of a row that is no token
+# What else `generate` may be told that vLLM has under the same name
+_SAME_NAMES = ("presence_penalty", "frequency_penalty", "min_tokens")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A response to be generated.
+
+    Attributes:
+        prompt: token ids.
+        seed: of its draws.
+    """
+
+    prompt: tuple[int, ...]
+    seed: int
+
+
+class EnginePool:
+    """The servers, and which of them live.
+
+    Args:
+        settings: where they are, and how patiently they are asked.
+        sampling: how tokens are drawn.
+        end_tokens: ids that end a response.
+        vocab_size: ids at or above it are no tokens.
+        rows: of the student's head.
+
+    Raises:
+        ConfigError: a setting of generation that a server does not have.
+    """
+
+    def __init__(
+        self, settings: EngineSettings, sampling: Sampling, end_tokens: Sequence[int], vocab_size: int, rows: int
+    ) -> None:
+        unknown = set(sampling.generation_kwargs) - set(_SAME_NAMES)
+        if unknown:
+            raise ConfigError(
+                f"generation_kwargs has {', '.join(sorted(unknown))}, which servers do not take. They take "
+                f"{', '.join(_SAME_NAMES)} beside the fields of their own. Leave the others out, or generate in this "
+                "process."
+            )
+        self.settings, self._sampling, self._rows = settings, sampling, rows
+        self._asking = Asking("", None, 0, vocab_size)
+        self._fixed: dict[str, Any] = {
+            **sampling.generation_kwargs,
+            "min_p": sampling.min_p or 0.0,
+            "repetition_penalty": sampling.repetition_penalty,
+            # Ends are the run's, not those of the checkpoint on the server
+            "ignore_eos": True,
+            "stop_token_ids": list(end_tokens),
+        }
+        if rows > vocab_size:
+            self._fixed["logit_bias"] = {str(i): _UNLIKELY for i in range(vocab_size, rows)}
+        self._clients = [
+            Client(
+                url,
+                timeout=settings.timeout,
+                max_concurrency=settings.max_concurrency,
+                max_retries=settings.max_retries,
+                api_key_env=settings.api_key_env,
+            )
+            for url in settings.addresses
+        ]
+        self._names: dict[str, str] = {}  # of the student on each server
+        self._dead: set[str] = set()
+        self._lock = threading.Lock()
+        self.version = -1  # optimizer steps of the weights that the servers have
+
+    @property
+    def live(self) -> list[str]:
+        """Addresses of the servers that are asked."""
+        return [client.root for client in self._clients if client.root not in self._dead]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Addresses of the servers that are asked, and how each calls the student."""
+        return {url: self._names[url] for url in self.live if url in self._names}
+
+    def keep(self, names: Mapping[str, str]) -> None:
+        """Ask these servers alone, by these names: what the first rank found, all go by."""
+        with self._lock:
+            self._dead |= {client.root for client in self._clients if client.root not in names}
+            self._names = dict(names)
+
+    # Weights
+
+    def load(self, directory: str, version: int) -> None:
+        """Have every live server take the weights of a directory.
+
+        Raises:
+            ConfigError: a server was started without what this needs, or does not see the directory.
+            ServerError: none is left.
+        """
+        for client in self._alive():
+            if self.version < 0:
+                self._load(client, directory)  # a server that is not there at the start was named wrongly
+            else:
+                self._surviving(client, lambda client: self._load(client, directory))
+        self._require_any()
+        self.version = version
+
+    def _load(self, client: Client, directory: str) -> None:
+        adapter = self.settings.sync == "adapter"
+        if client.root not in self._names:
+            self._names[client.root] = _ADAPTER if adapter else self._base(client)
+        needs = _OF_ADAPTERS if adapter else _OF_RELOADS
+        try:
+            if adapter:
+                body = {"lora_name": _ADAPTER, "lora_path": directory, "load_inplace": True}
+                client.tell("/v1/load_lora_adapter", body)
+            else:
+                body = {"method": "reload_weights", "kwargs": {"weights_path": directory}}
+                client.tell("/collective_rpc", body)
+                client.tell("/reset_prefix_cache", {})
+        except RefusedRequest as error:
+            raise ConfigError(
+                f"{client.root} does not take the student's weights with sync={self.settings.sync!r}: status "
+                f"{error.status}, {error.says!r}. Start it with {needs}, vLLM 0.32 or later, and let it see "
+                f"{directory} under the same path."
+            ) from error
+
+    def _base(self, client: Client) -> str:
+        """Return how a server calls the student; an adapter of an earlier run is no other model."""
+        models = client.get("/v1/models")
+        bases = [str(one["id"]) for one in models["data"] if not one.get("parent")]
+        if self.settings.model in bases or (self.settings.model is None and len(bases) == 1):
+            return self.settings.model or bases[0]
+        asked = "none is named" if self.settings.model is None else f"{self.settings.model!r} is asked for"
+        raise ConfigError(
+            f"The rollout engine at {client.root} serves {', '.join(map(repr, bases)) or 'nothing'}; {asked}. Name one "
+            "with rollout_engine.model."
+        )
+
+    def listed(self, url: str, prefixes: Sequence[Sequence[int]], tokens: int) -> Listed:
+        """Return the likeliest tokens that one server gives after some prefixes, as it generates.
+
+        Of tokens that it generates, not of a prompt: vLLM 0.32 on a CPU dies of ``prompt_logprobs`` with an adapter.
+
+        Args:
+            url: of the server.
+            prefixes: token ids.
+            tokens: listed after each.
+        """
+        (client,) = (one for one in self._clients if one.root == url)
+        asking = Asking(url, self._names[url], min(tokens, self._rows), self._rows)
+        answer = client.post("/v1/completions", asking.next_request(prefixes) | {"cache_salt": self._salt()})
+        return asking.read_next(answer, prefixes)
+
+    # Generation
+
+    def generate(self, jobs: Sequence[Job], first: int = 0) -> list[Drawn]:
+        """Return the responses to some jobs, in their order.
+
+        Each is generated in requests of ``chunk`` tokens, by whichever server lives: what a dead one had generated
+        before goes on elsewhere.
+
+        Args:
+            jobs: the responses.
+            first: number of the server that gets the first; ranks begin at different ones.
+
+        Raises:
+            ServerError: no server is left.
+        """
+        if not jobs:
+            return []
+        workers = min(len(jobs), self.settings.max_concurrency * len(self._clients))
+        with ThreadPoolExecutor(workers, thread_name_prefix="rollout-engine") as pool:
+            futures = [pool.submit(self._respond, job, first + number) for number, job in enumerate(jobs)]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _respond(self, job: Job, number: int) -> Drawn:
+        done = Drawn([], [], [])
+        most = self._sampling.max_completion_length
+        for turn in itertools.count():
+            part, version = self._anywhere(number, job, done, min(self.settings.chunk, most - len(done.ids)), turn)
+            done = Drawn(
+                done.ids + part.ids,
+                (done.logprobs or []) + part.listed.next_logprobs.tolist(),
+                (done.versions or []) + [version] * len(part.ids),
+            )
+            if part.finished or not part.ids or len(done.ids) >= most:
+                break
+        return done
+
+    def _anywhere(self, number: int, job: Job, done: Drawn, most: int, turn: int) -> tuple[Any, int]:
+        """Generate some tokens on the server whose turn it is, or on another if that one is dead."""
+        tokens = [*job.prompt, *done.ids]
+        while True:
+            self._require_any()
+            clients = self._alive()
+            client = clients[number % len(clients)]
+            found = self._surviving(client, lambda client: self._some(client, tokens, most, job.seed + turn))
+            if found is not None:
+                return found
+
+    def _some(self, client: Client, tokens: list[int], most: int, seed: int) -> tuple[Any, int]:
+        version, sampling = self.version, self._sampling
+        asking = replace(self._asking, url=client.root, model=self._names[client.root])
+        body = asking.generate_request(tokens, most, seed % 2**31, sampling.temperature, sampling.top_p, sampling.top_k)
+        body |= self._fixed | {"cache_salt": self._salt()}
+        return asking.read_completion(client.post("/v1/completions", body), tokens, most), version
+
+    def _salt(self) -> str:
+        # The keys and values of a prefix are those of the weights that read it
+        return f"policy-{self.version}"
+
+    def _alive(self) -> list[Client]:
+        return [client for client in self._clients if client.root not in self._dead]
+
+    def _surviving(self, client: Client, ask: Callable[[Client], T]) -> T | None:
+        """Ask a server; None if it is dead, which is said once."""
+        try:
+            return ask(client)
+        except RefusedRequest:
+            raise
+        except ServerError as error:
+            with self._lock:
+                new = client.root not in self._dead
+                self._dead.add(client.root)
+            if new:
+                logger.error(
+                    "The rollout engine at %s is left out for the rest of the run (%s). Left: %s.",
+                    client.root,
+                    error,
+                    ", ".join(self.live) or "none",
+                )
+            return None
+
+    def _require_any(self) -> None:
+        if not self.live:
+            raise ServerError(
+                f"No rollout engine is left of {', '.join(self.settings.addresses)}. Start them again and resume from "
+                "the last checkpoint."
+            )
+
+
+def describe(live: Sequence[str], all_of: Sequence[str]) -> Mapping[str, float]:
+    """Return what a log shows of a pool: how many servers it has, and how many live."""
+    return {"rollouts/engines": float(len(live)), "rollouts/engines_lost": float(len(all_of) - len(live))}

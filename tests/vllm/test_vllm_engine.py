@@ -1,0 +1,282 @@
+"""Real vLLM servers generate for the student: greedy rollouts of each step are those of transformers."""
+
+import functools
+import json
+import threading
+import time
+
+import pytest
+import requests
+import torch
+from lightning.pytorch import Trainer as LightningTrainer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from kd_plugin.errors import ServerError
+from kd_plugin.lightning import TeacherPanelCorrection
+from kd_plugin.rollouts.engine_pool import EnginePool
+from kd_plugin.rollouts.server_engine import ServerEngine
+from kd_plugin.rollouts.weights import AdapterWeights, AllWeights
+from kd_plugin.teachers import LocalTeacher
+from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
+from tests.hosts.runs import TOPICS, losses, prompts, settings
+from tests.lightning.help import Plain
+from tests.tiny import save_tiny
+from tests.vllm.server import VllmServer
+from tests.vllm.test_vllm import pytestmark, smol  # noqa: F401 - fixtures and marks
+
+STEPS, TOKENS = 5, 24
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+OPTIONS = ("--enable-lora", "--max-lora-rank", "8", "--max-model-len", "512", "--max-logprobs", "8")
+LEAST_GAP = 2e-3  # nats between the two likeliest tokens, under which engines may choose either
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dynamic():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
+        patch.setenv("VLLM_SERVER_DEV_MODE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """vLLM needs heads of 32 at least."""
+    root = tmp_path_factory.mktemp("models")
+    made = {
+        "tied": save_tiny(root / "tied", seed=1, hidden=128, tied=True),
+        "untied": save_tiny(root / "untied", seed=1, hidden=128, tied=False),
+        "teacher": save_tiny(root / "teacher", seed=2, hidden=128, tied=False),
+    }
+    return made
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def server(request, models, tmp_path_factory):
+    directory = models[request.param]
+    with VllmServer(directory, tmp_path_factory.mktemp(request.param) / "log", *OPTIONS) as server:
+        yield request.param, directory, server.url
+
+
+@pytest.fixture
+def served(server):
+    """A server of a student, which adapters and new weights may reach; it has the student's first weights again."""
+    body = {"method": "reload_weights", "kwargs": {"weights_path": server[1]}}
+    assert requests.post(f"{server[2]}/collective_rpc", json=body, timeout=60).status_code == 200
+    assert requests.post(f"{server[2]}/reset_prefix_cache", timeout=60).status_code == 200
+    return server
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """Let the student generate as well, with the same weights, whenever a server does; count tokens and differences."""
+    found = {"tokens": 0, "rows": 0, "ties": []}
+    generate = ServerEngine.generate
+
+    def both(self, prompts):
+        theirs = generate(self, prompts)
+        student = self._student
+        for prompt, one in zip(prompts, theirs, strict=True):
+            with torch.no_grad():
+                logits = student(input_ids=torch.tensor([[*prompt, *one.ids]])).logits[0, len(prompt) - 1 : -1]
+            logprobs = logits.log_softmax(-1)
+            own = logprobs.gather(1, torch.tensor(one.ids)[:, None])[:, 0]
+            gaps = logprobs.amax(1) - own
+            assert float(gaps.max()) < LEAST_GAP, f"step {self.host.step}: {float(gaps.max()):.4f} nats from greedy"
+            found["ties"] += [gap for gap in gaps.tolist() if gap > 0]
+            assert torch.tensor(one.logprobs) == pytest.approx(own, abs=1e-3)
+            found["tokens"] += len(one.ids)
+            found["rows"] += 1
+        return theirs
+
+    monkeypatch.setattr(ServerEngine, "generate", both)
+    yield found
+    print(
+        f"{found['rows']} rollouts of {found['tokens']} tokens in all are greedy by the student's own logits; "
+        f"{len(found['ties'])} tokens were ties within {LEAST_GAP} nats"
+    )
+
+
+def block(url, sync, **options):
+    where = {"url": url} if isinstance(url, str) else {"urls": url}
+    return {"kind": "vllm", **where, "sync": sync, "max_retries": 1, **options}
+
+
+def student_of(directory, lora):
+    torch.manual_seed(11)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return get_peft_model(model, LoraConfig(**LORA)) if lora else model
+
+
+def trl(out, directory, teacher, engine, lora, steps=STEPS, **options):
+    common = {"top_k": 1, "max_completion_length": TOKENS, "divergence": "reverse_kl", "learning_rate": 5e-3}
+    trainer = TeacherPanelTrainer(
+        model=student_of(directory, lora),
+        teacher_models={"t": LocalTeacher(teacher, dtype="float32")},
+        args=TeacherPanelConfig(**settings(out, rollout_engine=engine, max_steps=steps, **{**common, **options})),
+        train_dataset=prompts(),
+        processing_class=LocalTeacher(directory).tokenizer,
+    )
+    trainer.train()
+    return losses(trainer)
+
+
+class Rows(torch.utils.data.Dataset):
+    column_names = ("prompt",)
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        return {"prompt": f"{TOPICS[i % 8]} {'x' * (i % 5)}?"}
+
+
+def lightning(out, directory, teacher, engine, lora, steps=STEPS):
+    module = Plain(student_of(directory, lora), lr=5e-3)
+    callback = TeacherPanelCorrection(
+        {"t": LocalTeacher(teacher, dtype="float32")},
+        tokenizer=LocalTeacher(directory).tokenizer,
+        rollout_engine=engine,
+        top_k=1,
+        max_completion_length=TOKENS,
+        divergence="reverse_kl",
+    )
+    trainer = LightningTrainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out,
+        callbacks=[callback],
+    )
+
+    def collate(rows):
+        return {"prompt": [row["prompt"] for row in rows]}
+
+    trainer.fit(module, torch.utils.data.DataLoader(Rows(), batch_size=4, collate_fn=collate))
+    return module.losses
+
+
+@pytest.mark.parametrize("sync", ["adapter", "reload"])
+@pytest.mark.parametrize("host", [trl, lightning])
+def test_five_steps_are_those_of_the_transformers_engine(host, sync, served, models, compared, tmp_path):
+    name, directory, url = served
+    run = functools.partial(host, directory=directory, teacher=models["teacher"], lora=sync == "adapter")
+    if (name, sync) == ("tied", "reload"):
+        with pytest.raises(ServerError, match=r"of step 1: .*stale is the output head, which is tied to model\.embed"):
+            run(tmp_path / "a", engine=block(url, sync))
+        return
+    mine = run(tmp_path / "a", engine=block(url, sync, chunk=10))
+    theirs = run(tmp_path / "b", engine=None)
+    print(f"{host.__name__}, {name}, {sync}: losses {[round(x, 4) for x in mine]}")
+    assert len(mine) == STEPS and mine == pytest.approx(theirs, abs=1e-3)
+    assert abs(mine[-1] - mine[0]) > 1e-2, "the student must move, or nothing was shown"
+    assert compared["rows"] == 4 * STEPS
+
+
+def test_a_real_models_adapter_follows_five_steps(smol, compared, tmp_path):  # noqa: F811
+    with VllmServer(smol, tmp_path / "log", *OPTIONS) as server:
+        teacher = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in teacher.parameters():
+                parameter.add_(0.05 * parameter.std() * torch.randn_like(parameter))
+        teacher.save_pretrained(tmp_path / "teacher")
+        LocalTeacher(smol).tokenizer.save_pretrained(tmp_path / "teacher")
+        (tmp_path / "teacher" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+        options = {"lora": True, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
+        arguments = (smol, str(tmp_path / "teacher"))
+        mine = trl(tmp_path / "a", *arguments, block(server.url, "adapter"), **options)
+    theirs = trl(tmp_path / "b", *arguments, None, **options)
+    print(f"SmolLM2-135M, LoRA: losses {[round(x, 4) for x in mine]}, transformers {[round(x, 4) for x in theirs]}")
+    assert mine == pytest.approx(theirs, abs=1e-3)
+
+
+def _stale_tensor(patch):
+    write, kept = AllWeights.write, {}
+
+    def stale(self, directory, *, here):
+        from safetensors.torch import load_file, save_file
+
+        write(self, directory, here=here)
+        for file in directory.glob("model-*.safetensors"):
+            tensors = load_file(file)
+            for name in tensors:
+                if name == "model.layers.0.mlp.down_proj.weight":
+                    tensors[name] = kept.setdefault(name, tensors[name])
+            save_file(tensors, file, metadata={"format": "pt"})
+
+    patch.setattr(AllWeights, "write", stale)
+
+
+def _no_update(patch):
+    load = EnginePool._load
+
+    def once(self, client, directory):
+        if self.version < 0:
+            load(self, client, directory)
+
+    patch.setattr(EnginePool, "_load", once)
+
+
+def _wrong_scale(patch):
+    write = AdapterWeights.write
+
+    def scaled(self, directory, *, here):
+        write(self, directory, here=here)
+        config = json.loads((directory / "adapter_config.json").read_text())
+        (directory / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+
+    patch.setattr(AdapterWeights, "write", scaled)
+
+
+@pytest.mark.parametrize("server", ["untied"], indirect=True)
+@pytest.mark.parametrize(
+    ("plant", "sync", "message"),
+    [
+        (_stale_tensor, "reload", r"step 1: .*stale is model\.layers\.0\.mlp\.down_proj\.weight"),
+        (_no_update, "adapter", r"step 1: .*all of them: the update did not arrive"),
+        (_wrong_scale, "adapter", r"the adapter's scale, which seems to be 2 times the student's"),
+    ],
+)
+def test_the_probe_catches_what_is_planted(plant, sync, message, served, models, tmp_path, monkeypatch):
+    _, directory, url = served
+    plant(monkeypatch)
+    with pytest.raises(ServerError, match=message) as error:
+        trl(tmp_path, directory, models["teacher"], block(url, sync), sync == "adapter")
+    print(error.value)
+
+
+@pytest.mark.parametrize("server", ["untied"], indirect=True)
+def test_the_probe_catches_another_base(served, models, tmp_path):
+    with pytest.raises(ServerError, match=r"weights of step 0: .* Does it serve the student's base"):
+        trl(tmp_path, models["teacher"], models["untied"], block(served[2], "adapter"), True)
+
+
+@pytest.mark.parametrize("server", ["untied"], indirect=True)
+def test_of_two_servers_one_is_killed_in_mid_batch(served, models, compared, tmp_path, monkeypatch):
+    """Nothing lost, nothing twice: every row is answered, and the run is that of the transformers engine."""
+    _, directory, url = served
+    arguments = (directory, models["teacher"])
+    asked, some = [], EnginePool._some
+
+    def slow(self, client, *rest):
+        asked.append(client.root)
+        return some(self, client, *rest)
+
+    monkeypatch.setattr(EnginePool, "_some", slow)
+    with VllmServer(directory, tmp_path / "log", *OPTIONS) as second:
+
+        def kill():
+            while asked.count(second.url) < 7:  # in the second step's batch
+                time.sleep(0.005)
+            second.kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        mine = trl(tmp_path / "a", *arguments, block([url, second.url], "adapter", chunk=8), True)
+        killer.join()
+    theirs = trl(tmp_path / "b", *arguments, None, True)
+    assert mine == pytest.approx(theirs, abs=1e-3) and compared["rows"] == 4 * STEPS

@@ -1,0 +1,68 @@
+"""A server generates for a student over several ranks: who gathers and writes, and that nobody waits for ever."""
+
+import contextlib
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kd_plugin.rollouts.weights import layer_by_layer
+from tests.fake_vllm import Behaviour, fake_vllm
+from tests.tiny import tiny_llama
+from tests.zero.ranks import run_all
+
+GREEDY = {"top_k": 1, "gradient_checkpointing": False}
+# Some ranks hold no row that the student generates, in some steps
+UNEVEN = {"given": True, "arguments": {**GREEDY, "on_policy_fraction": 0.3}}
+
+
+def job(student, teacher, out, stage, *, engine=None, lora=False, arguments=GREEDY, **more):
+    told = {"method": "panel", "stage": stage, "rows": 2, "lora": lora, "teachers": {"t": teacher}, "steps": 3, **more}
+    chosen = {} if engine is None else {"rollout_engine": engine}
+    return told | {"student": student, "output_dir": str(out), "arguments": {**arguments, **chosen}}
+
+
+def run_apart(jobs, directory):
+    """Run the jobs with DeepSpeed in one start, and those without in another."""
+    parts = ({name: job for name, job in jobs.items() if (job["stage"] is None) == plain} for plain in (True, False))
+    found = [run_all(some, directory / str(number), timeout=900) for number, some in enumerate(parts)]
+    return found[0] | found[1]
+
+
+@pytest.mark.zero
+def test_adapters_and_whole_weights_reach_a_server_from_shards(untied_student_dir, teacher_dir, tokenizer, tmp_path):
+    """Under DDP, ZeRO-2 and ZeRO-3; even and uneven batches: the losses of generation in process."""
+    with contextlib.ExitStack() as stack:
+        jobs, own, behaviours = {}, {}, {}
+        for sync in ("adapter", "reload"):  # which changes the base
+            model = AutoModelForCausalLM.from_pretrained(untied_student_dir, dtype=torch.float32).eval()
+            url, behaviours[sync] = stack.enter_context(fake_vllm(model, tokenizer, Behaviour()))
+            engine = {"kind": "vllm", "url": url, "sync": sync, "chunk": 5}
+            for stage in (None, 2, 3):
+                for name, more in (("even", {}), ("uneven", UNEVEN)):
+                    if name == "uneven" and stage == 2:
+                        continue
+                    common = {"lora": sync == "adapter", **more}
+                    where = (untied_student_dir, teacher_dir, tmp_path / f"{sync}-{stage}-{name}", stage)
+                    jobs[f"{sync}-{stage}-{name}"] = job(*where, engine=engine, **common)
+                    if stage != 2:
+                        own[f"{sync}-{stage}-{name}"] = job(*where, **common)
+        found = run_apart(jobs, tmp_path / "server")
+    expected = run_apart(own, tmp_path / "own")
+    for name, reports in found.items():
+        other = name.replace("-2-", "-3-")
+        assert reports[0]["losses"] == pytest.approx(expected[other][0]["losses"], rel=1e-3), name
+        assert reports[0]["steps"] == 3
+    for sync, path in (("adapter", "/v1/load_lora_adapter"), ("reload", "/collective_rpc")):
+        loads = [one for one, _, _ in behaviours[sync].requests if one == path]
+        assert len(loads) == 3 * 5, "one rank, once a step"
+
+
+def test_no_more_than_a_layer_is_gathered_at_a_time():
+    model = tiny_llama(tied=True, layers=6, hidden=64)
+    groups = list(layer_by_layer(model))
+    sizes = [sum(p.numel() for _, p in group) for group in groups]
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert max(sizes) == max(layer, model.lm_head.weight.numel())
+    assert sum(sizes) == sum(p.numel() for p in model.parameters()), "each parameter once, a shared one too"
+    assert sorted(name for group in groups for name, _ in group) == sorted(n for n, _ in model.named_parameters())
