@@ -112,8 +112,8 @@ def save_what_was_learned(trainer: Trainer) -> None:
     if not checkpoint.is_dir():
         save_checkpoint_now(trainer)
     logger.error(
-        f"A server is gone, or is not what it was. What was learned in {step} steps is in {checkpoint}. Once it is "
-        "back, go on with trainer.train(resume_from_checkpoint=True), or the command with --resume_from_checkpoint true."
+        f"A server is gone, or is another one. What was learned in {step} steps is in {checkpoint}. Once it is back, "
+        "go on with trainer.train(resume_from_checkpoint=True), or the command with --resume_from_checkpoint true."
     )
 
 
