@@ -48,6 +48,8 @@ class Behaviour:
     forgets: object = None  # called with the name of each tensor that is loaded; True keeps the old one
     dies_at: int | None = None  # number of the completions request from which on it answers nothing
     adapters: dict = field(default_factory=dict)  # name to model
+    per_token: float = 0.0  # seconds that each generated token takes; requests wait side by side
+    script: object = None  # called with a prompt and a number of tokens, in the place of the model; returns ids
 
 
 class _Refused(Exception):
@@ -119,9 +121,10 @@ def _write(model, prompt, body, settings, behaviour):
     """Sample a completion, with the distribution at each of its tokens if asked, as the server names them."""
     generator = torch.Generator().manual_seed(body.get("seed", 0))
     ids, listed = [], []
-    ends, most = behaviour.ends, 0 if behaviour.writes_nothing else body["max_tokens"]
+    scripted = behaviour.script is not None and "seed" in body
+    ends, most = behaviour.ends, 0 if behaviour.writes_nothing or scripted else body["max_tokens"]
     if body.get("ignore_eos"):
-        ends, most = tuple(body.get("stop_token_ids") or ()), body["max_tokens"]
+        ends, most = tuple(body.get("stop_token_ids") or ()), 0 if scripted else body["max_tokens"]
     while len(ids) < most and not (ids and ids[-1] in ends):
         logits = _logits(model, [*prompt, *ids])[-1]
         for token, bias in (body.get("logit_bias") or {}).items():
@@ -135,6 +138,9 @@ def _write(model, prompt, body, settings, behaviour):
             found = _listed(values, body["logprobs"], chosen)
             listed.append({f"token_id:{i}": value for i, value in found.items()})
         ids.append(chosen)
+    if scripted:
+        ids = behaviour.script(prompt, body["max_tokens"])
+        listed = [{f"token_id:{i}": -1.0} for i in ids]
     finished = not ids or ids[-1] in ends
     return {
         "text": "?",
@@ -341,6 +347,8 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0):
                 try:
                     with lock:
                         answer = _complete(model, body, behaviour)
+                    if "seed" in body:
+                        time.sleep(behaviour.per_token * sum(len(c["token_ids"]) for c in answer["choices"]))
                 except _Refused as error:
                     self.send(400, {"error": {"message": str(error), "code": 400}})
                 else:

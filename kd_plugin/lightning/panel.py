@@ -107,6 +107,12 @@ class TeacherPanelCorrection(StudentCallback):
         self.settings = built(PanelSettings, fields)
         self.panel_run = PanelRun(self.settings, teachers)
         self.panel = self.panel_run.panel
+        engine = self.settings.engine_settings()
+        if engine is not None and engine.max_staleness:
+            raise ConfigError(
+                f"rollout_engine: max_staleness is {engine.max_staleness}, and Lightning's loader does not tell the "
+                "rows of coming steps. Set max_staleness: 0, or train with TRL or a transformers trainer."
+            )
         if ce_weight < 0:
             raise ConfigError(f"ce_weight is {ce_weight}; expected a number of at least 0.")
         self.objective = PanelObjective(ce_weight)

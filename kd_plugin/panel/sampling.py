@@ -89,12 +89,18 @@ def require_server_engine(panel: TeacherPanel, args: Any) -> None:
     Raises:
         ConfigError: interleaved rollouts, or sampled tokens at another temperature than 1.
     """
-    if args.engine_settings() is None:
+    engine = args.engine_settings()
+    if engine is None:
         return
     if args.rollouts == "interleaved":
         raise ConfigError(
             "rollouts='interleaved' replaces tokens while the student generates, which a rollout_engine on a server "
             "cannot. Leave one of the two out."
+        )
+    if engine.max_staleness and args.on_policy_schedule().values() != (1.0, 1.0):
+        raise ConfigError(
+            "max_staleness above 0 with on_policy_fraction below 1: which rows the student generates is drawn at their "
+            "own step, and they are generated before it. Set one of the two back."
         )
     name = sampled_teacher(panel)
     if name is not None and args.temperature != 1.0:

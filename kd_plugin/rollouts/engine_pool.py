@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -90,6 +92,11 @@ class EnginePool:
         self._dead: set[str] = set()
         self._lock = threading.Lock()
         self.version = -1  # optimizer steps of the weights that the servers have
+        workers = settings.max_concurrency * len(self._clients)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="rollout-engine")
+        self._gate = threading.Condition()
+        self._is_held, self._under_way = False, 0
+        self._busy, self._since = 0.0, time.monotonic()
 
     @property
     def live(self) -> list[str]:
@@ -173,29 +180,55 @@ class EnginePool:
 
     # Generation
 
-    def generate(self, jobs: Sequence[Job], first: int = 0) -> list[Drawn]:
-        """Return the responses to some jobs, in their order.
+    def submit(self, jobs: Sequence[Job], first: int = 0) -> list[Future[Drawn]]:
+        """Have some responses generated, and return at once; jobs that were submitted before come first.
 
         Each is generated in requests of ``chunk`` tokens, by whichever server lives: what a dead one had generated
-        before goes on elsewhere.
+        before goes on elsewhere, and what older weights had generated goes on with newer ones.
 
         Args:
             jobs: the responses.
             first: number of the server that gets the first; ranks begin at different ones.
-
-        Raises:
-            ServerError: no server is left.
         """
-        if not jobs:
-            return []
-        workers = min(len(jobs), self.settings.max_concurrency * len(self._clients))
-        with ThreadPoolExecutor(workers, thread_name_prefix="rollout-engine") as pool:
-            futures = [pool.submit(self._respond, job, first + number) for number, job in enumerate(jobs)]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        return [self._threads.submit(self._respond, job, first + number) for number, job in enumerate(jobs)]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Wait until no request of this process is under way, and have none begin inside the block."""
+        with self._gate:
+            self._is_held = True
+            self._gate.wait_for(lambda: self._under_way == 0)
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._is_held = False
+                self._gate.notify_all()
+
+    def busy_seconds(self) -> float:
+        """Return for how long, since this was asked last, at least one request was under way."""
+        with self._gate:
+            now = time.monotonic()
+            busy = self._busy + (now - self._since if self._under_way else 0.0)
+            self._busy, self._since = 0.0, now
+            return busy
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count a request as under way, once none is held."""
+        with self._gate:
+            self._gate.wait_for(lambda: not self._is_held)
+            if not self._under_way:
+                self._since = time.monotonic()
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._under_way -= 1
+                if not self._under_way:
+                    self._busy += time.monotonic() - self._since
+                self._gate.notify_all()
 
     def _respond(self, job: Job, number: int) -> Drawn:
         done = Drawn([], [], [])
@@ -223,11 +256,13 @@ class EnginePool:
                 return found
 
     def _some(self, client: Client, tokens: list[int], most: int, seed: int) -> tuple[Any, int]:
-        version, sampling = self.version, self._sampling
-        asking = replace(self._asking, url=client.root, model=self._names[client.root])
-        body = asking.generate_request(tokens, most, seed % 2**31, sampling.temperature, sampling.top_p, sampling.top_k)
-        body |= self._fixed | {"cache_salt": self._salt()}
-        return asking.read_completion(client.post("/v1/completions", body), tokens, most), version
+        sampling = self._sampling
+        with self._counted():  # all of it with weights of one version
+            asking = replace(self._asking, url=client.root, model=self._names[client.root])
+            own = sampling.temperature, sampling.top_p, sampling.top_k
+            body = asking.generate_request(tokens, most, seed % 2**31, *own)
+            body |= self._fixed | {"cache_salt": self._salt()}
+            return asking.read_completion(client.post("/v1/completions", body), tokens, most), self.version
 
     def _salt(self) -> str:
         # The keys and values of a prefix are those of the weights that read it

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from kd_plugin.teachers.replies import Listed
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
+_ROWS_APART = 1_009  # between the seeds of two rows; the requests of a row have the seeds between
 
 
 class Trainer(Protocol):
@@ -86,6 +88,8 @@ class ServerEngine:
         self._written: Path | None = None
         self._is_given_up = False
         self._seed = 0
+        self._begun: dict[tuple[Any, ...], list[Future[Drawn]]] = {}
+        self._before: float | None = None  # when the last generation batch was there
         self._in_process: RolloutEngine | None = None
 
     @property
@@ -108,6 +112,15 @@ class ServerEngine:
         self._seed, self._in_process = seed, in_process
         return self
 
+    def begin(self, prompts: Sequence[Sequence[int]], seed: int) -> None:
+        """Have responses generated that a later :meth:`generate` of the same prompts and seed returns.
+
+        They begin with the weights that the servers have, and go on with newer ones from the next request of
+        ``chunk`` tokens on.
+        """
+        if not self._is_given_up:
+            self._begun[_key(prompts, seed)] = self._submit(prompts, seed)
+
     def generate(self, prompts: Sequence[Sequence[int]]) -> list[Drawn]:
         """Bring the weights of the present step there, and return a response to each of B prompts.
 
@@ -119,12 +132,41 @@ class ServerEngine:
             assert self._in_process is not None
             return self._in_process.generate(prompts)
         began = time.monotonic()
-        jobs = [Job(tuple(ids), self._seed + number * 1_009) for number, ids in enumerate(prompts)]
-        found = self.pool.generate(jobs, first=self.host.rank)
-        tokens, seconds = sum(len(one.ids) for one in found), max(time.monotonic() - began, 1e-9)
-        self.host.note({"rollouts/tokens_per_second": tokens / seconds} if tokens else {})
-        self.host.note(dict(describe(self.pool.live, self.settings.addresses)))
+        futures = self._begun.pop(_key(prompts, self._seed), None) or self._submit(prompts, self._seed)
+        try:
+            found = [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            self.forget()
+            raise
+        self._note(began, sum(len(one.ids) for one in found))
         return found
+
+    def forget(self) -> None:
+        """Drop what was begun and not asked for."""
+        for future in [one for futures in self._begun.values() for one in futures]:
+            future.cancel()
+        self._begun.clear()
+
+    def _submit(self, prompts: Sequence[Sequence[int]], seed: int) -> list[Future[Drawn]]:
+        jobs = [Job(tuple(ids), seed + number * _ROWS_APART) for number, ids in enumerate(prompts)]
+        return self.pool.submit(jobs, first=self.host.rank)
+
+    def _note(self, began: float, tokens: int) -> None:
+        """Log how fast both sides are, and for which share of the time each waits for the other."""
+        now = time.monotonic()
+        period, self._before = max(now - (self._before or began), 1e-9), now
+        busy = self.pool.busy_seconds()
+        self.host.note(
+            {
+                "rollouts/tokens_per_second": tokens / max(busy, 1e-9),
+                "rollouts/trained_per_second": tokens / period,
+                "rollouts/trainer_waits": min((now - began) / period, 1.0),
+                "rollouts/engines_wait": max(1.0 - busy / period, 0.0),
+                **describe(self.pool.live, self.settings.addresses),
+            }
+        )
 
     @contextmanager
     def proposing(self) -> Iterator[Propose]:
@@ -146,17 +188,20 @@ class ServerEngine:
         self._weights.write(directory, here=host.rank == 0)
         mine = self._inside(self._score)
         problem, apart = None, 0.0
-        if host.rank == 0:
-            try:
-                apart = self._load(directory, version, mine)
-            except KDError as error:
-                problem = error
-        told = _from_first_rank((None if problem is None else str(problem), self.pool.names), host)
+        with self.pool.held():  # no request is answered by weights of two versions, on any rank
+            _from_first_rank(None, host)
+            if host.rank == 0:
+                try:
+                    apart = self._load(directory, version, mine)
+                except KDError as error:
+                    problem = error
+            told = _from_first_rank((None if problem is None else str(problem), self.pool.names), host)
+            if told[0] is None:
+                self.pool.keep(told[1])
+                self.pool.version = version
         if told[0] is not None:
             self._mismatch(problem or ServerError(told[0]))
             return
-        self.pool.keep(told[1])
-        self.pool.version = version
         self._parity.passed(mine, apart)
         if self._written is not None and host.rank == 0:
             remove(self._written)
@@ -185,6 +230,7 @@ class ServerEngine:
             raise problem
         logger.error("%s The student generates in this process from now on.", problem)
         self._is_given_up = True
+        self.forget()
 
 
 def weights_of(settings: EngineSettings, student: Any) -> Weights:
@@ -200,9 +246,15 @@ def weights_of(settings: EngineSettings, student: Any) -> Weights:
     return AdapterWeights(student, dtype) if adapts else AllWeights(student, dtype)
 
 
+def _key(prompts: Sequence[Sequence[int]], seed: int) -> tuple[Any, ...]:
+    return seed, tuple(map(tuple, prompts))
+
+
 def _from_first_rank(value: Any, host: Any) -> Any:
+    """Return what the first rank has; no rank goes on before all are here."""
     if host.ranks == 1:
         return value
     held = [value]
     torch.distributed.broadcast_object_list(held, src=0)
+    torch.distributed.barrier()
     return held[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from kd_plugin.panel.sampling import (
 )
 from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.warmup import WarmupBatch
+from kd_plugin.rollouts.ahead import Lookahead
+from kd_plugin.rollouts.rows import mixed_seed, render
 from kd_plugin.rollouts.server_engine import ServerEngine
 from kd_plugin.sharding.running import called, through
 from kd_plugin.signals import OutputHead
@@ -65,6 +68,7 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
     panel_settings: Any
     panel_step: PanelStep
     server_engine: ServerEngine | None
+    _lookahead: Lookahead | None = None
     _vocabulary: Vocabulary
 
     def gate_panel(
@@ -139,6 +143,32 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
             anchor=anchor,
             **tokens,
         )
+
+    def next_window(
+        self, iterator: Any, fetch: Callable[[], Any], rows_of: Callable[[Any], Sequence[Mapping[str, Any]]]
+    ) -> Any:
+        """Return the batches of the present optimizer step; with a rollout engine that may be behind, begin later ones.
+
+        Args:
+            iterator: of the epoch.
+            fetch: returns the batches of one more step.
+            rows_of: returns the rows of a step's batches that the student responds to.
+        """
+        engine, step = self.server_engine, self.panel_step
+        if engine is None or engine.settings.max_staleness == 0:
+            return fetch()
+        if self._lookahead is None:
+            self._lookahead = Lookahead(engine.settings.max_staleness)
+        window, fetched = self._lookahead.next(iterator, fetch)
+        if window and not step.is_warming_up:
+            self.model.train()  # an evaluation may have come before
+            engine.sync()
+        for ahead, batches in fetched:
+            number = step.host.step + ahead
+            if self.panel_settings.warmup_cache_steps <= number < self.state.max_steps:
+                prompts = render(step.tokenizer, [row["prompt"] for row in rows_of(batches)], step.chat_options)
+                engine.begin(prompts, mixed_seed(self.args.seed, number, step.host.rank))
+        return window
 
     def replicated_teacher(self, model: nn.Module) -> nn.Module:
         """Return a teacher where each rank has a replica, under ZeRO-1 and 2."""

@@ -118,7 +118,12 @@ class TeacherPanelMixin(PanelHostMixin):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Return the micro-batches of an optimizer step, whose responses are generated and scored at once."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        fetch = super().get_batch_samples
+        batches = self.next_window(
+            epoch_iterator,
+            lambda: fetch(epoch_iterator, num_batches, device)[0],
+            lambda window: [row for batch in window for row in batch],
+        )
         if not batches:
             return batches, None
         self.model.train()  # an evaluation may have come before

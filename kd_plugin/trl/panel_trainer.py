@@ -147,6 +147,18 @@ class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
         """Whether a teacher's divergence is estimated from the tokens that the student drew."""
         return sampled_teacher(self.panel) is not None
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Return the batches of an optimizer step; their first one is a generation batch."""
+        fetch, counts = super().get_batch_samples, []
+
+        def fetched() -> Any:
+            batches, count = fetch(epoch_iterator, num_batches, device)
+            counts.append(count)
+            return batches
+
+        batches = self.next_window(epoch_iterator, fetched, lambda window: window[0])
+        return batches, counts[0] if counts else None
+
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """Return a micro-batch: cached rows during the warm-up, which passes over prompts, else the student's."""
         if not self.model.training:

@@ -274,9 +274,9 @@ def test_of_two_servers_one_is_killed_in_mid_batch(served, models, compared, tmp
                 time.sleep(0.005)
             second.kill()
 
-        killer = threading.Thread(target=kill)
+        killer = threading.Thread(target=kill, daemon=True)  # the run may fail before
         killer.start()
         mine = trl(tmp_path / "a", *arguments, block([url, second.url], "adapter", chunk=8), True)
-        killer.join()
+        killer.join(60)
     theirs = trl(tmp_path / "b", *arguments, None, True)
     assert mine == pytest.approx(theirs, abs=1e-3) and compared["rows"] == 4 * STEPS

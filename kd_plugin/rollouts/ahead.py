@@ -1,0 +1,45 @@
+"""Windows of rows that a trainer fetches before their optimizer step, to have responses generated meanwhile."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+
+class Lookahead:
+    """Fetches the rows of coming optimizer steps.
+
+    Where a run goes on from a checkpoint nothing was fetched: its loader begins with the rows of the present step, and
+    responses that were waiting when the checkpoint was written are generated anew, by the weights of the checkpoint.
+
+    Args:
+        windows: optimizer steps whose rows are fetched beside the present one's.
+    """
+
+    def __init__(self, windows: int) -> None:
+        self._windows = windows
+        self._waiting: deque[Any] = deque()
+        self._iterator: Any = None
+
+    def next(self, iterator: Any, fetch: Callable[[], Any]) -> tuple[Any, list[tuple[int, Any]]]:
+        """Return the rows of the present step, and those that were fetched for it and later ones.
+
+        Args:
+            iterator: of the epoch; with another one what waits is dropped.
+            fetch: returns the rows of one more step, something empty at the epoch's end.
+
+        Returns:
+            The rows, empty at the epoch's end, and what was fetched now: how many steps it is ahead, and the rows.
+        """
+        if iterator is not self._iterator:
+            self._waiting.clear()
+            self._iterator = iterator
+        fetched = []
+        while len(self._waiting) <= self._windows:
+            more = fetch()
+            if not more:
+                break
+            fetched.append((len(self._waiting), more))
+            self._waiting.append(more)
+        return (self._waiting.popleft() if self._waiting else []), fetched
