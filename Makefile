@@ -16,6 +16,9 @@ export TOKENIZERS_PARALLELISM := false
 # One thread a test process: their models are so small that a second thread only costs.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
+# Tests side by side. A file's tests stay in one process, which makes their models once.
+WORKERS ?= 2
+
 ARGS ?=
 SECONDS ?= 600
 
@@ -39,7 +42,7 @@ demo: $(STAMP) ## Distil a real model both ways and verify its lineage. Options:
 	@$(VENV)/bin/kd-plugin demo $(ARGS)
 
 test: $(STAMP) ## Run the tests. Some of them: make test ARGS="tests/core -k cache"
-	@$(TEST_ENV) $(PY) -m pytest -m "not slow and not wheel and not zero and not vllm" $(ARGS)
+	@$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not wheel and not zero and not vllm" $(ARGS)
 
 test-all: $(STAMP) ## Run the tests, and those that need the real SmolLM2 weights.
 	@OMP_NUM_THREADS=2 $(PY) -m pytest -m "not wheel and not vllm" $(ARGS)

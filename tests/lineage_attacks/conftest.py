@@ -1,10 +1,11 @@
 """The table of what was seen, printed after the tests."""
 
 from tests.lineage_attacks.table import lines
-from tests.lineage_attacks.test_table import SEEN
 
 
 def pytest_terminal_summary(terminalreporter):
-    if SEEN:
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ())]
+    seen = [value for report in reports for name, value in report.user_properties if name == "attack"]
+    if seen:
         terminalreporter.section("lineage attacks")
-        terminalreporter.write_line("\n".join(lines(SEEN)))
+        terminalreporter.write_line("\n".join(lines(seen)))
