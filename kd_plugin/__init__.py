@@ -17,6 +17,7 @@ _EXPORTS = {
     "CachedTeacher": "kd_plugin.teachers",
     "Divergence": "kd_plugin.divergence",
     "LocalTeacher": "kd_plugin.teachers",
+    "SelfTeacher": "kd_plugin.teachers",
     "ServerTeacher": "kd_plugin.teachers",
     "TeacherCache": "kd_plugin.cache",
     "TeacherPanel": "kd_plugin.panel",
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
     from kd_plugin.capturing import capture
     from kd_plugin.divergence import Divergence
     from kd_plugin.panel import TeacherPanel
-    from kd_plugin.teachers import AdapterTeacher, CachedTeacher, LocalTeacher, ServerTeacher
+    from kd_plugin.teachers import AdapterTeacher, CachedTeacher, LocalTeacher, SelfTeacher, ServerTeacher
 
 __all__ = [
     "AdapterTeacher",
     "CachedTeacher",
     "Divergence",
     "LocalTeacher",
+    "SelfTeacher",
     "ServerTeacher",
     "TeacherCache",
     "TeacherPanel",

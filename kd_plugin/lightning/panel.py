@@ -57,6 +57,7 @@ from kd_plugin.rollouts.server_engine import ServerEngine
 from kd_plugin.settings import built, takes
 from kd_plugin.student.forward import Call, DistillingForward
 from kd_plugin.student.head import as_trained, config_of, find_student, load_tokenizer, student_rows
+from kd_plugin.teachers.base import keeps_start
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -129,11 +130,13 @@ class TeacherPanelCorrection(StudentCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the trainer, the module, the panel and the licenses; keep the student's start if it is anchored."""
         anchored = stage == "fit" and self.panel_run.keeps_start
+        kept = stage == "fit" and any(keeps_start(teacher) for teacher in self.panel.teachers.values())
         if anchored and shards_the_student(trainer):
             raise ConfigError(self.panel_run.sharded_start.format("ZeRO-3 and FSDP2"))
         super().setup(trainer, pl_module, stage)
-        if anchored:
-            self._keeper = StartKeeper(pl_module, functools.partial(self._keep_start, pl_module))
+        if anchored or kept:
+            keep = functools.partial(self._keep_start, pl_module, shards=shards_the_student(trainer))
+            self._keeper = StartKeeper(pl_module, keep)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the student where it was not there before, load the teachers, and join the student's forward pass."""
@@ -202,6 +205,7 @@ class TeacherPanelCorrection(StudentCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the rows, where the loader allows it, so that what is missing shows before any step."""
         require_whole_windows(trainer)
+        self._panel_step.follow()
         loader: Any = trainer.train_dataloader
         dataset: Any = getattr(loader, "dataset", None)
         collate = getattr(loader, "collate_fn", None)
@@ -257,6 +261,7 @@ class TeacherPanelCorrection(StudentCallback):
     ) -> None:
         """Look at the loss where it is read anyway, and stop if an alarm asks for it."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._panel_step.follow()
         if batch_idx + 1 == window_end(trainer, batch_idx):
             self._host.stop_if_wanted()
 
@@ -306,11 +311,16 @@ class TeacherPanelCorrection(StudentCallback):
         self._tokenizer = self._given_tokenizer or getattr(module, "tokenizer", None) or load_tokenizer(model)
         return Vocabulary.from_tokenizer(self._tokenizer).within(student_rows(model))
 
-    def _keep_start(self, module: LightningModule) -> None:
+    def _keep_start(self, module: LightningModule, *, shards: bool) -> None:
         model = find_student(module, self.student)
         if not self._checked:
             self._vocabulary = require_one_vocabulary(self.panel, self._student_vocabulary(module, model))
-        self._anchor = self.panel_run.anchor(as_trained(module, model), self._vocabulary)
+        student = as_trained(module, model)
+        if self.panel_run.keeps_start:
+            self._anchor = self.panel_run.anchor(student, self._vocabulary)
+        for teacher in self.panel.teachers.values():
+            if keeps_start(teacher):
+                teacher.keep(student, self._vocabulary, sharded_later=shards)  # type: ignore[attr-defined]
 
     def _join(self, trainer: Trainer, module: LightningModule, model: PreTrainedModel) -> None:
         """Load the teachers, join the panel's step with its host, and patch the student's forward pass."""

@@ -109,7 +109,9 @@ def match_teachers(
                 f"lineage.teachers names {name!r}, which is no teacher of this run; its teachers are "
                 f"{', '.join(map(repr, known))}.{nearest(name, known)}"
             )
-    return [Declared.of(t, config.teachers.get(t.name, Declaration())) for t in teachers]
+    return [
+        Declared.of(t, config.teachers.get(t.name, config.student if t.is_student else Declaration())) for t in teachers
+    ]
 
 
 def match_datasets(datasets: Sequence[Source], config: LineageConfig) -> list[Declared]:

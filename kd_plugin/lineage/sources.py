@@ -72,6 +72,7 @@ class Source:
         served: names that the server itself gives for what it serves.
         found_beside: whether ``ref`` was inferred from where the rows lie, so that finding nothing there means nothing.
         rows: what the rows of a dataset say of themselves, whatever its card says.
+        is_student: whether this teacher is the student itself, for which the student's declarations speak too.
         record: a lineage node (and its ancestors) that the source brings along, such as a cache's manifest
             or a checkpoint's ``lineage.json``; None leaves it to discovery.
     """
@@ -93,6 +94,7 @@ class Source:
     served: tuple[str, ...] = ()
     rows: RowFacts | None = None
     found_beside: bool = False
+    is_student: bool = False
     record: Mapping[str, Any] | None = field(default=None, compare=False)
 
 

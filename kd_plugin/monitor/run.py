@@ -31,6 +31,7 @@ from kd_plugin.panel.viewing import require_viewable
 from kd_plugin.panel.warmup import warmup_objective
 from kd_plugin.rollouts.in_process import Sampling
 from kd_plugin.rollouts.server_engine import ServerEngine
+from kd_plugin.teachers.base import adopt_source
 from kd_plugin.text.prompts import Templates
 from kd_plugin.text.rounds import ROUNDS, RoundWriter
 from kd_plugin.upstream import reference_of
@@ -91,9 +92,12 @@ class PanelRun:
         Raises:
             LicenseRefusedError: the terms of a source forbid training.
         """
+        student = student_source(model, revision)
+        for teacher in self.panel.teachers.values():
+            adopt_source(teacher, student)
         self.lineage = start(
             method="teacher_panel",
-            student=student_source(model, revision),
+            student=student,
             teachers=[teacher.source for teacher in self.panel.members.values()],
             outputs=[cache.source for cache in self.caches],
             datasets=datasets,

@@ -14,10 +14,11 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.panel.weights import Schedule
 from kd_plugin.teachers.base import identity as teacher_identity
+from kd_plugin.teachers.base import state_of
 from kd_plugin.text.prompts import Templates
 
 logger = logging.getLogger(__name__)
-FILE, ALARM_FILE = "panel.json", "alarm.json"
+FILE, ALARM_FILE, TEACHERS_FILE = "panel.json", "alarm.json", "teachers.safetensors"
 _VERSION = 1
 
 
@@ -54,7 +55,7 @@ def panel_identity(panel: TeacherPanel, divergence: Divergence, temperature: flo
 
 
 class ResumeState:
-    """What a run keeps in its checkpoints: which panel taught, and what the alarm saw.
+    """What a run keeps in its checkpoints: which panel taught, what the alarm saw, and teachers that changed.
 
     Args:
         panel: the teachers, and how they are combined.
@@ -68,8 +69,13 @@ class ResumeState:
         self.alarm = alarm
 
     def state_dict(self) -> dict[str, Any]:
-        """Return both; a mapping that JSON can hold."""
-        return {"panel": panel_identity(*self._of), "alarm": None if self.alarm is None else self.alarm.state()}
+        """Return all three; JSON can hold it, but for ``teachers``: name to tensors, for those that change."""
+        kept = {name: state_of(teacher) for name, teacher in self._of[0].teachers.items()}
+        return {
+            "panel": panel_identity(*self._of),
+            "alarm": None if self.alarm is None else self.alarm.state(),
+            "teachers": {name: state for name, state in kept.items() if state},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], where: str, *, allowed: bool) -> list[str]:
         """Go on from a checkpoint.
@@ -87,14 +93,34 @@ class ResumeState:
         """
         if self.alarm is not None and state["alarm"] is not None:
             self.alarm.load(state["alarm"])
+        for name, teacher in self._of[0].teachers.items():
+            self._load_teacher(name, teacher, (state.get("teachers") or {}).get(name), where, allowed=allowed)
         if state["panel"] is None:
             return []
         return require_same_panel(state["panel"], panel_identity(*self._of), where, allowed=allowed)
 
+    @staticmethod
+    def _load_teacher(name: str, teacher: Any, state: Any, where: str, *, allowed: bool) -> None:
+        """Give a teacher that changes in training what the checkpoint holds of it."""
+        if state:
+            teacher.load_state_dict(state)
+        elif getattr(teacher, "follows", False):
+            message = (
+                f"{where} holds no state of teacher {name!r}, which follows the student: its average would begin anew."
+            )
+            if not allowed:
+                raise ConfigError(f"{message} Resume from a checkpoint of this panel, or set allow_changed_panel=True.")
+            logger.warning(message)
+
 
 def write_state(directory: str | Path, state: Mapping[str, Any]) -> None:
-    """Write what :meth:`ResumeState.state_dict` returned: ``panel.json``, and with an alarm ``alarm.json``."""
+    """Write what :meth:`ResumeState.state_dict` returned: ``panel.json``, ``alarm.json``, ``teachers.safetensors``."""
     write_identity(directory, state["panel"])
+    tensors = {f"{name}/{key}": t for name, kept in state["teachers"].items() for key, t in kept.items()}
+    if tensors:
+        from safetensors.torch import save_file
+
+        save_file({key: t.contiguous() for key, t in tensors.items()}, Path(directory, TEACHERS_FILE))
     if state["alarm"] is not None:
         Path(directory, ALARM_FILE).write_text(json.dumps(state["alarm"]))
 
@@ -110,7 +136,8 @@ def read_state(directory: str | Path, *, allowed: bool) -> dict[str, Any]:
         ConfigError: ``panel.json`` is damaged.
     """
     alarm = Path(directory, ALARM_FILE)
-    state = {"panel": None, "alarm": json.loads(alarm.read_text()) if alarm.is_file() else None}
+    state: dict[str, Any] = {"panel": None, "alarm": json.loads(alarm.read_text()) if alarm.is_file() else None}
+    state["teachers"] = _read_teachers(Path(directory, TEACHERS_FILE))
     try:
         state["panel"] = read_identity(directory)
     except ConfigError as error:
@@ -120,6 +147,24 @@ def read_state(directory: str | Path, *, allowed: bool) -> dict[str, Any]:
     if state["panel"] is None:
         logger.warning(f"{directory} does not say which panel it was trained under, so it cannot be compared.")
     return state
+
+
+def _read_teachers(path: Path) -> dict[str, dict[str, Any]]:
+    """Read the tensors of teachers that change in training, by name; nothing where there are none."""
+    if not path.is_file():
+        return {}
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} is damaged ({error}). Resume from another checkpoint.") from error
+    found: dict[str, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        name, _, parameter = key.partition("/")
+        found.setdefault(name, {})[parameter] = tensor
+    return found
 
 
 def write_identity(directory: str | Path, identity: Mapping[str, Any]) -> None:

@@ -40,6 +40,7 @@ from kd_plugin.rollouts.responses import completion_ids, cut_loops, require_prom
 from kd_plugin.rollouts.rows import Rollouts, assembled, behaviour_logprobs, mixed_seed, on_policy_rows, render
 from kd_plugin.sharding.gathering import gathered_heads, most_of_any_rank
 from kd_plugin.signals import OutputHead
+from kd_plugin.teachers.base import follow
 from kd_plugin.text.rounds import RoundWriter
 from kd_plugin.vocab import Vocabulary
 
@@ -105,6 +106,7 @@ class PanelStep:
             self.warmup = CacheWarmup(cut, seed=seed, pad_token_id=pad_token_id)
             self._warmup_objective = warmup_objective(warmup_caches, settings.warmup_divergence)
         self._fraction = settings.on_policy_schedule()
+        self._followed: int | None = None
         self.corrector: Corrector | None = None
         if panel.text_teachers:
             self.corrector = Corrector(
@@ -276,6 +278,13 @@ class PanelStep:
             max_length=self.settings.max_completion_length,
             chat_options=self.chat_options,
         )
+
+    def follow(self) -> None:
+        """Tell teachers of an optimizer step that was made; a host calls it before the first and after each."""
+        if self._followed is not None and self.host.step > self._followed:
+            for teacher in self.panel.teachers.values():
+                follow(teacher)
+        self._followed = self.host.step
 
     # Scores and loss
 

@@ -1,9 +1,10 @@
 """Ways to reach a teacher; each emits a signal, and knows where it comes from.
 
 base.py says what a teacher can do and what it declares. In this process: in_process.py is what all have in common,
-local.py one model, adapter.py many over one base, which adapter_check.py compares with them. cached.py looks its scores
-up. server.py asks a vLLM server, through client.py (requests, retries), handshake.py (what it must say of itself),
-replies.py (what its answers must hold) and agreement.py (what is asked twice must be answered alike).
+local.py one model, adapter.py many over one base, which adapter_check.py compares with them, itself.py the student as
+its own teacher. cached.py looks its scores up. server.py asks a vLLM server, through client.py (requests, retries),
+handshake.py (what it must say of itself), replies.py (what its answers must hold) and agreement.py (what is asked twice
+must be answered alike).
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from kd_plugin.teachers.adapter import AdapterTeacher
 from kd_plugin.teachers.base import Capabilities, Teacher
 from kd_plugin.teachers.cached import CachedTeacher
+from kd_plugin.teachers.itself import SelfTeacher
 from kd_plugin.teachers.local import LocalTeacher
 from kd_plugin.teachers.server import ServerTeacher
 
@@ -21,6 +23,16 @@ KINDS: Mapping[str, Callable[..., Any]] = {
     "adapter": AdapterTeacher,
     "server": ServerTeacher,
     "cached": CachedTeacher,
+    "self": SelfTeacher,
 }
 
-__all__ = ["KINDS", "AdapterTeacher", "CachedTeacher", "Capabilities", "LocalTeacher", "ServerTeacher", "Teacher"]
+__all__ = [
+    "KINDS",
+    "AdapterTeacher",
+    "CachedTeacher",
+    "Capabilities",
+    "LocalTeacher",
+    "SelfTeacher",
+    "ServerTeacher",
+    "Teacher",
+]

@@ -59,7 +59,9 @@ class Teacher(Protocol):
     These four members are all that a teacher needs. A class may also have what the functions below look for:
     ``adopt_vocabulary``, ``end_tokens``, ``identity``, ``max_length``, ``reach``, ``resident`` and ``tokenizer``; and,
     if it computes in this process, ``place`` (see :mod:`kd_plugin.teachers.in_process`). A teacher that shares the
-    student's weights has ``require_student``.
+    student's weights has ``require_student``. One that is the student has ``adopt_source``, ``keeps_start`` and
+    ``keep``, ``follow``, ``follows``, ``state_dict`` and ``load_state_dict``, as
+    :class:`~kd_plugin.teachers.itself.SelfTeacher`.
 
     Shape suffixes: B rows, L tokens, N scored positions.
     """
@@ -109,6 +111,31 @@ def adopt_vocabulary(teacher: Teacher, student: Vocabulary) -> None:
     adopt = getattr(teacher, "adopt_vocabulary", None)
     if adopt is not None:
         adopt(student)
+
+
+def adopt_source(teacher: Teacher, student: Source) -> None:
+    """Let a teacher that is the student itself take the student's source, and so its terms."""
+    adopt = getattr(teacher, "adopt_source", None)
+    if adopt is not None:
+        adopt(student)
+
+
+def keeps_start(teacher: Teacher) -> bool:
+    """Whether a teacher must see the student before a checkpoint is loaded into it, by its method ``keep``."""
+    return bool(getattr(teacher, "keeps_start", False))
+
+
+def follow(teacher: Teacher) -> None:
+    """Tell a teacher of an optimizer step that was made; one that does not follow the student is not told."""
+    own = getattr(teacher, "follow", None)
+    if own is not None:
+        own()
+
+
+def state_of(teacher: Teacher) -> dict[str, Tensor]:
+    """Return what a checkpoint must hold of a teacher that changes in training; nothing of others."""
+    own = getattr(teacher, "state_dict", None)
+    return {} if own is None else dict(own())
 
 
 def end_tokens(teacher: Teacher) -> frozenset[int]:

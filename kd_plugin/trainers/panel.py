@@ -118,7 +118,6 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         require_same_student(self.panel, self.model)
         require_one_server(self.panel, self.accelerator.device)
         place_under_accelerate(self, self.panel, self._vocabulary)
-        self.add_callback(PanelStateCallback(self.panel_run.resume))
         anchor = None
         if self.panel_run.keeps_start:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -143,6 +142,7 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
             anchor=anchor,
             **tokens,
         )
+        self.add_callback(PanelStateCallback(self.panel_run.resume, self.panel_step.follow))
 
     def next_window(
         self, iterator: Any, fetch: Callable[[], Any], rows_of: Callable[[Any], Sequence[Mapping[str, Any]]]

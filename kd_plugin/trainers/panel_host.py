@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +88,20 @@ class TrainerHost:
 
 
 class PanelStateCallback(TrainerCallback):
-    """Writes into every checkpoint which panel taught, and what the alarm saw."""
+    """Tells the panel of optimizer steps, and writes into every checkpoint which panel taught and what it keeps."""
 
-    def __init__(self, resume: ResumeState) -> None:
-        self._resume = resume
+    def __init__(self, resume: ResumeState, follow: Callable[[], None]) -> None:
+        self._resume, self._follow = resume, follow
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell it from which step training goes on."""
+        self._follow()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell it; a checkpoint of this step is written after it."""
+        self._follow()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write it, on the process that writes checkpoints."""
