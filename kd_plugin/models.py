@@ -121,3 +121,19 @@ def _config_of(reference: str | Path, revision: str | None, trust_remote_code: b
         return options["config"]
     where = {key: options[key] for key in ("subfolder", "gguf_file", "token", "cache_dir") if key in options}
     return AutoConfig.from_pretrained(reference, revision=revision, trust_remote_code=trust_remote_code, **where)
+
+
+def as_tokenizer(given: Any) -> Any:
+    """Return a tokenizer, loaded where ``given`` names one by its directory or hub id.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not isinstance(given, str | Path):
+        return given
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(given)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"No tokenizer can be loaded from {str(given)!r}: {error}") from error

@@ -21,7 +21,7 @@ FORMAT = "kd-plugin teacher cache"
 FORMAT_VERSION = 3
 _MAX_UNITS = 10_000_000  # ten billion rows at the usual size; missing ones are listed one by one
 NOTHING_TO_SCORE = "nothing to score"
-_LATER = ("generation", "filter", "assistant_only", "rendered_with", "rendered_at")  # left out where not used
+_LATER = ("generation", "filter", "assistant_only", "rendered_with", "rendered_at", "for_student", "view")  # left out where not used
 POSITION_CONVENTION = "the target at position t is the distribution over token t+1"
 
 
@@ -49,6 +49,9 @@ class Settings:
         assistant_only: whether only the assistant's turns are scored.
         rendered_with: fingerprint of the chat template that rendered the rows, where it is not the tokenizer's own.
         rendered_at: the time that the chat template printed, ISO 8601; None where it prints none.
+        for_student: whether rows were rendered and tokenized by a student's tokenizer, which ``tokenizer``,
+            ``chat_template`` and ``vocab_size`` then speak of, and not by the teacher's.
+        view: how the teacher read them, as :attr:`~kd_plugin.views.view.View.identity` says; None for as they are.
     """
 
     teacher: str | None
@@ -70,6 +73,8 @@ class Settings:
     assistant_only: bool = False
     rendered_with: str | None = None
     rendered_at: str | None = None
+    for_student: bool = False
+    view: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; settings that came later are left out where they are not used."""

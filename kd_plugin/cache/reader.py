@@ -218,8 +218,9 @@ class TeacherCache:
             warnings.warn(
                 f"{self.path} was captured with another chat template than the student's. Conversations that are "
                 "rendered with the student's template will not be found in the cache, and the student may learn "
-                "turn markers that it never sees in use. Set the tokenizer's chat_template to the teacher's, or "
-                "train on the cache's own rows.",
+                "turn markers that it never sees in use. Set the tokenizer's chat_template to the teacher's, "
+                "train on the cache's own rows, or capture again with student_tokenizer and "
+                "`view: {chat_template: own}`, so that each reads its own template.",
                 stacklevel=2,
             )
 

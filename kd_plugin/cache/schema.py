@@ -171,6 +171,7 @@ class Example:
         completion_mask: (L,) int8, 1 for tokens that are trained on.
         scored: (N,) int64, positions t whose token t+1 is trained on.
         passed: the columns that pass through, such as ``text`` and ``domain``.
+        asked: the same response as the teacher reads it, whose scored positions are these N; None for as it is here.
     """
 
     example_id: str
@@ -178,6 +179,12 @@ class Example:
     completion_mask: NDArray[np.int8]
     scored: NDArray[np.int64]
     passed: Mapping[str, str | None]
+    asked: Example | None = None
+
+    @property
+    def for_teacher(self) -> Example:
+        """What a teacher is asked about."""
+        return self if self.asked is None else self.asked
 
     @classmethod
     def of(cls, ids: NDArray[np.int32], prompt_length: int, passed: Mapping[str, str | None]) -> Example:

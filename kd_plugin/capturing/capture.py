@@ -20,6 +20,7 @@ from kd_plugin.cache.templates import (
     pinned_time,
     prints_time,
     with_template,
+    pinned,
 )
 from kd_plugin.capturing.engines import as_asked, open_engine, require_targets, require_teacher
 from kd_plugin.capturing.rows import open_rows, passed_columns
@@ -29,8 +30,10 @@ from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.config import LineageSettings
 from kd_plugin.lineage.sources import Source
 from kd_plugin.settings import built, option, settings, takes
-from kd_plugin.teachers.base import reach
+from kd_plugin.teachers.base import reach, tokenizer_of
 from kd_plugin.verifying import make_verifier, reference
+from kd_plugin.views.render import Reader
+from kd_plugin.views.view import View
 from kd_plugin.vocab import Vocabulary
 
 
@@ -143,6 +146,16 @@ class CaptureSettings(ScoringSettings):
         "tokenizer to it, which is asked where `assistant_only` needs marks and the tokenizer's own template has none. "
         "`trl.get_training_chat_template` gives the template that TRL trains with then.",
     )
+    student_tokenizer: Any = option(
+        default=None,
+        help="Tokenizer of the students that will be taught, a directory or hub id: rows are rendered and tokenized by "
+        "it, and one cache teaches every student that has it. Left out, by the teacher's.",
+    )
+    view: Any = option(
+        default=None,
+        help="How the teacher reads a row, where not as the student does: a mapping with `context` (a Jinja template "
+        "over the row's columns), `system` or `chat_template`, as a panel's `view`.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("temperature", "shard_rows", "batch_tokens"):
@@ -219,8 +232,16 @@ def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any =
             "completions. Leave generate out and give rows that hold them, or use a model in this process or a server."
         )
     kept = make_verifier(asked.filter, asked.answer_column)
-    vocabulary = teacher.vocabulary
-    if tokenizer is None:
+    vocabulary, shared = teacher.vocabulary, None
+    view = asked.view if asked.view is None or isinstance(asked.view, View) else View.from_block(asked.view, "view")
+    if asked.student_tokenizer is not None:
+        if tokenizer is not None:
+            raise ConfigError("tokenizer and student_tokenizer are both given; the student's reads the rows.")
+        tokenizer = as_tokenizer(asked.student_tokenizer)
+        student = Vocabulary.from_tokenizer(tokenizer)
+        shared = student.shared_with(vocabulary)
+        vocabulary = student.within(vocabulary.size) if shared is None else student
+    elif tokenizer is None:
         tokenizer = getattr(teacher, "tokenizer", None)
         if tokenizer is None:
             raise ConfigError(
@@ -231,7 +252,10 @@ def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any =
         Vocabulary.from_tokenizer(tokenizer).require_same_tokens(vocabulary, "dataset's tokenizer", "teacher")
     teacher = as_asked(teacher, asked.targets)
     reach(teacher)
-    rows = open_rows(dataset, asked.shard_rows, () if kept is None else kept.columns)
+    more: Sequence[str] | None = () if kept is None else kept.columns
+    if view is not None and more is not None:
+        more = (*more, *view.columns)
+    rows = open_rows(dataset, asked.shard_rows, more)
     passed = passed_columns(rows.columns)
     (first,) = rows.slice(0, 1)
     if asked.assistant_only and asked.generate is not None:
@@ -243,10 +267,17 @@ def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any =
     tokenization = Tokenization(
         rendering, vocabulary.size, asked.max_length, asked.completion_only, asked.assistant_only
     )
+    if asked.student_tokenizer is not None or view is not None:
+        reader = None
+        if view is not None:
+            reader = Reader(teacher.source.name, view, rendering, tokenizer_of(teacher), pad_token_id=0)
+            if is_conversation(first) and pinned(reader.template or "", now) != (reader.template or ""):
+                rendered_at = now
+        tokenization = StudentTokenization(tokenization, reader, shared)
     if asked.generate is None:
         tokenization(first, "row 0")
     else:
-        tokenization.prompt(first, "row 0")
+        tokenization.asked_of(tokenization.prompt(first, "row 0"), first, "row 0")
         passed = tuple(dict.fromkeys(("text", *passed)))
     if kept is not None and kept.columns is not None:
         for column in kept.columns:
@@ -271,6 +302,8 @@ def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any =
         assistant_only=asked.assistant_only,
         rendered_with=fingerprint(template),
         rendered_at=rendered_at,
+        for_student=asked.student_tokenizer is not None,
+        view=None if view is None else view.identity,
     )
     return PreparedCapture(teacher, Job(rows, tokenization, kept).rendered_at(rendered_at), settings, gate)
 

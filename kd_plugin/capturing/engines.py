@@ -275,7 +275,7 @@ class ServerEngine:
         return done
 
     def _kept(self, listed: Listed, examples: Sequence[Example], settings: Settings) -> Extracted:
-        targets, size = settings.targets, settings.vocab_size
+        targets, size = settings.targets, self._teacher.vocabulary.size
         if self._teacher.lists_all:
             logprobs = torch.full((len(listed.ids), size), -torch.inf)
             logprobs.scatter_(1, torch.from_numpy(listed.ids), torch.from_numpy(listed.logprobs).float())

@@ -80,13 +80,14 @@ def estimate(  # noqa: D417
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         raise DataError(f"Nothing of the {len(prepared.job.rows)} rows would be stored: {reasons}.")
     # Batches of middling length stand for the others.
-    grouped = engine.batches([len(e.input_ids) for e in probe])
+    grouped = engine.batches([len(e.for_teacher.input_ids) for e in probe])
     chosen = [probe[i] for i in grouped[len(grouped) // 2]]
     for _ in range(_PROBE_BATCHES):
         started = time.perf_counter()
-        results = engine.score(chosen, prepared.settings)
+        results = engine.score([e.for_teacher for e in chosen], prepared.settings)
         seconds = time.perf_counter() - started
-    captured = [CapturedRow(e, t) for e, t in zip(chosen, results, strict=True)]
+    kept = [prepared.job.tokenization.kept(targets) for targets in results]
+    captured = [CapturedRow(e, t) for e, t in zip(chosen, kept, strict=True)]
     share = sum(len(e.scored) for e in chosen) / scored
     probed = sum(len(e.input_ids) for e in chosen)
     return Estimate(

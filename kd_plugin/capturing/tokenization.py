@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_plugin.cache.schema import Example, example_id, scored_positions
+from kd_plugin.cache.schema import Example, Extracted, example_id, scored_positions
 from kd_plugin.cache.templates import MESSAGE_COLUMNS, Template, pinned_tokenizer, read_template
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 
@@ -106,6 +106,24 @@ class Tokenization:
                 "teacher to go on from."
             )
         return self._checked(ids, where).astype(np.int32)
+
+    def asked_of(self, prompt: NDArray[np.int32], row: Mapping[str, Any], where: str) -> NDArray[np.int32]:
+        """Return the prompt that the teacher goes on from, where the row's is ``prompt``."""
+        return prompt
+
+    def written(
+        self, prompt: NDArray[np.int32], ids: NDArray[np.int32], row: Mapping[str, Any], passed: Mapping[str, Any]
+    ) -> Example:
+        """Return the example of a completion that the teacher wrote behind ``prompt``."""
+        return Example.of(np.concatenate([prompt, ids]), len(prompt), passed)
+
+    def kept(self, found: Extracted) -> Extracted:
+        """Return what is stored of targets."""
+        return found
+
+    def why_not(self, example: Example) -> str | None:
+        """Say why the teacher cannot be asked about an example; None where it can."""
+        return None
 
     def _opened(self, messages: Sequence[Any], row: Mapping[str, Any]) -> Sequence[int]:
         """Render messages up to where the assistant speaks; a last assistant turn is a beginning to go on from."""

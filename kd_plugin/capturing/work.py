@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kd_plugin.cache.manifest import NOTHING_TO_SCORE, Settings
 from kd_plugin.cache.schema import CapturedRow, Example, Extracted, to_table
@@ -171,7 +172,7 @@ def _do_unit(store: Store, index: int, job: Job, engine: Engine, bar: Progress) 
     dropped = batch.dropped
     if not captured:
         logger.warning("Rows %d to %d: nothing was kept (%s).", first, first + count - 1, _listed(dropped))
-    counted = None if settings.generation is None and job.filter is None else dropped
+    counted = None if settings.generation is None and job.filter is None and not settings.for_student else dropped
     store.commit(
         index,
         to_table(captured, settings.passed, settings.targets),
@@ -187,7 +188,9 @@ def examples_of(rows: Sequence[Row], first: int, job: Job, dropped: Counter[str]
     for number, row in enumerate(rows, first):
         where = f"row {number}"
         example = job.tokenization(row, where)
-        reason = NOTHING_TO_SCORE if example is None else _why_not(job.filter, _given_text(row), row, where)
+        reason = NOTHING_TO_SCORE if example is None else job.tokenization.why_not(example)
+        if reason is None:
+            reason = _why_not(job.filter, _given_text(row), row, where)
         if reason is None and example is not None:
             yield example
         else:
@@ -207,11 +210,15 @@ def generated_rows(unit: RowBatch) -> list[CapturedRow]:
     generation = settings.generation
     assert generation is not None
     requests: list[tuple[int, Request]] = []
+    prompts: dict[int, NDArray[np.int32]] = {}
     for number, row in enumerate(unit.rows, unit.first):
         prompt = job.tokenization.prompt(row, f"row {number}")
+        prompts[number] = prompt
         room = generation.max_new_tokens
         if settings.max_length is not None:
             room = min(room, settings.max_length - len(prompt))
+        if room >= 1 and len(prompt):
+            prompt = job.tokenization.asked_of(prompt, row, f"row {number}")
         if room < 1 or not len(prompt):
             dropped[_TOO_LONG if room < 1 else NOTHING_TO_SCORE] += generation.n
             bar.advance(1, 0)
@@ -230,12 +237,15 @@ def generated_rows(unit: RowBatch) -> list[CapturedRow]:
                 reason = _UNFINISHED
             else:
                 reason = _why_not(job.filter, text, row, f"row {number}")
+            passed: Mapping[str, Any] = {**{n: row.get(n) for n in settings.passed}, "text": text}
+            if reason is None:
+                example = job.tokenization.written(prompts[number], completion.ids, row, passed)
+                reason = job.tokenization.why_not(example)
             if reason is not None:
                 dropped[reason] += 1
                 continue
-            ids = np.concatenate([request.prompt, completion.ids])
-            passed: Mapping[str, Any] = {**{n: row.get(n) for n in settings.passed}, "text": text}
-            found.append((i, Example.of(ids, len(request.prompt), passed), completion.targets))
+            targets = None if completion.targets is None else job.tokenization.kept(completion.targets)
+            found.append((i, example, targets))
         bar.advance(len(batch) / generation.n, sum(len(completion.ids) for completion in completions))
     found.sort(key=lambda one: one[0])
     return _scored([(example, targets) for _, example, targets in found], unit, 0.0)
@@ -245,10 +255,11 @@ def _scored(examples: list[tuple[Example, Extracted | None]], unit: RowBatch, sh
     """Score the examples that have no targets yet; ``share`` is the dataset rows that each counts for."""
     done = [None if targets is None else CapturedRow(example, targets) for example, targets in examples]
     left = [i for i, row in enumerate(done) if row is None]
-    for batch in unit.engine.batches([len(examples[i][0].input_ids) for i in left]):
+    for batch in unit.engine.batches([len(examples[i][0].for_teacher.input_ids) for i in left]):
         chosen = [examples[left[i]][0] for i in batch]
-        for i, example, targets in zip(batch, chosen, unit.engine.score(chosen, unit.settings), strict=True):
-            done[left[i]] = CapturedRow(example, targets)
+        scored = unit.engine.score([example.for_teacher for example in chosen], unit.settings)
+        for i, example, targets in zip(batch, chosen, scored, strict=True):
+            done[left[i]] = CapturedRow(example, unit.job.tokenization.kept(targets))
         unit.bar.advance(share * len(batch), sum(len(example.input_ids) for example in chosen))
     return [row for row in done if row is not None]
 

@@ -112,6 +112,16 @@ class TeachingSettings(SourceSettings):
         help="A .jinja file that renders conversations in the place of the tokenizer's own template. Left out, "
         "assistant_only takes TRL's training template where the tokenizer's own does not mark the turns.",
     )
+    student_tokenizer: str | None = option(
+        default=None,
+        help="Directory or hub id of the tokenizer of the students that will be taught: rows are rendered and tokenized "
+        "by it, and one cache teaches every student that has it. Left out, by the teacher's.",
+    )
+    view: dict[str, Any] | None = option(
+        default=None,
+        help="How the teacher reads a row, where not as the student does: a mapping with context (a Jinja template over "
+        "the row's columns), system or chat_template (own, or a file), as a panel's view.",
+    )
 
 
 @settings
@@ -150,6 +160,8 @@ def main(argv: Sequence[str], append: bool = False) -> int:
         "targets": targets,
         "generate": generation,
         "chat_template": make_template(config),
+        "student_tokenizer": config.student_tokenizer,
+        "view": config.view,
     }
     if "dry_run" in parsed.flags:
         from kd_plugin.capturing.plan import estimate

@@ -22,10 +22,14 @@ from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.teachers.agreement import require_alike
 from kd_plugin.teachers.base import Teacher, adopt_vocabulary, end_tokens, reach
-from kd_plugin.views.view import OWN
+from kd_plugin.views.view import STUDENT
 from kd_plugin.vocab import TEMPLATE, SharedTokens, Vocabulary
 
 logger = logging.getLogger(__name__)
+_OWN_TEMPLATE = (
+    " Conversations are rendered by the student's template for both: the teacher reads turn markers that it was not "
+    "trained on. To let it read its own, set `view: {{chat_template: own}}` for {name!r}."
+)
 
 
 def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> Vocabulary:
@@ -52,11 +56,12 @@ def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> Vocab
         _require_common_end(panel, name, teacher, vocabulary)
         view = panel.own[name].view
         for difference in vocabulary.differences_that_change_lengths(teacher.vocabulary):
-            if difference == TEMPLATE and view is not None and view.chat_template == OWN:
+            if difference == TEMPLATE and view is not None and view.chat_template != STUDENT:
                 continue
             logger.warning(
                 f"The student and teacher {name!r} differ in their {difference}: the teacher may never reward "
                 "the student for stopping, and lengths can explode."
+                + (_OWN_TEMPLATE.format(name=name) if difference == TEMPLATE else "")
             )
     common = vocabulary
     for teacher in panel.teachers.values():

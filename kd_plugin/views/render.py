@@ -5,7 +5,8 @@ Shape suffixes: B rows, L tokens, P prompt columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +121,19 @@ class Reader:
         responses = [student.response(row) for row in range(len(rows))]
         self._require_fitting(prompts, responses)
         return laid_out(prompts, responses, student.positions, self.pad_token_id, student.input_ids.device, texts)
+
+    def with_template(self, change: Callable[[str], str]) -> Reader:
+        """Return a reader that renders by what ``change`` makes of its chat template; texts are rendered by none."""
+        own, template = copy.copy(self), self.template
+        if template is not None:
+            own._options = {**self._options, "chat_template": change(template)}
+        return own
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that renders conversations, where there is one of a single name."""
+        found = self._options.get("chat_template") or getattr(self._renderer, "chat_template", None)
+        return found if isinstance(found, str) else None
 
     def prompt_text(self, row: Mapping[str, Any]) -> str:
         """Return the text that the teacher reads before a response.
