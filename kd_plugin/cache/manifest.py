@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.cache.files import fitting, record_digest, unseal
-from kd_plugin.cache.targets import Generation, Sampled, Targets, describe, from_description
+from kd_plugin.cache.targets import Generation, Sampled, Targets, TopK, describe, from_description
 from kd_plugin.errors import CacheError
 
 FORMAT = "kd-plugin teacher cache"
@@ -21,7 +21,8 @@ FORMAT = "kd-plugin teacher cache"
 FORMAT_VERSION = 3
 _MAX_UNITS = 10_000_000  # ten billion rows at the usual size; missing ones are listed one by one
 NOTHING_TO_SCORE = "nothing to score"
-_LATER = ("generation", "filter", "assistant_only", "rendered_with", "rendered_at", "for_student", "view")  # left out where not used
+# Left out where not used
+_LATER = ("generation", "filter", "assistant_only", "rendered_with", "rendered_at", "for_student", "view")
 POSITION_CONVENTION = "the target at position t is the distribution over token t+1"
 
 
@@ -106,6 +107,11 @@ class Settings:
         else:
             tokens = "completions, and every token of rows without a prompt"
         return tokens if self.max_length is None else f"{tokens}, within the first {self.max_length} tokens of a row"
+
+    @property
+    def lists_equally_many(self) -> bool:
+        """Whether every position lists as many tokens: top-k does, unless tokens that a student lacks are left out."""
+        return isinstance(self.targets, TopK) and not self.for_student
 
     @property
     def digest(self) -> str:

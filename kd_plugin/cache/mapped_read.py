@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd_plugin.cache.files import fitting, unseal
-from kd_plugin.cache.manifest import Manifest
+from kd_plugin.cache.manifest import Manifest, Settings
 from kd_plugin.cache.mapped_write import BLOCK_BYTES, MAPPED_VERSION, FlatFile, bucket_bits
-from kd_plugin.cache.targets import Sampled, Targets, TopK
+from kd_plugin.cache.targets import Sampled
 from kd_plugin.errors import CacheCorruptionError, DataError
 from kd_plugin.lineage.hashing import sha256_file
 from kd_plugin.signals import SparseSignal
@@ -41,13 +41,14 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def _names_of(targets: Targets) -> set[str]:
+def _names_of(settings: Settings) -> set[str]:
     """Return the files of a mapped form, as :func:`~kd_plugin.cache.mapped_write.build` writes them."""
     names = {"ids.bin", "tail.bin", "index_keys.bin", "index_rows.bin", "index_buckets.bin"}
+    targets = settings.targets
     means = isinstance(targets, Sampled) and targets.logprobs == "mean"
     names |= {"mean_logprob.bin" if means else "logprobs.bin"}
     names |= {"draws.bin"} if isinstance(targets, Sampled) else set()
-    return names if isinstance(targets, TopK) else names | {"offsets.bin"}
+    return names if settings.lists_equally_many else names | {"offsets.bin"}
 
 
 class CheckedFile:
@@ -130,7 +131,7 @@ class Mapped:
         if record.get("version") != MAPPED_VERSION or record.get("content") != manifest.content_digest:
             raise CacheCorruptionError(f"{directory} was built from other shards. {self._way_out}")
         self._rows_sha256 = str(record.get("rows_sha256"))
-        files = self._files_of(record, manifest.settings.targets)
+        files = self._files_of(record, manifest.settings)
         opened = {
             name: CheckedFile(directory, file, self._way_out) for name, file in files.items() if "index" not in name
         }
@@ -147,13 +148,13 @@ class Mapped:
         # Top-k lists equally many everywhere, so a target is found without offsets.
         self._width = files["ids.bin"].items // max(self.tokens, 1)
 
-    def _files_of(self, record: Mapping[str, Any], targets: Targets) -> dict[str, FlatFile]:
+    def _files_of(self, record: Mapping[str, Any], settings: Settings) -> dict[str, FlatFile]:
         """Read the list of files: all that these targets need, and none but those, each of its own type."""
         listed = record.get("files")
         where = f"a file of {self.directory / 'mapped.json'}"
         found = [FlatFile(**fitting(FlatFile, one, where)) for one in (listed if isinstance(listed, list) else [])]
         files = {one.name: one for one in found if _DTYPES.get(one.name) == one.dtype}
-        if len(files) != len(found) or files.keys() != _names_of(targets):
+        if len(files) != len(found) or files.keys() != _names_of(settings):
             raise CacheCorruptionError(f"{self.directory} does not list its files as they were built. {self._way_out}")
         return files
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from kd_plugin.cache.files import explained, remove, remove_leftovers, seal, sync, temporary_name
 from kd_plugin.cache.manifest import Manifest, Unit
 from kd_plugin.cache.schema import list_values, read_row_groups, scored_positions
-from kd_plugin.cache.targets import Sampled, TopK
+from kd_plugin.cache.targets import Sampled
 from kd_plugin.errors import CacheCorruptionError
 from kd_plugin.lineage.hashing import sha256_file
 
@@ -284,8 +284,8 @@ def _write(cache: Path, manifest: Manifest, directory: Path) -> None:
             stream.write_table(pa.concat_tables(waiting).combine_chunks())
     sync(rows_path)
     files = [writer.finish() for writer in writers.values()]
-    if isinstance(targets_kept, TopK):
-        offsets.discard()  # equally many everywhere: the offsets are multiples of the count
+    if manifest.settings.lists_equally_many:
+        offsets.discard()  # the offsets are multiples of the count
     else:
         files.append(offsets.finish())
     files += index.finish()

@@ -17,18 +17,20 @@ from kd_plugin.cache.templates import (
     fingerprint,
     is_conversation,
     marks_assistant,
+    pinned,
     pinned_time,
     prints_time,
     with_template,
-    pinned,
 )
 from kd_plugin.capturing.engines import as_asked, open_engine, require_targets, require_teacher
 from kd_plugin.capturing.rows import open_rows, passed_columns
+from kd_plugin.capturing.student import StudentTokenization
 from kd_plugin.capturing.tokenization import Tokenization
 from kd_plugin.capturing.work import Job, do_units
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.config import LineageSettings
 from kd_plugin.lineage.sources import Source
+from kd_plugin.models import as_tokenizer
 from kd_plugin.settings import built, option, settings, takes
 from kd_plugin.teachers.base import reach, tokenizer_of
 from kd_plugin.verifying import make_verifier, reference

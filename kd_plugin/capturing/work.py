@@ -228,7 +228,7 @@ def generated_rows(unit: RowBatch) -> list[CapturedRow]:
     for batch in engine.batches([len(request.prompt) + request.max_new_tokens for _, request in requests]):
         completions = engine.generate([requests[i][1] for i in batch], settings)
         for i, completion in zip(batch, completions, strict=True):
-            number, request = requests[i]
+            number, _ = requests[i]
             row = unit.rows[number - unit.first]
             text = job.tokenization.tokenizer.decode(completion.ids, skip_special_tokens=True)
             if not len(completion.ids):

@@ -114,12 +114,12 @@ class TeachingSettings(SourceSettings):
     )
     student_tokenizer: str | None = option(
         default=None,
-        help="Directory or hub id of the tokenizer of the students that will be taught: rows are rendered and tokenized "
+        help="Directory or hub id of the tokenizer of the students to be taught: rows are rendered and tokenized "
         "by it, and one cache teaches every student that has it. Left out, by the teacher's.",
     )
     view: dict[str, Any] | None = option(
         default=None,
-        help="How the teacher reads a row, where not as the student does: a mapping with context (a Jinja template over "
+        help="How the teacher reads a row, if not as the student does: a mapping with context (a Jinja template over "
         "the row's columns), system or chat_template (own, or a file), as a panel's view.",
     )
 

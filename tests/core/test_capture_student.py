@@ -1,0 +1,136 @@
+"""Captures for a student's tokenizer: targets at its positions, in its tokens, of a teacher that reads by a view."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from kd_plugin import LocalTeacher, capture
+from kd_plugin.cache import Generation, Sampled, TopK
+from kd_plugin.errors import DataError, VocabularyError
+from kd_plugin.vocab import Vocabulary
+from tests.tiny import byte_tokenizer, save_tiny
+
+OWN = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[me]{% endif %}"
+)
+ROWS = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}", "hint": f"it is {a + b}"} for a in range(3) for b in range(4)]
+CHATS = [
+    {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": row["completion"]}],
+        "hint": row["hint"],
+    }
+    for row in ROWS
+]
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory):
+    """A teacher with two tokens more than the student, and another chat template."""
+    path = save_tiny(
+        tmp_path_factory.mktemp("more") / "t", seed=4, variant="padded", added=("<think>", "</think>"), license="mit"
+    )
+    tokenizer = byte_tokenizer(added=("<think>", "</think>"))
+    tokenizer.chat_template = OWN
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def dense(cache, model, prompt_ids, ids, size, row_index):
+    """Compare the targets of a row with the model's own distribution behind another prompt."""
+    with torch.no_grad():
+        logp = model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1, :size].log_softmax(-1)
+    index = [i for i in cache.teacher_index(row_index) if i >= 0]
+    signal = cache.signal(torch.tensor(index))
+    assert len(signal) == len(ids)
+    listed = signal.logprobs > -torch.inf
+    found = logp.gather(1, signal.ids)
+    torch.testing.assert_close(signal.logprobs[listed], found[listed], rtol=2e-3, atol=2e-3)
+    return signal, logp
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_targets_are_of_the_teachers_prompt_at_the_students_positions(kind, more, tmp_path):
+    student = byte_tokenizer()
+    rows = ROWS if kind == "text" else CHATS
+    view = {"context": "{{ hint }}"} | ({} if kind == "text" else {"chat_template": "own"})
+    teacher = LocalTeacher(more, dtype="float32")
+    cache = capture(
+        Dataset.from_list(rows), teacher, tmp_path / "c", targets=TopK(261), student_tokenizer=student, view=view,
+        progress=False,
+    )  # fmt: skip
+    settings = cache.manifest.settings
+    assert settings.for_student and settings.tokenizer == Vocabulary.from_tokenizer(student).fingerprint
+    assert settings.view["columns"] == ["hint"] and settings.vocab_size == 259
+    cache.require_compatible(Vocabulary.from_tokenizer(student))  # no warning, no error
+    for row, plain in zip(rows, ROWS, strict=True):
+        if kind == "text":
+            own, read = student(plain["prompt"])["input_ids"], f"{plain['hint']}\n\n{plain['prompt']}"
+            answer = [*student(plain["completion"])["input_ids"], student.eos_token_id]
+        else:
+            own = student.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+            read = f"[user]{plain['prompt']}\n\n{plain['hint']}[me]"
+            whole = student.apply_chat_template(row["prompt"] + row["completion"])["input_ids"]
+            answer = whole[len(own) :]
+        signal, logp = dense(cache, teacher.model, student(read)["input_ids"], answer, 261, own + answer)
+        # What only the teacher has is in the mass that is not listed
+        assert signal.ids.max() < 259
+        rest = logp[:, 259:].logsumexp(-1)
+        torch.testing.assert_close(signal.tail_logmass, rest, rtol=1e-2, atol=5e-2)
+
+
+def test_the_teacher_writes_what_it_is_shown_and_the_student_learns_it_behind_its_own_prompt(more, tmp_path):
+    student, teacher = byte_tokenizer(), LocalTeacher(more, dtype="float32")
+    cache = capture(
+        Dataset.from_list([{"prompt": row["prompt"], "hint": row["hint"]} for row in ROWS]),
+        teacher,
+        tmp_path / "g",
+        targets=TopK(8),
+        generate=Generation(max_new_tokens=6, keep_unfinished=True),
+        student_tokenizer=student,
+        view={"context": "{{ hint }}"},
+        progress=False,
+    )
+    held = cache.dataset()
+    assert len(held) + sum(cache.manifest.dropped.values()) == len(ROWS) and len(held) >= 6
+    prompts = {tuple(student(row["prompt"])["input_ids"]): row for row in ROWS}
+    for example in held:
+        ids, mask = example["input_ids"], example["completion_mask"]
+        own = ids[: mask.index(1)]
+        row = prompts[tuple(own)]
+        read = student(f"{row['hint']}\n\n{row['prompt']}")["input_ids"]
+        dense(cache, teacher.model, read, ids[len(own) :], 261, ids)
+
+
+def test_sampled_targets_keep_shared_draws_alone(more, tmp_path):
+    cache = capture(
+        Dataset.from_list(ROWS), LocalTeacher(more, dtype="float32"), tmp_path / "s", targets=Sampled(40),
+        student_tokenizer=byte_tokenizer(), progress=False,
+    )  # fmt: skip
+    signal = cache.signal(torch.arange(cache.tokens))
+    assert signal.ids.max() < 259 and (signal.draws.sum(1) <= 40).all() and (signal.draws.sum(1) > 20).all()
+
+
+def test_a_row_that_the_teacher_cannot_read_is_counted(tmp_path, more):
+    rows = [*ROWS, {"prompt": "what<hint>", "completion": "x", "hint": ""}]
+    student = byte_tokenizer(added=("<hint>",))
+    cache = capture(
+        Dataset.from_list(rows), LocalTeacher(more, dtype="float32"), tmp_path / "c", student_tokenizer=student,
+        progress=False,
+    )  # fmt: skip
+    assert cache.manifest.dropped == {"a token that the teacher has not": 1} and len(cache) == len(ROWS)
+
+
+def test_what_it_refuses(more, tmp_path):
+    teacher = LocalTeacher(more, dtype="float32")
+    rows = Dataset.from_list(ROWS)
+    options = {"progress": False, "student_tokenizer": byte_tokenizer()}
+    with pytest.raises(DataError, match=r"row 0.*hnit"):
+        capture(rows, teacher, tmp_path / "a", view={"context": "{{ hnit }}"}, **options)
+    with pytest.raises(DataError, match="has no column 'prompt', which the view renders"):
+        texts = Dataset.from_list([{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1], "hint": ""}])
+        capture(texts, teacher, tmp_path / "b", view={"context": "{{ hint }}"}, **options)
+    with pytest.raises(VocabularyError, match="4 ids differ"):
+        swapped = byte_tokenizer(swap=("a", "b"))
+        capture(rows, teacher, tmp_path / "c", progress=False, student_tokenizer=swapped)
