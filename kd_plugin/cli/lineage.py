@@ -29,7 +29,7 @@ on a checkpoint:
   verify DIR     recompute everything from the files alone, offline
   diff A B       what changed between two checkpoints
   export DIR     CycloneDX 1.6, SPDX 3.0.1 or Markdown
-  graph DIR      the lineage as one self-contained SVG
+  graph DIR      the lineage as a picture: SVG, HTML or Mermaid
   sign DIR       sign it with a local key; verify DIR --key checks that
 
 {NO_ADVICE}"""
@@ -84,10 +84,12 @@ example:
   kd-plugin lineage export out/checkpoint-100 --format spdx --output sbom.spdx.json
 
 exit codes: 0 done, 1 the output cannot be written, 2 the record is damaged, 3 it is missing"""
-_GRAPH = """Draw the lineage as one self-contained SVG: no script, nothing fetched.
+_GRAPH = """Draw the lineage: as one self-contained SVG, as an HTML page with the terms at each node, or as Mermaid text
+for a README. No script, nothing fetched.
 
 example:
   kd-plugin lineage graph out/checkpoint-100 --output lineage.svg
+  kd-plugin lineage graph out/checkpoint-100 --output lineage.html
 
 exit codes: 0 done, 1 the output cannot be written, 2 the record is damaged, 3 it is missing"""
 _SIGN = """Sign every file of a checkpoint with a local elliptic-curve key, into lineage.sig.
@@ -130,7 +132,9 @@ def main(argv: Sequence[str]) -> int:
     add("diff", _DIFF, _diff, "A", "B")
     export = add("export", _EXPORT, _export, "DIR")
     export.add_argument("--format", choices=("cyclonedx", "spdx", "markdown"), required=True)
-    for command in (export, add("graph", _GRAPH, _graph, "DIR")):
+    graph = add("graph", _GRAPH, _graph, "DIR")
+    graph.add_argument("--format", choices=("svg", "html", "mermaid"), help="of the picture; else by --output's name")
+    for command in (export, graph):
         command.add_argument("--output", type=Path, help="file to write; without it, standard output")
     registry = commands.add_parser("registry", description=_REGISTRY)
     add_registry_commands(registry)
@@ -232,9 +236,12 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _graph(arguments: argparse.Namespace) -> int:
-    from kd_plugin.lineage.show import graph_svg
+    from kd_plugin.lineage import picture
 
-    return _deliver(graph_svg(load_record(arguments.dir), arguments.dir.resolve().name), arguments.output)
+    draws = {"svg": picture.graph_svg, "html": picture.graph_html, "mermaid": picture.graph_mermaid}
+    suffix = {".html": "html", ".mmd": "mermaid"}.get(arguments.output.suffix if arguments.output else "", "svg")
+    drawn = draws[arguments.format or suffix](load_record(arguments.dir), arguments.dir.resolve().name)
+    return _deliver(drawn, arguments.output)
 
 
 def _deliver(text: str, output: Path | None) -> int:
