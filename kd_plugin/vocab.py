@@ -239,7 +239,9 @@ class Vocabulary:
         return VocabularyError(
             f"The {mine} ({len(self.tokens)} tokens) and the {theirs} ({len(other.tokens)} tokens) have different "
             f"vocabularies: {len(different)} ids differ, first: {shown}. Distributions can only be compared over "
-            f"the same tokens: choose a {theirs.split()[0]} of the same tokenizer family, or train on its text."
+            f"the same tokens: choose a {theirs.split()[0]} of the same tokenizer family, or train on its "
+            "text, which any student can: `kd-plugin capture` with targets: text, then teacher_text in the place of "
+            "teacher_cache."
         )
 
     def differences_that_change_lengths(self, other: Vocabulary) -> list[str]:

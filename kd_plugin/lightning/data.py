@@ -5,16 +5,22 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
+from torch.nn.utils.rnn import pad_sequence
 
 from kd_plugin.cache.joining import TARGET
 from kd_plugin.cache.joint import JointCache
 from kd_plugin.cache.loading import CachedRowCollator, ResumableLoader
+from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.inputs import load_rows
 from kd_plugin.lightning.step import SAMPLES, WINDOW, WINDOW_TOKENS, served, window_end
+from kd_plugin.text.dataset import TrainingText
+from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
 _WINDOWS = itertools.count()  # what tells one window from another
@@ -28,6 +34,7 @@ class KDDataModule(LightningDataModule):
 
     Args:
         cache: directory of a teacher cache, for offline KD; or a mapping from directories to weights, an offline panel.
+        text: in its place, directory of a capture of text; the rows are tokenized by the module's tokenizer.
         prompts: rows with ``prompt`` (text or messages), with ``teacher_id`` or ``domain`` where the panel needs them,
             and ``completion`` where ``on_policy_fraction`` is below 1: a JSON or Parquet file, a directory of
             ``save_to_disk``, or a hub id.
@@ -45,7 +52,7 @@ class KDDataModule(LightningDataModule):
         allow_partial: train on a cache whose capture was interrupted.
 
     Raises:
-        ConfigError: neither ``cache`` nor ``prompts``, or both.
+        ConfigError: none of ``cache``, ``text`` and ``prompts``, or several.
         CacheError: the cache cannot be read, or is not finished.
         DataError: prompts without a column ``prompt``, or no row is left.
     """
@@ -54,6 +61,7 @@ class KDDataModule(LightningDataModule):
         self,
         cache: dict[str, float] | str | None = None,
         prompts: str | None = None,
+        text: str | None = None,
         validation_rows: int = 0,
         samples: str | None = None,
         sample_rows: int = 8,
@@ -66,9 +74,10 @@ class KDDataModule(LightningDataModule):
         allow_partial: bool = False,
     ) -> None:
         super().__init__()
-        if (cache is None) == (prompts is None):
-            given = "neither" if cache is None else "both"
-            raise ConfigError(f"data.cache and data.prompts: {given} is given; name the one that is trained on.")
+        given = sum(one is not None for one in (cache, prompts, text))
+        if given != 1:
+            how_many = f"{given} are" if given else "neither is"
+            raise ConfigError(f"data.cache, data.text and data.prompts: {how_many} given; name the one to train on.")
         # Lightning would merge them with the module's for the logger, and refuses names that both have
         self.save_hyperparameters(logger=False)
         self.hp: Any = self.hparams
@@ -81,12 +90,15 @@ class KDDataModule(LightningDataModule):
         """Open the rows; nothing is copied into memory."""
         hp = self.hp
         if self.rows is None:
-            rows = self._cached_rows() if hp.cache is not None else _prompts(hp.prompts, hp.split)
+            if hp.text is not None:
+                rows = self._text_rows()
+            else:
+                rows = self._cached_rows() if hp.cache is not None else _prompts(hp.prompts, hp.split)
             kept = len(rows) - hp.validation_rows
             if kept < 1:
                 raise DataError(
-                    f"{hp.cache or hp.prompts} has {len(rows)} rows and validation_rows is {hp.validation_rows}, so "
-                    "none is left to train on."
+                    f"{hp.cache or hp.text or hp.prompts} has {len(rows)} rows and validation_rows is "
+                    f"{hp.validation_rows}, so none is left to train on."
                 )
             self.rows = rows.select(range(kept))
             self.validation = rows.select(range(kept, len(rows))) if hp.validation_rows else None
@@ -96,19 +108,19 @@ class KDDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Return this rank's batches."""
-        cached = self.hp.cache is not None
+        cached, prompts = self.hp.cache is not None, self.hp.prompts is not None
         return self._loader(
             self.rows,
-            self._collator if cached else _as_columns,
+            _as_columns if prompts else self._collator,
             # As Lightning does with its own loaders: the same batches in each epoch
             shuffle=self.hp.shuffle and not getattr(self.trainer, "overfit_batches", 0),
-            look_ahead=_count_window if cached else _attach_window,
+            look_ahead=_count_window if cached else _attach_window if prompts else _leave,
             **self._windows(),
         )
 
     def val_dataloader(self) -> list[ResumableLoader]:
         """Return the rows that are held out, and the prompts that are answered."""
-        collate = self._collator if self.hp.cache is not None else _as_columns
+        collate = _as_columns if self.hp.prompts is not None else self._collator
         loaders = [] if self.validation is None else [self._loader(self.validation, collate)]
         return loaders if self.samples is None else [*loaders, self._loader(self.samples, _as_samples)]
 
@@ -134,12 +146,42 @@ class KDDataModule(LightningDataModule):
             rows, collate, hp.batch_size, seed=hp.seed, rank=rank, world=world, num_workers=hp.num_workers, **options
         )
 
+    def _text_rows(self) -> Any:
+        module: Any = getattr(self.trainer, "lightning_module", None)
+        tokenizer = getattr(module, "tokenizer", None)
+        if tokenizer is None:
+            raise ConfigError(
+                "data.text needs the student's tokenizer, and the module has none as `tokenizer`. Use OfflineKDModule, "
+                "or give the module that attribute."
+            )
+        self._collator = _TextCollator()
+        text = TrainingText.open(self.hp.text, OfflineSettings())
+        return text.tokenized(tokenizer, Vocabulary.from_tokenizer(tokenizer).size, self.hp.max_length)
+
     def _cached_rows(self) -> Any:
         cache, width = JointCache.open(self.hp.cache, allow_partial=self.hp.allow_partial), self.hp.max_length
         self._collator, rows = CachedRowCollator(cache, width), cache.dataset()
         if width is None:
             return rows
         return rows.filter(lambda mask: any(mask[1:width]), input_columns="completion_mask")
+
+
+@dataclass(frozen=True)
+class _TextCollator:
+    """Pads tokenized rows on the right."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = [torch.as_tensor(row["input_ids"]) for row in rows]
+        labels = [torch.as_tensor(row["labels"]) for row in rows]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        }
+
+
+def _leave(window: list[Any]) -> None:
+    """Leave batches as they are: each one's loss is the mean of its own tokens, as Lightning has it."""
 
 
 def _count_window(window: list[Any]) -> None:

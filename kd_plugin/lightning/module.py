@@ -12,17 +12,20 @@ from transformers import AutoTokenizer, get_scheduler
 
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
+from kd_plugin.lightning.lineage import LicenseLineage
 from kd_plugin.lightning.offline import OfflineKD
 from kd_plugin.lightning.panel import TeacherPanelCorrection
 from kd_plugin.lightning.step import SAMPLES
 from kd_plugin.lightning.student import engine_of
 from kd_plugin.lineage.config import LineageSettings
+from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.models import load_language_model
 from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.rollouts.in_process import Sampling
 from kd_plugin.rollouts.rows import render
 from kd_plugin.settings import option, settings, takes, values_of
 from kd_plugin.sharding.running import shard_with_fsdp2
+from kd_plugin.text.dataset import TrainingText
 from kd_plugin.verifying import verifier
 
 logger = logging.getLogger(__name__)
@@ -215,7 +218,7 @@ class OfflineKDModule(StudentModule):
     Args:
         model: the student, a path or hub id.
         cache: directory of the teacher cache, or a mapping from directories to weights: an offline panel. None takes
-            the data module's.
+            the data module's; where that has a text instead, the student is trained on it by cross-entropy.
     """
 
     def __init__(self, model: str, cache: dict[str, float] | str | None = None, **fields: Any) -> None:
@@ -228,16 +231,37 @@ class OfflineKDModule(StudentModule):
     def configure_callbacks(self) -> list[Callback]:
         """Return the callback that adds the divergence; Lightning attaches it."""
         hp = self.hparams
-        cache = hp["cache"] or getattr(getattr(self.trainer, "datamodule", None), "hparams", {}).get("cache")
+        data = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+        cache = hp["cache"] or data.get("cache")
+        if data.get("text") is not None:
+            return [self._lineage_of_text(data["text"], cache)]
         if cache is None:
-            raise ConfigError("No teacher cache is given: set model.cache or data.cache.")
+            raise ConfigError("No teacher cache is given: set model.cache or data.cache; or data.text.")
         self._kd = OfflineKD(cache, **values_of(OfflineCallbackSettings, hp))
         return [self._kd]
 
+    def _lineage_of_text(self, text: str, cache: Any) -> Callback:
+        """Pass the license gate of a teacher's text, and return the callback that writes its lineage."""
+        hp = self.hparams
+        opened = TrainingText.open(text, OfflineSettings(**values_of(OfflineSettings, hp)), cache)
+        own = LicenseLineage(hp["lineage"], method="offline_kd")
+        own.run = start_run(
+            method="offline_kd",
+            student=student_source(self.student_reference, hp["revision"]),
+            outputs=[opened.source],
+            settings=dict(hp),
+            declared=hp["lineage"],
+        )
+        return own
+
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measure the divergence on held-out rows, and answer the samples."""
+        """Measure the divergence, or the cross-entropy of a text, on held-out rows, and answer the samples."""
         if "input_ids" in batch and self._kd is not None:
             self._kd.measure(self, batch, lambda seen: self.model(**seen))
+        elif "input_ids" in batch:
+            tokens = max(int((batch["labels"][:, 1:] != -100).sum()), 1)
+            loss = self.model(**batch).loss
+            self.log("val/loss", loss, batch_size=tokens, sync_dist=True, add_dataloader_idx=False)
         super().validation_step(batch, batch_idx, dataloader_idx)
 
 

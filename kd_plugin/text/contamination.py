@@ -1,7 +1,8 @@
 """Whether a text holds an item of an evaluation set, or nearly: by the n-grams that both have.
 
-An item counts as found where at least a given part of its n-grams of words occurs in the text, numbers included: so a
-copy with a few words changed is found, and another problem made by the same template, with other numbers, is not. Items
+An item counts as found where at least a given part of its n-grams of words occurs in the text, and most of its numbers.
+An n-gram that several items have, such as one of a template, counts once for all of them. So a copy with a few words
+changed is found, and another problem made by the same template, with other numbers or names, is spared. Items
 shorter than an n-gram are found as a whole.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from kd_plugin.inputs import load_rows
 
 _WORDS = re.compile(r"[^\W_]+|[^\w\s]")  # words, numbers, and signs each for itself: + is not - in a problem
 _QUIET = frozenset(".,;:!?\"'`()[]{}$*_#\\“”‘’")
+_NUMBERS = 0.6  # part of an item's numbers that a copy has
+_COMMON = 100  # items beyond which an n-gram is the set's own phrase
 _KEYS = ("dataset", "split", "name", "columns")
 # What holds the item in most evaluation sets, in this order
 _COLUMNS = ("problem", "question", "prompt", "messages", "instruction", "input", "text")
@@ -31,7 +34,7 @@ class Contamination:
     Attributes:
         source: the evaluation set.
         item: number of its row.
-        overlap: part of the item's n-grams that the text has.
+        overlap: part of the item's n-grams that the text has, each by its weight.
         text: how the item begins.
     """
 
@@ -51,8 +54,9 @@ class EvaluationItems:
 
     def __init__(self, ngram: int, overlap: float) -> None:
         self._n, self._overlap = ngram, overlap
-        self._items: list[tuple[str, int, int, str]] = []  # source, row, n-grams, how it begins
+        self._items: list[_Item] = []
         self._index: dict[int, list[int]] = {}
+        self._known: set[int] = set()
         self._lengths: set[int] = set()
 
     def __len__(self) -> int:
@@ -66,22 +70,46 @@ class EvaluationItems:
         n = min(self._n, len(words))
         grams = set(_grams(words, n))
         self._lengths.add(n)
+        if _digest(words) in self._known:
+            return
+        self._known.add(_digest(words))
         for gram in grams:
             self._index.setdefault(gram, []).append(len(self._items))
-        self._items.append((source, number, len(grams), text.strip()[:200]))
+        self._items.append(_Item(source, number, tuple(grams), _numbers(words), text.strip()[:200]))
 
     def find(self, text: str) -> Contamination | None:
         """Return the item of which ``text`` has the largest part, if that is large enough."""
-        words, shared = words_of(text), Counter[int]()
+        words, shared = words_of(text), defaultdict[int, float](float)
         for n in self._lengths:
             for gram in set(_grams(words, n)):
-                shared.update(self._index.get(gram, ()))
-        best: Contamination | None = None
-        for item, count in shared.items():
-            source, number, grams, begins = self._items[item]
-            if count / grams >= self._overlap and (best is None or count / grams > best.overlap):
-                best = Contamination(source, number, count / grams, begins)
+                for place in self._index.get(gram, ()) if self._weight(gram) else ():
+                    shared[place] += self._weight(gram)
+        best, numbers = None, _numbers(words)
+        for place, weight in shared.items():
+            item = self._items[place]
+            part = weight / sum(map(self._weight, item.grams))
+            same = len(item.numbers & numbers) >= _NUMBERS * len(item.numbers)
+            if same and part >= self._overlap and (best is None or part > best.overlap):
+                best = Contamination(item.source, item.number, min(part, 1.0), item.begins)
         return best
+
+    def _weight(self, gram: int) -> float:
+        """Return what an n-gram counts for each item that has it; nothing where very many have it."""
+        having = len(self._index.get(gram, ()))
+        return 1 / having if 0 < having <= _COMMON else 0.0
+
+
+@dataclass(frozen=True)
+class _Item:
+    source: str
+    number: int
+    grams: tuple[int, ...]
+    numbers: frozenset[str]
+    begins: str
+
+
+def _numbers(words: Sequence[str]) -> frozenset[str]:
+    return frozenset(word for word in words if word[0].isdigit())
 
 
 def words_of(text: str) -> list[str]:
@@ -145,5 +173,8 @@ def _texts(row: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[str]:
 
 def _grams(words: Sequence[str], n: int) -> Iterator[int]:
     for start in range(len(words) - n + 1):
-        text = " ".join(words[start : start + n])
-        yield int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+        yield _digest(words[start : start + n])
+
+
+def _digest(words: Sequence[str]) -> int:
+    return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "big")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd_plugin.cache.files import explained, publish, remove_leftovers, temporary_name
-from kd_plugin.errors import CacheError
+from kd_plugin.capturing.tokenization import Tokenization
+from kd_plugin.divergence.objective import OfflineSettings
+from kd_plugin.errors import CacheError, ConfigError, DataError
 from kd_plugin.inputs import load_rows
-from kd_plugin.lineage.data import TEXT_RECORD, TEXT_SCHEMA, read_text_record
+from kd_plugin.lineage.data import CACHE, TEXT_RECORD, TEXT_SCHEMA, read_text_record, with_origin
 from kd_plugin.lineage.hashing import sha256_file
 from kd_plugin.lineage.record import canonical, digest_of
 from kd_plugin.lineage.sources import Source
@@ -134,6 +136,85 @@ def load_text(directory: str | Path) -> Any:
     """Return the rows of a dataset of text, memory-mapped; raises CacheError as :func:`text_source`."""
     text_source(directory)
     return load_rows(str(directory))
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """A teacher's text as a run trains on it.
+
+    Attributes:
+        source: the text as an ancestor of what is trained on it.
+        path: its directory.
+    """
+
+    source: Source
+    path: Path
+
+    @classmethod
+    def open(cls, directory: str | Path, offline: OfflineSettings, cache: Any = None) -> TrainingText:
+        """Open what a user names as ``teacher_text``.
+
+        Args:
+            directory: of a capture of text.
+            offline: how the run distils; text has no distribution, so what only a distribution has is refused.
+            cache: what is named as ``teacher_cache``; a run has one or the other.
+
+        Raises:
+            ConfigError: both are named, or a setting asks for a divergence.
+            CacheError: see :func:`text_source`.
+        """
+        if cache is not None:
+            raise ConfigError("teacher_cache and teacher_text are both given; a run is fitted to one of them.")
+        defaults, weights = OfflineSettings(), (offline.kd_weight, offline.ce_weight)
+        asked = [f.name for f in fields(offline) if getattr(offline, f.name) != getattr(defaults, f.name)]
+        others = [name for name in asked if name not in ("kd_weight", "ce_weight")]
+        if others or weights not in ((1.0, 0.0), (0.0, 1.0)):
+            name = others[0] if others else "kd_weight" if offline.kd_weight not in (0.0, 1.0) else "ce_weight"
+            raise ConfigError(
+                f"{name}={getattr(offline, name)!r} asks for a divergence, and teacher_text is text, which has no "
+                "distribution: the loss is the cross-entropy of what the teacher wrote (kd_weight: 0, ce_weight: 1). "
+                "Leave it out, or capture a teacher cache."
+            )
+        return cls(text_source(directory), Path(directory))
+
+    @property
+    def rows(self) -> Any:
+        """The rows with ``prompt`` and ``completion``, of which the run's own lineage speaks."""
+        rows = load_rows(str(self.path)).select_columns(["prompt", "completion"])
+        rows.info.download_checksums = None
+        record: Any = self.source.record
+        return with_origin(rows, f"{CACHE}{record['outputs']['digest']}")
+
+    def tokenized(self, tokenizer: Any, vocab_size: int, max_length: int | None = None) -> Any:
+        """Return the rows as ``input_ids`` and ``labels``, -100 in the prompt, as TRL prepares them.
+
+        Args:
+            tokenizer: the student's, any.
+            vocab_size: ids at or above it are refused.
+            max_length: tokens kept from the start of a row; rows of which nothing is left are dropped.
+
+        Raises:
+            DataError: nothing is left of any row.
+        """
+        rows = self.rows
+        encode = _Encode(Tokenization(tokenizer, vocab_size, max_length, completion_only=True))
+        tokens = rows.map(encode, remove_columns=rows.column_names)
+        kept = tokens.filter(lambda labels: any(label != -100 for label in labels), input_columns="labels")
+        if not len(kept):
+            raise DataError(f"Nothing is left of {self.path}: max_length={max_length} cuts off every completion.")
+        return kept
+
+
+@dataclass(frozen=True)
+class _Encode:
+    tokenization: Tokenization
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        example = self.tokenization(row)
+        if example is None:
+            return {"input_ids": [], "labels": []}
+        ids, mask = example.input_ids.tolist(), example.completion_mask.tolist()
+        return {"input_ids": ids, "labels": [i if m else -100 for i, m in zip(ids, mask, strict=True)]}
 
 
 def _write_shards(directory: Path, tables: Iterable[pa.Table]) -> list[str]:

@@ -59,9 +59,10 @@ class SelectingSettings:
         help="Evaluation sets whose items must not occur: files, directories or hub ids, or mappings with dataset, "
         "split, name and columns.",
     )
-    ngram: int = option(default=8, help="Words of the n-grams by which prompts and answers are compared with those.")
+    ngram: int = option(default=5, help="Words of the n-grams by which prompts and answers are compared with those.")
     overlap: float = option(
-        default=0.5, help="Part of an item's n-grams that may not be reached: what reaches it is dropped and listed."
+        default=0.5,
+        help="Part of an item's n-grams from which it is found; what holds it is dropped and listed.",
     )
     keep: int | None = option(default=None, help="Answers kept a prompt, the shortest reasoning first; null keeps all.")
     balance: list[str] | None = option(

@@ -24,6 +24,7 @@ from kd_plugin.lineage.data import dataset_sources
 from kd_plugin.lineage.start import student_source
 from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage
 from kd_plugin.student.head import DistillationHead, evaluation_sums
+from kd_plugin.text.dataset import TrainingText
 from kd_plugin.trainers.run import (
     LineageSavingMixin,
     TokenMeanMixin,
@@ -56,9 +57,11 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         args: your ``TrainingArguments``.
         teacher_cache: the cache or its directory; or an offline panel: a list of them, or a mapping from them to
             weights (see :class:`~kd_plugin.cache.joint.JointCache`).
+        teacher_text: in its place, the directory of a capture of text: the student is trained on what the teacher
+            wrote, by cross-entropy, with any tokenizer; the loss and all else is your trainer's own.
         offline_settings: how the targets are fitted: the divergence, its temperature, its weight beside cross-entropy.
         lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
-        train_dataset: a ``datasets.Dataset`` or stream of tokenized rows; left out, the rows of the cache.
+        train_dataset: a ``datasets.Dataset`` or stream of tokenized rows; left out, the rows of the cache or the text.
         eval_dataset: likewise, or a dictionary of them, joined to the same cache.
         data_collator: one that pads on the right, or puts the examples of a batch into one row
             (``DataCollatorWithFlattening``); left out, ``DataCollatorForSeq2Seq``.
@@ -81,7 +84,8 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         model: Any,
         args: Any,
         *,
-        teacher_cache: Caches | None,
+        teacher_cache: Caches | None = None,
+        teacher_text: str | Path | None = None,
         offline_settings: OfflineSettings = OfflineSettings(),  # noqa: B008
         lineage: Mapping[str, Any] | str | Path | None = None,
         train_dataset: Any = None,
@@ -98,18 +102,39 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         refuse_prompt_learning(model, kwargs.get("peft_config"))
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             refuse_images(columns_of(dataset), name)
-        self.teacher_cache = JointCache.open(teacher_cache, allow_partial=self.allow_partial)
+        self.teacher_text: TrainingText | None = None
+        if teacher_text is not None:
+            self.teacher_text = TrainingText.open(teacher_text, offline_settings, teacher_cache)
+            sources = [self.teacher_text.source]
+        else:
+            self.teacher_cache = JointCache.open(teacher_cache, allow_partial=self.allow_partial)
+            sources = self.teacher_cache.sources
         run = start_lineage(
             args,
             offline_settings,
             declared_lineage(callbacks) if lineage is None else lineage,
             method="offline_kd",
             student=student_source(model, (getattr(args, "model_init_kwargs", None) or {}).get("revision")),
-            outputs=self.teacher_cache.sources,
+            outputs=sources,
             datasets=dataset_sources(train_dataset),
         )
         require_launchable(args, model)
         own = load_vocabulary(model, processing_class, args)
+        if self.teacher_text is not None:
+            self._vocabulary = own
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=self._text_rows(processing_class) if train_dataset is None else train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=with_lineage(callbacks, run),
+                **kwargs,
+            )
+            if data_collator is None and isinstance(self.data_collator, DataCollatorWithPadding):  # it pads no labels
+                self.data_collator = DataCollatorForSeq2Seq(self.data_collator.tokenizer)
+            return
         fitted = self.teacher_cache.for_student(own, temperature=self.objective.temperature)
         self.teacher_cache, self._vocabulary = fitted
         aligned = self.teacher_cache.require_aligned(allow_misaligned=offline_settings.allow_misaligned)
@@ -155,6 +180,13 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         """How rows are joined to the cache."""
         return Joining(self.teacher_cache, self._vocabulary, self.allow_partial, self.objective.ce_weight > 0)
 
+    def _text_rows(self, processing_class: Any) -> Any:
+        """Return the rows of the text as this trainer takes them: tokenized."""
+        assert self.teacher_text is not None
+        if processing_class is None:
+            raise ConfigError("teacher_text needs the student's tokenizer: pass processing_class.")
+        return self.teacher_text.tokenized(processing_class, self._vocabulary.size)
+
     def prepare_rows(self, dataset: Any, name: str) -> Any:
         """Return a dataset with labels, where it is the cache's, and with the columns that point to its targets."""
         return self.joining(with_labels(dataset, self.teacher_cache.columns, True, name), name)
@@ -189,7 +221,7 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Return the micro-batches of a step, whose divergence is a mean over all tokens of theirs with a target."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.untaught == "keep" and num_items is not None:
+        if self.teacher_text is None and self.untaught == "keep" and num_items is not None:
             targets = [batch[TARGET] for batch in batches]
             counts = torch.tensor([[target["positions"].numel(), target["taught"]] for target in targets]).sum(0)
             if self.args.average_tokens_across_devices:
@@ -200,12 +232,14 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
     @property
     def kept_columns(self) -> list[str]:
         """The columns that point to the targets; the collator takes them out."""
-        return self.teacher_cache.columns
+        return [] if self.teacher_text is not None else self.teacher_cache.columns
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the trainer's loss with the distillation loss in the place of cross-entropy."""
+        if self.teacher_text is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         name = type(self).__name__
         if TARGET not in inputs:
             raise DataError(
@@ -237,6 +271,8 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """Evaluate a batch as the parent does; logits are formed where they are asked for, and nowhere else."""
+        if self.teacher_text is not None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         self._head.forms_logits = not prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

@@ -68,6 +68,13 @@ class OfflineKDConfig(mutable(OfflineSettings), mutable(LineageSettings), SFTCon
             "where the trainer is given none."
         },
     )
+    teacher_text: str | None = field(
+        default=None,
+        metadata={
+            "help": "In the place of teacher_cache: directory of a capture of text (`kd-plugin capture` with targets: "
+            "text), on which the student is trained by cross-entropy, whatever its tokenizer."
+        },
+    )
 
     def __post_init__(self):
         without_bf16(self)

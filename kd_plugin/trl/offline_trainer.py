@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -57,6 +58,9 @@ class OfflineKDTrainer(TrlMetricsMixin, OfflineKDMixin, SFTTrainer):
         formatting_func: turns a row into text.
         teacher_cache: the cache or its directory; or an offline panel: a list of them, or a mapping from them to
             weights (see :class:`~kd_plugin.cache.joint.JointCache`). Left out, ``args.teacher_cache``.
+        teacher_text: in its place, the directory of a capture of text, on which the student is trained by
+            cross-entropy, whatever its tokenizer: what ``SFTTrainer`` does, with the license gate before and the
+            lineage after. Left out, ``args.teacher_text``.
 
     Raises:
         LicenseRefusedError: the terms of the teacher forbid training; raised before the model is loaded.
@@ -89,6 +93,7 @@ class OfflineKDTrainer(TrlMetricsMixin, OfflineKDMixin, SFTTrainer):
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
         *,
         teacher_cache: Caches | None = None,
+        teacher_text: str | Path | None = None,
     ) -> None:
         if args is None:
             args = OfflineKDConfig(f"{(reference_of(model) or 'model').split('/')[-1]}-OfflineKD")
@@ -104,6 +109,7 @@ class OfflineKDTrainer(TrlMetricsMixin, OfflineKDMixin, SFTTrainer):
             model,
             args,
             teacher_cache=args.teacher_cache if teacher_cache is None else teacher_cache,
+            teacher_text=args.teacher_text if teacher_text is None else teacher_text,
             offline_settings=args.settings(),
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -132,6 +138,11 @@ class OfflineKDTrainer(TrlMetricsMixin, OfflineKDMixin, SFTTrainer):
         super().require_targets_used(args, own_loss)
         require_sft_loss(args)
 
+    def _text_rows(self, processing_class: Any) -> Any:
+        """Return the rows of the text as this trainer takes them: TRL tokenizes them."""
+        assert self.teacher_text is not None
+        return self.teacher_text.rows
+
     def prepare_rows(self, dataset: Any, name: str) -> Any:
         """Return the rows as they are: they are joined once they are tokenized, and before they are cut and packed."""
         return dataset
@@ -145,6 +156,8 @@ class OfflineKDTrainer(TrlMetricsMixin, OfflineKDMixin, SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
+        if self.teacher_text is not None:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         # The parent tokenizes whole rows; then they are joined, and only then truncated, packed and shuffled
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False

@@ -38,6 +38,18 @@ def test_the_lawyers_page_names_what_was_only_quoted():
     quoted = {i for i, entry in default_registry().terms.items() if "quoted" in entry.read}
     assert quoted == {
         "openai-terms", "anthropic-terms", "xai-terms", "qwen-research", "grok2-community", "mistral-modified-mit",
+        "deepseek-platform-terms", "zai-terms", "moonshot-terms", "alibaba-model-studio-terms",
     }  # fmt: skip
-    for words in ("OpenAI", "Anthropic", "xAI", "Qwen research licence", "Grok 2", "Devstral 2"):
+    for words in (
+        "OpenAI",
+        "Anthropic",
+        "xAI",
+        "Qwen research licence",
+        "Grok 2",
+        "Devstral 2",
+        "DeepSeek",
+        "Z.ai",
+        "Moonshot",
+        "Alibaba",
+    ):
         assert words in page

@@ -167,3 +167,52 @@ def test_open_weights_behind_an_api_whose_terms_were_not_read_block(host):
     source = Source("t", endpoint=f"https://{host}/v1", model="mistral-7b", license="apache-2.0")
     run = RunLineage(method="sft", student=Source("s", ref="org/s", license="mit"), teachers=[source])
     assert run.verdict.decision == "unknown"
+
+
+def hosted(host, model, **teacher):
+    return RunLineage(
+        method="offline_kd",
+        student=Source("student", license="apache-2.0"),
+        teachers=[Source("t", endpoint=f"https://{host}", model=model, signal="text", **teacher)],
+    )
+
+
+def test_the_hosted_deepseek_api_is_allowed_with_its_duties():
+    """Section 4.2 of its Open Platform terms names distillation among the permitted uses."""
+    for host, model in (("api.deepseek.com", "deepseek-reasoner"), ("api.deepseek.com/v1", "deepseek-chat")):
+        one = hosted(host, model)
+        one.require_trainable()
+        assert one.verdict.decision == "allow_with_duties"
+        duties = {(d.kind, d.basis) for d in one.verdict.obligations if d.terms == "deepseek-platform-terms"}
+        assert duties == {("no_affiliation", "explicit"), ("disclosure", "precautionary")}
+        (node,) = [n for n in one.graph.nodes.values() if n.endpoint]
+        assert node.services == ("deepseek-platform-terms",)
+    entry = default_registry().terms["deepseek-platform-terms"]
+    assert "quoted" in entry.read and "2026-04-29" in entry.name and entry.url.startswith("https://cdn.deepseek.com")
+
+
+@pytest.mark.parametrize(
+    ("host", "model", "terms", "code"),
+    [
+        ("api.z.ai/api/paas/v4", "glm-5.3", "zai-terms", "forbidden"),
+        ("api.moonshot.ai", "kimi-k2.6", "moonshot-terms", "forbidden"),
+        ("dashscope-intl.aliyuncs.com/compatible-mode", "qwen3.8-27b", "alibaba-model-studio-terms", "forbidden"),
+        ("open.bigmodel.cn/api/paas/v4", "glm-5.3", "unread-api-terms", "unknown_license"),
+        ("api.mistral.ai", "mistral-medium", "unread-api-terms", "unknown_license"),
+        ("api.together.xyz", "deepseek-ai/DeepSeek-R1", "unread-api-terms", "unknown_license"),
+        ("api.fireworks.ai/inference", "deepseek-r1", "unread-api-terms", "unknown_license"),
+        ("api.groq.com/openai", "qwen3-32b", "unread-api-terms", "unknown_license"),
+        ("api.deepinfra.com", "deepseek-ai/DeepSeek-R1", "unread-api-terms", "unknown_license"),
+        ("openrouter.ai/api", "deepseek/deepseek-r1", "unread-api-terms", "unknown_license"),
+        ("api.minimax.io", "MiniMax-M3", "unread-api-terms", "unknown_license"),
+        ("integrate.api.nvidia.com", "nvidia/nemotron", "unread-api-terms", "unknown_license"),
+        # A gateway's name for a closed model counts beside DeepSeek's own terms
+        ("api.deepseek.com", "openai/gpt-4o", "openai-terms", "forbidden"),
+        ("deepseek.com.example.org", "deepseek-chat", "unread-api-terms", "unknown_license"),
+    ],
+)
+def test_other_hosted_apis_stay_refused_each_for_its_own_reason(host, model, terms, code):
+    one = hosted(host, model, license="mit")
+    with pytest.raises(LicenseRefusedError):
+        one.require_trainable()
+    assert (terms, code) in {(f.terms, f.code) for f in one.verdict.findings}

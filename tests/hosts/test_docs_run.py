@@ -56,7 +56,9 @@ def test_the_settings_of_each_paper_are_taken(tmp_path, teacher_dir, other_teach
     assert len(found) == 7
     for text in found:
         (tmp_path / "run.yaml").write_text(text.replace("TEACHER", teacher_dir).replace("OTHER", other_teacher_dir))
-        command = ("offline", OfflineKDConfig) if "teacher_cache:" in text else ("panel", TeacherPanelConfig)
+        command = (
+            ("offline", OfflineKDConfig) if re.search("teacher_(cache|text):", text) else ("panel", TeacherPanelConfig)
+        )
         _, config, _ = parse(*command, f"--config {tmp_path / 'run.yaml'} --use_cpu --model_name_or_path x".split())
         if command[0] == "panel":
             panel = panel_from(None, None, config)
