@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from kd_plugin.lineage import RunLineage, Source, outputs_record, shipping
 from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import update_card
@@ -16,6 +18,9 @@ from kd_plugin.lineage.policy import evaluate
 from kd_plugin.lineage.record import canonical, sealed
 from kd_plugin.lineage.registry import default_registry
 from kd_plugin.lineage.verdict import Student
+from kd_plugin.text.dataset import publish_dataset
+from kd_plugin.text.selecting import Selection
+from kd_plugin.text.spending import Budget
 from tests.core.lineage_help import RUN, checkpoint, model_dir
 from tests.lineage_attacks.attack import attack, checked, gate, verdict
 
@@ -326,3 +331,59 @@ def with_card(place: Path, raw: bytes) -> str:
     directory = model_dir(place, "m")
     (Path(directory) / "README.md").write_bytes(raw)
     return directory
+
+
+# A dataset that a teacher wrote, and the record beside it
+TEXT = "B text"
+
+
+def written(place: Path, licence: str = "mit", name: str = "text", **config: Any) -> Path:
+    """Make a dataset of a teacher's text, as a capture ends."""
+    directory = place / name
+    directory.mkdir()
+    teacher = Source("t", ref=model_dir(place, f"{name}-teacher", licence), signal="text")
+    publish_dataset(
+        directory, [pa.table({"prompt": [name], "completion": ["b"]})], lineage=outputs_record(teacher, config=config),
+        sampling={}, selection=Selection(kept=1), budget=Budget(), complete=True,
+    )  # fmt: skip
+    return directory
+
+
+def read(place: Path, directory: Path) -> str:
+    return gate(place, data=Source(directory.name, "dataset", str(directory), signal="text", found_beside=True))
+
+
+def replaced(place: Path, name: str) -> Path:
+    mine, other = written(place), written(place, name="other")
+    shutil.copy(other / name, mine / name)
+    return mine
+
+
+def without(place: Path, name: str) -> Path:
+    mine = written(place)
+    (mine / name).unlink()
+    return mine
+
+
+def further(place: Path) -> Path:
+    mine = written(place)
+    shutil.copy(mine / "train-00000.parquet", mine / "train-00001.parquet")
+    return mine
+
+
+def said_mit(place: Path) -> Path:
+    mine = written(place, "llama3.1")
+    path = mine / "teacher_text.json"
+    path.write_bytes(path.read_bytes().replace(b'"llama3.1"', b'"mit"'))
+    return mine
+
+
+attack(TEXT, "text beside its own record", "allow", lambda d: read(d, written(d)))
+attack(TEXT, "text of a Llama 3.1 teacher", "conditional", lambda d: read(d, written(d, "llama3.1")))
+attack(TEXT, "rows of another text", "unknown", lambda d: read(d, replaced(d, "train-00000.parquet")))
+attack(TEXT, "the record of another text", "unknown", lambda d: read(d, replaced(d, "teacher_text.json")))
+attack(TEXT, "the record left behind", "unknown", lambda d: read(d, without(d, "teacher_text.json")))
+attack(TEXT, "further rows beside it", "unknown", lambda d: read(d, further(d)))
+attack(TEXT, "a record that was edited", "unknown", lambda d: read(d, said_mit(d)))
+attack(TEXT, "a stranger who calls the teacher own", "unknown", lambda d: read(
+    d, written(d, "unheard-of", teachers={"t": {"license": "own"}})))  # fmt: skip

@@ -135,6 +135,13 @@ attack(ADD, "a known Llama repository as mit", "conditional", lambda d: gate(
     config=registry(d, '[[known]]\nrepo = "meta-llama/Llama-3.1-8B"\nlicense = "mit"\n')))  # fmt: skip
 attack(ADD, "openai-terms without clauses", "error", lambda d: gate(
     d, config=registry(d, '[[service]]\nid = "openai-terms"\nname = "x"\n')))  # fmt: skip
+attack(ADD, "api.z.ai under hosts = ['api.z.ai']", "block", lambda d: gate(
+    d, teacher=served("https://api.z.ai"),
+    config=registry(d, '[[service]]\nid = "mine"\nname = "x"\nhosts = ["api.z.ai"]\n')))  # fmt: skip
+attack(ADD, "deepseek-platform-terms without clauses", "error", lambda d: gate(
+    d, config=registry(d, '[[service]]\nid = "deepseek-platform-terms"\nname = "x"\n')))  # fmt: skip
+attack(ADD, "a closed model at DeepSeek's own address", "block", lambda d: gate(
+    d, teacher=served("https://api.deepseek.com", "openai/gpt-4o")))  # fmt: skip
 attack(ADD, "unread API under hosts = ['*']", "unknown", lambda d: gate(
     d, teacher=served("https://api.mistral.ai"),
     config=registry(d, '[[service]]\nid = "mine"\nname = "x"\nhosts = ["*"]\n')))  # fmt: skip
@@ -176,6 +183,11 @@ for url, right in {
     "https://ec2-3-4-5-6.us-west-2.compute.amazonaws.com": "allow",
     "https://vm.westeurope.cloudapp.azure.com": "allow",
     "https://notopenai.com": "allow",
+    "https://api.deepseek.com/v1": "allow",
+    "https://deepseek.com.acme.com": "allow",
+    "https://api.z.ai/api/paas/v4": "block",
+    "https://api.moonshot.cn/v1": "block",
+    "https://dashscope-intl.aliyuncs.com/compatible-mode/v1": "block",
     "https://x.ai.acme.com": "allow",
 }.items():
     attack(HOST, f"declared as the user's own: {url!a}", right, lambda d, u=url: gate(
