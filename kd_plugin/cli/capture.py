@@ -297,6 +297,11 @@ def make_targets(config: CaptureConfig) -> Targets:
         return TopP(config.p, config.cap)
     if config.targets == "sampled":
         return Sampled(config.draws)
+    if config.targets == "text":
+        raise ConfigError(
+            "targets: text makes a dataset and no teacher cache, so nothing can be appended to it. Capture the longer "
+            "dataset into a directory of its own; `datasets.concatenate_datasets` joins two."
+        )
     raise ConfigError(
         f"targets: {config.targets!r} is unknown; expected one of {', '.join(kinds)}.{nearest(config.targets, kinds)}"
     )

@@ -132,8 +132,7 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
                 callbacks=with_lineage(callbacks, run),
                 **kwargs,
             )
-            if data_collator is None and isinstance(self.data_collator, DataCollatorWithPadding):  # it pads no labels
-                self.data_collator = DataCollatorForSeq2Seq(self.data_collator.tokenizer)
+            self.data_collator: Any = _padding_labels(self.data_collator, data_collator)
             return
         fitted = self.teacher_cache.for_student(own, temperature=self.objective.temperature)
         self.teacher_cache, self._vocabulary = fitted
@@ -158,10 +157,8 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
             **kwargs,
         )
         refuse_prompt_learning(self.model)  # an adapter of a hub id was not known before
-        collator: Any = self.data_collator
-        if data_collator is None and isinstance(collator, DataCollatorWithPadding):  # it pads no labels
-            collator = DataCollatorForSeq2Seq(collator.tokenizer)
-        self.data_collator: Any = TeacherTargetCollator(collator, self.teacher_cache, self.untaught)
+        collator: Any = _padding_labels(self.data_collator, data_collator)
+        self.data_collator = TeacherTargetCollator(collator, self.teacher_cache, self.untaught)
         base = self.model.get_base_model() if getattr(self.model, "peft_config", None) else self.model
         if not hasattr(self, "aux_loss_enabled"):
             refuse_router_loss(base.config, "The divergence takes the place of the loss that has it.")
@@ -278,6 +275,13 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             self._head.forms_logits = False
+
+
+def _padding_labels(made: Any, given: Any) -> Any:
+    """Return the trainer's collator; where it made one that pads no labels, one that does."""
+    if given is None and isinstance(made, DataCollatorWithPadding):
+        return DataCollatorForSeq2Seq(made.tokenizer)
+    return made
 
 
 def _without_dispatch(args: Any) -> Any:

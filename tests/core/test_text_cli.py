@@ -100,6 +100,11 @@ def test_what_is_wrong_is_said_at_once(config, capsys, values, message):
     assert message in capsys.readouterr().err
 
 
+def test_text_is_appended_to_no_cache(config, capsys):
+    assert main(["cache", "append", "--config", config(teacher="a")]) == 1
+    assert "targets: text makes a dataset and no teacher cache" in capsys.readouterr().err
+
+
 def test_help_and_settings_are_those_of_text(capsys):
     assert main(["capture", "--targets", "text", "--config"]) == 0
     said = yaml.safe_load(capsys.readouterr().out)
