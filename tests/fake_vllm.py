@@ -261,7 +261,7 @@ def _pool(model, body, behaviour):
 
 
 @contextmanager
-def fake_vllm(model, tokenizer, behaviour=None, port=0):
+def fake_vllm(model, tokenizer, behaviour=None, port=0, host="127.0.0.1"):
     """Serve ``model`` and yield (url, behaviour)."""
     behaviour, lock = behaviour or Behaviour(), threading.Lock()
 
@@ -356,7 +356,7 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0):
             else:
                 self.send(404, {"detail": "Not Found"})
 
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server = ThreadingHTTPServer((host, port), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

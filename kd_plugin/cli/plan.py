@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.cli.parsing import as_yaml, parse_settings
-from kd_plugin.cli.plan_report import plot_peaks, print_plan
+from kd_plugin.cli.plan_report import plot_peaks, print_engines, print_plan
 from kd_plugin.errors import UsageError
 from kd_plugin.launch.configs import write_all
 from kd_plugin.planner.architectures import architecture
 from kd_plugin.planner.cost import BreakEven, Option, bills, break_even, options, recommended
+from kd_plugin.planner.engines import Engines, best_split, engine_step
 from kd_plugin.planner.run import Cluster, Pair, PlannedRun, pairs, parse_teacher
 from kd_plugin.planner.time import traffic
 
@@ -59,6 +60,13 @@ class PlanSettings:
         epochs: how often each is seen.
         api_input: price of a million prompt tokens of a metered API; 0 leaves the comparison out.
         api_output: price of a million completion tokens.
+        engine_gpus: GPUs of vLLM engines that generate for the student, beside those that train; 0 generates there.
+        server_gpus: GPUs of servers whose teacher scores every row, beside those that train.
+        server_active: billions of parameters of that teacher that a token passes through.
+        server_width: width of its hidden states.
+        max_staleness: optimizer steps that the engines may be ahead.
+        network: GB/s that reach a trainer's node from servers.
+        disk: GB/s of the directory through which weights reach the engines.
         plot: PNG file for the chart of each layout's peak, part by part; needs the extra `plots`.
         output: directory for the DeepSpeed JSON, Accelerate YAML, LightningCLI fragment and launch commands.
     """
@@ -90,6 +98,13 @@ class PlanSettings:
     epochs: float = 1.0
     api_input: float = 0.0
     api_output: float = 0.0
+    engine_gpus: int = 0
+    server_gpus: int = 0
+    server_active: float = 0.0
+    server_width: int = 0
+    max_staleness: int = 1
+    network: float = 3.0
+    disk: float = 2.0
     plot: str | None = None
     output: str | None = None
 
@@ -103,15 +118,22 @@ def main(argv: Sequence[str]) -> int:
         print(as_yaml(settings))
         return 0
     run, cluster = planned(settings)
+    beside = engines_of(settings)
     found = options(run, cluster)
     looked = pairs(settings.student, [teacher.name for teacher in run.teachers])
     best = None if any(pair.refused for pair in looked) else recommended(found)
     if "json" in parsed.flags:
-        print(json.dumps(as_json(settings, run, cluster, found, best, looked), indent=2))
+        shown = as_json(settings, run, cluster, found, best, looked)
+        if beside is not None and best is not None:
+            split = best_split(best.run, best.seconds, cluster, beside)
+            shown["engines"] = _engines(best, cluster, beside) | {"best_split": dataclasses.asdict(split)}
+        print(json.dumps(shown, indent=2))
     else:
         even = _break_even(settings, run, cluster)
         costs = bills(run, cluster, settings.rows, settings.epochs)
         print_plan(run, cluster, found, best, looked, costs, even, settings.rows, settings.epochs)
+        if beside is not None and best is not None:
+            print_engines(best, cluster, beside)
     if settings.plot is not None:
         plot_peaks(run, cluster, found, best, Path(settings.plot))
     if best is not None and settings.output is not None:
@@ -141,6 +163,7 @@ def planned(settings: PlanSettings) -> tuple[PlannedRun, Cluster]:
         combine=settings.combine,  # type: ignore[arg-type]
         divergence=settings.divergence,
         listed=settings.listed,
+        generates=settings.engine_gpus == 0,
     )
     cluster = Cluster(
         nodes=settings.nodes,
@@ -154,6 +177,30 @@ def planned(settings: PlanSettings) -> tuple[PlannedRun, Cluster]:
         price=settings.gpu_hour,
     )
     return run, cluster
+
+
+def engines_of(settings: PlanSettings) -> Engines | None:
+    """Return the GPUs beside those that train; None where there are none.
+
+    Raises:
+        ConfigError: they make no whole engine, or a server's teacher has no size.
+    """
+    if not settings.engine_gpus:
+        return None
+    return Engines(
+        settings.engine_gpus,
+        settings.server_gpus,
+        settings.server_active * 1e9,
+        settings.server_width,
+        settings.network * 1e9,
+        settings.disk * 1e9,
+        settings.max_staleness,
+    )
+
+
+def _engines(best: Option, cluster: Cluster, beside: Engines) -> dict[str, Any]:
+    step = engine_step(best.run, best.seconds, cluster, beside)
+    return {"seconds": {**dataclasses.asdict(step), "total": step.total}}
 
 
 def as_json(

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_plugin.planner.cost import Bill, BreakEven, Option
+from kd_plugin.planner.engines import Engines, best_split, engine_step
 from kd_plugin.planner.run import GIB, Cluster, Pair, PlannedRun
 
 # Columns of the table: what each part of Memory is called there
@@ -109,6 +110,34 @@ def print_plan(
             f"A million completion tokens: {even.own_per_million:.2f} on own GPUs, {even.api_per_million:.2f} "
             f"from the API; own GPUs are cheaper {when}."
         )
+
+
+def print_engines(best: Option, cluster: Cluster, beside: Engines) -> None:
+    """Print what a step takes on engines, servers and trainers, and how the GPUs beside the trainers are best shared.
+
+    Args:
+        best: the recommended layout of the trainers.
+        cluster: they train on.
+        beside: the other GPUs.
+    """
+    console = Console(highlight=False)
+    step = engine_step(best.run, best.seconds, cluster, beside)
+    console.print(
+        f"With {beside.student_gpus} GPUs of engines and {beside.server_gpus} of servers beside {cluster.ranks} that "
+        f"train: generate {step.generate:,.0f} s, sync {step.sync:,.0f} s, score {step.score:,.0f} s, transfer "
+        f"{step.transfer:,.0f} s, train {step.train:,.0f} s; a step of {step.total:,.0f} s with "
+        f"max_staleness={beside.staleness}."
+    )
+    split = best_split(best.run, best.seconds, cluster, beside)
+    if split != beside:
+        better = engine_step(best.run, best.seconds, cluster, split).total
+        console.print(
+            f"Shared as {split.student_gpus} and {split.server_gpus} the same GPUs give a step of {better:,.0f} s."
+        )
+    console.print(
+        "Files that start all parts: integrations/slurm/panel_with_engines.sbatch and "
+        "integrations/kubernetes/panel_with_engines.yaml."
+    )
 
 
 def _table(found: Sequence[Option], best: Option | None, columns: Mapping[str, Sequence[str]]) -> Table:

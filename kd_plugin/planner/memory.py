@@ -255,7 +255,7 @@ def generation_bytes(run: PlannedRun, stage: int) -> int:
 
     All of the student, or without ``gather_for_generation`` the layers that are gathered for each token anew.
     """
-    if run.method == "offline" or stage < 3:
+    if run.method == "offline" or stage < 3 or not run.generates:
         return 0
     return run.element * run.student.total if run.gather_for_generation else gathered_layers(run, stage)
 
@@ -351,7 +351,7 @@ def cached_hidden(run: PlannedRun) -> int:
 
 def kv_cache(run: PlannedRun) -> int:
     """Return the bytes of keys and values for all rows that are generated at once, at full length; offline none."""
-    if run.method == "offline":
+    if run.method == "offline" or not run.generates:
         return 0
     s = run.student
     tokens = run.rows_generated * (run.prompt_length + run.completion_length)

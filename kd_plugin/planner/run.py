@@ -69,6 +69,7 @@ class PlannedRun:
         combine: how teachers are combined; ``route`` asks one teacher a row, the others ask all.
         divergence: decides which buffers the loss needs.
         listed: target tokens a position, for offline KD.
+        generates: whether the student generates on the GPUs that train it, and not on engines beside them.
         gather_for_generation: under ZeRO-3 each GPU holds all weights while the student generates.
     """
 
@@ -83,6 +84,7 @@ class PlannedRun:
     combine: Combine = "route"
     divergence: str = "reverse_kl"
     listed: int = 64
+    generates: bool = True
     gather_for_generation: bool = True
 
     def __post_init__(self) -> None:

@@ -68,7 +68,7 @@ def traffic(run: PlannedRun, stage: int, ranks: int) -> Traffic:
     return Traffic(
         size * steps * sum((ranks - 1) * -(-p.numel // ranks) for p in student.parameters if p.trainable),
         size * (2 * sharded * steps + kept),
-        size * sharded * tokens if run.method == "panel" else 0.0,
+        size * sharded * tokens if run.method == "panel" and run.generates else 0.0,
         teachers,
     )
 
@@ -141,7 +141,7 @@ def step_time(run: PlannedRun, layout: Layout, held: Memory, cluster: Cluster) -
     rate = cluster.to_nvme / cluster.gpus_per_node if "nvme" in (layout.offload_optimizer,) else cluster.to_host
     return StepTime(
         train=train_flops(run, tokens, layout.checkpointing) / speed,
-        generate=generation_seconds(run, cluster) if panel else 0.0,
+        generate=generation_seconds(run, cluster) if panel and run.generates else 0.0,
         score=score_flops(run, tokens) / speed if panel else 0.0,
         communicate=sent.total / cluster.link,
         offload=moved / rate,

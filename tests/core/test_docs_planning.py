@@ -61,6 +61,14 @@ def test_the_page_says_what_its_command_says(command, text, capsys):
                 memory = {column: option["memory"].get(COLUMNS.get(column, column)) for column in header[1:-2]}
                 shown = [f"{memory[column] / GIB:.1f}" for column in header[1:-2]]
                 assert cells == [*shown, f"{option['seconds']['total']:.0f}", "yes" if option["fits"] else "no"]
+        elif header[0] == "side":
+            sides = plan["engines"]["seconds"]
+            for side, arithmetic, seconds in rows:
+                expected = sides["total" if side.startswith("step") else side]
+                # Those of the trainers and their sum are written with the table's rounding
+                exact = 1e-6 if side in ("generate", "sync", "score", "transfer") else 2e-2
+                assert value(ast.parse(arithmetic.strip("`"), mode="eval")) == pytest.approx(expected, rel=exact), side
+                assert seconds == f"{expected:.1f}"
         else:
             layout = found[re.fullmatch(r"Step by step, (.+):", before)[1]]["memory"]
             total = 0.0

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kd_plugin.teachers.hidden_states import FLAGS
+
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "integrations"
 BATCH = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 8}
@@ -75,6 +77,29 @@ def test_kubernetes_takes_its_job():
     assert variables["HEAD"] == f"{name}-0.{pod['subdomain']}"
     assert int(variables["NODES"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
     assert int(variables["GPUS"]) == pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+    assert (ROOT / variables["DEEPSPEED"].removeprefix("/shared/")).is_file()
+
+
+def test_kubernetes_takes_the_engines():
+    """By the schemas; every server is waited for by its name, and one file ends all."""
+    import kubernetes_validate
+
+    service, *jobs = yaml.safe_load_all((FILES / "kubernetes" / "panel_with_engines.yaml").read_text())
+    for document in (service, *jobs):
+        kubernetes_validate.validate(document, "1.34", strict=True)
+    pods = {job["metadata"]["name"]: job["spec"]["template"] for job in jobs}
+    commands = {name: pod["spec"]["containers"][0]["args"][0] for name, pod in pods.items()}
+    assert set(pods) == {"engine", "hidden", "listed", "trainer"}
+    for name, pod in pods.items():
+        assert pod["metadata"]["labels"] == service["spec"]["selector"]
+        assert pod["spec"]["subdomain"] == service["metadata"]["name"] and "/shared/run-is-over" in commands[name]
+        assert subprocess.run(["bash", "-n", "-c", commands[name]], check=False).returncode == 0
+        if name != "trainer":
+            assert pod["spec"]["hostname"] == name
+    assert "for server in hidden listed engine;" in commands["trainer"]
+    assert FLAGS in " ".join(commands["hidden"].split())
+    variables = {v["name"]: v["value"] for v in pods["trainer"]["spec"]["containers"][0]["env"]}
+    assert variables["HEAD"] == f"trainer-0.{service['metadata']['name']}"
     assert (ROOT / variables["DEEPSPEED"].removeprefix("/shared/")).is_file()
 
 

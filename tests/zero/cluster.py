@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.zero.ranks import CHECKOUT, environment
 
-NODES = ("127.0.0.1", "localhost", "127.0.0.2")
+NODES = ("127.0.0.1", "localhost", "127.0.0.2", "127.0.0.3", "127.0.0.4")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")  # of the two network namespaces
 
 _SRUN = """\

@@ -9,8 +9,10 @@ from tests.fake_vllm import Behaviour, fake_vllm
 
 if __name__ == "__main__":
     model = sys.argv[2]
-    port = int(sys.argv[sys.argv.index("--port") + 1])
+    port, host = (sys.argv[sys.argv.index(f"--{name}") + 1] for name in ("port", "host"))
+    runner = "pooling" if "--runner" in sys.argv else "generate"
     student = AutoModelForCausalLM.from_pretrained(model).eval()
-    with fake_vllm(student, AutoTokenizer.from_pretrained(model), Behaviour(name=model), port=port):
+    behaviour = Behaviour(name=model, runner=runner)
+    with fake_vllm(student, AutoTokenizer.from_pretrained(model), behaviour, port=int(port), host=host):
         while True:
             time.sleep(1)

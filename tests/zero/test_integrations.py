@@ -154,6 +154,24 @@ def test_slurm_panel_with_a_server(run, teacher_dir):
     run(["bash", script, "train.yaml"], variables, teacher_models=None, panel=panel)
 
 
+def test_slurm_panel_with_engines(run, untied_student_dir, teacher_dir, other_teacher_dir, tmp_path):
+    """Three nodes serve, with the tests' servers in vLLM's place, and two train under zero3.json."""
+    teachers = {
+        "large": {"kind": "server", "signal": "hidden", "url": "http://HIDDEN:8000", "repo": teacher_dir},
+        "other": {"kind": "server", "url": "http://LISTED:8000", "repo": other_teacher_dir, "estimator": "topk_tail"},
+    }
+    ports = {f"{name}_PORT": str(free_port()) for name in ("ENGINE", "HIDDEN", "LISTED")}
+    models = {"STUDENT_MODEL": untied_student_dir, "HIDDEN_MODEL": teacher_dir, "LISTED_MODEL": other_teacher_dir}
+    run(
+        ["bash", str(FILES / "slurm" / "panel_with_engines.sbatch"), "train.yaml"],
+        {**slurm(5), **ports, **models},
+        teacher_models=None,
+        panel={"combine": "weighted_kl", "teachers": teachers},
+        rollout_engine={"kind": "vllm", "url": "http://ENGINE:8000", "sync": "reload", "max_staleness": 1},
+    )
+    assert list((tmp_path / "out" / "rollout-engine").glob("version-*/model.safetensors.index.json"))
+
+
 def _require(settings: Path) -> None:
     """Have the ops compiled before the launchers' time runs, or skip.
 
