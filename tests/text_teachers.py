@@ -1,4 +1,7 @@
-"""Text teachers that follow a script: no server, no model."""
+"""Text teachers that follow a script: in this process, or as what a scripted server writes."""
+
+import json
+import re
 
 from kd_plugin.errors import ServerError
 from kd_plugin.lineage import Source
@@ -29,3 +32,19 @@ class ScriptedTeacher:
         if self.dead:
             raise ServerError(f"{self.name} is away")
         self.seen.append((what, list(cases)))
+
+
+def oracle(answers, lies=False):
+    """Return what a scripted server writes as a teacher that knows the answer to each prompt."""
+
+    def write(body):
+        request = body["messages"][-1]["content"]
+        answer = answers[json.loads(re.search(r"Task:\n(.*)", request)[1])]
+        if verdict := re.search(r"Verdict (\w+): score=<", request):
+            response = "".join(json.loads(re.search(r"step 1:\n(.*)", request)[1])).strip()
+            right = (response == answer) != lies
+            return f"I compare.\nVerdict {verdict[1]}: score={10 * right} first_wrong_step={int(not right)}"
+        key = re.search(r"BEGIN (\w+)", request)[1]
+        return f"BEGIN {key}\n{'a lie' if lies else answer}\nEND {key}"
+
+    return write

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.cli.parsing import as_yaml, parse_settings
-from kd_plugin.cli.plan_report import plot_peaks, print_engines, print_plan
-from kd_plugin.errors import UsageError
+from kd_plugin.cli.plan_report import plot_peaks, print_engines, print_plan, print_text_bills
+from kd_plugin.errors import ConfigError, UsageError
 from kd_plugin.launch.configs import write_all
 from kd_plugin.planner.architectures import architecture
-from kd_plugin.planner.cost import BreakEven, Option, bills, break_even, options, recommended
+from kd_plugin.planner.cost import BreakEven, Option, TextBill, bills, break_even, options, recommended, text_bills
 from kd_plugin.planner.engines import Engines, best_split, engine_step
 from kd_plugin.planner.run import Cluster, Pair, PlannedRun, pairs, parse_teacher
 from kd_plugin.planner.time import traffic
+from kd_plugin.text.spending import Prices
 
 _DESCRIPTION = """\
 Says before you rent machines whether a student and its teachers fit, for each ZeRO stage and offload, recommends the
@@ -58,6 +59,9 @@ class PlanSettings:
         gpu_hour: price of a GPU hour.
         rows: prompts in the training set, for the bill.
         epochs: how often each is seen.
+        text_teachers: teachers that correct by text, name to prices of a million tokens, `{read: X, written: Y}`.
+        corrected: share of the student's responses that fall short, and that text teachers correct.
+        voted: whether a majority of the other text teachers accepts a correction, and not a verifier.
         api_input: price of a million prompt tokens of a metered API; 0 leaves the comparison out.
         api_output: price of a million completion tokens.
         engine_gpus: GPUs of vLLM engines that generate for the student, beside those that train; 0 generates there.
@@ -96,6 +100,9 @@ class PlanSettings:
     gpu_hour: float = 2.5
     rows: int = 100_000
     epochs: float = 1.0
+    text_teachers: dict[str, Any] = field(default_factory=dict)
+    corrected: float = 0.5
+    voted: bool = True
     api_input: float = 0.0
     api_output: float = 0.0
     engine_gpus: int = 0
@@ -120,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
     run, cluster = planned(settings)
     beside = engines_of(settings)
     found = options(run, cluster)
-    looked = pairs(settings.student, [teacher.name for teacher in run.teachers])
+    looked = pairs(settings.student, [one.name for one in run.teachers if one.name not in settings.text_teachers])
     best = None if any(pair.refused for pair in looked) else recommended(found)
     if "json" in parsed.flags:
         shown = as_json(settings, run, cluster, found, best, looked)
@@ -134,6 +141,7 @@ def main(argv: Sequence[str]) -> int:
         print_plan(run, cluster, found, best, looked, costs, even, settings.rows, settings.epochs)
         if beside is not None and best is not None:
             print_engines(best, cluster, beside)
+        print_text_bills(_text_bills(settings, run), settings.corrected)
     if settings.plot is not None:
         plot_peaks(run, cluster, found, best, Path(settings.plot))
     if best is not None and settings.output is not None:
@@ -154,7 +162,9 @@ def planned(settings: PlanSettings) -> tuple[PlannedRun, Cluster]:
     run = PlannedRun(
         student=architecture(settings.student, lora_rank=settings.lora_rank, lora_targets=tuple(settings.lora_targets)),
         method=settings.method,  # type: ignore[arg-type]
-        teachers=tuple(parse_teacher(text) for text in settings.teachers),
+        teachers=tuple(
+            parse_teacher(text) for text in (*settings.teachers, *(f"{name}:server" for name in settings.text_teachers))
+        ),
         micro_batch=settings.micro_batch,
         accumulation=settings.accumulation,
         prompt_length=settings.prompt_length,
@@ -225,6 +235,7 @@ def as_json(
             dataclasses.asdict(bill) | {"hours": bill.hours, "tokens_per_second": bill.tokens_per_second}
             for bill in bills(run, cluster, settings.rows, settings.epochs)
         ],
+        "text_bills": [dataclasses.asdict(bill) for bill in _text_bills(settings, run)],
         "break_even": None if even is None else dataclasses.asdict(even),
     }
 
@@ -241,6 +252,14 @@ def _option(option: Option, cluster: Cluster) -> dict[str, Any]:
         "fits": option.fits,
         "verdict": option.verdict,
     }
+
+
+def _text_bills(settings: PlanSettings, run: PlannedRun) -> list[TextBill]:
+    if not 0.0 <= settings.corrected <= 1.0:
+        raise ConfigError(f"corrected is {settings.corrected}; expected a share from 0 to 1.")
+    prices = {name: Prices.of(given) for name, given in settings.text_teachers.items()}
+    responses = settings.rows * settings.epochs
+    return text_bills(prices, run, responses, corrected=settings.corrected, voted=settings.voted)
 
 
 def _break_even(settings: PlanSettings, run: PlannedRun, cluster: Cluster) -> BreakEven | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kd_plugin.planner.cost import Bill, BreakEven, Option
+from kd_plugin.planner.cost import Bill, BreakEven, Option, TextBill
 from kd_plugin.planner.engines import Engines, best_split, engine_step
 from kd_plugin.planner.run import GIB, Cluster, Pair, PlannedRun
 
@@ -138,6 +138,17 @@ def print_engines(best: Option, cluster: Cluster, beside: Engines) -> None:
         "Files that start all parts: integrations/slurm/panel_with_engines.sbatch and "
         "integrations/kubernetes/panel_with_engines.yaml."
     )
+
+
+def print_text_bills(bills: Sequence[TextBill], corrected: float) -> None:
+    """Print what teachers that correct by text read, write and cost."""
+    console = Console(highlight=False)
+    for bill in bills:
+        console.print(
+            f"text teacher {bill.teacher}: reads {bill.read / 1e6:,.1f} and writes {bill.written / 1e6:,.1f} million "
+            f"tokens if it corrects {corrected:.0%} of the responses; {bill.price:,.2f} by its prices.",
+            markup=False,
+        )
 
 
 def _table(found: Sequence[Option], best: Option | None, columns: Mapping[str, Sequence[str]]) -> Table:

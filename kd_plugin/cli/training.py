@@ -20,6 +20,7 @@ from kd_plugin.errors import ConfigError, UsageError
 from kd_plugin.inputs import MIXTURE, load_mixture, load_rows
 from kd_plugin.sharding.gathering import close_process_group
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig, TeacherPanelTrainer
+from kd_plugin.trl.rounds import train_in_rounds
 
 _STUDENT = ("model_name_or_path", "dtype", "use_peft", "lora_r", "lora_alpha", "lora_target_modules")
 _DATA = ("datasets", "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
@@ -251,6 +252,7 @@ example, panel.yaml:
   kd-plugin panel --config panel.yaml
   kd-plugin panel --config panel.yaml --learning_rate 2e-6 --save_rollouts 4
   kd-plugin panel --config panel.yaml --resume_from_checkpoint true
+  kd-plugin panel --config panel.yaml --rounds 4          # collects and trains in turn, for teachers with signal: text
   accelerate launch --config_file zero3.yaml -m kd_plugin panel --config panel.yaml
 
 Watch it with `kd-plugin trace out -o trace.html`. Exit codes: 0 trained, 1 refused or failed, 2 wrong usage.""",
@@ -260,4 +262,16 @@ Watch it with `kd-plugin trace out -o trace.html`. Exit codes: 0 trained, 1 refu
 
 def panel(argv: Sequence[str]) -> int:
     """Run ``kd-plugin panel ARGV``; teachers are the mapping ``teacher_models`` of the configuration, or ``panel``."""
-    return train("panel", TeacherPanelTrainer, TeacherPanelConfig, argv, _PANEL)
+    if "--rounds" not in argv:
+        return train("panel", TeacherPanelTrainer, TeacherPanelConfig, argv, _PANEL)
+    at = list(argv).index("--rounds")
+    count, rest = argv[at + 1 : at + 2], [*argv[:at], *argv[at + 2 :]]
+    if not count or not count[0].isdigit():
+        followed = "".join(count) or "nothing"
+        raise UsageError(f"--rounds needs a number, and is followed by {followed!r}.", "kd-plugin panel")
+    script, training, model = parse("panel", TeacherPanelConfig, rest, _PANEL)
+    rows = _rows(script, script.dataset_train_split)
+    train_in_rounds(int(count[0]), model.model_name_or_path, training, rows, peft_config=get_peft_config(model))
+    print(f"The student and its lineage are in {training.output_dir}.", file=sys.stderr)
+    close_process_group()
+    return 0

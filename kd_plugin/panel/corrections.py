@@ -19,7 +19,7 @@ import torch
 from kd_plugin.errors import DataError, ServerError
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import RowScores
-from kd_plugin.rollouts.responses import until_end
+from kd_plugin.rollouts.responses import Response, until_end
 from kd_plugin.rollouts.rows import Rollouts, assembled, row_spans
 from kd_plugin.signals import TextSignal
 from kd_plugin.text.correcting import CorrectingPanel
@@ -71,13 +71,18 @@ class Departure:
         row: of the generation batch.
         teacher: who wrote it.
         tokens: of the correction, up to and with an end token.
-        at: how many of them the response begins with too.
+        at: how many of them the response begins with too; all of a response that is kept as it is.
     """
 
     row: int
     teacher: str
     tokens: tuple[int, ...]
     at: int
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is the response itself."""
+        return self.at == len(self.tokens)
 
 
 def departure(
@@ -124,9 +129,9 @@ class Corrector:
         panel: with text teachers.
         host: the trainer.
         tokenizer: the student's.
-        vocabulary: of the run; a correction with another token is left out.
         end_tokens: ids that end a response.
         pad_token_id: fills up short rows.
+        vocabulary: of the run; a correction with another token is left out.
         max_length: tokens of a correction at most; None for no limit.
         rounds: keeps all that is said; None where nobody says anything new.
     """
@@ -136,10 +141,10 @@ class Corrector:
         panel: TeacherPanel,
         host: Host,
         tokenizer: Any,
-        *,
-        vocabulary: Vocabulary,
         end_tokens: Sequence[int],
         pad_token_id: int,
+        *,
+        vocabulary: Vocabulary,
         max_length: int | None,
         rounds: RoundWriter | None = None,
     ) -> None:
@@ -186,7 +191,7 @@ class Corrector:
         except ServerError as error:
             failure = error
         departures, unusable = ([], 0) if failure else self._departures(outcomes, numbers, rollouts)
-        self._agree(outcomes, len(departures), unusable, failure)
+        self._agree(outcomes, sum(not one.is_kept for one in departures), unusable, failure)
         if self.rounds is not None and outcomes:
             self.rounds.keep(self.host.step, outcomes)
         return self._rows(departures, assignments, rollouts) if departures else None
@@ -203,9 +208,11 @@ class Corrector:
         """Return the accepted corrections as tokens, and the number of those that are too long or have no tokens."""
         found, unusable = [], 0
         for outcome, number in zip(outcomes, numbers, strict=True):
+            response = rollouts.responses[number].tokens
+            if self._keeps(outcome, rollouts.responses[number]):
+                found.append(Departure(number, outcome.case.teachers[0], response, len(response)))
             if outcome.chosen is None or outcome.text is None:
                 continue
-            response = rollouts.responses[number].tokens
             departs = departure(self.tokenizer, outcome.text, response, end_tokens=self.end_tokens)
             if departs is None:
                 continue
@@ -216,6 +223,12 @@ class Corrector:
                 continue
             found.append(Departure(number, outcome.chosen.teacher, tuple(tokens), same))
         return found, unusable
+
+    def _keeps(self, outcome: Outcome, response: Response) -> bool:
+        """Whether a response is trained on as it is: it is good, and came to its end."""
+        settings = self.panel.text
+        wanted = settings.keep_weight > 0.0 and settings.preference is None and bool(response.tokens)
+        return wanted and not response.truncated and outcome.chosen is None and outcome.is_good(settings.threshold)
 
     def _agree(self, outcomes: Sequence[Outcome], accepted: int, unusable: int, failure: ServerError | None) -> None:
         """Add up over all ranks what came of a generation batch, log it, and stop together; a collective call.
@@ -278,7 +291,8 @@ class Corrector:
                 prompts.append(prompt)
                 responses.append(list(tokens))
                 of.append(one)
-                first.append(one.at if settings.preference or not settings.earlier_weight else 0)
+                earlier = settings.keep_weight if one.is_kept else settings.earlier_weight
+                first.append(one.at if settings.preference or not earlier else 0)
         made = assembled(
             prompts, responses, end_tokens=self.end_tokens, pad_token_id=self.pad_token_id, device=self.host.device
         )
@@ -288,7 +302,8 @@ class Corrector:
             positions = tuple(range(begin, len(row)))
             signals = {}
             if settings.preference is None:
-                weights = [settings.earlier_weight if c < one.at else 1.0 for c in positions]
+                earlier = settings.keep_weight if one.is_kept else settings.earlier_weight
+                weights = [earlier if c < one.at else 1.0 for c in positions]
                 device = self.host.device
                 signals[one.teacher] = TextSignal(
                     torch.tensor(row[begin:], dtype=torch.int64).to(device), torch.tensor(weights).to(device)

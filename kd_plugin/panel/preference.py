@@ -47,17 +47,16 @@ class PreferenceLoss:
 
 
 def preference_loss(
-    panel: TeacherPanel, batch: MicroBatch, hidden: Tensor, head: OutputHead, tokens: Tensor, *, beta: float, step: int
+    panel: TeacherPanel, batch: MicroBatch, hidden: Tensor, head: OutputHead, tokens: Tensor, *, step: int
 ) -> PreferenceLoss | None:
     """Return the loss of a micro-batch's pairs; None where it has none.
 
     Args:
-        panel: whose text teachers' weights count.
+        panel: whose text teachers' weights count, and who says how far the student may go from its start.
         batch: with ``pairs``, and with the start's scores in ``anchor``.
         hidden: (N, H) the student's, at the scored positions.
         head: the student's.
         tokens: (N,) that are scored.
-        beta: how far the student may go from its start.
         step: optimizer step, for weights with a schedule.
 
     Raises:
@@ -65,6 +64,7 @@ def preference_loss(
     """
     if not batch.pairs:
         return None
+    beta = panel.text.preference_beta
     ends = list(itertools.accumulate(len(one.positions) for one in batch.scores))
     spans = [slice(end - len(one.positions), end) for end, one in zip(ends, batch.scores, strict=True)]
     rows = [row for pair in batch.pairs for row in pair]

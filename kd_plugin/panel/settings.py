@@ -48,7 +48,7 @@ class TeacherSettings(DivergenceSettings):
     text: dict[str, Any] | str | None = option(
         default=None,
         help="How text teachers evaluate and correct: a mapping with evaluate, threshold, correct, accept, verifier, "
-        "answer_column, earlier_weight, preference, preference_beta, templates, min_teachers, ceiling, "
+        "answer_column, earlier_weight, keep_weight, preference, preference_beta, templates, min_teachers, ceiling, "
         "recorded.",
     )
     reward: dict[str, Any] | str | None = option(

@@ -107,17 +107,12 @@ class PanelStep:
             self._warmup_objective = warmup_objective(warmup_caches, settings.warmup_divergence)
         self._fraction = settings.on_policy_schedule()
         self._followed: int | None = None
+        self.collecting = False  # responses are corrected and kept, and nothing is scored
         self.corrector: Corrector | None = None
         if panel.text_teachers:
+            longest, ends = settings.max_completion_length, (self.end_tokens, pad_token_id)
             self.corrector = Corrector(
-                panel,
-                host,
-                tokenizer,
-                vocabulary=vocabulary,
-                end_tokens=self.end_tokens,
-                pad_token_id=pad_token_id,
-                max_length=settings.max_completion_length,
-                rounds=rounds,
+                panel, host, tokenizer, *ends, vocabulary=vocabulary, max_length=longest, rounds=rounds
             )
         self.economics = Economics(panel, None if self.corrector is None else self.corrector.asked)
 
@@ -314,6 +309,7 @@ class PanelStep:
         if self.host.training or self.host.is_logged:
             self.monitor.observe(responses)
         wanted = [bool(at) for at in offsets]
+        offsets = [[] for _ in offsets] if self.collecting else offsets
         offsets, weights = weighed_rows(self.panel, self.host, self.tokenizer, assigned, responses, offsets)
         given = rollouts.input_ids, rollouts.attention_mask, rollouts.completion_start, offsets, assigned.rows_at_once
         scores = score_rows(
@@ -326,8 +322,7 @@ class PanelStep:
             readers=self._readers,
         )
         scores = [replace(one, weight=weight) for one, weight in zip(scores, weights, strict=True)]
-        anchored = self.anchor is not None and self.anchor.weight > 0.0
-        anchor = tuple(self.anchor.score(*given)) if self.anchor is not None and anchored else ()
+        anchor = () if self.anchor is None or not self.anchor.weight else tuple(self.anchor.score(*given))
         corrections = None
         if self.corrector is not None and self.host.training:
             corrections = self.corrector.correct(assigned.assignments, assigned.rows, rollouts, wanted)
@@ -375,8 +370,7 @@ class PanelStep:
         )
         self.monitor.see(batch, scored, head, tokens, found)
         total, divergence = found.loss_sum, found.loss_sum.detach()
-        beta = self.panel.text.preference_beta
-        compared = preference_loss(self.panel, batch, scored, head, tokens, beta=beta, step=self.host.step)
+        compared = preference_loss(self.panel, batch, scored, head, tokens, step=self.host.step)
         if compared is not None:
             total, divergence = total + compared.loss_sum, divergence + compared.loss_sum.detach()
             self.host.note({"text/margin": float(compared.margins.mean())})

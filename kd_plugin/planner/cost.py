@@ -5,7 +5,7 @@ Costs are GPU hours and money: offline KD against the panel, own GPUs against a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kd_plugin.errors import ConfigError
@@ -13,7 +13,11 @@ from kd_plugin.planner.architectures import Architecture
 from kd_plugin.planner.memory import Layout, Memory, memory
 from kd_plugin.planner.run import Cluster, Method, PlannedRun
 from kd_plugin.planner.time import StepTime, generation_seconds, score_flops, step_time, traffic, train_flops
+from kd_plugin.text.prompts import Templates
+from kd_plugin.text.spending import Prices
+from kd_plugin.text.writers import Usage
 
+_CHARACTERS, _VERDICT = 4, 30  # characters of a token; tokens of a verdict, or of the lines around a correction
 _OFFLOADS = {
     1: (("none", "none"), ("cpu", "none")),
     2: (("none", "none"), ("cpu", "none")),
@@ -247,6 +251,49 @@ def break_even(
     api = output_price + input_price * run.prompt_length / run.completion_length
     start = start_hours * cluster.ranks * cluster.price
     return BreakEven(own, api, start / (api - own) if api > own else None)
+
+
+@dataclass(frozen=True)
+class TextBill:
+    """What a teacher that corrects by text reads and writes for the whole training set.
+
+    Attributes:
+        teacher: its name.
+        read: tokens.
+        written: tokens.
+        price: of both, in the currency of the prices.
+    """
+
+    teacher: str
+    read: float
+    written: float
+    price: float
+
+
+def text_bills(
+    prices: Mapping[str, Prices], run: PlannedRun, responses: float, *, corrected: float, voted: bool
+) -> list[TextBill]:
+    """Return what each text teacher of a panel reads and writes, all of them asked about every response.
+
+    A teacher evaluates each response and corrects the share ``corrected``. Where the others vote, it also evaluates
+    their corrections of that share. Templates are the package's own, at four characters a token.
+
+    Args:
+        prices: name to what its tokens cost.
+        run: with the lengths of prompts and completions.
+        responses: of the student, in all.
+        corrected: share of them that falls short.
+        voted: whether a majority of the other teachers accepts corrections.
+    """
+    templates = Templates.load()
+    asked, rewriting = (
+        (len(one.instructions) + len(one.request)) / _CHARACTERS + run.prompt_length + run.completion_length
+        for one in (templates.evaluate, templates.rewrite)
+    )
+    evaluations = 1.0 + (corrected * (len(prices) - 1) if voted else 0.0)
+    read = responses * (evaluations * asked + corrected * rewriting)
+    written = responses * (evaluations * _VERDICT + corrected * (run.completion_length + _VERDICT))
+    return [TextBill(name, read, written, own.cost(Usage(int(read), int(written)))) for name, own in prices.items()]
 
 
 def _generation_hours(run: PlannedRun, shape: Architecture, cluster: Cluster, rows: float) -> float:

@@ -21,11 +21,11 @@ from kd_plugin.text.local import LocalWriter
 from kd_plugin.text.server import ServerWriter
 from kd_plugin.text.settings import TextSettings
 from kd_plugin.text.spending import Budget, Prices
-from kd_plugin.text.teacher import TextServerTeacher
+from kd_plugin.text.teacher import TextLocalTeacher, TextServerTeacher
 from kd_plugin.text.writers import Answer, Ask, Usage, Writer, in_order
 
 # What `kind:` may be beside `signal: text` in a panel's block; its other keys are the arguments of the class
-TEXT_KINDS: Mapping[str, Callable[..., Any]] = {"server": TextServerTeacher}
+TEXT_KINDS: Mapping[str, Callable[..., Any]] = {"server": TextServerTeacher, "local": TextLocalTeacher}
 
 __all__ = [
     "TEXT_KINDS",
@@ -36,6 +36,7 @@ __all__ = [
     "LocalWriter",
     "Prices",
     "ServerWriter",
+    "TextLocalTeacher",
     "TextServerTeacher",
     "TextSettings",
     "Usage",

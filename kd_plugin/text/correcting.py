@@ -214,7 +214,7 @@ class CorrectingPanel:
         self.unparsed[name] += len(problems)
         if problems:
             logger.warning(
-                "%d of %d replies of text teacher %r to a request for a %s count as none; the first: %s.",
+                "%d of %d replies of text teacher %r count as none (asked for: %s); the first: %s.",
                 *(len(problems), len(said), name, what, problems[0]),
             )
 

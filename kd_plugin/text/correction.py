@@ -53,6 +53,11 @@ class CorrectionSettings:
     earlier_weight: float = option(
         default=0.0, help="Weight of the tokens before the correction departs from the response; those after it have 1."
     )
+    keep_weight: float = option(
+        default=0.0,
+        help="Weight of the tokens of responses that are good as they are: a student that trains on its mistakes alone "
+        "can unlearn what it got right.",
+    )
     preference: str | None = option(
         default=None,
         help="'dpo' trains on the pair of correction and response, against the student's start. Left out, on the "
@@ -81,7 +86,11 @@ class CorrectionSettings:
             require_known("accept", self.accept, get_args(Accept))
         if self.preference is not None:
             require_known("preference", self.preference, ("dpo",))
-        for name, least, most in (("threshold", 0.0, 1.0), ("earlier_weight", 0.0, math.inf)):
+        for name, least, most in (
+            ("threshold", 0.0, 1.0),
+            ("earlier_weight", 0.0, math.inf),
+            ("keep_weight", 0.0, math.inf),
+        ):
             if not least <= getattr(self, name) <= most or math.isinf(getattr(self, name)):
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a number from {least} to {most}.")
         if not 0.0 < self.preference_beta < math.inf:
@@ -164,6 +173,13 @@ class Outcome:
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = ()
     chosen: Candidate | None = None
+
+    def is_good(self, threshold: float) -> bool:
+        """Whether the response needs no correction: the verifier says so, or without one all teachers that say it."""
+        if self.right is not None:
+            return self.right
+        scores = [one.score for one in self.evaluations.values() if one.score is not None]
+        return bool(scores) and min(scores) >= threshold
 
     @property
     def text(self) -> str | None:

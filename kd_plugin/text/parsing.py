@@ -32,9 +32,14 @@ def verdict_pattern(key: str) -> str:
     return rf"Verdict {key}: score=(10|[0-9]) first_wrong_step=([0-9]{{1,3}})"
 
 
-def correction_pattern(key: str) -> str:
-    """Return the regular expression of a correction; what a guided server is held to."""
-    return rf"BEGIN {key}\n(.|\n)+\nEND {key}"
+def correction_pattern(key: str, characters: int) -> str:
+    """Return the regular expression of a correction; what a guided server is held to.
+
+    Args:
+        key: of the request.
+        characters: of the text at most, so that the reply comes to its end.
+    """
+    return rf"BEGIN {key}\n[^\n]{{1,{characters}}}(\n[^\n]{{1,{characters}}}){{0,3}}\nEND {key}"
 
 
 def parse_evaluation(reply: str, key: str, steps: int, *, finished: bool = True) -> Parsed:

@@ -7,6 +7,7 @@ from typing import Any
 
 from kd_plugin.cache.targets import Generation
 from kd_plugin.lineage.sources import Source
+from kd_plugin.text.local import LocalWriter
 from kd_plugin.text.parsing import correction_pattern, parse_correction, parse_evaluation, verdict_pattern
 from kd_plugin.text.prompts import Message, Templates, key_of, quoted, steps_of, task_of
 from kd_plugin.text.server import ServerWriter
@@ -106,7 +107,9 @@ class PromptedTeacher:
                 requests.append(self.templates.rewrite.messages(values | {"response": quoted(case.response)}))
             kept.append("".join(right))
         found = []
-        answers = self._ask(requests, [correction_pattern(key) for key in keys])
+        # A token has two characters or more, as a rule, and the two lines around the text take some thirty
+        room = max((self.generation.max_new_tokens - 30) // 2, 8)
+        answers = self._ask(requests, [correction_pattern(key, room) for key in keys])
         for answer, key, before in zip(answers, keys, kept, strict=True):
             text, problem = parse_correction(answer.text, key, finished=answer.finished)
             whole = None if text is None else before + text
@@ -189,3 +192,46 @@ class TextServerTeacher(PromptedTeacher):
             license=license,
         )
         super().__init__(writer, name=name, max_tokens=max_tokens, temperature=temperature, guided=guided)
+
+
+class TextLocalTeacher(PromptedTeacher):
+    """A transformers model in this process. It cannot be guided, so it must be one that keeps to a form.
+
+    Args:
+        model: hub id, local directory, or a loaded model.
+        name: how metrics and lineage call it.
+        max_tokens: of a reply at most.
+        temperature: of the sampling; 0 takes the likeliest token.
+        batch_size: replies at once.
+        tokenizer: its tokenizer; None reads the model's own.
+        dtype: of its weights.
+        device: where it computes; it stays there.
+        revision: branch, tag or commit of ``model``.
+        license: declared licence where none can be discovered.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        name: str = "teacher",
+        max_tokens: int = 1024,
+        temperature: float = 0.0,
+        batch_size: int = 8,
+        tokenizer: Any = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+    ) -> None:
+        writer = LocalWriter(
+            model,
+            batch_size=batch_size,
+            name=name,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            license=license,
+        )
+        super().__init__(writer, name=name, max_tokens=max_tokens, temperature=temperature)

@@ -56,7 +56,7 @@ class Oracle:
         if request in self.answers:
             text = self.answers[request]
         else:
-            task, _, begin, end = request.split("\n")
+            task, _, begin, end = request.split("\n")  # the prompt's own line end is escaped
             text = f"{begin}\n{self.answers[json.loads(task)]}\n{end}"
         read, written = -(-len(request) // 4), -(-len(text) // 4)
         with self.lock:
@@ -105,7 +105,8 @@ def items(seed: int) -> tuple[list[dict], list[dict]]:
     found = {}
     for entry in reasoning_gym.create_dataset("spell_backward", size=6000, seed=1, min_word_len=3, max_word_len=4):
         found.setdefault(entry["question"], entry["answer"])
-    rows = [{"prompt": question, "answer": answer} for question, answer in found.items()]
+    # A line end says where the word ends and the answer begins: a base model has no chat template for that
+    rows = [{"prompt": f"{question}\n", "answer": answer} for question, answer in found.items()]
     random.Random(0).shuffle(rows)
     held_out, rows = rows[:300], rows[300:]
     random.Random(seed).shuffle(rows)
@@ -167,13 +168,13 @@ class Curve(TrainerCallback):
 def settings(directory: Path, rounds: int, seed: int) -> dict:
     return {
         "output_dir": str(directory), "max_steps": rounds * STEPS, "per_device_train_batch_size": ROWS, "seed": seed,
-        "learning_rate": 3e-3, "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "bf16": False, "use_cpu": True,
+        "learning_rate": 2e-3, "lr_scheduler_type": "linear", "max_grad_norm": 1.0, "bf16": False, "use_cpu": True,
         "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none", "logging_steps": 10 * STEPS,
         "disable_tqdm": True, "dataloader_pin_memory": False,
     }  # fmt: skip
 
 
-def on_policy(directory: Path, seed: int, rounds: int) -> list[dict]:
+def on_policy(directory: Path, seed: int, rounds: int, keep: float) -> list[dict]:
     """Train by on-policy text correction; return the curve."""
     rows, held_out = items(seed)
     templates = directory / "templates"
@@ -183,7 +184,9 @@ def on_policy(directory: Path, seed: int, rounds: int) -> list[dict]:
     model, tokenizer = student(seed, directory / "student")
     oracle = Oracle({row["prompt"]: row["answer"] for row in rows})
     with serving(oracle) as url:
-        text = CorrectionSettings(evaluate="verifier", verifier="exact", templates=str(templates))
+        text = CorrectionSettings(
+            evaluate="verifier", verifier="exact", templates=str(templates), earlier_weight=keep, keep_weight=keep
+        )
         panel = TeacherPanel({"oracle": TextServerTeacher(url, name="oracle", license="apache-2.0")}, text=text)
         curve = Curve(tokenizer, held_out, oracle)
         trainer = TeacherPanelTrainer(
@@ -253,21 +256,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=14)
+    parser.add_argument("--only", type=int, help="run this seed alone; a later call finds what is there")
+    parser.add_argument("--rounds", type=int, default=32)
+    parser.add_argument("--keep", type=float, default=1.0, help="weight of tokens that were right")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     seeds, rounds = (1, 2) if given.quick else (given.seeds, given.rounds)
     given.output.mkdir(parents=True, exist_ok=True)
     found = {}
-    for seed in range(seeds):
-        print(f"seed {seed}, on policy", flush=True)
-        points = on_policy(given.output / f"on_policy-{seed}", seed, rounds)
-        print(f"seed {seed}, offline", flush=True)
-        budgets = [point["read"] + point["written"] for point in points[1:]]
-        found[seed] = {"on_policy": points, "offline": offline(given.output / f"offline-{seed}", seed, budgets)}
-        (given.output / "curves.json").write_text(json.dumps(found, indent=1))
-    plot(found, given.output / "text_oracle.png")
+    for seed in range(seeds) if given.only is None else [given.only]:
+        kept = given.output / f"curves-{seed}.json"
+        if not kept.is_file():
+            print(f"seed {seed}, on policy", flush=True)
+            points = on_policy(given.output / f"on_policy-{seed}", seed, rounds, given.keep)
+            print(f"seed {seed}, offline", flush=True)
+            budgets = [point["read"] + point["written"] for point in points[1:]]
+            own = {"on_policy": points, "offline": offline(given.output / f"offline-{seed}", seed, budgets)}
+            kept.write_text(json.dumps(own, indent=1))
+        found[seed] = json.loads(kept.read_text())
+        for kind, points in found[seed].items():
+            best = next((n for n, point in enumerate(points) if point["accuracy"] >= 0.8), None)
+            last = points[-1]["accuracy"]
+            print(f"seed {seed}, {kind}: 0.8 first in round {best}, {last:.3f} in the last", flush=True)
+    if given.only is None:
+        plot(found, given.output / "text_oracle.png")
 
 
 if __name__ == "__main__":

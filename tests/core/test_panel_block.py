@@ -141,3 +141,50 @@ def test_a_temperature_of_the_run_that_divides_nothing_is_refused(temperature):
     panel = panel_from_block({"teachers": {"t": {"model": "x", "temperature": 1.5}}})
     with pytest.raises(ConfigError, match="it divides logits and must be a positive number"):
         require_defined_panel(panel, Divergence("forward_kl"), temperature)
+
+
+def test_the_blocks_of_the_page_on_text_are_panels(teacher_dir):
+    """Of docs/panel-text.md: teachers by text beside one by distribution, and a verifier as a member."""
+    page = (Path(__file__).parents[2] / "docs" / "panel-text.md").read_text(encoding="utf-8")
+    text, reward = (
+        panel_from_block(yaml.safe_load(block.replace("MODEL", teacher_dir))["panel"])
+        for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    )
+    assert list(text.text_teachers) == ["r1", "qwen", "phi"] and list(text.teachers) == ["base"]
+    assert text.prices["r1"].written == 2.19 and text.text.min_teachers == 2
+    assert reward.reward.factor(0.0) == 0.5 and reward.reward.factor(1.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        ({"teachers": {"t": {"model": "m"}}, "text": {}}, "no text teacher"),
+        ({"teachers": {"t": {"kind": "server", "signal": "text", "url": "http://a"}}}, "majority of the other text"),
+        ({"teachers": {"t": {"kind": "server", "signal": "txt", "url": "http://a"}}}, "has signal 'txt'"),
+        ({"teachers": {"t": {"kind": "cached", "signal": "text"}}}, "kind 'cached' and signal 'text'"),
+        (
+            {
+                "teachers": {"t": {"kind": "server", "signal": "text", "url": "http://a"}, "d": {"model": "m"}},
+                "combine": "mixture",
+                "text": {"accept": "teacher"},
+            },
+            "combine='mixture' needs",
+        ),
+        (
+            {"teachers": {"t": {"kind": "server", "signal": "text", "url": "http://a"}}, "text": {"acept": "teacher"}},
+            "Did you mean 'accept'",
+        ),
+        (
+            {
+                "teachers": {"t": {"kind": "server", "signal": "text", "url": "http://a"}},
+                "text": {"accept": "verifier"},
+            },
+            "no verifier is named",
+        ),
+        ({"teachers": {"t": {"model": "m"}}, "reward": {"weight": 1}}, "names no verifier"),
+        ({"teachers": {"t": {"model": "m"}}, "reward": {"verifier": "exact", "weight": 2}}, "weight is 2"),
+    ],
+)
+def test_text_that_cannot_be_meant_is_refused(block, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        panel_from_block(block)

@@ -77,3 +77,21 @@ def test_more_epochs_cost_as_many_times_more():
     assert thrice[1].hours == pytest.approx(3 * once[1].hours)
     assert thrice[0].student_hours == pytest.approx(3 * once[0].student_hours)
     assert thrice[0].teacher_hours == pytest.approx(once[0].teacher_hours)
+
+
+def test_text_teachers_are_billed_by_what_they_read_and_write(capsys):
+    command = ["plan", "--student", "Qwen/Qwen2.5-0.5B", "--prompt_length", "100", "--completion_length", "200"]
+    command += ["--rows", "1000", "--corrected", "0.25", "--text_teachers"]
+    teachers = {"a": {"read": 1.0, "written": 4.0}, "b": {"read": 2.0}}
+    assert main([*command, json.dumps(teachers), "--json"]) == 0
+    one, other = json.loads(capsys.readouterr().out)["text_bills"]
+    # 1,000 evaluations, 250 corrections, and 250 votes on those of the other
+    evaluating = one["written"] - 250 * (200 + 30)
+    assert evaluating == 1250 * 30 and 1500 * 300 < one["read"] < 1500 * 800
+    assert one["price"] == pytest.approx((one["read"] + 4 * one["written"]) / 1e6, rel=1e-4)
+    assert other["price"] == pytest.approx(2 * other["read"] / 1e6, rel=1e-4)
+    assert main([*command, json.dumps(teachers), "--voted", "false", "--json"]) == 0
+    unvoted, _ = json.loads(capsys.readouterr().out)["text_bills"]
+    assert one["written"] - unvoted["written"] == 250 * 30
+    assert main([*command, json.dumps(teachers)]) == 0
+    assert "text teacher a: reads" in capsys.readouterr().out

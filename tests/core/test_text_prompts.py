@@ -142,7 +142,7 @@ def test_a_correction_is_read_strictly(reply, text):
 
 def test_a_guided_reply_is_one_that_is_read():
     assert re.fullmatch(verdict_pattern(KEY), GOOD)
-    assert re.fullmatch(correction_pattern(KEY), f"BEGIN {KEY}\na\nb\nEND {KEY}")
+    assert re.fullmatch(correction_pattern(KEY, 20), f"BEGIN {KEY}\na\nb\nEND {KEY}")
 
 
 # Templates

@@ -81,7 +81,9 @@ def test_no_correction_still_has_a_loss(tmp_path, student_dir):
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
-@pytest.mark.parametrize("text", [{}, {"earlier_weight": 0.5}, {"preference": "dpo"}], ids=["ce", "earlier", "dpo"])
+@pytest.mark.parametrize(
+    "text", [{}, {"earlier_weight": 0.5, "keep_weight": 0.7}, {"preference": "dpo"}], ids=["ce", "earlier", "dpo"]
+)
 def test_micro_batches_do_not_matter(text, tmp_path, student_dir, teacher_dir):
     """A mixed panel: a correction and a distribution in one row, and rows without a correction."""
     found = []
@@ -156,6 +158,17 @@ def test_dpo_prefers_the_correction(tmp_path, student_dir):
     assert abs(margins[0]) < 1e-3 and sum(margins[-3:]) > 1.0
 
 
+def test_good_responses_are_kept_with_their_weight(tmp_path, student_dir, tokenizer):
+    text = {"accept": "teacher", "keep_weight": 0.5}
+    run = trainer(tmp_path, student_dir, {"t": ScriptedTeacher(score=lambda case: 1.0)}, text, generation_kwargs=GREEDY)
+    scored = one_batch(run)["scored"]
+    ended = [one for one in scored.rollouts.responses if not one.truncated]
+    (batch,) = scored.micro_batches([4])
+    kept = [one for one in batch.scores if one.signals]
+    assert len(kept) == len(ended) and batch.tokens == sum(len(one.tokens) for one in ended)
+    assert all(one.signals["t"].weights.tolist() == [0.5] * len(one.positions) for one in kept)
+
+
 # Who accepts, and what happens when teachers are away
 
 
@@ -202,6 +215,19 @@ def test_a_ceiling_stops_the_run_with_what_was_learned(tmp_path, student_dir):
     run.train()
     assert run.state.global_step == 2  # 28 a step
     assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
+
+
+def test_replies_that_say_nothing_count_as_none(tmp_path, student_dir, teacher_dir, caplog):
+    """A random model in this process keeps to no form; nothing is trained on, and the log says why."""
+    block = {"teachers": {"t": {"kind": "local", "signal": "text", "model": teacher_dir, "max_tokens": 8}}}
+    block["text"] = {"accept": "teacher"}
+    config = TeacherPanelConfig(**settings(tmp_path, max_completion_length=6, max_steps=1, panel=block))
+    run = TeacherPanelTrainer(model=student_dir, args=config, train_dataset=prompts(answer=ANSWERS))
+    run.train()
+    log = run.state.log_history[0]
+    assert losses(run) == [0.0] and log["text/unparsed"] == 4 and log["text/corrected"] == 0
+    assert "4 of 4 replies of text teacher 't' count as none (asked for: evaluation)" in caplog.text
+    assert log["economics/read/t"] > 400 and log["economics/written/t"] > 0
 
 
 # Rewards
