@@ -5,7 +5,14 @@ KL(q ‖ p) is the mean over the student's tokens y of log q(y) − log p(y), an
 derivative alone (the "k1" estimate, differentiated) does not contain the teacher at all. So the value of this loss is
 the log-ratio, and its gradient is the policy gradient, which is not the derivative of that value.
 
-Shape suffixes: N positions, R positions of a chunk, V tokens, H hidden width.
+A teacher with another tokenizer gives one log-probability to several tokens, or several to one: those of a *chunk*. The
+student's choice is then the whole chunk y, KL(q ‖ p) is the mean over chunks, and its gradient is the mean of
+(log q(y) − log p(y))·Σ ∇ log q over the tokens of y. With one token a chunk it is the same.
+
+``matching`` compares, in the place of that, how likely both models find each chunk: the divergence of two outcomes,
+the chunk and anything else, raised to 1/τ (approximate likelihood matching, Minixhofer et al., arXiv 2503.20083).
+
+Shape suffixes: N positions, R positions of a tile, V tokens, H hidden width.
 """
 
 from __future__ import annotations
@@ -24,7 +31,6 @@ from kd_plugin.divergence.projection import (
     Workspace,
     autocast_dtype,
     chunk_rows,
-    chunks,
     needs_gradient,
     require_finite,
     require_hidden,
@@ -32,6 +38,9 @@ from kd_plugin.divergence.projection import (
     statistics_dtype,
     without_unused,
 )
+from kd_plugin.divergence.projection import chunks as tiles
+from kd_plugin.divergence.reference import from_logprobs
+from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import OutputHead
 from kd_plugin.vocab import SharedTokens
@@ -43,15 +52,32 @@ class SampledLoss:
 
     Attributes:
         loss_sum: scalar with a graph, Σ weights·(log q − log p) of the sampled tokens, in nats: an unbiased
-            estimate of the reverse KL, which may be negative. Its gradient is the policy gradient.
+            estimate of the reverse KL, which may be negative. Its gradient is the policy gradient. With ``matching``
+            the divergence of the chunks' likelihoods, and its derivative.
+        values: (N,) nats, each position's part of ``loss_sum`` before weighting; 0 where the weight is 0. Detached.
         logprobs: (N,) nats, the student's of the sampled tokens at the temperature, or of the outcomes that they stand
             for; 0 where the weight is 0. Detached.
         entropy: (N,) nats, of the student's distribution; 0 where the weight is 0. Detached.
     """
 
     loss_sum: Tensor
+    values: Tensor
     logprobs: Tensor
     entropy: Tensor
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How the likelihoods of chunks are compared.
+
+    Attributes:
+        divergence: of the two outcomes.
+        tau: what both log-likelihoods are divided by, so that long chunks do not all look impossible. The divergence is
+            multiplied by it.
+    """
+
+    divergence: Divergence
+    tau: float = 1.0
 
 
 @torch.compiler.disable
@@ -66,6 +92,8 @@ def fused_sampled_divergence(
     behaviour_logprobs: Tensor | None = None,
     ratio_bounds: tuple[float, float] = (0.5, 2.0),
     shared: SharedTokens | None = None,
+    chunks: Tensor | None = None,
+    matching: Matching | None = None,
     _rows: int | None = None,
 ) -> SampledLoss:
     """Estimate Σ w·KL(student ‖ teacher) and its gradient from the sampled tokens, in one pass.
@@ -87,6 +115,9 @@ def fused_sampled_divergence(
         shared: where the teacher has another vocabulary, what both share. A token that is not shared stands for the
             rest as one outcome, and its ``teacher_logprobs`` is the log of the teacher's mass there. Where the teacher
             has no such token it adds nothing: the loss estimates the divergence given that the token is a shared one.
+        chunks: (N,) int64 number of the chunk that a position belongs to; those of one chunk follow one another and
+            have one weight. Their ``teacher_logprobs`` count by their sum. None for a chunk a position.
+        matching: compare the chunks' likelihoods in this way, in the place of the policy gradient.
 
     Returns:
         SampledLoss.
@@ -96,7 +127,7 @@ def fused_sampled_divergence(
         NonFiniteError: on CPU only, the loss is NaN or infinite; see ``require_finite``.
     """
     require_hidden(student_hidden, temperature)
-    given = {"tokens": tokens, "teacher_logprobs": teacher_logprobs, "weights": weights}
+    given = {"tokens": tokens, "teacher_logprobs": teacher_logprobs, "weights": weights, "chunks": chunks}
     for name, tensor in {**given, "behaviour_logprobs": behaviour_logprobs}.items():
         if tensor is not None and tensor.shape != (student_hidden.shape[0],):
             raise ConfigError(
@@ -104,13 +135,14 @@ def fused_sampled_divergence(
             )
     inputs = (student_hidden, student_head.weight, student_head.bias)
     plan = _SampledPlan(
-        student_head, tokens, teacher_logprobs, weights, behaviour_logprobs, ratio_bounds, shared, float(temperature),
-        needs_gradient(*inputs), statistics_dtype(student_hidden), autocast_dtype(student_hidden.device), _rows,
+        student_head, tokens, teacher_logprobs, weights, behaviour_logprobs, ratio_bounds, shared, chunks, matching,
+        float(temperature), needs_gradient(*inputs), statistics_dtype(student_hidden),
+        autocast_dtype(student_hidden.device), _rows,
     )  # fmt: skip
-    loss_sum, logprobs, entropy = _SampledFunction.apply(*inputs, plan)
+    loss_sum, values, logprobs, entropy = _SampledFunction.apply(*inputs, plan)
     if loss_sum.device.type == "cpu":
         require_finite(loss_sum, "The reverse_kl from sampled tokens")
-    return SampledLoss(loss_sum, logprobs, entropy)
+    return SampledLoss(loss_sum, values, logprobs, entropy)
 
 
 @dataclass(frozen=True)
@@ -124,6 +156,8 @@ class _SampledPlan:
     behaviour: Tensor | None
     ratio_bounds: tuple[float, float]
     shared: SharedTokens | None
+    chunks: Tensor | None
+    matching: Matching | None
     temperature: float
     needs: tuple[bool, bool, bool]
     statistics: torch.dtype
@@ -141,10 +175,10 @@ class _SampledFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             student = plan.student.real_rows()
-            loss, logprobs_N, entropy_N, ctx.gradients = _sampled_pass(hidden_NH, weight, bias, student, plan)
+            loss, *details, ctx.gradients = _sampled_pass(hidden_NH, weight, bias, student, plan)
         ctx.dtypes = tuple(torch.float32 if t is None else t.dtype for t in (hidden_NH, weight, bias))
-        ctx.mark_non_differentiable(logprobs_N, entropy_N)
-        return loss, logprobs_N, entropy_N
+        ctx.mark_non_differentiable(*details)
+        return loss, *details
 
     @staticmethod
     @once_differentiable
@@ -154,10 +188,12 @@ class _SampledFunction(torch.autograd.Function):
 
 def _sampled_pass(
     hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: OutputHead, plan: _SampledPlan
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
     count, device, statistics = hidden_NH.shape[0], hidden_NH.device, plan.statistics
     dtype, need_grad = plan.autocast or hidden_NH.dtype, any(plan.needs)
     rows = min(plan.rows or chunk_rows(student.weight.shape[0], device), max(count, 1))
+    parts = list(tiles(count, rows)) if plan.chunks is None else _whole_chunks(plan.chunks, rows)
+    rows = max([rows, *(part.stop - part.start for part in parts)])
     workspace = Workspace(rows, student.weight.shape[0], device)
     project = Projector(student, "student", workspace, dtype, statistics, plan.temperature, keep_slope=need_grad)
     gradient = StudentGradient(hidden_NH, weight, bias, project, plan.needs, statistics)
@@ -170,8 +206,8 @@ def _sampled_pass(
         outcomes = _Outcomes(plan.shared, rows, device)
     used_N = weights_N != 0
     teacher_N = torch.where(used_N, plan.teacher_logprobs.detach().to(device, statistics), 0.0)
-    logprobs_N, entropy_N = torch.zeros_like(weights_N), torch.zeros_like(weights_N)
-    for part in chunks(count, rows):
+    values_N, logprobs_N, entropy_N = (torch.zeros_like(weights_N) for _ in range(3))
+    for part in parts:
         hidden_RH = without_unused(hidden_NH.detach()[part].to(dtype), used_N[part].unsqueeze(-1))
         logq_RV = project(hidden_RH)
         logq_RV.sub_(logq_RV.logsumexp(-1, keepdim=True))
@@ -183,22 +219,70 @@ def _sampled_pass(
         logprobs_N[part] = torch.where(used_N[part], logprob_R, 0.0)
         q_RV = torch.exp(logq_RV, out=workspace.get("q", logq_RV.shape[0], statistics))
         entropy_N[part] = torch.where(used_N[part], logq_RV.mul_(q_RV).sum(-1).neg_(), 0.0)
+        chunks = _Chunks(None if plan.chunks is None else plan.chunks[part].to(device))
+        values_N[part], slope_R = _compared(logprobs_N[part], teacher_N[part], chunks, plan.matching)
         if need_grad:
-            factor_R = weights_N[part] * (logprobs_N[part] - teacher_N[part]) * project.multiplier
+            factor_R = weights_N[part] * slope_R * project.multiplier
             if plan.behaviour is not None:
-                ratio_R = (drawn_R - plan.behaviour[part].to(device, statistics)).exp()
-                factor_R = factor_R * ratio_R.clamp(*plan.ratio_bounds)
+                behaviour_R = torch.where(used_N[part], plan.behaviour[part].to(device, statistics), drawn_R)
+                factor_R = factor_R * chunks.sums(drawn_R - behaviour_R).exp().clamp(*plan.ratio_bounds)
             factor_R1 = torch.where(used_N[part], factor_R, 0.0).unsqueeze(-1)
             if outcomes is None:
                 grad_RV = q_RV.mul_(-factor_R1).scatter_add_(1, ids_R.unsqueeze(-1), factor_R1)
             else:
                 grad_RV = outcomes.gradient(factor_R1, q_RV)
             gradient.add(grad_RV, hidden_RH, part)
-    return weights_N @ (logprobs_N - teacher_N), logprobs_N, entropy_N, gradient.take()
+    return weights_N @ values_N, values_N, logprobs_N, entropy_N, gradient.take()
+
+
+class _Chunks:
+    """Sums over the chunks of a tile, given back to each of their positions."""
+
+    def __init__(self, chunk_R: Tensor | None) -> None:
+        self._number_R = None
+        if chunk_R is not None:
+            self._number_R = torch.unique_consecutive(chunk_R, return_inverse=True)[1]
+
+    def sums(self, values_R: Tensor) -> Tensor:
+        if self._number_R is None:
+            return values_R
+        return torch.zeros_like(values_R).index_add_(0, self._number_R, values_R)[self._number_R]
+
+
+def _compared(logq_R: Tensor, logp_R: Tensor, chunks: _Chunks, matching: Matching | None) -> tuple[Tensor, Tensor]:
+    """Return each position's part of the value, and what its ∇ log q is multiplied by."""
+    if matching is None:
+        ratio_R = logq_R - logp_R
+        return ratio_R, chunks.sums(ratio_R)
+    with torch.enable_grad():
+        leaf_R = (chunks.sums(logq_R) / matching.tau).detach().requires_grad_()
+        logp_R = chunks.sums(logp_R) / matching.tau
+        value_R = from_logprobs(_or_else(leaf_R), _or_else(logp_R), matching.divergence)
+        (slope_R,) = torch.autograd.grad(value_R.sum(), leaf_R)
+    share_R = matching.tau / chunks.sums(torch.ones_like(logq_R))
+    return value_R.detach() * share_R, slope_R
+
+
+def _or_else(logprob_R: Tensor) -> Tensor:
+    """Return (R, 2) log-probabilities of an outcome and of anything else, which keeps a trace of probability."""
+    kept_R = logprob_R.clamp(max=-1e-6)
+    return torch.stack([kept_R, torch.log(-torch.expm1(kept_R))], -1)
+
+
+def _whole_chunks(chunk_N: Tensor, rows: int) -> list[slice]:
+    """Cut positions into tiles of about ``rows``, never inside a chunk; one of a longer chunk is as long as that."""
+    _, lengths = torch.unique_consecutive(chunk_N, return_counts=True)
+    parts, start, stop = [], 0, 0
+    for length in lengths.tolist():
+        if stop + length - start > rows and stop > start:
+            parts.append(slice(start, stop))
+            start = stop
+        stop += length
+    return [*parts, slice(start, stop)] if stop > start else parts
 
 
 class _Outcomes:
-    """The sampled tokens of a chunk as outcomes: shared tokens, and the rest where the teacher has one too."""
+    """The sampled tokens of a tile as outcomes: shared tokens, and the rest where the teacher has one too."""
 
     def __init__(self, shared: SharedTokens, rows: int, device: torch.device) -> None:
         self._rest = shared.teacher_has_rest

@@ -1,0 +1,133 @@
+"""Align a response in the student's tokens with the same response in a teacher's, by the bytes of its text.
+
+A *chunk* is a smallest span of the text whose two ends are token boundaries on both sides: one token each where the
+tokenizers agree, some tokens against some where they do not. The tokens that end a response are one chunk of their
+own. Approximate likelihood matching (Minixhofer et al., arXiv 2503.20083) and TRL's GOLD start from such spans too.
+
+Shape suffixes: n tokens of the student, m of the teacher, k chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_plugin.views.tokens import Ints, TokenText
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """One response in two tokenizers.
+
+    Attributes:
+        tokens: (m,) the teacher's token ids, its end of turn among them where the response ended.
+        student_ends: (k,) student tokens up to the end of each chunk; they rise strictly, like all ends.
+        teacher_ends: (k,) teacher tokens up to the end of each chunk.
+        readable: (k,) False where a chunk holds bytes that are no text, or a token that the teacher does not know.
+        student_bytes: (n,) bytes of the text up to the end of each student token.
+        teacher_bytes: (m,) likewise of each teacher token.
+    """
+
+    tokens: tuple[int, ...]
+    student_ends: Ints
+    teacher_ends: Ints
+    readable: NDArray[np.bool_]
+    student_bytes: Ints
+    teacher_bytes: Ints
+
+    def __len__(self) -> int:
+        return len(self.student_ends)
+
+    @property
+    def student_chunks(self) -> Ints:
+        """(n,) the chunk of each student token; -1 for one that is in none."""
+        return _numbered(self.student_ends, len(self.student_bytes))
+
+    @property
+    def teacher_chunks(self) -> Ints:
+        """(m,) the chunk of each teacher token; -1 for one that is in none."""
+        return _numbered(self.teacher_ends, len(self.tokens))
+
+    def kept(self, used: Collection[int]) -> NDArray[np.bool_]:
+        """Return (k,) which chunks can be compared: readable, and all of their student tokens are ``used``."""
+        flags = np.zeros(len(self.student_bytes) + 1, np.int64)
+        flags[np.fromiter(used, np.int64, len(used)) + 1] = 1
+        count = np.cumsum(flags)[self.student_ends]
+        starts = np.concatenate([[0], self.student_ends[:-1]])
+        whole = np.diff(np.concatenate([[0], count])) == self.student_ends - starts
+        return np.asarray(self.readable & whole)
+
+
+def align(
+    ids: Sequence[int], student: TokenText, teacher: TokenText, *, ended: bool, teacher_end: int | None
+) -> Alignment:
+    """Align a response of the student with its text in the teacher's tokens.
+
+    Args:
+        ids: the student's tokens, with the one that ends the response where it ``ended``.
+        student: the text of the student's tokens.
+        teacher: the text of the teacher's tokens.
+        ended: whether the last token ends the response.
+        teacher_end: the teacher's token of that role; None where a response never ends.
+
+    Raises:
+        DataError: which token stands for what cannot be told, see :class:`~kd_plugin.views.tokens.TokenText`.
+    """
+    body = ids[:-1] if ended else ids
+    read = student.read(body, teacher)
+    tokens, teacher_bytes = teacher.write(read.text)
+    student_bytes = read.ends
+    common = np.intersect1d(student_bytes, teacher_bytes)
+    common = common[common > 0]
+    student_ends = np.searchsorted(student_bytes, common, side="right")
+    teacher_ends = np.searchsorted(teacher_bytes, common, side="right")
+    readable = np.ones(len(common), bool)
+    for first, stop in read.unreadable.tolist():
+        readable[np.searchsorted(common, first, side="right") : np.searchsorted(common, stop, side="left") + 1] = False
+    if teacher.kind != "bytes" and teacher.unknown is not None:  # byte-level tokenizers know every byte
+        unknown = np.flatnonzero(np.asarray(tokens) == teacher.unknown)
+        readable[np.searchsorted(teacher_ends, unknown, side="right")] = False
+    if ended and teacher_end is not None:
+        tokens = [*tokens, teacher_end]
+        last = student_bytes[-1:] if len(student_bytes) else np.zeros(1, np.int64)
+        student_bytes = np.concatenate([student_bytes, last + 1])
+        teacher_bytes = np.concatenate([teacher_bytes, last + 1])
+        student_ends = np.append(student_ends, len(student_bytes))
+        teacher_ends = np.append(teacher_ends, len(tokens))
+        readable = np.append(readable, True)
+    elif ended:
+        student_bytes = np.append(student_bytes, student_bytes[-1:] + 1 if len(student_bytes) else 1)
+    return Alignment(tuple(tokens), student_ends, teacher_ends, readable, student_bytes, teacher_bytes)
+
+
+def end_of_turn(tokenizer: Any, *, chat: bool, options: dict[str, Any] | None = None) -> int | None:
+    """Return the token by which a model ends its turn: what its chat template puts behind an answer, else its eos.
+
+    Args:
+        tokenizer: of the model.
+        chat: whether prompts are rendered by a chat template.
+        options: arguments of ``apply_chat_template``, as the prompts are rendered with.
+    """
+    end: int | None = tokenizer.eos_token_id
+    template = (options or {}).get("chat_template") or getattr(tokenizer, "chat_template", None)
+    if not chat or template is None:
+        return end
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "kd0answer"}]
+    text = tokenizer.apply_chat_template(
+        messages, **{**(options or {}), "tokenize": False, "add_generation_prompt": False}
+    )
+    _, found, after = str(text).rpartition("kd0answer")
+    if not found or not after.strip():
+        return end
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    first = next(iter(tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]), None)
+    return first if first in special else end
+
+
+def _numbered(ends: Ints, count: int) -> Ints:
+    numbers = np.searchsorted(ends, np.arange(count), side="right")
+    return np.where(numbers < len(ends), numbers, -1)
