@@ -21,6 +21,7 @@ from torch import Tensor
 from kd_plugin.panel.loss import TeacherDivergence
 from kd_plugin.panel.scoring import GroupTerms
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal, shared_mask
+from kd_plugin.views.chunks import ChunkSignal
 from kd_plugin.vocab import SharedTokens
 
 SUPPORT = 16  # K
@@ -70,6 +71,8 @@ class PanelTally:
             views = {}
             for term in group.terms:
                 at = self.names.index(term.teacher)
+                if isinstance(term.signal, ChunkSignal):
+                    continue  # of tokens of its own: neither its entropy nor its support is the student's to compare
                 views[at] = _View.of(_selected(term.signal, chosen))
                 self._sums[at] += views[at].against(student)
                 if views[at].shared is not None:

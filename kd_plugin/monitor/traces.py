@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from kd_plugin.divergence.listed import logprobs_of, top_tokens
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel.batches import MicroBatch
 from kd_plugin.panel.loss import TeacherDivergence
-from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal, TextSignal, shared_mask
+from kd_plugin.panel.scoring import Signal
+from kd_plugin.signals import HiddenSignal, OutputHead, TextSignal, shared_mask
+from kd_plugin.views.chunks import ChunkSignal
 
 ROLLOUTS = "rollouts"  # directory below output_dir
 _KEYS = {"step", "row", "prompt", "domain", "truncated", "tokens", "scored", "student", "correction", "teachers"}
@@ -71,6 +74,8 @@ def rollout_rows(
             divergence, weight = (_numbers(column[span]) for column in said[name])
             logprobs, top = _token_view(_listed(signal), tokens[span], top_k, lambda token: decode([token]))
             teachers[name] = {"weight": weight, "divergence": divergence, "logprob": logprobs, "top": top}
+            if name in row_scores.prompts:
+                teachers[name]["read"] = row_scores.prompts[name]
         total = [
             round(sum((t["weight"][i] or 0.0) * (t["divergence"][i] or 0.0) for t in teachers.values()), 4)
             for i in range(len(row_scores.positions))
@@ -158,15 +163,18 @@ def _values(by_teacher: Sequence[TeacherDivergence], name: str, tokens: Tensor) 
     return both[0], both[1]
 
 
-def _listed(signal: HiddenSignal | SparseSignal | TextSignal) -> HiddenSignal | SparseSignal:
+def _listed(signal: Signal | TextSignal) -> Signal:
     """Return a correction as a list of its tokens."""
     return signal.as_list() if isinstance(signal, TextSignal) else signal
 
 
 def _token_view(
-    signal: HiddenSignal | SparseSignal, tokens: Tensor, top_k: int, decode: Callable[[int], str]
+    signal: Signal, tokens: Tensor, top_k: int, decode: Callable[[int], str]
 ) -> tuple[list[float | None], list[list[tuple[str, float]]]]:
     """Return a teacher's log-probability of each sampled token, and its own first K tokens with probabilities."""
+    if isinstance(signal, ChunkSignal):  # what it says in its own tokens, said in the student's
+        said, is_known = signal.listed(tokens, 4 * top_k, 1.0, "teacher")
+        signal = replace(said, logprobs=said.logprobs.masked_fill(~is_known.unsqueeze(-1), -math.inf))
     if isinstance(signal, HiddenSignal):
         ids = top_tokens(signal, top_k)
         written = logprobs_of(signal, tokens, 1.0)

@@ -22,7 +22,7 @@ from kd_plugin.text import TEXT_KINDS
 from kd_plugin.text.correction import correction_settings
 from kd_plugin.views.view import View
 
-_ESTIMATOR_KEYS = ("top_k", "student_top_k", "ratio_bounds")
+_ESTIMATOR_KEYS = ("top_k", "student_top_k", "ratio_bounds", "tau")
 _PANEL_KEYS = (
     "teachers",
     "combine",
@@ -50,15 +50,15 @@ def panel_from_block(block: Mapping[str, Any] | str | Path, where: str = "panel"
 
     Keys: ``combine``, ``divergence`` (a name, or a mapping with ``name``, ``beta``, ``alpha``), ``routes``,
     ``domain_weights``, ``confidence_temperature``, ``estimator``, ``top_k``, ``student_top_k``, ``ratio_bounds``,
-    ``allow_other_eos``, and ``teachers``, name to a mapping. A teacher has ``kind`` (``local`` where it is left out,
-    ``adapter``, ``server``, ``cached``), ``weight`` (a number or a schedule), ``divergence``, ``temperature``,
-    ``estimator`` and ``view`` (a mapping with the attributes of :class:`~kd_plugin.views.view.View`) of its own, and
-    the arguments of its class: ``model``, ``adapter`` and ``base``, ``url``, ``cache``, ``placement`` and so on. A base
-    is ``student``, a path, the name of a local teacher, or a mapping with the arguments of ``LocalTeacher``. With
-    ``signal: text`` a teacher evaluates and corrects by text, as ``text`` says
-    (:class:`~kd_plugin.text.correction.CorrectionSettings`). Any teacher may have ``prices``, ``{read: X, written: Y}``
-    of a million tokens. ``reward`` (:meth:`~kd_plugin.panel.reward.Reward.described`) weighs the divergence by a
-    verifier's verdict.
+    ``tau``, ``allow_other_eos``, and ``teachers``, name to a mapping. A teacher has ``kind`` (``local`` where it is
+    left out, ``adapter``, ``server``, ``cached``), ``weight`` (a number or a schedule), ``divergence``,
+    ``temperature``, ``estimator`` and ``view`` (a mapping with the attributes of
+    :class:`~kd_plugin.views.view.View`) of its own, and the arguments of its class: ``model``, ``adapter`` and
+    ``base``, ``url``, ``cache``, ``placement`` and so on. A base is ``student``, a path, the name of a local teacher,
+    or a mapping with the arguments of ``LocalTeacher``. With ``signal: text`` a teacher evaluates and corrects by text,
+    as ``text`` says (:class:`~kd_plugin.text.correction.CorrectionSettings`). Any teacher may have ``prices``,
+    ``{read: X, written: Y}`` of a million tokens. ``reward`` (:meth:`~kd_plugin.panel.reward.Reward.described`) weighs
+    the divergence by a verifier's verdict.
 
     Args:
         block: the block, or a YAML file that holds it.

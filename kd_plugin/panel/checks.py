@@ -17,7 +17,7 @@ from kd_plugin.errors import ConfigError, DataError, ServerError, VocabularyErro
 from kd_plugin.limits import refuse_images
 from kd_plugin.panel.estimators import require_defined
 from kd_plugin.panel.roster import TeacherPanel
-from kd_plugin.panel.viewing import check_view_columns
+from kd_plugin.panel.viewing import check_view_columns, reads_own_tokens, require_readable
 from kd_plugin.panel.warmup import require_fitting
 from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.teachers.agreement import require_alike
@@ -35,8 +35,9 @@ _OWN_TEMPLATE = (
 def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> Vocabulary:
     """Refuse teachers whose token ids mean other tokens than the student's, or that never end where it ends.
 
-    Those that share a part of the student's tokens are compared over that part, which is said. Another chat template,
-    and an end token of its own beside the student's, are warned of: lengths may change.
+    Those that share a part of the student's tokens are compared over that part, which is said; those that read tokens
+    of their own by their views are compared by text. Another chat template, and an end token of its own beside the
+    student's, are warned of: lengths may change.
 
     Args:
         panel: the teachers; their tokenizers are read, not their weights.
@@ -47,9 +48,13 @@ def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> Vocab
 
     Raises:
         VocabularyError: names the teacher and the first ids that differ, or the end tokens.
+        ConfigError: a teacher cannot read tokens of its own.
     """
     for name, teacher in panel.teachers.items():
         adopt_vocabulary(teacher, vocabulary)
+        if reads_own_tokens(panel, name, vocabulary):
+            require_readable(panel, name)
+            continue
         shared = vocabulary.shared_with(teacher.vocabulary, "student", f"teacher {name!r}")
         if shared is not None:
             _say_shared(name, shared, vocabulary, teacher.vocabulary)

@@ -12,17 +12,19 @@ from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.teachers.base import Gives, Teacher
 
-EstimatorName = Literal["exact", "sampled", "topk_tail"]
+EstimatorName = Literal["exact", "sampled", "topk_tail", "chunk_likelihood"]
 # Of which signals a teacher must give one
 _NEEDED: Mapping[EstimatorName, frozenset[Gives]] = {
     "exact": frozenset({"hidden"}),
     "topk_tail": frozenset({"hidden", "top_k", "draws"}),
     "sampled": frozenset({"hidden", "sampled_token"}),
+    "chunk_likelihood": frozenset({"hidden", "sampled_token"}),
 }
 _WHAT = {
     "exact": "all of it",
     "topk_tail": "its likeliest tokens",
     "sampled": "the log-probability of the token that stands next",
+    "chunk_likelihood": "the log-probability of the token that stands next",
 }
 
 
@@ -34,15 +36,20 @@ class Estimator:
     - ``sampled``: the policy gradient on the token that the student sampled, (log q − log p)·∇ log q. Its mean is the
       gradient of the reverse KL, of no other divergence. Needs each teacher's log-probability of that token.
     - ``topk_tail``: the divergence over the listed tokens and one outcome for all others. Listed are the teacher's
-      ``top_k`` likeliest tokens, the sampled token, and the student's ``student_top_k`` likeliest. Biased.
+      ``top_k`` likeliest tokens, the sampled token, and the student's ``student_top_k`` likeliest. Biased. Of a teacher
+      that reads tokens of its own they are said in the student's, and the student's likeliest are not listed.
+    - ``chunk_likelihood``: the divergence of two outcomes, the chunk of tokens that stands there and anything else.
+      Biased, of small variance, and needs what ``sampled`` needs.
 
     Attributes:
-        name: one of the three.
+        name: one of the four.
         top_k: of ``topk_tail``, for teachers in this process; a server's or a cache's list is as long as it is.
         student_top_k: of ``topk_tail``. None takes ``top_k`` for teachers in this process. A server or a cache cannot
             be asked about the student's tokens, so there it is 0 in any case.
         ratio_bounds: of ``sampled``: the ratio of the student's probability of the token now to that when it was
             sampled is kept between these two. It is 1 where the student has not changed in between.
+        tau: of ``chunk_likelihood``: both log-likelihoods are divided by it, so that long chunks do not all look
+            impossible.
 
     Raises:
         ConfigError: an unknown name, or a number out of range.
@@ -52,6 +59,7 @@ class Estimator:
     top_k: int = 64
     student_top_k: int | None = None
     ratio_bounds: tuple[float, float] = (0.5, 2.0)
+    tau: float = 1.0
 
     def __post_init__(self) -> None:
         if self.name not in get_args(EstimatorName):
@@ -63,6 +71,8 @@ class Estimator:
             raise ConfigError(f"top_k is {self.top_k}; expected at least 1.")
         if self.student_top_k is not None and self.student_top_k < 0:
             raise ConfigError(f"student_top_k is {self.student_top_k}; expected at least 0.")
+        if not (math.isfinite(self.tau) and self.tau > 0.0):
+            raise ConfigError(f"tau is {self.tau}; expected a positive number.")
         low, high = self.ratio_bounds
         if not (0.0 <= low <= 1.0 <= high and math.isfinite(high)):
             raise ConfigError(f"ratio_bounds are {self.ratio_bounds}; expected (low, high) with 0 <= low <= 1 <= high.")
@@ -86,7 +96,8 @@ def require_defined(
     """
     needs = MODES[combine].needs
     if needs and estimator.name != "exact":
-        gives = "one token" if estimator.name == "sampled" else "the listed tokens, and different ones for each teacher"
+        one_token = estimator.name in ("sampled", "chunk_likelihood")
+        gives = "one token" if one_token else "the listed tokens, and different ones for each teacher"
         raise ConfigError(
             f"combine={combine!r} needs {needs}, and estimator={estimator.name!r} of teacher {name!r} knows {gives}. "
             "Use combine='weighted_kl', or teachers in this process with estimator='exact'."

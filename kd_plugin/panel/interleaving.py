@@ -10,12 +10,13 @@ from torch import Tensor
 
 from kd_plugin.divergence.projection import exact_logits
 from kd_plugin.panel.roster import Assignment, TeacherPanel
-from kd_plugin.panel.scoring import score_rows
+from kd_plugin.panel.scoring import Signal, score_rows
 from kd_plugin.rollouts.in_process import interleave
 from kd_plugin.rollouts.responses import until_end
 from kd_plugin.rollouts.rows import left_padded, seeded
 from kd_plugin.sharding.gathering import gathered_heads, most_of_any_rank
-from kd_plugin.signals import HiddenSignal, SparseSignal, shared_mask
+from kd_plugin.signals import HiddenSignal, shared_mask
+from kd_plugin.views.chunks import ChunkSignal
 from kd_plugin.vocab import Vocabulary
 
 _INTERLEAVED = 1 << 20  # added to a rank: keeps its generator apart from that of the on-policy rows
@@ -169,7 +170,8 @@ def panel_logprobs(
     return found
 
 
-def _logprobs(signal: HiddenSignal | SparseSignal, vocab_size: int) -> Tensor:
+def _logprobs(signal: Signal, vocab_size: int) -> Tensor:
+    assert not isinstance(signal, ChunkSignal)  # a panel with views does not interleave
     if isinstance(signal, HiddenSignal):
         logits = exact_logits(signal.head, signal.hidden)
         if signal.shared is not None:

@@ -20,14 +20,15 @@ from kd_plugin.divergence.listed import (
     top_tokens,
     with_sampled_token,
 )
-from kd_plugin.divergence.sampled import fused_sampled_divergence
+from kd_plugin.divergence.sampled import Matching, fused_sampled_divergence
 from kd_plugin.divergence.sparse import fused_sparse_divergence
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.roster import TeacherPanel
-from kd_plugin.panel.scoring import GroupTerms, RowScores, group_terms, panel_group
+from kd_plugin.panel.scoring import AskedTeacher, GroupTerms, RowScores, group_terms, panel_group
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal, shared_mask
+from kd_plugin.views.chunks import ChunkSignal
 from kd_plugin.vocab import SharedTokens
 
 
@@ -96,7 +97,7 @@ def panel_loss(
     """
     groups = group_terms(panel, scores, student_hidden.device, step)
     run = _Run(panel, student_hidden, student_head, tokens, divergence, temperature, values, behaviour_logprobs)
-    parts = [run.exact(groups), run.listed(groups), run.sampled(groups)]
+    parts = [run.exact(groups), run.listed(groups), run.sampled(groups), run.chunks(groups)]
     present = [part for part in parts if part is not None]
     if not present:  # nothing was scored: a loss with a graph all the same
         empty = fused_panel_divergence(student_hidden, student_head, [], divergence, temperature)
@@ -167,9 +168,10 @@ class _Run:
                 estimator = self._estimator(term.teacher)
                 if estimator.name == "topk_tail":
                     divergence, temperature = self._compared(term.teacher)
-                    signal = self._as_list(term.signal, group.positions, estimator, temperature, term.teacher)
+                    signal, is_known = self._as_list(term, group.positions, estimator, temperature)
                     key = (divergence, temperature, signal.draws is not None, signal.shared)
-                    alike.setdefault(key, []).append((term.teacher, group.positions, signal, term.weights))
+                    weights = term.weights if is_known is None else term.weights * is_known
+                    alike.setdefault(key, []).append((term.teacher, group.positions, signal, weights))
         total, entropy, by_teacher = None, self._zeros(), []
         for asked in alike.values():
             divergence, temperature = self._compared(asked[0][0])
@@ -195,7 +197,7 @@ class _Run:
             asked: dict[_SampledAlike, list[tuple[str, Tensor, Tensor]]] = {}
             for term in group.terms:
                 estimator = self._estimator(term.teacher)
-                if estimator.name == "sampled":
+                if estimator.name == "sampled" and not isinstance(term.signal, ChunkSignal):
                     _, temperature = self._compared(term.teacher)
                     sampled, is_known = self._sampled(term.signal, group.positions, temperature, term.teacher)
                     key = _SampledAlike(temperature, estimator.ratio_bounds, term.signal.shared)
@@ -232,21 +234,60 @@ class _Run:
             ]
         return None if total is None else MicroBatchLoss(total, entropy, tuple(by_teacher) if self.values else ())
 
+    def chunks(self, groups: Sequence[GroupTerms]) -> MicroBatchLoss | None:
+        """All teachers that are compared by the probabilities of chunks of tokens, one pass for each."""
+        total, entropy, by_teacher = None, self._zeros(), []
+        for group in groups:
+            for term in group.terms:
+                estimator, (divergence, temperature) = self._estimator(term.teacher), self._compared(term.teacher)
+                is_matched = estimator.name == "chunk_likelihood"
+                if not is_matched and not (estimator.name == "sampled" and isinstance(term.signal, ChunkSignal)):
+                    continue
+                where = self._indices(group.positions)
+                if isinstance(term.signal, ChunkSignal):
+                    chunks: Tensor | None = term.signal.places.chunks
+                    said, weights = term.signal.chunk_logprobs(temperature, term.teacher), term.weights
+                else:
+                    said, is_known = self._sampled(term.signal, group.positions, temperature, term.teacher)
+                    chunks, weights = None, term.weights if is_known is None else term.weights * is_known
+                found = fused_sampled_divergence(
+                    self.hidden.index_select(0, where),
+                    self.head,
+                    self.tokens.index_select(0, where),
+                    said,
+                    temperature=temperature,
+                    weights=weights,
+                    behaviour_logprobs=None if self.behaviour is None else self.behaviour.index_select(0, where),
+                    ratio_bounds=estimator.ratio_bounds,
+                    shared=term.signal.shared,
+                    chunks=chunks,
+                    matching=Matching(divergence, estimator.tau) if is_matched else None,
+                )
+                total = found.loss_sum if total is None else total + found.loss_sum
+                entropy.index_copy_(0, where, found.entropy.to(entropy.dtype))
+                by_teacher.append(TeacherDivergence(term.teacher, group.positions, found.values, weights))
+        return None if total is None else MicroBatchLoss(total, entropy, tuple(by_teacher) if self.values else ())
+
     def _as_list(
-        self, signal: HiddenSignal | SparseSignal, positions: Tensor | None, estimator: Estimator, at: float, name: str
-    ) -> SparseSignal:
-        """Return tokens and log-probabilities of a signal, the sampled token among them."""
-        tokens = self.tokens if positions is None else self.tokens.index_select(0, positions)
+        self, term: AskedTeacher, positions: Tensor | None, estimator: Estimator, at: float
+    ) -> tuple[SparseSignal, Tensor | None]:
+        """Return tokens and log-probabilities of a signal, the sampled token among them, and where it says something.
+
+        None stands for everywhere.
+        """
+        signal, tokens = term.signal, self.tokens if positions is None else self.tokens.index_select(0, positions)
+        if isinstance(signal, ChunkSignal):
+            return signal.listed(tokens, estimator.top_k, at, term.teacher)
         if isinstance(signal, SparseSignal):
             if signal.draws is not None or signal.sampled_token_logprobs is None:
-                return signal
-            return with_sampled_token(signal, tokens)
+                return signal, None
+            return with_sampled_token(signal, tokens), None
         further = tokens.unsqueeze(-1)
         count = estimator.top_k if estimator.student_top_k is None else estimator.student_top_k
         if count:
             hidden = self.hidden if positions is None else self.hidden.index_select(0, positions)
             further = torch.cat([top_tokens(student_signal(hidden, self.head), count), further], -1)
-        return listed_from(signal, estimator.top_k, further, at)
+        return listed_from(signal, estimator.top_k, further, at), None
 
     def _sampled(
         self, signal: HiddenSignal | SparseSignal, positions: Tensor | None, temperature: float, name: str

@@ -5,7 +5,7 @@ Shape suffixes: B rows, L tokens, n_b scored positions of row b, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,8 +20,11 @@ from kd_plugin.rollouts.rows import Span, by_length, left_aligned, row_spans
 from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal, TextSignal
 from kd_plugin.teachers.base import Teacher, resident
+from kd_plugin.views.chunks import ChunkSignal
 from kd_plugin.views.render import Reader, Reading
 from kd_plugin.vocab import SharedTokens, Vocabulary
+
+Signal = HiddenSignal | SparseSignal | ChunkSignal
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class RowScores:
     """
 
     positions: tuple[int, ...]
-    signals: Mapping[str, HiddenSignal | SparseSignal | TextSignal]
+    signals: Mapping[str, Signal | TextSignal]
     assignment: Assignment
     span: Span
     prompts: Mapping[str, str] = field(default_factory=dict)
@@ -47,7 +50,7 @@ class RowScores:
     weight: float = 1.0
 
     @property
-    def distributions(self) -> dict[str, HiddenSignal | SparseSignal]:
+    def distributions(self) -> dict[str, Signal]:
         """The signals of those teachers that gave distributions."""
         return {name: one for name, one in self.signals.items() if not isinstance(one, TextSignal)}
 
@@ -58,6 +61,8 @@ class RowScores:
             signal, head = signals[name], heads[name]
             if isinstance(signal, HiddenSignal):
                 signals[name] = replace(signal, head=replace(signal.head, weight=head.weight, bias=head.bias))
+            elif isinstance(signal, ChunkSignal):
+                signals[name] = signal.with_head(head)
         return replace(self, signals=signals)
 
 
@@ -105,10 +110,12 @@ def score_rows(
     """
     if vocabulary is not None and vocabulary.is_cut:
         vocabulary.require_rows(input_ids.masked_fill(attention_mask == 0, 0).tolist(), "Row")
-    collected: list[dict[str, HiddenSignal | SparseSignal]] = [{} for _ in assignments]
+    collected: list[dict[str, Signal]] = [{} for _ in assignments]
     prompts: list[dict[str, str]] = [{} for _ in assignments]
     covered: list[dict[str, Tensor]] = [{} for _ in assignments]
-    common = {} if vocabulary is None else shared_tokens(panel, vocabulary)
+    readers = readers or {}
+    own = {name for name, reader in readers.items() if reader.own_tokens}
+    common = {} if vocabulary is None else shared_tokens(panel, vocabulary, own)
     spans = row_spans(attention_mask)
     plain = Reading(input_ids, attention_mask, completion_start, positions, spans)
     scored = {
@@ -121,7 +128,7 @@ def score_rows(
         if not passes[name]:
             continue
         reading = plain.select(numbers)
-        reader = None if readers is None else readers.get(name)
+        reader = readers.get(name)
         if reader is not None and numbers:
             reading = reader.read([rows[b] for b in numbers], reading)
             for b, text in zip(numbers, reading.prompts or (), strict=True):
@@ -139,15 +146,20 @@ def score_rows(
                 signal = _score(teacher, reading.select(chunk))
                 if shared is not None:
                     signal = signal.over(shared)
-                elif vocabulary is not None and teacher.vocabulary.size > vocabulary.size:
+                elif vocabulary is not None and name not in own and teacher.vocabulary.size > vocabulary.size:
                     signal = signal.within(vocabulary.size)
                 counts = [len(reading.positions[r]) for r in chunk]
                 if isinstance(signal, SparseSignal):
-                    pieces: Sequence[HiddenSignal | SparseSignal] = signal.split(counts)
+                    said: Sequence[HiddenSignal | SparseSignal] = signal.split(counts)
                 else:
-                    pieces = [replace(signal, hidden=piece) for piece in signal.hidden.split(counts)]
+                    said = [replace(signal, hidden=piece) for piece in signal.hidden.split(counts)]
+                pieces: Sequence[Signal] = said
+                if reading.aligned is not None:
+                    pieces = [reading.aligned[r].signal(piece) for r, piece in zip(chunk, said, strict=True)]
                 for r, piece in zip(chunk, pieces, strict=True):
                     collected[numbers[r]][name] = piece
+                    if isinstance(piece, ChunkSignal) and not bool(piece.compared.all()):
+                        covered[numbers[r]][name] = piece.compared.cpu()
             for _ in range(passes[name] - -(-len(numbers) // rows_at_once)):
                 # Another rank has rows for this sharded teacher and waits for this one to gather with it
                 nothing = torch.empty(0, dtype=torch.int64, device=input_ids.device)
@@ -160,7 +172,7 @@ def score_rows(
     ]
 
 
-def shared_tokens(panel: TeacherPanel, vocabulary: Vocabulary) -> dict[str, SharedTokens]:
+def shared_tokens(panel: TeacherPanel, vocabulary: Vocabulary, own: Collection[str] = ()) -> dict[str, SharedTokens]:
     """Return what each teacher of another vocabulary shares with the student.
 
     A mixture of teachers is one distribution, so all of a panel that mixes are compared over what all share.
@@ -168,6 +180,7 @@ def shared_tokens(panel: TeacherPanel, vocabulary: Vocabulary) -> dict[str, Shar
     Args:
         panel: the teachers.
         vocabulary: of the run.
+        own: teachers that read tokens of their own, and share none.
 
     Raises:
         VocabularyError: a teacher shares too little.
@@ -175,6 +188,7 @@ def shared_tokens(panel: TeacherPanel, vocabulary: Vocabulary) -> dict[str, Shar
     found = {
         name: vocabulary.shared_with(teacher.vocabulary, "student", f"teacher {name!r}")
         for name, teacher in panel.teachers.items()
+        if name not in own
     }
     if panel.mode.one_divergence and any(found.values()):
         own = {
@@ -267,7 +281,7 @@ class AskedTeacher:
     """
 
     teacher: str
-    signal: HiddenSignal | SparseSignal
+    signal: Signal
     weights: Tensor
 
 
@@ -360,9 +374,11 @@ def panel_group(panel: TeacherPanel, group: GroupTerms, terms: Sequence[AskedTea
     return PanelGroup(group.positions, tuple(fused), panel.combine, panel.confidence_temperature)
 
 
-def joined(signals: Sequence[HiddenSignal | SparseSignal]) -> HiddenSignal | SparseSignal:
+def joined(signals: Sequence[Signal]) -> Signal:
     """Put the positions of one teacher's rows after one another."""
     first = signals[0]
+    if isinstance(first, ChunkSignal):
+        return ChunkSignal.joined([s for s in signals if isinstance(s, ChunkSignal)])
     if isinstance(first, HiddenSignal):
         return replace(first, hidden=torch.cat([s.hidden for s in signals if isinstance(s, HiddenSignal)]))
     return SparseSignal.joined([s for s in signals if isinstance(s, SparseSignal)])

@@ -99,7 +99,9 @@ class PanelStep:
         self.monitor = monitor
         self.anchor = anchor
         self.chat_options = chat_options
-        self._readers = readers_of(panel, tokenizer, pad_token_id=pad_token_id, chat_options=chat_options)
+        self._readers = readers_of(
+            panel, tokenizer, vocabulary, pad_token_id=pad_token_id, ends=self.end_tokens, chat_options=chat_options
+        )
         self.warmup: CacheWarmup | None = None
         if warmup_caches:
             cut = [cache.within(vocabulary.size) for cache in warmup_caches]

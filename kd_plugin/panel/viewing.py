@@ -3,43 +3,108 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kd_plugin.errors import ConfigError, DataError, nearest
+from kd_plugin.errors import ConfigError, DataError, VocabularyError, nearest
 from kd_plugin.panel.roster import TeacherPanel
-from kd_plugin.teachers.base import most_tokens, tokenizer_of
+from kd_plugin.teachers.base import Teacher, end_tokens, most_tokens, tokenizer_of
 from kd_plugin.views.render import Reader
+from kd_plugin.views.tokens import TokenText
+from kd_plugin.vocab import Vocabulary
 
 _TRIED = 8  # rows whose context is rendered before anything is loaded
 
 
 def readers_of(
-    panel: TeacherPanel, tokenizer: Any, *, pad_token_id: int, chat_options: Mapping[str, Any] | None = None
+    panel: TeacherPanel,
+    tokenizer: Any,
+    vocabulary: Vocabulary,
+    *,
+    pad_token_id: int,
+    ends: Sequence[int],
+    chat_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Reader]:
     """Return a reader for each teacher that has a view.
 
     Args:
         panel: the teachers, which are loaded or were reached.
         tokenizer: the student's.
+        vocabulary: the student's.
         pad_token_id: the student's.
+        ends: the student's, of a response.
         chat_options: further arguments of ``apply_chat_template``.
 
     Raises:
         ConfigError: a view needs a tokenizer or a template that its teacher does not have.
     """
-    return {
-        name: Reader(
+    found = {}
+    for name, view in panel.views.items():
+        teacher = panel.teachers[name]
+        own = view.reads_own_tokens(vocabulary, teacher.vocabulary)
+        found[name] = Reader(
             name,
             view,
             tokenizer,
-            tokenizer_of(panel.teachers[name]),
-            pad_token_id=pad_token_id,
+            tokenizer_of(teacher),
+            pad_token_id=_pad(teacher) if own else pad_token_id,
             chat_options=chat_options,
-            limit=most_tokens(panel.teachers[name]),
+            limit=most_tokens(teacher),
+            own_tokens=own,
+            end_tokens=ends,
         )
-        for name, view in panel.views.items()
-    }
+    return found
+
+
+def _pad(teacher: Teacher) -> int:
+    special = teacher.vocabulary.special_ids
+    return special.get("pad_token", special.get("eos_token", 0))
+
+
+def reads_own_tokens(panel: TeacherPanel, name: str, vocabulary: Vocabulary) -> bool:
+    """Whether a teacher reads tokens of its own by its view, and not the student's ``vocabulary``."""
+    view = panel.own[name].view
+    return view is not None and view.reads_own_tokens(vocabulary, panel.teachers[name].vocabulary)
+
+
+def require_readable(panel: TeacherPanel, name: str) -> None:
+    """Refuse a teacher that is to read tokens of its own and cannot, or cannot be compared by what it is asked for.
+
+    Args:
+        panel: the teachers.
+        name: of the teacher.
+
+    Raises:
+        ConfigError: it has no tokenizer, or one that gives neither text nor offsets; or its estimator needs the same
+            tokens.
+        VocabularyError: it has no token that ends a turn.
+    """
+    teacher, tokenizer = panel.teachers[name], tokenizer_of(panel.teachers[name])
+    estimator = (panel.own[name].estimator or panel.estimator).name
+    has = teacher.capabilities
+    if estimator == "exact":
+        raise ConfigError(
+            f"Teacher {name!r} reads tokens of its own, and estimator='exact' compares two distributions over the same "
+            "tokens. Use estimator='topk_tail' (its likeliest tokens, said in the student's), 'sampled' or "
+            "'chunk_likelihood' (the probabilities of the text that stands there) for this teacher."
+        )
+    if not has.any_row:
+        raise ConfigError(
+            f"Teacher {name!r} is {has.kind}: it holds targets for the tokens that it was captured with, and cannot "
+            "score others. Capture with the student's tokenizer, and leave tokenizer: own out of its view."
+        )
+    if tokenizer is None:
+        raise ConfigError(
+            f"Teacher {name!r} is to read tokens of its own, and has no tokenizer. Give it one, or set "
+            "tokenizer: student in its view."
+        )
+    TokenText(tokenizer, f"teacher {name!r}")
+    if not end_tokens(teacher) and not panel.allow_other_eos:
+        raise VocabularyError(
+            f"Teacher {name!r} has no token that ends a turn (no eos_token), so the student's has no counterpart: the "
+            "student would never learn when to stop. Set the eos_token of its tokenizer, or set allow_other_eos=True, "
+            "which leaves the ends of responses unscored by it."
+        )
 
 
 def require_viewable(panel: TeacherPanel, rollouts: str) -> None:

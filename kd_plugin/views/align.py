@@ -30,6 +30,7 @@ class Alignment:
         readable: (k,) False where a chunk holds bytes that are no text, or a token that the teacher does not know.
         student_bytes: (n,) bytes of the text up to the end of each student token.
         teacher_bytes: (m,) likewise of each teacher token.
+        raw: the text, as bytes.
     """
 
     tokens: tuple[int, ...]
@@ -38,6 +39,7 @@ class Alignment:
     readable: NDArray[np.bool_]
     student_bytes: Ints
     teacher_bytes: Ints
+    raw: bytes
 
     def __len__(self) -> int:
         return len(self.student_ends)
@@ -80,7 +82,7 @@ def align(
     body = ids[:-1] if ended else ids
     read = student.read(body, teacher)
     tokens, teacher_bytes = teacher.write(read.text)
-    student_bytes = read.ends
+    student_bytes, raw = read.ends, read.text.encode("utf-8")
     common = np.intersect1d(student_bytes, teacher_bytes)
     common = common[common > 0]
     student_ends = np.searchsorted(student_bytes, common, side="right")
@@ -101,7 +103,7 @@ def align(
         readable = np.append(readable, True)
     elif ended:
         student_bytes = np.append(student_bytes, student_bytes[-1:] + 1 if len(student_bytes) else 1)
-    return Alignment(tuple(tokens), student_ends, teacher_ends, readable, student_bytes, teacher_bytes)
+    return Alignment(tuple(tokens), student_ends, teacher_ends, readable, student_bytes, teacher_bytes, raw)
 
 
 def end_of_turn(tokenizer: Any, *, chat: bool, options: dict[str, Any] | None = None) -> int | None:

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.rollouts.responses import require_prompts
 from kd_plugin.rollouts.rows import Span, left_padded, row_spans
+from kd_plugin.signals import HiddenSignal, SparseSignal
+from kd_plugin.views.align import Alignment, align, end_of_turn
+from kd_plugin.views.chunks import ChunkSignal, asked_positions, chunk_signal
+from kd_plugin.views.projection import Projection
+from kd_plugin.views.tokens import TokenText
 from kd_plugin.views.view import OWN, STUDENT, View
 
 
@@ -30,6 +36,7 @@ class Reading:
         positions: for each row the offsets of those response tokens that the teacher is asked about.
         spans: the columns of each row that hold its tokens.
         prompts: what the teacher read before each response, as text; None where that is the student's prompt.
+        aligned: of a teacher that reads tokens of its own, each response in them and in the student's.
     """
 
     input_ids: Tensor
@@ -38,6 +45,7 @@ class Reading:
     positions: Sequence[Sequence[int]]
     spans: Sequence[Span]
     prompts: tuple[str, ...] | None = None
+    aligned: tuple[Aligned, ...] | None = None
 
     def select(self, rows: Sequence[int]) -> Reading:
         """Return some of the rows."""
@@ -49,11 +57,33 @@ class Reading:
             [self.positions[row] for row in rows],
             [self.spans[row] for row in rows],
             None if self.prompts is None else tuple(self.prompts[row] for row in rows),
+            None if self.aligned is None else tuple(self.aligned[row] for row in rows),
         )
 
     def response(self, row: int) -> list[int]:
         """Return the response of a row, as token ids; waits for the device."""
         return self.input_ids[row, self.start : self.spans[row].stop].tolist()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A response in the teacher's own tokens.
+
+    Attributes:
+        alignment: with the student's.
+        positions: scored offsets into the student's response.
+        projection: from the teacher's vocabulary to the student's.
+        is_compared: whether enough of it can be.
+    """
+
+    alignment: Alignment
+    positions: Sequence[int]
+    projection: Projection
+    is_compared: bool
+
+    def signal(self, signal: HiddenSignal | SparseSignal) -> ChunkSignal:
+        """Return what a teacher said at its own tokens, chunk by chunk."""
+        return chunk_signal(signal, self.alignment, self.positions, self.projection, self.is_compared)
 
 
 class Reader:
@@ -67,6 +97,8 @@ class Reader:
         pad_token_id: fills up short rows.
         chat_options: further arguments of ``apply_chat_template``, as the student's prompts are rendered with.
         limit: tokens that the teacher reads at most; None for no limit that is known.
+        own_tokens: whether the teacher reads tokens of its own.
+        end_tokens: the student's, by which its responses end.
 
     Raises:
         ConfigError: the view needs a tokenizer or a chat template that the teacher does not have.
@@ -82,12 +114,16 @@ class Reader:
         pad_token_id: int,
         chat_options: Mapping[str, Any] | None = None,
         limit: int | None = None,
+        own_tokens: bool = False,
+        end_tokens: Sequence[int] = (),
     ) -> None:
         self.name = name
         self.view = view
         self.student = student
         self.pad_token_id = pad_token_id
         self.limit = limit
+        self.own_tokens = own_tokens
+        self.end_tokens = frozenset(end_tokens)
         self._renderer = teacher if view.chat_template == OWN else student
         self._options = {"add_generation_prompt": True, **(chat_options or {}), "tokenize": False}
         if view.chat_template == OWN:
@@ -100,6 +136,16 @@ class Reader:
             self._options["chat_template"] = teacher.chat_template
         elif view.chat_template != STUDENT:
             self._options["chat_template"] = view.file_text
+        self._tokenizer = self._renderer
+        if own_tokens:
+            if teacher is None:
+                raise ConfigError(
+                    f"Teacher {name!r} is to read tokens of its own, and has no tokenizer. Give it one, or set "
+                    "tokenizer: student in its view."
+                )
+            self._tokenizer = teacher
+            self._texts = TokenText(student, "the student"), TokenText(teacher, f"teacher {name!r}")
+            self._projections: dict[bool, Projection] = {}
 
     def read(self, rows: Sequence[Mapping[str, Any]], student: Reading) -> Reading:
         """Return some rows of a generation batch as this teacher reads them, with the same responses.
@@ -112,15 +158,40 @@ class Reader:
             DataError: a row cannot be rendered, or is longer than the teacher reads.
         """
         texts = [self.prompt_text(row) for row in rows]
-        tokenize = self._renderer
         prompts = [
-            list(tokenize(text=text, add_special_tokens=self._is_text(row))["input_ids"])
+            list(self._tokenizer(text=text, add_special_tokens=self._is_text(row))["input_ids"])
             for text, row in zip(texts, rows, strict=True)
         ]
         require_prompts(prompts)
-        responses = [student.response(row) for row in range(len(rows))]
+        responses: list[Sequence[int]] = [student.response(row) for row in range(len(rows))]
+        positions, aligned = student.positions, None
+        if self.own_tokens:
+            aligned = tuple(
+                self._aligned(response, at, self._projection(self._is_text(row)))
+                for response, at, row in zip(responses, positions, rows, strict=True)
+            )
+            responses = [one.alignment.tokens for one in aligned]
+            positions = [asked_positions(a.alignment, a.positions) if a.is_compared else [] for a in aligned]
         self._require_fitting(prompts, responses)
-        return laid_out(prompts, responses, student.positions, self.pad_token_id, student.input_ids.device, texts)
+        reading = laid_out(prompts, responses, positions, self.pad_token_id, student.input_ids.device, texts)
+        return replace(reading, aligned=aligned)
+
+    def _projection(self, is_text: bool) -> Projection:
+        """Return the way from the teacher's vocabulary; a turn ends otherwise in a chat than behind a plain text."""
+        if is_text not in self._projections:
+            options = {k: v for k, v in self._options.items() if k != "add_generation_prompt"}
+            if self.view.chat_template == STUDENT:
+                options.pop("chat_template", None)
+            end = end_of_turn(self._tokenizer, chat=not is_text, options=options)
+            self._projections[is_text] = Projection(*self._texts, (end, min(self.end_tokens, default=None)))
+        return self._projections[is_text]
+
+    def _aligned(self, response: Sequence[int], positions: Sequence[int], projection: Projection) -> Aligned:
+        ended = bool(response) and response[-1] in self.end_tokens
+        found = align(response, *self._texts, ended=ended, teacher_end=projection.ends[0])
+        compared = found.kept(positions)
+        tokens = int(np.diff(np.concatenate([[0], found.student_ends]))[compared].sum())
+        return Aligned(found, positions, projection, tokens >= self.view.min_coverage * len(positions))
 
     def with_template(self, change: Callable[[str], str]) -> Reader:
         """Return a reader that renders by what ``change`` makes of its chat template; texts are rendered by none."""

@@ -67,6 +67,9 @@ class TokenText:
         self.name = name
         self._names: list[str] = _by_id(self.tokenizer)
         self.added = {i: str(token.content) for i, token in self.tokenizer.added_tokens_decoder.items()}
+        self.special = frozenset(self.tokenizer.all_special_ids) | {
+            i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
         self._added_texts = frozenset(self.added.values())
         self.unknown = self.tokenizer.unk_token_id
         self.kind, self._has_prefix = self._probed()

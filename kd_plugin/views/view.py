@@ -12,12 +12,13 @@ from typing import Any, Literal, get_args
 from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from kd_plugin.errors import ConfigError, DataError, nearest, require_known_keys
+from kd_plugin.errors import ConfigError, DataError, VocabularyError, nearest, require_known_keys
 from kd_plugin.settings import require_known
 from kd_plugin.vocab import Vocabulary
 
 Tokens = Literal["auto", "student", "own"]
 STUDENT, OWN = "student", "own"
+_MOST = 0.95  # of the student's tokens, that a teacher must share to read them
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,10 @@ class View:
             gives is added to the last message of the user (before a prompt that is text). The student does not see it.
         chat_template: ``student`` renders by the student's template, ``own`` by that of the teacher's tokenizer,
             anything else is a file that holds a template.
-        tokenizer: whose tokens the teacher reads. ``auto`` takes the student's where the teacher has the same ones, and
-            the teacher's own elsewhere; ``own`` always goes through the teacher's own text tokenization.
-        min_coverage: share of the scored tokens of a response that must be comparable; a response below it is refused.
+        tokenizer: whose tokens the teacher reads. ``auto`` takes the student's where the teacher has the same ones, or
+            shares most of them, and the teacher's own elsewhere; ``own`` always takes the teacher's own.
+        min_coverage: share of a response's scored tokens that must be comparable with the teacher's own; the teacher
+            does not score a response below it.
 
     Raises:
         ConfigError: an unknown name, a template that is no template or has no file, a share out of range.
@@ -93,7 +95,14 @@ class View:
 
     def reads_own_tokens(self, student: Vocabulary, teacher: Vocabulary) -> bool:
         """Whether the teacher reads tokens of its own, which are then aligned with the student's by their text."""
-        return self.tokenizer == OWN or (self.tokenizer == "auto" and student.fingerprint != teacher.fingerprint)
+        if self.tokenizer != "auto":
+            return self.tokenizer == OWN
+        try:
+            shared = student.shared_with(teacher, "student", "teacher")
+        except VocabularyError:
+            return True
+        # A teacher scores a response up to its first token that is not shared
+        return shared is not None and shared.count < _MOST * student.size
 
     def context_of(self, row: Mapping[str, Any]) -> str:
         """Return what the context's template makes of a row; empty where there is none.

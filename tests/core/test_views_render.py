@@ -11,6 +11,7 @@ from kd_plugin.panel.viewing import check_view_columns, readers_of
 from kd_plugin.rollouts.rows import assembled, render
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.views import View
+from kd_plugin.vocab import Vocabulary
 from tests.strangers import RemoteStranger
 from tests.tiny import byte_tokenizer, save_tiny, tiny_llama
 
@@ -53,7 +54,9 @@ def scores_of(panel, rows=ROWS, answers=ANSWERS, rows_at_once=2):
         [range(len(tokens(one))) for one in answers],
         rows_at_once=rows_at_once,
         rows=rows,
-        readers=readers_of(panel, byte_tokenizer(), pad_token_id=0),
+        readers=readers_of(
+            panel, byte_tokenizer(), Vocabulary.from_tokenizer(byte_tokenizer()), pad_token_id=0, ends=[2]
+        ),
     )
 
 
