@@ -235,7 +235,8 @@ def _score(teacher: Teacher, reading: Reading) -> HiddenSignal | SparseSignal:
     ids, mask = left_aligned(reading.input_ids, reading.attention_mask, reading.spans)
     width, rows = ids.shape[1], zip(reading.spans, reading.positions, strict=True)
     flat = [r * width + reading.start - span.first + c - 1 for r, (span, at) in enumerate(rows) for c in at]
-    return teacher.score(ids, mask, torch.tensor(flat).to(ids.device, non_blocking=True))
+    positions = torch.tensor(flat, dtype=torch.int64)  # of rows without any, an empty list says no type
+    return teacher.score(ids, mask, positions.to(ids.device, non_blocking=True))
 
 
 def _passes(

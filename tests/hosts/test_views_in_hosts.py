@@ -1,0 +1,112 @@
+"""Views, and teachers of other tokenizers, in TRL, transformers and Lightning: the same steps, and what is left behind."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from kd_plugin.lightning import TeacherPanelCorrection
+from kd_plugin.panel.settings import PanelSettings
+from kd_plugin.transformers import TeacherPanelMixin
+from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
+from tests.hosts.runs import losses, settings
+from tests.lightning.help import Plain, trainer
+from tests.tiny import byte_tokenizer, save_tiny
+from tests.tokenizers import byte_level
+
+GREEDY = {"do_sample": False}
+ROWS = [
+    {"prompt": [{"role": "user", "content": f"{text}?"}], "hint": f"It is {'so' * i}."}
+    for i, text in enumerate(["one plus two", "the sea", "a red bird", "what is time"] * 2)
+]
+
+
+class PanelTrainer(TeacherPanelMixin, Trainer):
+    """A plain trainer with the panel."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A student, a teacher with its tokenizer and one with another, each with a template of its own."""
+    place = tmp_path_factory.mktemp("views")
+    other = byte_level()
+    path = save_tiny(place / "bpe", seed=7, hidden=48, vocab_size=len(other))
+    other.save_pretrained(path)
+    return {
+        "student": save_tiny(place / "student", seed=1),
+        "same": save_tiny(place / "same", seed=2, hidden=48),
+        "bpe": path,
+    }
+
+
+def block(models, estimator):
+    return {
+        "combine": "weighted_kl",
+        "teachers": {
+            "solver": {"model": models["same"], "view": {"context": "Hint: {{ hint }}"}},
+            "bpe": {
+                "model": models["bpe"],
+                "estimator": estimator,
+                "view": {"chat_template": "own", "tokenizer": "own", "system": "Be right."},
+            },
+        },
+    }
+
+
+def in_trl(models, where, panel, **fields):
+    host = TeacherPanelTrainer(
+        model=models["student"],
+        args=TeacherPanelConfig(
+            **settings(
+                where, max_completion_length=6, lr_scheduler_type="constant", max_steps=3, max_grad_norm=1e9,
+                optim="adamw_torch", weight_decay=0.01, gradient_checkpointing=False, panel=panel, **fields,
+            )
+        ),
+        train_dataset=Dataset.from_list(ROWS),
+    )  # fmt: skip
+    host.train()
+    return host
+
+
+@pytest.mark.parametrize("estimator", ["topk_tail", "chunk_likelihood"])
+def test_the_three_hosts_take_the_same_steps(models, tmp_path, estimator):
+    panel = block(models, estimator)
+    trl = in_trl(models, tmp_path / "trl", panel, generation_kwargs=GREEDY)
+
+    plain = Plain(models["student"])
+    kd = TeacherPanelCorrection(panel=panel, max_completion_length=6, generation_kwargs=GREEDY)
+    rows = DataLoader(ROWS, batch_size=4, collate_fn=lambda rows: {k: [r[k] for r in rows] for k in rows[0]})
+    trainer(tmp_path / "lightning", [kd], max_steps=3).fit(plain, rows)
+
+    model = AutoModelForCausalLM.from_pretrained(models["student"], dtype=torch.float32)
+    own = PanelTrainer(
+        model,
+        TrainingArguments(
+            **settings(
+                tmp_path / "transformers", lr_scheduler_type="constant", max_steps=3, max_grad_norm=1e9,
+                weight_decay=0.01, train_sampling_strategy="sequential",
+            )
+        ),
+        panel_settings=PanelSettings(panel=panel, max_completion_length=6, generation_kwargs=GREEDY),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=byte_tokenizer(),
+    )  # fmt: skip
+    own.train()
+
+    assert plain.losses == pytest.approx(losses(trl), rel=1e-3), "rows reach both in the same order"
+    assert len(losses(own)) == 3 and all(loss > 0 for loss in losses(own))
+
+
+def test_saved_rollouts_show_what_a_teacher_read_and_said_of_the_students_tokens(models, tmp_path):
+    in_trl(models, tmp_path, block(models, "sampled"), save_rollouts=2, logging_steps=1)
+    (file, *_) = sorted((tmp_path / "rollouts").glob("*.jsonl"))
+    row = json.loads(file.read_text().splitlines()[0])
+    hints = [one["hint"] for one in ROWS]
+    assert any(f"Hint: {hint}<|im_end|>" in row["teachers"]["solver"]["read"] for hint in hints)
+    assert row["teachers"]["bpe"]["read"].startswith("<|im_start|>system\nBe right.<|im_end|>")
+    assert "Hint" not in row["prompt"]
+    said = row["teachers"]["bpe"]
+    assert len(said["logprob"]) == len(row["scored"]) and len(said["top"]) == len(row["scored"])
