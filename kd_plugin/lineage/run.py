@@ -91,7 +91,7 @@ class RunLineage:
         self.datasets = match_datasets(self._given_datasets, self.config)
         self.resumed: Mapping[str, Any] | None = None
         self._resumed_name, self.changes = "", list[str]()
-        self.templates: Mapping[str, str] = {}  # what teachers were asked by: purpose to version and sha256
+        self.noted: dict[str, Mapping[str, Any]] = {}  # what teachers read and were asked by: views, templates
         self.run_id: str = self.config.run.get("id") or uuid.uuid4().hex
         self.started: str = self.config.run.get("date") or datetime.now(UTC).date().isoformat()
         self._proofs = Proofs(may_wait=True)
@@ -395,5 +395,5 @@ class RunLineage:
             "config_hash": self.config_hash,
             "versions": installed_versions(),
             **({"changes": list(self.changes)} if self.changes else {}),
-            **({"templates": dict(self.templates)} if self.templates else {}),
+            **{name: dict(entries) for name, entries in self.noted.items() if entries},
         }

@@ -32,7 +32,16 @@ def record_tree(record: Mapping[str, Any], name: str) -> RenderableType:
     _grow(root, graph, SELF, set())
     about = Text(f"run       {printable(str(run['id']))}, {printable(str(run['date']))}")
     changes = [Text(f"changed   {printable(str(change))}") for change in run.get("changes", ())]
-    return Group(root, Text(), about, *changes, verdict_lines(effective, graph))
+    views = [Text(f"view      {printable(_view_line(*one))}") for one in sorted(run.get("views", {}).items())]
+    return Group(root, Text(), about, *changes, *views, verdict_lines(effective, graph))
+
+
+def _view_line(teacher: str, view: Mapping[str, Any]) -> str:
+    """Say what a teacher read beside the prompt: its texts by their sha256, and the columns of the rows."""
+    texts = [f"{name} {str(view[name])[:12]}..." for name in ("system", "context", "template_file") if name in view]
+    columns = ", ".join(map(str, view.get("columns", ()))) or "no further columns"
+    named = f" of {', '.join(map(str, view['datasets']))}" if view.get("datasets") else ""
+    return f"{teacher} read {', '.join([*texts, columns])}{named}; template {view.get('chat_template')}"
 
 
 def verdict_lines(effective: Mapping[str, Any], graph: Graph) -> RenderableType:

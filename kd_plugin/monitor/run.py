@@ -102,9 +102,14 @@ class PanelRun:
             outputs=[cache.source for cache in self.caches],
             datasets=datasets,
         )
+        named = [one.ref or one.name for one in datasets]
+        self.lineage.noted["views"] = {
+            name: {**view.identity, **({"datasets": named} if named and view.columns else {})}
+            for name, view in self.panel.views.items()
+        }
         gate_servers(self.lineage, self.panel.members.values())
         if self.panel.text_teachers:
-            self.lineage.templates = Templates.load(self.panel.text.templates).identity
+            self.lineage.noted["templates"] = Templates.load(self.panel.text.templates).identity
         return self.lineage
 
     @property

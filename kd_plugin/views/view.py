@@ -89,7 +89,7 @@ class View:
     @property
     def identity(self) -> dict[str, Any]:
         """What tells this view from others, JSON-ready: texts by their sha256, the names of columns, and choices."""
-        texts = {"system": self.system, "context": self.context, "chat_template": self.file_text}
+        texts = {"system": self.system, "context": self.context, "template_file": self.file_text}
         found: dict[str, Any] = {name: digest(text) for name, text in texts.items() if text is not None}
         return {"chat_template": self.chat_template, **found, "tokenizer": self.tokenizer, "columns": [*self.columns]}
 

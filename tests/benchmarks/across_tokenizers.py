@@ -48,6 +48,7 @@ from kd_plugin.views.chunks import ChunkSignal
 from kd_plugin.vocab import Vocabulary
 from tests.tiny import SPECIALS, byte_tokenizer
 
+LEARNING_RATE = 2e-3
 ROWS = 32  # rollouts of an update
 LONGEST = 64  # tokens of a response in the finest tokenizer
 
@@ -204,11 +205,11 @@ class Step:
 def run(step: Step, asked: list[Problem], updates: int, seed: int) -> dict[str, float]:
     """Train; return accuracy before and after, and seconds of an update and of its scoring, loss and backward pass."""
     draw = random.Random(seed)
-    optimizer = torch.optim.AdamW(step.student.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(step.student.parameters(), lr=LEARNING_RATE)
     before, seconds, ours = accuracy(step.student, step.tokenizer, asked), [], []
     for update in range(updates):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (update + 1) / 10) * (1 - 0.9 * update / updates)
+            group["lr"] = LEARNING_RATE * min(1.0, (update + 1) / 10) * (1 - 0.9 * update / updates)
         prompts = [draw.choice(asked).prompt for _ in range(ROWS)]
         begin = time.perf_counter()
         batch = step.rollouts(prompts, seed * 10_000 + update)
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*", help="estimators across tokenizers")
+    parser.add_argument("--teachers", nargs="*", help="tokenizers of the teachers; the student's own is the reference")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", type=Path, nargs="*", help="print the table of these files, and run nothing")
     options = parser.parse_args()
@@ -252,6 +254,8 @@ def main() -> None:
         tokenizers["smollm2"] = AutoTokenizer.from_pretrained(options.smollm2)
     teachers = {}
     for name, tokenizer in tokenizers.items():
+        if options.teachers and name not in options.teachers:
+            continue
         model = fresh(tokenizer, seed=100, hidden=64 if name == "smollm2" else 96)
         pretrain(model, tokenizer, [(one.prompt, one.text()) for one in asked], options.steps, seed=0)
         teachers[name] = LocalTeacher(model, tokenizer=tokenizer)
@@ -263,7 +267,8 @@ def main() -> None:
         start = fresh(own, seed)
         rows = [(one.prompt, one.text(draw.choice(numbers))) for one in asked for _ in range(4)]
         pretrain(start, own, rows, max(options.steps // 3, 2), seed)
-        runs = [(options.student, name) for name in ("exact", "sampled", "topk_tail")]
+        same = ("exact", "sampled", "topk_tail") if options.student in teachers else ()
+        runs = [(options.student, name) for name in same]
         runs += [(t, e) for t in teachers if t != options.student for e in options.only or ACROSS]
         for teacher, estimator in runs:
             student = fresh(own, seed)

@@ -1,6 +1,9 @@
-"""Views, and teachers of other tokenizers, in TRL, transformers and Lightning: the same steps, and what is left behind."""
+"""Views, and teachers of other tokenizers, in TRL, transformers and Lightning: the same steps, and what they leave."""
 
+import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from kd_plugin.lightning import TeacherPanelCorrection
+from kd_plugin.lineage.verify import verify
 from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.transformers import TeacherPanelMixin
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
@@ -98,6 +102,21 @@ def test_the_three_hosts_take_the_same_steps(models, tmp_path, estimator):
 
     assert plain.losses == pytest.approx(losses(trl), rel=1e-3), "rows reach both in the same order"
     assert len(losses(own)) == 3 and all(loss > 0 for loss in losses(own))
+
+
+def test_what_views_add_is_in_the_lineage_by_hash(models, tmp_path):
+    host = in_trl(models, tmp_path / "trl", block(models, "sampled"))
+    host.save_model(str(tmp_path / "saved"))
+    views = json.loads((tmp_path / "saved" / "lineage.json").read_text())["run"]["views"]
+    assert views["solver"]["context"] == hashlib.sha256(b"Hint: {{ hint }}").hexdigest()
+    assert views["solver"]["columns"] == ["hint"]
+    assert views["bpe"]["system"] == hashlib.sha256(b"Be right.").hexdigest()
+    assert views["bpe"]["chat_template"] == "own" and views["bpe"]["tokenizer"] == "own"
+    shown = subprocess.run(
+        [sys.executable, "-m", "kd_plugin", "lineage", "show", str(tmp_path / "saved")], capture_output=True, text=True
+    )
+    assert "solver read context" in shown.stdout and "hint" in shown.stdout
+    assert verify(tmp_path / "saved").problems == ()
 
 
 def test_saved_rollouts_show_what_a_teacher_read_and_said_of_the_students_tokens(models, tmp_path):
