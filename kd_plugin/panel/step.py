@@ -33,7 +33,7 @@ from kd_plugin.panel.preference import preference_loss
 from kd_plugin.panel.reward import weighed_rows
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import score_rows
-from kd_plugin.panel.viewing import readers_of
+from kd_plugin.panel.viewing import coverage, readers_of
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
 from kd_plugin.rollouts import Drawn, Propose, RolloutEngine
 from kd_plugin.rollouts.responses import completion_ids, cut_loops, require_prompts, scored_offsets
@@ -323,6 +323,7 @@ class PanelStep:
             rows=assigned.rows,
             readers=self._readers,
         )
+        self.host.note(coverage(scores, [name for name, reader in self._readers.items() if reader.own_tokens]))
         scores = [replace(one, weight=weight) for one, weight in zip(scores, weights, strict=True)]
         anchor = () if self.anchor is None or not self.anchor.weight else tuple(self.anchor.score(*given))
         corrections = None

@@ -8,6 +8,7 @@ from typing import Any
 
 from kd_plugin.errors import ConfigError, DataError, VocabularyError, nearest
 from kd_plugin.panel.roster import TeacherPanel
+from kd_plugin.panel.scoring import RowScores
 from kd_plugin.teachers.base import Teacher, end_tokens, most_tokens, tokenizer_of
 from kd_plugin.views.render import Reader
 from kd_plugin.views.tokens import TokenText
@@ -124,6 +125,17 @@ def require_viewable(panel: TeacherPanel, rollouts: str) -> None:
                 "finds likely after the student's own prompt, which is not what the view shows. Let the student "
                 "generate alone (rollouts='student'), or leave the view out."
             )
+
+
+def coverage(scores: Sequence[RowScores], names: Sequence[str]) -> dict[str, float]:
+    """Return the share of scored tokens that each of some teachers compares in its own tokens, for the log."""
+    found = {}
+    for name in names:
+        rows = [row for row in scores if name in row.signals]
+        left_out = sum(int((~row.covered[name]).sum()) for row in rows if name in row.covered)
+        tokens = sum(len(row.positions) for row in rows)
+        found |= {f"coverage/{name}": 1.0 - left_out / tokens} if tokens else {}
+    return found
 
 
 def check_view_columns(

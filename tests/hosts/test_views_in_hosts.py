@@ -2,17 +2,23 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from kd_plugin.cli.main import main
 from kd_plugin.lightning import TeacherPanelCorrection
 from kd_plugin.lineage.verify import verify
+from kd_plugin.panel.block import panel_from_block
+from kd_plugin.panel.checks import require_defined_panel
 from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.transformers import TeacherPanelMixin
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
@@ -104,6 +110,31 @@ def test_the_three_hosts_take_the_same_steps(models, tmp_path, estimator):
     assert len(losses(own)) == 3 and all(loss > 0 for loss in losses(own))
 
 
+def test_yaml_of_views_and_the_docs_block(models, tmp_path):
+    """integrations/trl/views.yaml trains by the command; what docs/views.md shows is a panel."""
+    root = Path(__file__).parents[2]
+    content = yaml.safe_load((root / "integrations" / "trl" / "views.yaml").read_text())
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({**row, "solution": row["hint"]}) + "\n" for row in ROWS))
+    for name, model in (("solver", "same"), ("other", "bpe")):
+        content["panel"]["teachers"][name]["model"] = models[model]
+    content["panel"]["teachers"]["other"]["view"]["tokenizer"] = "own"
+    (tmp_path / "views.yaml").write_text(yaml.safe_dump(content | {"output_dir": str(tmp_path / "out")}))
+    small = "--max_steps 2 --bf16 false --use_cpu true --save_strategy no --report_to none --max_completion_length 4"
+    small += " --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --dataset_name " + str(
+        tmp_path / "p.jsonl"
+    )
+    arguments = ["--config", str(tmp_path / "views.yaml"), "--model_name_or_path", models["student"], *small.split()]
+    assert main(["panel", *arguments]) == 0
+    assert verify(tmp_path / "out").exit_code == 0
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", (root / "docs" / "views.md").read_text(encoding="utf-8"), re.DOTALL)
+    panel = panel_from_block(
+        yaml.safe_load(text.replace("TEACHER", models["same"]).replace("OTHER", models["bpe"]))["panel"]
+    )
+    require_defined_panel(panel, panel.divergence, 1.0)
+    assert set(panel.views) == {"solver", "chat", "other"} and panel.view_columns == ("solution",)
+
+
 def test_what_views_add_is_in_the_lineage_by_hash(models, tmp_path):
     host = in_trl(models, tmp_path / "trl", block(models, "sampled"))
     host.save_model(str(tmp_path / "saved"))
@@ -116,7 +147,7 @@ def test_what_views_add_is_in_the_lineage_by_hash(models, tmp_path):
         [sys.executable, "-m", "kd_plugin", "lineage", "show", str(tmp_path / "saved")], capture_output=True, text=True
     )
     assert "solver read context" in shown.stdout and "hint" in shown.stdout
-    assert verify(tmp_path / "saved").problems == ()
+    assert not verify(tmp_path / "saved").problems
 
 
 def test_saved_rollouts_show_what_a_teacher_read_and_said_of_the_students_tokens(models, tmp_path):
