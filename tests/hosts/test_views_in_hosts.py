@@ -30,7 +30,7 @@ from tests.tokenizers import byte_level
 GREEDY = {"do_sample": False}
 ROWS = [
     {"prompt": [{"role": "user", "content": f"{text}?"}], "hint": f"It is {'so' * i}."}
-    for i, text in enumerate(["one plus two", "the sea", "a red bird", "what is time"] * 2)
+    for i, text in enumerate(["one plus two", "the sea", "a red bird", "what is time"])
 ]
 
 
@@ -106,8 +106,8 @@ def test_the_three_hosts_take_the_same_steps(models, tmp_path, estimator):
     )  # fmt: skip
     own.train()
 
-    assert plain.losses == pytest.approx(losses(trl), rel=1e-3), "rows reach both in the same order"
-    assert len(losses(own)) == 3 and all(loss > 0 for loss in losses(own))
+    assert plain.losses == pytest.approx(losses(trl), rel=1e-3)
+    assert losses(own) == pytest.approx(losses(trl), rel=1e-3)
 
 
 def test_yaml_of_views_and_the_docs_block(models, tmp_path):
