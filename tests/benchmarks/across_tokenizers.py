@@ -3,6 +3,7 @@
     python -m tests.benchmarks.across_tokenizers --smollm2 DIR --out results.jsonl      # an hour on a core
     python -m tests.benchmarks.across_tokenizers --quick                                # two steps: checks that it runs
     python -m tests.benchmarks.across_tokenizers --table results.jsonl                  # the table of what was run
+    python -m tests.benchmarks.across_tokenizers --bias                                 # bias and variance, enumerated
 
 Everything is trained from scratch on the problems of reasoning-gym's ``chain_sum`` (two terms of one digit). One
 teacher for each tokenizer: bytes, byte-level BPE of 500 tokens trained on the task's text, and SmolLM2's. The student
@@ -17,6 +18,7 @@ which token is which.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -34,14 +36,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kd_plugin.divergence import Divergence
+from kd_plugin.divergence import Divergence, fused_sparse_divergence
+from kd_plugin.divergence.sampled import Matching, fused_sampled_divergence
 from kd_plugin.panel import Estimator, TeacherPanel, panel_loss, score_rows
 from kd_plugin.panel.roster import OwnTerms
 from kd_plugin.panel.scoring import RowScores, scored_positions
 from kd_plugin.panel.viewing import readers_of
 from kd_plugin.rollouts.in_process import InProcessEngine, Sampling
 from kd_plugin.rollouts.rows import Rollouts, assembled
-from kd_plugin.signals import OutputHead
+from kd_plugin.signals import OutputHead, SparseSignal
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.views import View
 from kd_plugin.views.chunks import ChunkSignal
@@ -50,7 +53,7 @@ from tests.tiny import SPECIALS, byte_tokenizer
 
 LEARNING_RATE = 2e-3
 ROWS = 32  # rollouts of an update
-LONGEST = 64  # tokens of a response in the finest tokenizer
+LONGEST = 32  # tokens of a response in the finest tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Problem:
 
     def text(self, answer: str | None = None) -> str:
         value = self.answer if answer is None else answer
-        return f" {value}. In words: {self.prompt} makes {value}, so the final answer is {value}."
+        return f" {value}, because {self.prompt} makes {value}."
 
 
 def problems() -> list[Problem]:
@@ -77,7 +80,7 @@ def problems() -> list[Problem]:
 
 def score(problem: Problem, response: str) -> bool:
     """Return whether the final number is right, by the scorer of reasoning-gym."""
-    said = re.search(r"final answer is (-?\d+)", response)
+    said = re.search(r"makes (-?\d+)\.", response)
     dataset = reasoning_gym.create_dataset("chain_sum", size=1, seed=1)
     return said is not None and dataset.score_answer(said[1], problem.entry) == 1.0
 
@@ -92,11 +95,11 @@ def bpe(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def fresh(tokenizer: Any, seed: int, hidden: int = 96) -> LlamaForCausalLM:
+def fresh(tokenizer: Any, seed: int, hidden: int = 64) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=3,
+            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
@@ -129,7 +132,7 @@ def pretrain(model: nn.Module, tokenizer: Any, rows: list[tuple[str, str]], step
 
 
 def generated(model: Any, tokenizer: Any, prompts: list[str], *, temperature: float, seed: int) -> list[list[int]]:
-    sampling = Sampling(LONGEST + 16, temperature, draws="uniform")
+    sampling = Sampling(LONGEST, temperature, draws="uniform")
     engine = InProcessEngine(model, tokenizer, sampling, device=torch.device("cpu"), seed=seed)
     return engine.generate([tokenizer(prompt)["input_ids"] for prompt in prompts])
 
@@ -234,15 +237,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", help="directory of SmolLM2's tokenizer; without it that teacher is left out")
     parser.add_argument("--student", default="bpe", choices=("bpe", "bytes"), help="the student's tokenizer")
-    parser.add_argument("--updates", type=int, default=150)
-    parser.add_argument("--steps", type=int, default=700, help="of the teachers' own training")
+    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=500, help="of the teachers' own training")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*", help="estimators across tokenizers")
     parser.add_argument("--teachers", nargs="*", help="tokenizers of the teachers; the student's own is the reference")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--bias", action="store_true", help="print the table of bias and spread, and run nothing else")
     parser.add_argument("--table", type=Path, nargs="*", help="print the table of these files, and run nothing")
     options = parser.parse_args()
+    if options.bias:
+        print(bias())
+        return
     if options.table:
         print(table([json.loads(line) for path in options.table for line in path.read_text().splitlines()]))
         return
@@ -256,8 +263,9 @@ def main() -> None:
     for name, tokenizer in tokenizers.items():
         if options.teachers and name not in options.teachers:
             continue
-        model = fresh(tokenizer, seed=100, hidden=64 if name == "smollm2" else 96)
-        pretrain(model, tokenizer, [(one.prompt, one.text()) for one in asked], options.steps, seed=0)
+        model = fresh(tokenizer, seed=100, hidden=48 if name == "smollm2" else 64)
+        rows = [(one.prompt, one.text()) for one in asked]
+        pretrain(model, tokenizer, rows, options.steps, seed=0)
         teachers[name] = LocalTeacher(model, tokenizer=tokenizer)
         print(f"teacher {name}: {accuracy(model, tokenizer, asked):.3f}", file=sys.stderr, flush=True)
     own = tokenizers[options.student]
@@ -280,6 +288,70 @@ def main() -> None:
             if options.out:
                 with options.out.open("a") as file:
                     file.write(json.dumps(found) + "\n")
+
+
+def bias(seeds: int = 20, letters: int = 3, pairs: int = 2) -> str:
+    """Return Markdown: bias and spread of each estimator against the KL over chunks, over all texts there are.
+
+    The student writes letters and the teacher pairs of them, both with random distributions after each text. Nothing
+    is trained and nothing is drawn.
+    """
+    texts = list(itertools.product(range(letters), repeat=2 * pairs))
+    states = sorted({text[:n] for text in texts for n in range(2 * pairs)})
+    at = {state: i for i, state in enumerate(states)}
+    numbers: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for seed in range(seeds):
+        draw = torch.Generator().manual_seed(seed)
+        logits = torch.randn(len(states), letters, generator=draw, dtype=torch.float64).requires_grad_()
+        logp = torch.randn(len(states), letters, letters, generator=draw, dtype=torch.float64).flatten(1)
+        logp = logp.log_softmax(-1).view(len(states), letters, letters)
+        logq = logits.log_softmax(-1)
+        reached = {(): torch.ones((), dtype=torch.float64)}
+        for state in sorted(states, key=len):
+            for letter in range(letters):
+                reached[(*state, letter)] = reached[state] * logq[at[state], letter].exp().detach()
+        exact = torch.zeros((), dtype=torch.float64)
+        for state in (one for one in states if len(one) % 2 == 0):
+            pair = torch.stack([logq[at[state], a] + logq[at[(*state, a)]] for a in range(letters)])
+            exact = exact + reached[state] * (pair.exp() * (pair - logp[at[state]])).sum()
+        (expected,) = torch.autograd.grad(exact, logits, retain_graph=True)
+        head = OutputHead(torch.eye(letters, dtype=torch.float64))
+        found: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for text in texts:
+            places = [at[text[:n]] for n in range(2 * pairs)]
+            said, listed = torch.zeros(2 * pairs, dtype=torch.float64), []
+            for k in range(0, 2 * pairs, 2):
+                table_of = logp[places[k]]
+                said[k] = table_of[text[k], text[k + 1]]
+                listed += [table_of.logsumexp(1), table_of[text[k]].log_softmax(-1)]
+            for name in ("sampled", "chunk_likelihood, tau 1", "chunk_likelihood, tau 10", "topk_tail"):
+                leaf = logits.detach()[places].requires_grad_()
+                if name == "topk_tail":
+                    ids = torch.arange(letters).expand(2 * pairs, letters)
+                    none = torch.full((2 * pairs,), -torch.inf, dtype=torch.float64)
+                    signal = SparseSignal(ids, torch.stack(listed), none)
+                    loss = fused_sparse_divergence(leaf, head, signal, Divergence()).loss_sum
+                else:
+                    tau = float(name.split()[-1]) if "tau" in name else None
+                    matching = None if tau is None else Matching(Divergence(), tau)
+                    chunks = torch.arange(2 * pairs) // 2
+                    loss = fused_sampled_divergence(
+                        leaf, head, torch.tensor(text), said, chunks=chunks, matching=matching
+                    ).loss_sum
+                gradient = torch.zeros_like(expected).index_add_(
+                    0, torch.tensor(places), *torch.autograd.grad(loss, leaf)
+                )
+                found[name].append((reached[text], gradient))
+        for name, parts in found.items():
+            mean = sum(q * g for q, g in parts)
+            spread = sum(q * (g - mean).square().sum() for q, g in parts).sqrt() / expected.norm()
+            cosine = (mean * expected).sum() / mean.norm() / expected.norm()
+            numbers[name].append((float((mean - expected).norm() / expected.norm()), float(spread), float(cosine)))
+    lines = ["| estimator | bias / norm | std of one text / norm | cosine of the mean |", "|---|---|---|---|"]
+    for name, rows in numbers.items():
+        off, spread, cosine = (statistics.mean(column) for column in zip(*rows, strict=True))
+        lines.append(f"| {name} | {off:.3f} | {spread:.2f} | {cosine:.4f} |")
+    return "\n".join(lines)
 
 
 def table(found: list[dict[str, Any]]) -> str:
