@@ -53,6 +53,7 @@ def readers_of(
             limit=most_tokens(teacher),
             own_tokens=own,
             end_tokens=ends,
+            size=vocabulary.size,
         )
     return found
 

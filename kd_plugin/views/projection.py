@@ -80,12 +80,20 @@ class Projection:
         student: the text of the student's tokens.
         teacher: the text of the teacher's tokens.
         ends: the tokens by which both end a response, the teacher's first; None where one has none.
+        size: tokens that the student's head has a row for; None for all.
     """
 
-    def __init__(self, student: TokenText, teacher: TokenText, ends: tuple[int | None, int | None]) -> None:
+    def __init__(
+        self,
+        student: TokenText,
+        teacher: TokenText,
+        ends: tuple[int | None, int | None],
+        size: int | None = None,
+    ) -> None:
         self.student = student
         self.teacher = teacher
         self.ends = ends
+        self._size = len(student.table) if size is None else size
         self._table = np.full(len(teacher.table), _UNSEEN, np.int64)
         named = {content: i for i, content in student.added.items()}
         for i in teacher.special:  # read as what it is, not as the letters of its name
@@ -107,7 +115,8 @@ class Projection:
     def first_token(self, text: bytes) -> int:
         """Return the student token by which a text begins, as its tokenizer cuts it; -1 for none."""
         if text not in self._rest_of:
-            self._rest_of[text] = self._begun(text)
+            found = self._begun(text)
+            self._rest_of[text] = found if found < self._size else _NONE
         return self._rest_of[text]
 
     def _begun(self, text: bytes) -> int:

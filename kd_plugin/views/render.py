@@ -99,6 +99,7 @@ class Reader:
         limit: tokens that the teacher reads at most; None for no limit that is known.
         own_tokens: whether the teacher reads tokens of its own.
         end_tokens: the student's, by which its responses end.
+        size: of the run's vocabulary, where a head has fewer rows than the student's tokenizer has tokens.
 
     Raises:
         ConfigError: the view needs a tokenizer or a chat template that the teacher does not have.
@@ -116,6 +117,7 @@ class Reader:
         limit: int | None = None,
         own_tokens: bool = False,
         end_tokens: Sequence[int] = (),
+        size: int | None = None,
     ) -> None:
         self.name = name
         self.view = view
@@ -124,6 +126,7 @@ class Reader:
         self.limit = limit
         self.own_tokens = own_tokens
         self.end_tokens = frozenset(end_tokens)
+        self.size = size
         self._renderer = teacher if view.chat_template == OWN else student
         self._options = {"add_generation_prompt": True, **(chat_options or {}), "tokenize": False}
         if view.chat_template == OWN:
@@ -183,7 +186,9 @@ class Reader:
             if self.view.chat_template == STUDENT:
                 options.pop("chat_template", None)
             end = end_of_turn(self._tokenizer, chat=not is_text, options=options)
-            self._projections[is_text] = Projection(*self._texts, (end, min(self.end_tokens, default=None)))
+            own = getattr(self.student, "eos_token_id", None)
+            mine = own if own in self.end_tokens else min(self.end_tokens, default=None)
+            self._projections[is_text] = Projection(*self._texts, (end, mine), self.size)
         return self._projections[is_text]
 
     def _aligned(self, response: Sequence[int], positions: Sequence[int], projection: Projection) -> Aligned:

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizer
 
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.sampled import Matching, fused_sampled_divergence
@@ -15,11 +16,14 @@ from kd_plugin.panel.scoring import scored_positions
 from kd_plugin.panel.viewing import readers_of
 from kd_plugin.rollouts.rows import assembled, render
 from kd_plugin.signals import OutputHead
-from kd_plugin.teachers import LocalTeacher
+from kd_plugin.teachers import Capabilities, LocalTeacher
 from kd_plugin.views import View
+from kd_plugin.views.align import align, end_of_turn
+from kd_plugin.views.tokens import TokenText
 from kd_plugin.vocab import Vocabulary
 from tests.core.panel_help import assert_same_gradients
-from tests.tiny import byte_tokenizer, tiny_llama
+from tests.strangers import InProcessStranger
+from tests.tiny import byte_tokenizer, save_tiny, tiny_llama
 from tests.tokenizers import byte_level, sentencepiece
 
 OWN = View(tokenizer="own")
@@ -263,6 +267,64 @@ def test_what_needs_the_same_tokens_is_refused_with_the_reason():
     endless.eos_token = model.generation_config.eos_token_id = None
     with pytest.raises(VocabularyError, match=r"no token that ends a turn \(no eos_token\)"):
         refused(LocalTeacher(model, tokenizer=endless), estimator=Estimator("sampled"))
+
+
+class Reversing(PreTrainedTokenizer):
+    """A tokenizer in Python that changes what it reads, and has no offsets."""
+
+    def __init__(self, **kwargs):
+        self.letters = {chr(i): i for i in range(32, 127)}
+        super().__init__(eos_token="~", **kwargs)
+
+    vocab_size = 127
+
+    def get_vocab(self):
+        return {f"<{letter}>": i for letter, i in self.letters.items()} | {"~": 126}
+
+    def _tokenize(self, text, **kwargs):
+        return [f"<{letter}>" for letter in text.lower()[::-1]]
+
+    def _convert_token_to_id(self, token):
+        return self.get_vocab().get(token, 32)
+
+    def _convert_id_to_token(self, index):
+        return chr(index)
+
+
+def test_a_tokenizer_that_gives_neither_text_nor_offsets_is_refused():
+    with pytest.raises(ConfigError, match=r"tokenizer of teacher 'x' \(Reversing\) gives no offsets"):
+        TokenText(Reversing(), "teacher 'x'")
+
+
+def test_a_cache_cannot_score_other_tokens(tmp_path):
+    class Cached(InProcessStranger):
+        capabilities = Capabilities("a cache", frozenset({"top_k"}), any_row=False, temperature=1.0)
+
+    panel = TeacherPanel(
+        {"t": Cached(save_tiny(tmp_path))}, estimator=Estimator("topk_tail"), own={"t": OwnTerms(view=OWN)}
+    )
+    with pytest.raises(ConfigError, match=r"Teacher 't' is a cache: it holds targets for the tokens"):
+        require_one_vocabulary(panel, Vocabulary.from_tokenizer(byte_tokenizer()))
+
+
+def test_thinking_marks_stand_for_those_of_the_same_role():
+    student, teacher = byte_level(), byte_level(520)
+    student.add_tokens(["[THINK]", "[/THINK]"])
+    teacher.add_tokens(["<think>", "</think>"])
+    ids = student("[THINK]two and three[/THINK]5", add_special_tokens=False)["input_ids"]
+    found = align(ids, TokenText(student, "s"), TokenText(teacher, "t"), ended=False, teacher_end=None)
+    assert teacher.decode(found.tokens) == "<think>two and three</think>5"
+    assert found.student_ends[0] == found.teacher_ends[0] == 1 and found.readable.all()
+
+
+def test_the_end_of_a_turn_is_what_the_template_puts_behind_an_answer():
+    tokenizer = byte_level()
+    assert end_of_turn(tokenizer, chat=True) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    other = byte_level(540)
+    other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    other.chat_template = "{% for m in messages %}{{ m['content'] }} <|turn|>{% endfor %}"
+    assert end_of_turn(other, chat=True) == other.convert_tokens_to_ids("<|turn|>")
+    assert end_of_turn(other, chat=False) == other.eos_token_id
 
 
 def test_a_response_that_can_hardly_be_compared_is_left_out():
