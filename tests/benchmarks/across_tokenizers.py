@@ -51,7 +51,7 @@ from kd_plugin.views.chunks import ChunkSignal
 from kd_plugin.vocab import Vocabulary
 from tests.tiny import SPECIALS, byte_tokenizer
 
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-3
 ROWS = 32  # rollouts of an update
 LONGEST = 32  # tokens of a response in the finest tokenizer
 
