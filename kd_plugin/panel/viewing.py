@@ -130,7 +130,7 @@ def require_viewable(panel: TeacherPanel, rollouts: str) -> None:
 
 def coverage(scores: Sequence[RowScores], names: Sequence[str]) -> dict[str, float]:
     """Return the share of scored tokens that each of some teachers compares in its own tokens, for the log."""
-    found = {}
+    found: dict[str, float] = {}
     for name in names:
         rows = [row for row in scores if name in row.signals]
         left_out = sum(int((~row.covered[name]).sum()) for row in rows if name in row.covered)

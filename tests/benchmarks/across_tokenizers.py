@@ -134,7 +134,7 @@ def pretrain(model: nn.Module, tokenizer: Any, rows: list[tuple[str, str]], step
 def generated(model: Any, tokenizer: Any, prompts: list[str], *, temperature: float, seed: int) -> list[list[int]]:
     sampling = Sampling(LONGEST, temperature, draws="uniform")
     engine = InProcessEngine(model, tokenizer, sampling, device=torch.device("cpu"), seed=seed)
-    return engine.generate([tokenizer(prompt)["input_ids"] for prompt in prompts])
+    return [one.ids for one in engine.generate([tokenizer(prompt)["input_ids"] for prompt in prompts])]
 
 
 def accuracy(model: Any, tokenizer: Any, asked: list[Problem]) -> float:
