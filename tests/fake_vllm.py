@@ -42,6 +42,7 @@ class Behaviour:
     pooler: dict = field(default_factory=lambda: {"task": "token_embed", "use_activation": False})
     dtype: str = "float32"  # that it computes in
     root: str | None = None  # what it was loaded from
+    version: str = "0.0-fake"
     takes_adapters: bool = True  # --enable-lora
     takes_weights: bool = True  # VLLM_SERVER_DEV_MODE
     keeps_tied_head: bool = True  # as vLLM 0.32 on a CPU, after `reload_weights`
@@ -307,10 +308,14 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0, host="127.0.0.1"):
             if self.fails({}):
                 return
             if self.path == "/version":
-                self.send(200, {"version": "0.0-fake"})
+                self.send(200, {"version": behaviour.version})
                 return
             if self.path == "/health":
                 self.send(200, {})
+                return
+            if self.path in ("/v1/load_lora_adapter", "/collective_rpc"):
+                there = behaviour.takes_adapters if "lora" in self.path else behaviour.takes_weights
+                self.send(405 if there else 404, {"detail": "Method Not Allowed" if there else "Not Found"})
                 return
             assert self.path == "/v1/models"
             listed = {"id": behaviour.name, "max_model_len": behaviour.max_model_len, "root": behaviour.root}

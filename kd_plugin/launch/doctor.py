@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -22,8 +23,10 @@ import torch.distributed as dist
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.launch.preflight import abandoned_locks
+from kd_plugin.launch.servers import server_problems
 from kd_plugin.lineage.hashing import sha256_file
 
+logger = logging.getLogger(__name__)
 PACKAGES = ("kd-plugin", "torch", "transformers", "trl", "lightning", "accelerate", "deepspeed", "peft", "datasets")
 
 
@@ -36,6 +39,9 @@ class LaunchSettings:
         teachers: local directories of teachers, whose files must be equal everywhere.
         caches: teacher caches, whose manifests must be equal everywhere.
         servers: base URLs of vLLM servers that every rank must reach.
+        training: YAML of the training, whose rollout engines and teachers' servers are asked for versions, flags and
+            parity with the checkpoints; how fast hidden states come is measured.
+        server_rate: GB/s that each server of hidden states must deliver; 0 asks for none.
         memory_gib: free memory that each rank needs, as the plan says; 0 asks for none.
         disk_gib: free disk that ``output_dir`` needs.
         plan: what ``kd-plugin plan --json`` printed; the peak of its recommendation stands for ``memory_gib``, and
@@ -47,6 +53,8 @@ class LaunchSettings:
     teachers: Sequence[str] = field(default_factory=list)
     caches: Sequence[str] = field(default_factory=list)
     servers: Sequence[str] = field(default_factory=list)
+    training: str = ""
+    server_rate: float = 0.0
     memory_gib: float = 0.0
     disk_gib: float = 0.0
     plan: str = ""
@@ -155,6 +163,11 @@ def own_problems(settings: LaunchSettings) -> list[str]:
             requests.get(server.rstrip("/") + "/v1/models", timeout=10).raise_for_status()
         except requests.RequestException as error:
             problems.append(f"the server {server} does not answer: {type(error).__name__}")
+    if settings.training and first:
+        found, notes = server_problems(settings.training, settings.server_rate * 1e9)
+        problems += found
+        for note in notes:
+            logger.warning(note)
     free = _free_memory() / 1024**3
     if free < settings.memory_gib:
         problems.append(f"{free:.1f} GiB of memory are free, {settings.memory_gib:g} are needed")

@@ -8,6 +8,7 @@ Shape suffixes: B rows, L tokens, N scored positions, H hidden width.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -191,6 +192,14 @@ class HiddenServerTeacher(ServedModel):
         states = torch.cat([s.index_select(0, at) for s, at in zip(self.states(prompts), wanted, strict=True)])
         back = torch.from_numpy(np.argsort(np.concatenate(order), kind="stable"))
         return HiddenSignal(states.index_select(0, back).to(input_ids.device), self.head)
+
+    def bytes_per_second(self) -> float:
+        """Measure how fast hidden states come, computed and sent, over a few rows of up to 512 tokens."""
+        greeting = self._greet()
+        row = [number % self.vocabulary.size for number in range(min(512, greeting.limit or 512))]
+        began = time.monotonic()
+        found = self.states([row] * min(8, self.client.max_concurrency))
+        return sum(one.numel() * one.element_size() for one in found) / max(time.monotonic() - began, 1e-9)
 
     def states(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Return the last hidden states (L, H) of each of ``rows``, token lists without padding.
