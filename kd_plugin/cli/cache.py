@@ -282,6 +282,7 @@ def plot(found: Fidelity, path: str | Path, budget_bytes: float | None = None) -
         budget_bytes: where to draw the budget, or None.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     from kd_plugin.cache import Sampled
 
@@ -297,17 +298,24 @@ def plot(found: Fidelity, path: str | Path, budget_bytes: float | None = None) -
         ("cosine to the exact gradient", "norm, as a share of the exact one"),
         strict=True,
     ):
-        for (label, measured), marker in zip(series.items(), "os", strict=True):
+        for (label, measured), marker, below in zip(series.items(), "os", (True, False), strict=True):
             measured = sorted(measured, key=lambda m: m.bytes)
             axes.plot([m.bytes for m in measured], [getattr(m, measure) for m in measured], marker=marker, label=label)
-            for m in measured:
+            for m in measured:  # the words of the two series on two sides of their lines
                 axes.annotate(
-                    m.name.split()[1], (m.bytes, getattr(m, measure)), textcoords="offset points", xytext=(4, 5)
-                )
-        axes.axhline(1.0, color="0.7", linewidth=0.8)
+                    m.name.split()[1], (m.bytes, getattr(m, measure)), textcoords="offset points",
+                    xytext=(0, -7 if below else 7), ha="center", va="top" if below else "bottom", fontsize=8,
+                    color=axes.lines[-1].get_color(),
+                )  # fmt: skip
+        axes.axhline(1.0, color="0.7", linewidth=0.8, zorder=0)
         if budget_bytes is not None:
-            axes.axvline(budget_bytes, color="0.5", linestyle="--", linewidth=0.8)
-        axes.set(xscale="log", xlabel="bytes a position", title=title)
-    panels[0].legend()
+            said = f"budget: {budget_bytes:g} bytes"
+            axes.axvline(budget_bytes, color="0.5", linestyle="--", linewidth=0.8, zorder=0, label=said)
+        axes.margins(0.08, 0.14)
+        axes.set(xscale="log", xlabel="bytes per position", title=title)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    panels[0].legend(loc="best", frameon=False)
     figure.suptitle(f"Student's gradient from stored targets, over {found.positions} positions")
     figure.savefig(path)

@@ -12,6 +12,12 @@ from kd_plugin.planner.cost import Bill, BreakEven, Option, TextBill
 from kd_plugin.planner.engines import Engines, best_split, engine_step
 from kd_plugin.planner.run import GIB, Cluster, Pair, PlannedRun
 
+_BEYOND = 1.6  # how far beyond what fits the chart goes
+_DARK, _DIM = "#1f2328", "#59636e"
+_COLOURS = (
+    "#4269d0", "#a463f2", "#ff725c", "#efb118", "#3ca951", "#6cc5b0", "#97bbf5", "#9c6b4e", "#9498a0", "#ff8ab7",
+    "#0b7285", "#d0bfff", "#ffd8a8",
+)  # fmt: skip
 # Columns of the table: what each part of Memory is called there
 _PARTS = {
     "weights": "weights",
@@ -166,34 +172,55 @@ def _table(found: Sequence[Option], best: Option | None, columns: Mapping[str, S
 
 
 def plot_peaks(run: PlannedRun, cluster: Cluster, found: Sequence[Option], best: Option | None, path: Path) -> None:
-    """Draw each layout's peak as a bar of its parts, with the line up to which a GPU can be filled; writes a PNG.
+    """Draw each layout's peak as a bar of its parts, what fits first; writes a PNG.
+
+    The limit of a GPU is a line. What does not fit is drawn small below it, and cut off where it goes far beyond.
 
     Raises:
         ModuleNotFoundError: matplotlib, of the extra ``plots``, is missing.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 1.5 + 0.36 * len(found)), layout="constrained")
+    fitting = sorted((o for o in found if o.fits), key=lambda o: (o is not best, o.seconds.total))
+    ordered = [*fitting, *sorted((o for o in found if not o.fits), key=lambda o: o.memory.peak)]
+    limit = cluster.usable / GIB
+    most = max([limit, *(o.memory.peak / GIB for o in fitting)])
+    edge = min(max(o.memory.peak / GIB for o in ordered), _BEYOND * most)
+    steps = [1.0 if option.fits else 0.55 for option in ordered]
+    places = [sum(steps[:k]) + steps[k] / 2 for k in range(len(steps))]
+    figure = Figure(figsize=(11, 2.0 + 0.4 * sum(steps)), layout="constrained")
     axes = figure.add_subplot()
-    names = [option.layout.name + (" (recommended)" if option is best else "") for option in found]
-    left = [0.0] * len(found)
-    shown = [dict.fromkeys(_TRAINING if o.memory.training >= o.memory.writing else _WRITING) for o in found]
-    for part in dict.fromkeys((*_TRAINING, *_WRITING)):
+    left = [0.0] * len(ordered)
+    shown = [dict.fromkeys(_TRAINING if o.memory.training >= o.memory.writing else _WRITING) for o in ordered]
+    for part, colour in zip(dict.fromkeys((*_TRAINING, *_WRITING)), _COLOURS, strict=False):
         widths = [
             option.memory.to_json()[part] / GIB if part in parts else 0.0
-            for option, parts in zip(found, shown, strict=True)
+            for option, parts in zip(ordered, shown, strict=True)
         ]
         if any(widths):
-            label = (
-                "gradients" if part == "gradients_peak" else "gradients held" if part == "gradients" else _PARTS[part]
-            )
-            axes.barh(names, widths, left=left, label=label)
+            label = {"gradients_peak": "gradients", "gradients": "gradients held"}.get(part, _PARTS[part])
+            drawn = [max(0.0, min(edge, a + w) - a) for a, w in zip(left, widths, strict=True)]
+            bars = axes.barh(places, drawn, height=[0.72 * s for s in steps], left=left, label=label, color=colour)
+            for bar, option in zip(bars, ordered, strict=True):
+                bar.set_alpha(1.0 if option.fits else 0.35)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.axvline(cluster.usable / GIB, color="black", linestyle="--", label="can be used")
-    axes.invert_yaxis()
-    axes.set_xlabel("GiB on each GPU at the peak")
+    axes.axvline(limit, color="#cf222e", linewidth=1.5)
+    axes.text(limit, 0, f" {limit:.1f} GiB can be used", color="#cf222e", va="bottom", fontsize=9)
+    for option, place, whole in zip(ordered, places, left, strict=True):
+        why = option.verdict if not option.fits and whole <= limit else ""
+        more = " →" if whole > edge else "  recommended" if option is best else f"  {why}" if why else ""
+        style = {"fontsize": 9, "color": _DARK} if option.fits else {"fontsize": 7, "color": _DIM}
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        written = axes.text(min(whole, edge) * 1.004, place, f"{whole:.0f} GiB{more}", va="center", bbox=box, **style)
+        written.set_fontweight("bold" if option is best else "normal")
+    axes.set_yticks(places, [option.layout.name for option in ordered])
+    for tick, option in zip(axes.get_yticklabels(), ordered, strict=True):
+        tick.set(fontsize=9 if option.fits else 7, color=_DARK if option.fits else _DIM)
+        tick.set_fontweight("bold" if option is best else "normal")
+    axes.set(xlim=(0, edge * 1.14), ylim=(sum(steps), -0.1), xlabel="GiB on each GPU at the peak")
+    axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(_title(run, cluster), fontsize="medium")
-    axes.legend(fontsize="small", loc="lower right")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=6, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, format="png")
 
