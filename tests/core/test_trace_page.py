@@ -116,6 +116,29 @@ def test_it_fits_a_phone(opened):
     assert height >= 32  # a finger can hit it
 
 
+def test_it_finds_and_orders(opened):
+    assert opened.inner_text(".hint").startswith("Tap a token")
+    opened.fill("#find", "PRINT")
+    assert opened.locator("article").count() == 1 and "print?" in opened.inner_text("article .prompt")
+    opened.fill("#find", "")
+    opened.select_option("#order", "disagreement")
+    about = opened.locator("article .about").nth(0).inner_text()
+    assert "teachers apart by 0.000 nats" in about or "corrected by" in about
+    opened.select_option("#order", "divergence")
+    sizes = [float(text.split("corrected by ")[1].split()[0]) for text in opened.locator(".about").all_inner_texts()]
+    assert len(sizes) == 3 and sizes == sorted(sizes, reverse=True) and sizes[0] == 1.503
+
+
+def test_what_all_prompts_begin_with_is_shown_once(tmp_path, browser):
+    system = "You are a careful assistant.\nAnswer briefly.\n"
+    (tmp_path / "t.html").write_text(page([rollout(prompt=system + "Q: a"), rollout(prompt=system + "Q: b")], "t"))
+    tab = browser.new_page()
+    tab.goto((tmp_path / "t.html").as_uri())
+    assert tab.inner_text("#shared summary").startswith("All prompts begin alike")
+    assert tab.locator(".prompt").all_text_contents() == [system, "\u2026 Q: a", "\u2026 Q: b"]
+    tab.close()
+
+
 def test_text_from_strangers_stays_text(opened):
     assert opened.title().startswith("out")
     assert opened.locator("img").count() == 0 and opened.locator("script").count() == 2
