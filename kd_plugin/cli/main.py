@@ -71,6 +71,7 @@ COMMANDS = {
     "trace": Command("kd_plugin.cli.runs:trace", "show saved rollouts as one page, token by token", PANEL),
     "plan": Command("kd_plugin.cli.plan:main", "whether a run fits, with which ZeRO stage, at which price", BEFORE),
     "doctor": Command("kd_plugin.cli.runs:doctor", "check a launch on all ranks before it trains", BEFORE),
+    "report": Command("kd_plugin.cli.runs:report", "draw a run's logs as one page", AFTER),
     "lineage": Command(
         "kd_plugin.cli.lineage:main", "show and verify who taught a checkpoint, and its terms", AFTER, 1
     ),

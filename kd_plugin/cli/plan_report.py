@@ -209,10 +209,10 @@ def plot_peaks(run: PlannedRun, cluster: Cluster, found: Sequence[Option], best:
     for option, place, whole in zip(ordered, places, left, strict=True):
         why = option.verdict if not option.fits and whole <= limit else ""
         more = " →" if whole > edge else "  recommended" if option is best else f"  {why}" if why else ""
-        style = {"fontsize": 9, "color": _DARK} if option.fits else {"fontsize": 7, "color": _DIM}
+        size, colour = (9, _DARK) if option.fits else (7, _DIM)
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        written = axes.text(min(whole, edge) * 1.004, place, f"{whole:.0f} GiB{more}", va="center", bbox=box, **style)
-        written.set_fontweight("bold" if option is best else "normal")
+        written = axes.text(min(whole, edge) * 1.004, place, f"{whole:.0f} GiB{more}", va="center", bbox=box)
+        written.set(fontsize=size, color=colour, fontweight="bold" if option is best else "normal")
     axes.set_yticks(places, [option.layout.name for option in ordered])
     for tick, option in zip(axes.get_yticklabels(), ordered, strict=True):
         tick.set(fontsize=9 if option.fits else 7, color=_DARK if option.fits else _DIM)

@@ -1,4 +1,4 @@
-"""Before and after a run: ``kd-plugin doctor``, ``kd-plugin trace`` and ``kd-plugin consolidate``."""
+"""Around a run: ``kd-plugin doctor``, ``kd-plugin trace``, ``kd-plugin report`` and ``kd-plugin consolidate``."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ example:
 
 The page holds the prompts and responses themselves: share it as you would share the data.
 Exit codes: 0 written, 1 refused, 2 wrong usage.
+"""
+_REPORT = """\
+Draw a run's own logs as one self-contained HTML page: losses, divergences by teacher, response lengths, guards,
+evaluation. It reads trainer_state.json of the latest checkpoint (TRL, transformers) or metrics.csv (Lightning's
+CSVLogger).
+
+example:
+  kd-plugin report out -o report.html
+
+Exit codes: 0 written, 2 no logs there, or wrong usage.
 """
 _CONSOLIDATE = """\
 Joins the ZeRO shards of checkpoint-N on the CPU into safetensors that from_pretrained loads, with tokenizer,
@@ -94,15 +104,33 @@ def trace(argv: Sequence[str]) -> int:
 
     rows = read_rollouts(arguments.place)
     kept = rows[-arguments.limit :]
-    try:
-        arguments.output.write_text(page(kept, arguments.title or arguments.place.resolve().name), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{arguments.output} cannot be written ({error.strerror}); choose another --output."
-        ) from error
+    _write(arguments.output, page(kept, arguments.title or arguments.place.resolve().name))
     left = f"; {len(rows) - len(kept)} earlier ones left out (--limit)" if len(kept) < len(rows) else ""
     print(f"{arguments.output}: {len(kept)} rollouts{left}")
     return 0
+
+
+def report(argv: Sequence[str]) -> int:
+    """Run ``kd-plugin report ARGV`` and return its exit code."""
+    parser = Parser("kd-plugin report", description=_REPORT)
+    parser.add_argument("place", type=Path, help="a run's output_dir, one of its checkpoints, or a log directory")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the page; an existing file is replaced")
+    parser.add_argument("--title", default=None, help="heading; the name of the place if not given")
+    arguments = parser.parse_args(list(argv))
+    from kd_plugin.monitor.report import read_logs
+    from kd_plugin.monitor.report import report as page
+
+    logs = read_logs(arguments.place)
+    _write(arguments.output, page(logs, arguments.title or arguments.place.resolve().name))
+    print(f"{arguments.output}: {len(logs)} logged values")
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another --output.") from error
 
 
 def consolidate(argv: Sequence[str]) -> int:
