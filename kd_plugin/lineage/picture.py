@@ -30,8 +30,8 @@ EDGE_WORDS = {
 _KINDS = {SELF: "this checkpoint", "model": "model", "dataset": "dataset", "teacher_outputs": "teacher's outputs",
           "checkpoint": "earlier checkpoint"}  # fmt: skip
 _WIDTH, _LINE, _PAD, _PORT = 260, 17, 10, 16  # of a box; height of a line; space around its text; between two edges
-_GAP_X, _GAP_Y, _MARGIN, _SWEEPS = 210, 26, 24, 8
-_READABLE = 0.75  # of its size a page shows it at least, and scrolls
+_GAP_X, _GAP_Y, _MARGIN, _SWEEPS = 190, 26, 24, 8
+_READABLE = 0.6  # of its size a page shows it at least, and scrolls
 _STYLE = """
 .l{font:12px/1.4 system-ui,sans-serif;fill:#1f2328}.d{fill:#59636e}.b{stroke:#818b98;stroke-width:1}
 .e{fill:none;stroke:#818b98;stroke-width:1.3}.a{fill:#818b98}.w{font-size:11px;fill:#59636e;stroke:#fff;stroke-width:4px;

@@ -21,7 +21,8 @@ Series = Mapping[str, Sequence[tuple[float, float]]]
 _CHARTS = (
     ("Loss", "nats per token", r"(train_|eval_|val_)?(loss|kd_loss|ce_loss|.*_kl)"),
     ("Divergence by teacher", "nats per token", r"divergence/.*"),
-    ("Response length", "tokens", r"completions/(mean|min|max)\w*_length"),
+    ("Response length", "tokens", r"completions/(mean|min|max)_length"),
+    ("Length of finished responses", "tokens", r"completions/(mean|min|max)_terminated_length"),
     ("Truncated, repeated and looping responses", "share", r"(completions/clipped_ratio|rollouts/.*)"),
     ("Agreement and overlap with teachers", "share", r"(agreement|support_overlap)/.*|mean_token_accuracy"),
     ("Disagreement of teachers", "share, or nats", r"disagreement(/.*)?|jensen_shannon/.*"),
@@ -31,7 +32,8 @@ _CHARTS = (
     ("Reward and verification", "", r"(reward|verified|right).*"),
     ("Gradient norm", "", r"grad_norm"),
     ("Learning rate", "", r"(learning_rate|lr-.*)"),
-    ("Teachers' time", "seconds", r"time/.*"),
+    ("Time", "seconds", r"time/.*|step_time"),
+    ("Economics", "tokens, or money", r"economics/.*"),
 )
 _ASIDE = re.compile(
     r"(train|eval)_(runtime|samples_per_second|steps_per_second)|total_flos|epoch|step|num_tokens|tokens/.*"
