@@ -7,7 +7,7 @@ from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel import Estimator, TeacherPanel, score_rows
 from kd_plugin.panel.block import panel_from_block
 from kd_plugin.panel.roster import OwnTerms
-from kd_plugin.panel.viewing import check_view_columns, readers_of
+from kd_plugin.panel.viewing import check_view_columns, readers_of, require_viewable
 from kd_plugin.rollouts.rows import assembled, render
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.views import View
@@ -197,3 +197,9 @@ def test_own_template_where_there_is_none():
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="the teacher has no chat template of its own"):
         scores_of(viewed_panel(View(chat_template="own"), LocalTeacher(tiny_llama(), tokenizer=tokenizer)))
+
+
+def test_views_are_refused_where_the_panel_replaces_tokens():
+    with pytest.raises(ConfigError, match=r"Teacher 't' has a view, and rollouts='interleaved'"):
+        require_viewable(viewed_panel(CONTEXT), "interleaved")
+    require_viewable(viewed_panel(CONTEXT), "student")
