@@ -31,7 +31,6 @@ from kd_plugin.panel.warmup import WarmupBatch
 from kd_plugin.rollouts.ahead import Lookahead
 from kd_plugin.rollouts.rows import mixed_seed, render
 from kd_plugin.rollouts.server_engine import ServerEngine
-from kd_plugin.sharding.running import called, through
 from kd_plugin.signals import OutputHead
 from kd_plugin.trainers.panel_host import (
     PanelStateCallback,
@@ -124,6 +123,11 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
                 raise ConfigError(self.panel_run.sharded_start.format("DeepSpeed and FSDP"))
             anchor = self.panel_run.anchor(self.accelerator.unwrap_model(self.model), self._vocabulary)
             place_under_accelerate(self, anchor.panel, self._vocabulary)
+        if self.is_fsdp_enabled and self.panel_settings.rollout_engine is not None:
+            raise ConfigError(
+                "rollout_engine under FSDP was never tried: whether the servers get all of the weights is not known. "
+                "Train under DDP or DeepSpeed, or let the student generate in this process."
+            )
         host = TrainerHost(self, metrics)
         student = self.accelerator.unwrap_model(self.model)
         self.server_engine = self.panel_run.server_engine(
@@ -132,7 +136,6 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
             self._vocabulary,
             tokens["end_tokens"],
             output_dir=str(self.args.output_dir),
-            inside=through(self.model_wrapped, student) if self.is_fsdp_enabled else called,
         )
         self.panel_step = self.panel_run.step(
             host,

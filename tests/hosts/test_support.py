@@ -227,6 +227,14 @@ WAYS = {
         everywhere(fields(use_vllm=True, rollouts="interleaved")),
         "needs transformers generation",
     ),
+    '`rollout_engine` with `rollouts="interleaved"`': (
+        everywhere(fields(rollout_engine={"url": "http://127.0.0.1:1"}, rollouts="interleaved")),
+        "which a rollout_engine on a server cannot",
+    ),
+    "`rollout_engine` with `max_staleness` above 0": (
+        everywhere(None, fields(rollout_engine={"url": "http://127.0.0.1:1", "max_staleness": 1})),
+        "does not tell the rows of coming steps",
+    ),
 }
 
 
