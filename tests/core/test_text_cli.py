@@ -101,7 +101,7 @@ def test_what_is_wrong_is_said_at_once(config, capsys, values, message):
 
 
 def test_text_is_appended_to_no_cache(config, capsys):
-    assert main(["cache", "append", "--config", config(teacher="a")]) == 1
+    assert main(["cache", "append", "--config", config(teacher="a")]) == 2
     assert "targets: text makes a dataset and no teacher cache" in capsys.readouterr().err
 
 
