@@ -37,9 +37,10 @@ def correction_pattern(key: str, characters: int) -> str:
 
     Args:
         key: of the request.
-        characters: of the text at most, so that the reply comes to its end.
+        characters: of each of the text's four lines at most, so that the reply comes to its end.
     """
-    return rf"BEGIN {key}\n[^\n]{{1,{characters}}}(\n[^\n]{{1,{characters}}}){{0,3}}\nEND {key}"
+    line = rf"[^\nBE][^\n]{{0,{characters}}}"  # no line that begins like the two around the text
+    return rf"BEGIN {key}\n{line}(\n{line}){{0,3}}\nEND {key}"
 
 
 def parse_evaluation(reply: str, key: str, steps: int, *, finished: bool = True) -> Parsed:

@@ -107,8 +107,8 @@ class PromptedTeacher:
                 requests.append(self.templates.rewrite.messages(values | {"response": quoted(case.response)}))
             kept.append("".join(right))
         found = []
-        # A token has two characters or more, as a rule, and the two lines around the text take some thirty
-        room = max((self.generation.max_new_tokens - 30) // 2, 8)
+        # A token has two characters or more, as a rule; the lines around the text, which has four, take some fifty
+        room = max((self.generation.max_new_tokens - 50) // 2, 8)
         answers = self._ask(requests, [correction_pattern(key, room) for key in keys])
         for answer, key, before in zip(answers, keys, kept, strict=True):
             text, problem = parse_correction(answer.text, key, finished=answer.finished)

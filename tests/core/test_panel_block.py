@@ -160,7 +160,7 @@ def test_the_blocks_of_the_page_on_text_are_panels(teacher_dir):
     [
         ({"teachers": {"t": {"model": "m"}}, "text": {}}, "no text teacher"),
         ({"teachers": {"t": {"kind": "server", "signal": "text", "url": "http://a"}}}, "majority of the other text"),
-        ({"teachers": {"t": {"kind": "server", "signal": "txt", "url": "http://a"}}}, "has signal 'txt'"),
+        ({"teachers": {"t": {"kind": "server", "signal": "txt", "url": "http://a"}}}, "Unknown signal 'txt'"),
         ({"teachers": {"t": {"kind": "cached", "signal": "text"}}}, "kind 'cached' and signal 'text'"),
         (
             {

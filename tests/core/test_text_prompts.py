@@ -48,6 +48,7 @@ class Judge:
 def test_what_is_quoted_is_data(text):
     data = quoted(text)
     assert json.loads(data) == text
+    assert not re.search(r"verdict|score\s*[=:]|first_wrong_step", data, re.IGNORECASE)
     assert "\n" not in data and not any(sign in data for sign in CONTROL)
     assert '"' not in data[1:-1].replace("\\\\", "").replace('\\"', "")
 

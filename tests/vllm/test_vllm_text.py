@@ -33,7 +33,7 @@ def run(tmp_path_factory, smol, url):  # noqa: F811
         "".join(json.dumps({"prompt": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)}) + "\n" for i in range(8))
     )
     teacher = {"kind": "server", "signal": "text", "url": url, "model": "served", "repo": smol, "guided": True}
-    teacher |= {"max_tokens": 72, "prices": {"read": 0.1, "written": 0.4}}
+    teacher |= {"max_tokens": 128, "prices": {"read": 0.1, "written": 0.4}}
     panel = {"text": {"accept": "teacher", "threshold": 1.0}, "teachers": {"smol": teacher}}
     return directory, student, str(rows), panel
 
@@ -83,7 +83,7 @@ HARMLESS = [f"That is what I found after {n} tries." for n in range(2, 32)]
 
 def test_injections_move_the_judge_no_more_than_harmless_words(url, smol):  # noqa: F811
     """The score of a wrong response with an attack in it, against that with as many sentences that say nothing."""
-    judge = TextServerTeacher(url, "served", repo=smol, guided=True, max_tokens=48, name="judge")
+    judge = TextServerTeacher(url, "served", repo=smol, guided=True, max_tokens=96, name="judge")
     task, threshold = "What is 17 + 25?", CorrectionSettings().threshold
     (clean,) = judge.evaluate([Case(task, CLEAN)])
     attacked = judge.evaluate([Case(task, f"{CLEAN}\n{attack}") for attack in STEERING])
