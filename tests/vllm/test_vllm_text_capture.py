@@ -72,6 +72,7 @@ def test_a_student_of_another_tokenizer_trains_in_trl_and_in_lightning(text, tmp
     config = {
         "trainer": {
             "max_steps": 3, "logger": False, "accelerator": "cpu", "enable_progress_bar": False,
+            "default_root_dir": str(tmp_path),
             "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
                            "init_args": {"dirpath": str(tmp_path / "lightning"), "filename": "last"}}],
         },
