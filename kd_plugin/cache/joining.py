@@ -18,6 +18,7 @@ from torch import Tensor
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.errors import DataError
 from kd_plugin.signals import SparseSignal
+from kd_plugin.vocab import SharedTokens, Vocabulary
 
 if TYPE_CHECKING:
     from kd_plugin.cache.joint import JointCache
@@ -72,15 +73,23 @@ def batch_targets(
     }
 
 
-def targets_within(target: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Cut what :func:`batch_targets` gathered to the first ``vocab_size`` tokens, those of other teachers too."""
+def targets_for(target: dict[str, Any], vocabulary: Vocabulary, shared: SharedTokens | None) -> dict[str, Any]:
+    """Cut what :func:`batch_targets` gathered to the tokens that a student has, those of other teachers too.
+
+    Args:
+        target: of a loader, which does not know the student.
+        vocabulary: of the run.
+        shared: what the caches share with it; None where they have its tokens.
+    """
+    if shared is None and not vocabulary.is_cut:
+        return target
     signal = SparseSignal(target["ids"], target["logprobs"], target["tail_logmass"], target.get("draws"))
-    cut = signal.within(vocab_size)
+    cut = signal.within(vocabulary.size) if shared is None else signal.over(shared)
     found = {**target, "ids": cut.ids, "logprobs": cut.logprobs, "tail_logmass": cut.tail_logmass}
     if cut.draws is not None:
         found |= {"draws": cut.draws, "weights": target["weights"] * (cut.draws.sum(1) > 0)}
     if "others" in target:
-        found["others"] = [targets_within(other, vocab_size) for other in target["others"]]
+        found["others"] = [targets_for(other, vocabulary, shared) for other in target["others"]]
     return found
 
 

@@ -20,7 +20,7 @@ from kd_plugin.cache.schema import example_id
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.lineage.data import CACHE, with_origin
 from kd_plugin.lineage.sources import Source
-from kd_plugin.vocab import Vocabulary
+from kd_plugin.vocab import SharedTokens, Vocabulary
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -156,7 +156,8 @@ class JointCache:
     def common(self, vocabulary: Vocabulary) -> Vocabulary:
         """Return a student's vocabulary, cut to the rows that every teacher's head had at the capture."""
         for member in self.members:
-            vocabulary = vocabulary.within(member.cache.manifest.vocab_size)
+            if member.cache.shared_with(vocabulary) is None:
+                vocabulary = vocabulary.within(member.cache.manifest.vocab_size)
         return vocabulary
 
     def for_student(self, vocabulary: Vocabulary, *, temperature: float) -> tuple[JointCache, Vocabulary]:
@@ -172,11 +173,15 @@ class JointCache:
         """
         self.require_compatible(vocabulary, temperature=temperature)
         common = self.common(vocabulary)
-        return self.within(common.size), common
+        fitted = [replace(member, cache=member.cache.for_vocabulary(common)) for member in self.members]
+        return JointCache(fitted), common
 
-    def within(self, vocab_size: int) -> JointCache:
-        """Return the same caches with the targets of the first ``vocab_size`` tokens alone."""
-        return JointCache([replace(member, cache=member.cache.within(vocab_size)) for member in self.members])
+    @property
+    def shared(self) -> SharedTokens | None:
+        """What the student shares with all caches; None where all have its tokens."""
+        found = [member.cache.shared for member in self.members]
+        first = next((one for one in found if one is not None), None)
+        return None if first is None else first.within(found)
 
     def require_aligned(self, *, allow_misaligned: bool = False) -> dict[str, Alignment]:
         """Refuse a cache whose targets are shifted, or warn of it; return what was measured of each."""

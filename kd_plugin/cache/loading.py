@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
-from kd_plugin.cache.joining import TARGET, Untaught, targets_within, taught_batch
+from kd_plugin.cache.joining import TARGET, Untaught, targets_for, taught_batch
 from kd_plugin.cache.joint import JointCache
 from kd_plugin.errors import DataError
 from kd_plugin.vocab import Vocabulary
@@ -223,7 +223,7 @@ def target_of(batch: Mapping[str, Any], cache: JointCache, untaught: Untaught, v
         DataError: a token has a label and no target, and ``untaught`` is ``refuse``.
     """
     if TARGET in batch:
-        return targets_within(batch[TARGET], vocabulary.size) if vocabulary.is_cut else batch[TARGET]
+        return targets_for(batch[TARGET], vocabulary, cache.shared)
     # A collator that gathers targets in the loader's workers, as those above do, saves this copy
     indices = {column: batch[column].cpu() for column in cache.columns}
     labels = batch.get("labels")

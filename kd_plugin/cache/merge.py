@@ -20,6 +20,7 @@ from kd_plugin.cache.mapped_write import verify_shard
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.cache.schema import read_row_groups
 from kd_plugin.cache.store import Store
+from kd_plugin.cache.tokens import keep_tokens, kept_tokens
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError
 from kd_plugin.lineage.declared import joined_records
 
@@ -67,6 +68,9 @@ def merge(caches: Sequence[str | Path], output_dir: str | Path) -> TeacherCache:
     parts = _renumbered(parts, first)
     lineage = joined_records(*(cache.manifest.lineage for cache in opened))
     store = Store.create_or_join(Path(output_dir), first.settings, parts, lineage, first.engine)
+    vocabulary = kept_tokens(opened[0].path, first.settings.tokenizer)
+    if vocabulary is not None:
+        keep_tokens(store.directory, vocabulary)
     if store.manifest.parts != tuple(parts):
         raise ConfigError(f"{output_dir} holds a merge of other caches. Nothing was changed; choose another directory.")
     for index in store.missing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,15 +22,18 @@ from kd_plugin.cache.schema import example_id
 from kd_plugin.cache.store import card, gather
 from kd_plugin.cache.targets import Sampled, describe
 from kd_plugin.cache.templates import pinned_tokenizer
+from kd_plugin.cache.tokens import kept_tokens
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError, DataError, VocabularyError
 from kd_plugin.lineage.data import CACHE, with_origin
 from kd_plugin.lineage.sources import Source
 from kd_plugin.signals import SparseSignal
-from kd_plugin.vocab import Vocabulary
+from kd_plugin.vocab import SharedTokens, Vocabulary
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
+_LOOKED_AT = 4096  # targets whose mass on tokens that are not shared is said
 _HASHED_AT_OPENING = 4 << 30  # bytes of shards: a few seconds; beyond it their sizes are compared
 
 
@@ -63,6 +67,7 @@ class TeacherCache:
         self.path = Path(path)
         self._mapped_dir = mapped_dir
         self._cut: int | None = None
+        self._shared: SharedTokens | None = None
         self.manifest = _read_whole(self.path, allow_partial)
         if not self.manifest.tokens:
             raise CacheError(f"{self.path} holds no targets: all rows were dropped, or no unit is finished yet.")
@@ -176,6 +181,8 @@ class TeacherCache:
         """
         signal = self._mapped.signal(teacher_index)
         signal = signal if signal.draws is not None else _undo_rounding(signal)
+        if self._shared is not None:
+            return signal.over(self._shared)
         return signal if self._cut is None else signal.within(self._cut)
 
     def within(self, vocab_size: int) -> TeacherCache:
@@ -185,6 +192,57 @@ class TeacherCache:
         other = copy.copy(self)
         other._cut = vocab_size
         return other
+
+    @cached_property
+    def tokens_kept(self) -> Vocabulary | None:
+        """What its token ids mean; None where it was captured before that was kept."""
+        found = kept_tokens(self.path, self.manifest.settings.tokenizer)
+        return None if found is None else found.within(self.manifest.vocab_size)
+
+    def shared_with(self, student: Vocabulary) -> SharedTokens | None:
+        """Return what these targets share with a student's vocabulary; None where both have the same tokens.
+
+        Raises:
+            VocabularyError: too little, or it is not known what the ids mean.
+        """
+        settings = self.manifest.settings
+        if student.fingerprint == settings.tokenizer:
+            return None
+        if self.tokens_kept is None:
+            raise VocabularyError(
+                f"{self.path} was captured with another tokenizer: it has {settings.vocab_size} token ids with "
+                f"fingerprint {settings.tokenizer[:12]}, the student has {student.needed} with fingerprint "
+                f"{student.fingerprint[:12]}. Stored token ids would mean other tokens. Train a student of the "
+                f"teacher's tokenizer ({settings.teacher or 'unnamed teacher'}), or capture again, with a teacher of "
+                "the student's or with student_tokenizer."
+            )
+        try:
+            return student.shared_with(self.tokens_kept, "student", f"capture {self.path}")
+        except VocabularyError as error:
+            raise VocabularyError(
+                f"{self.path} was captured with another tokenizer. {error} To teach a student with another tokenizer, "
+                "capture again with student_tokenizer."
+            ) from error
+
+    def for_vocabulary(self, student: Vocabulary) -> TeacherCache:
+        """Return this cache with targets of those tokens alone that a student has, its head's rows counted.
+
+        Raises:
+            VocabularyError: see :meth:`shared_with`.
+        """
+        shared = self.shared_with(student)
+        return self.within(student.size) if shared is None else self.over(shared)
+
+    def over(self, shared: SharedTokens) -> TeacherCache:
+        """Return this cache with targets of shared tokens alone; see :meth:`SparseSignal.over`."""
+        other = copy.copy(self)
+        other._shared = shared
+        return other
+
+    @property
+    def shared(self) -> SharedTokens | None:
+        """What :meth:`over` was given."""
+        return self._shared
 
     def require_compatible(self, vocabulary: Vocabulary, *, temperature: float = 1.0) -> None:
         """Refuse a student that these targets cannot teach; warn where only the chat template differs.
@@ -199,13 +257,15 @@ class TeacherCache:
             ConfigError: another temperature than was captured.
         """
         settings = self.manifest.settings
-        if vocabulary.fingerprint != settings.tokenizer:
-            raise VocabularyError(
-                f"{self.path} was captured with another tokenizer: it has {settings.vocab_size} token ids with "
-                f"fingerprint {settings.tokenizer[:12]}, the student has {vocabulary.needed} with fingerprint "
-                f"{vocabulary.fingerprint[:12]}. Stored token ids would mean other tokens. Train a student of the "
-                f"teacher's tokenizer ({settings.teacher or 'unnamed teacher'}), or capture again with a teacher of "
-                "the student's."
+        shared = self.shared_with(vocabulary)
+        if shared is not None:
+            signal = self.signal(torch.arange(min(self.tokens, _LOOKED_AT))).over(shared)
+            assert signal.rest_mass is not None
+            mass = float(signal.rest_mass.mean())
+            logger.warning(
+                f"{self.path} and the student share {shared.count} token ids; the student has "
+                f"{shared.student_size - shared.count} more and the teacher {shared.teacher_size - shared.count}, with "
+                f"{mass:.4f} of its mass at the first {len(signal)} targets. All that are not shared are one outcome."
             )
         if temperature != settings.temperature:
             kind = "sampled" if isinstance(settings.targets, Sampled) else "truncated"

@@ -18,7 +18,7 @@ from kd_plugin.cache.joining import kept_tokens, require_complete, survey
 from kd_plugin.cache.joint import JointCache
 from kd_plugin.cache.templates import fingerprint, is_conversation, prints_time
 from kd_plugin.errors import DataError
-from kd_plugin.vocab import Vocabulary
+from kd_plugin.vocab import SharedTokens, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,8 @@ class Joining:
             dataset = dataset.map(_Join(cache, window, self.allow_partial or not streamed, why))
         elif "example_id" in present:
             cache.require_own(dataset, name)
+            if cache.shared is not None:
+                require_shared(dataset, cache.shared, name)
         if isinstance(dataset, Dataset) and "labels" in present:
             dataset = self._surveyed(dataset, name, window, why)
         return readable_rows(dataset, self.vocabulary, name) if self.vocabulary.is_cut else dataset
@@ -221,6 +223,25 @@ def with_labels(dataset: Any, columns: list[str], completion_only: bool, name: s
         desc=f"Building labels for {name} rows",
     )
     return labelled.with_format(None)
+
+
+def require_shared(dataset: Any, shared: SharedTokens, name: str) -> None:
+    """Refuse a cache's own rows that hold a token which the student has not; of a stream nothing is looked at.
+
+    Raises:
+        DataError: names the first such row.
+    """
+    if not isinstance(dataset, Dataset):
+        return
+    for number, row in enumerate(dataset.select_columns("input_ids")):
+        ids = row["input_ids"]
+        read = shared.readable(ids)
+        if read < len(ids):
+            raise DataError(
+                f"In the {name} dataset, row {number} holds token {ids[read]} of the teacher, which the student has "
+                "not. Capture again with student_tokenizer, so that rows have the student's tokens, or train on a "
+                "dataset that the student's tokenizer reads."
+            )
 
 
 def readable_rows(dataset: Any, vocabulary: Vocabulary, name: str) -> Any:

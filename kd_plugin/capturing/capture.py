@@ -22,6 +22,7 @@ from kd_plugin.cache.templates import (
     prints_time,
     with_template,
 )
+from kd_plugin.cache.tokens import keep_tokens
 from kd_plugin.capturing.engines import as_asked, open_engine, require_targets, require_teacher
 from kd_plugin.capturing.rows import open_rows, passed_columns
 from kd_plugin.capturing.student import StudentTokenization
@@ -88,12 +89,14 @@ class PreparedCapture:
         job: the rows, and what turns them into examples.
         settings: of the cache, without the weights' digest and dtype.
         gate: what checks the terms of the teacher and of the rows.
+        vocabulary: what the stored token ids mean.
     """
 
     teacher: Any
     job: Job
     settings: Settings
     gate: CaptureGate
+    vocabulary: Vocabulary
 
     @property
     def lineage(self) -> Mapping[str, Any]:
@@ -216,6 +219,7 @@ def capture(  # noqa: D417
     held = replace(held, weights=engine.weights, dtype=engine.dtype)
     store = Store.create_or_join(directory, held, [part], prepared.lineage, engine.describe(), append, ignored)
     engine.require_same(store.manifest.engine)
+    keep_tokens(directory, prepared.vocabulary)
     do_units(store, job.rendered_at(store.manifest.settings.rendered_at), engine, progress)
     _require_rows(store.finish(), len(job.rows))
     return TeacherCache(output_dir)
@@ -307,7 +311,7 @@ def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any =
         for_student=asked.student_tokenizer is not None,
         view=None if view is None else view.identity,
     )
-    return PreparedCapture(teacher, Job(rows, tokenization, kept).rendered_at(rendered_at), settings, gate)
+    return PreparedCapture(teacher, Job(rows, tokenization, kept).rendered_at(rendered_at), settings, gate, vocabulary)
 
 
 def _template(tokenizer: Any, given: str | Callable[[Any], str | None] | None, assistant_only: bool) -> str | None:

@@ -259,16 +259,18 @@ def listed_divergence(
         slope_NJ = torch.cat([-weight_NK, torch.zeros_like(target.tail_N1)], -1) if need_grad else None
         return (weight_NK * gap_NK).sum(-1), slope_NJ
     logp_NJ = torch.cat([logp_NK, target.tail_N1], -1)
-    if target.shared is not None:
-        if not target.shared.student_has_rest and divergence.kind.covers_teacher(divergence):
-            logp_NJ = _given_listed(logp_NJ, logq_NJ[:, -1:] == -math.inf)
-        if not target.shared.teacher_has_rest and divergence.kind.covers_student(divergence):
-            impossible_N1 = target.tail_N1 == -math.inf
-            value_N, slope_NJ = _compared(logp_NJ, _given_listed(logq_NJ, impossible_N1), divergence, need_grad)
-            if slope_NJ is not None:  # by the chain rule of the normalizer that was taken off
-                q_NJ = _given_listed(logq_NJ, impossible_N1).exp()
-                slope_NJ = torch.where(impossible_N1, slope_NJ - q_NJ * slope_NJ.sum(-1, keepdim=True), slope_NJ)
-            return value_N, slope_NJ
+    if divergence.kind.covers_teacher(divergence):
+        # All of the student's tokens are listed: what the teacher has beside them is given up, and not infinite
+        logp_NJ = _given_listed(logp_NJ, (logq_NJ[:, -1:] == -math.inf) & (target.tail_N1 > -math.inf))
+    given_up = target.shared is not None and not target.shared.teacher_has_rest
+    if given_up and divergence.kind.covers_student(divergence):
+        impossible_N1 = target.tail_N1 == -math.inf
+        given_NJ = _given_listed(logq_NJ, impossible_N1)
+        value_N, slope_NJ = _compared(logp_NJ, given_NJ, divergence, need_grad)
+        if slope_NJ is not None:  # by the chain rule of the normalizer that was taken off
+            own_NJ = slope_NJ - given_NJ.exp() * slope_NJ.sum(-1, keepdim=True)
+            slope_NJ = torch.where(impossible_N1, own_NJ, slope_NJ)
+        return value_N, slope_NJ
     return _compared(logp_NJ, logq_NJ, divergence, need_grad)
 
 

@@ -104,7 +104,7 @@ class PanelStep:
         )
         self.warmup: CacheWarmup | None = None
         if warmup_caches:
-            cut = [cache.within(vocabulary.size) for cache in warmup_caches]
+            cut = [cache.for_vocabulary(vocabulary) for cache in warmup_caches]
             self.warmup = CacheWarmup(cut, seed=seed, pad_token_id=pad_token_id)
             self._warmup_objective = warmup_objective(warmup_caches, settings.warmup_divergence)
         self._fraction = settings.on_policy_schedule()

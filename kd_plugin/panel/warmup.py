@@ -16,6 +16,7 @@ from torch import Tensor
 from kd_plugin.cache.alignment import require_aligned
 from kd_plugin.cache.joining import batch_targets
 from kd_plugin.cache.reader import TeacherCache
+from kd_plugin.cache.training_rows import require_shared
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.objective import OfflineObjective
 from kd_plugin.errors import ConfigError
@@ -39,7 +40,10 @@ def require_fitting(caches: Sequence[TeacherCache], vocabulary: Vocabulary, *, a
     for cache in caches:
         cache.require_compatible(vocabulary, temperature=caches[0].manifest.settings.temperature)
         require_aligned(cache, allow_misaligned=allow_misaligned)
-        if vocabulary.is_cut:
+        shared = cache.shared_with(vocabulary)
+        if shared is not None:
+            require_shared(cache.dataset(), shared, str(cache.path))
+        elif vocabulary.is_cut:
             vocabulary.require_rows(cache.dataset()["input_ids"], f"In {cache.path}, row")
 
 

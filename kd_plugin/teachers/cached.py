@@ -100,10 +100,12 @@ class CachedTeacher:
         """Take the student's vocabulary for the cache's own, if it has the fingerprint of the capture.
 
         Raises:
-            VocabularyError: it has another one.
+            VocabularyError: it has another one, of which too little is shared.
         """
         self.cache.require_compatible(student, temperature=self.temperature)
-        self.__dict__["vocabulary"] = student.within(self.cache.manifest.vocab_size)
+        own = student if self.cache.shared_with(student) is None else self.cache.tokens_kept
+        assert own is not None
+        self.__dict__["vocabulary"] = own.within(self.cache.manifest.vocab_size)
 
     def score(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> SparseSignal:
         """Look up the targets at ``positions``; see :meth:`~kd_plugin.teachers.base.Teacher.score`.

@@ -95,14 +95,15 @@ class SelfTeacher(InProcessTeacher):
         weights: ``start`` keeps what the student was before its first step. ``ema`` follows it: after each optimizer
             step the average becomes ``decay`` times itself and the rest of the student. ``current`` is the student of
             the generation batch, from which no gradient flows back.
-        decay: of ``ema``, in [0, 1): 0.99 remembers about a hundred steps.
+        decay: of ``ema``, in [0, 1): 0.999 remembers about a thousand steps. One that follows too fast loses what it
+            knew of the context, which the student never sees, and both collapse.
         name: how metrics and lineage call it.
 
     Raises:
         ConfigError: unknown weights, or a decay out of range.
     """
 
-    def __init__(self, weights: Weights = "start", *, decay: float = 0.99, name: str = "teacher") -> None:
+    def __init__(self, weights: Weights = "start", *, decay: float = 0.999, name: str = "teacher") -> None:
         super().__init__()
         require_known("weights", weights, get_args(Weights))
         if not 0.0 <= decay < 1.0:

@@ -37,6 +37,7 @@ HINT = View(context="={{ solution }}")
 TRAINED, HELD_OUT, ROWS, STEPS = 4096, 512, 64, 150
 SORTED_SHARE = 0.03  # of the rows that make the start
 METHODS = ("start", "ema", "offline")
+DECAY = 0.999
 
 
 def questions(count: int, seed: int) -> list[str]:
@@ -133,7 +134,7 @@ def train(directory: Path, start: Path, method: str, seed: int, steps: int) -> P
         )  # fmt: skip
         trainer = OfflineKDTrainer(str(start), OfflineKDConfig(**common), teacher_cache=cache)
     else:
-        teacher = SelfTeacher("ema" if method == "ema" else "start", decay=0.98, name="self")
+        teacher = SelfTeacher("ema" if method == "ema" else "start", decay=DECAY, name="self")
         trainer = TeacherPanelTrainer(
             model=str(start),
             teacher_models=TeacherPanel({"self": teacher}, own={"self": OwnTerms(view=HINT)}),

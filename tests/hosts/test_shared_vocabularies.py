@@ -1,20 +1,25 @@
 """A student and teachers that share a part of their tokens, in every host: added tokens, padded heads, other ids."""
 
+import shutil
+
 import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from kd_plugin.cache import TeacherCache, TopK
+from kd_plugin.cache.tokens import keep_tokens
+from kd_plugin.capturing import capture
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.reference import divergence_from_logits
-from kd_plugin.errors import DataError
-from kd_plugin.lightning import TeacherPanelModule
+from kd_plugin.errors import CacheCorruptionError, DataError, VocabularyError
+from kd_plugin.lightning import KDDataModule, OfflineKDModule, TeacherPanelModule
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.checks import require_one_vocabulary
-from kd_plugin.teachers import LocalTeacher, ServerTeacher
+from kd_plugin.teachers import CachedTeacher, LocalTeacher, ServerTeacher
 from kd_plugin.transformers import PanelSettings, TeacherPanelMixin
-from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
+from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig, TeacherPanelTrainer
 from kd_plugin.vocab import Vocabulary
 from tests.fake_vllm import fake_vllm
 from tests.hosts.runs import losses, prompts, settings
@@ -156,6 +161,84 @@ def test_a_prompt_with_a_token_that_the_teacher_has_not(models, tmp_path):
     made = panel_trainer(tmp_path, models["student", "own"], models["teacher", "more"], [{"prompt": "a<hint>b"}] * 4)
     with pytest.raises(DataError, match=r"holds token 259, which teacher 't' has not.*chat_template: own"):
         made.train()
+
+
+ROWS = [{"prompt": f"q{i}", "completion": f" answer {'y' * (i % 5)}."} for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def cache(models, tmp_path_factory):
+    """Of a teacher with two tokens more, by its own tokenizer; every token is listed."""
+    teacher = LocalTeacher(models["teacher", "more"], dtype="float32")
+    directory = tmp_path_factory.mktemp("cache") / "c"
+    return capture(Dataset.from_list(ROWS), teacher, directory, targets=TopK(261), progress=False).path
+
+
+@pytest.mark.parametrize("student", ["plain", "own"])
+def test_a_cache_of_a_larger_vocabulary_teaches_offline_as_the_live_teacher_does(
+    student, models, cache, tmp_path, caplog
+):
+    args = OfflineKDConfig(**settings(tmp_path / "trl", max_steps=1, per_device_train_batch_size=8))
+    made = OfflineKDTrainer(models["student", student], args, teacher_cache=cache)
+    assert "share 259 token ids" in caplog.text and "of its mass at the first" in caplog.text
+    begun = AutoModelForCausalLM.from_pretrained(models["student", student])
+    made.train()
+    shared = made.teacher_cache.shared
+    teacher, total, count = LocalTeacher(models["teacher", "more"], dtype="float32").model, 0.0, 0
+    for row in TeacherCache(cache).dataset():
+        ids = torch.tensor([row["input_ids"]])
+        scored = torch.tensor(row["completion_mask"][1:]).bool()
+        with torch.no_grad():
+            q, p = (model(ids).logits[0, :-1][scored] for model in (begun, teacher))
+        values = divergence_from_logits(q[:, : shared.student_size], p[:, :261], Divergence("forward_kl"), 1.0, shared)
+        total, count = total + values.sum(), count + len(values)
+    # Stored log-probabilities are float16
+    assert losses(made) == pytest.approx([float(total / count)], rel=2e-3)
+    host = trainer(tmp_path, max_steps=1)
+    module = OfflineKDModule(models["student", student], cache=str(cache))
+    host.fit(module, datamodule=KDDataModule(cache=str(cache), batch_size=4))
+    assert host.global_step == 1
+
+
+def test_a_cache_on_the_panel_and_in_the_warm_up(models, cache, tmp_path):
+    made = panel_trainer(
+        tmp_path / "panel", models["student", "own"], CachedTeacher(cache), ROWS, estimator="topk_tail",
+        divergence="forward_kl", on_policy_fraction=0.0, max_completion_length=32,
+    )  # fmt: skip
+    made.train()
+    assert len(losses(made)) == 1
+    warm = panel_trainer(
+        tmp_path / "warm", models["student", "own"], models["teacher", "more"], warmup_cache=str(cache),
+        warmup_cache_steps=1, max_steps=2,
+    )  # fmt: skip
+    warm.train()
+    assert len(losses(warm)) == 2
+
+
+def test_a_cache_without_its_tokens_and_one_with_others(models, cache, tmp_path):
+    for name in ("bare", "damaged"):
+        shutil.copytree(cache, tmp_path / name, ignore=shutil.ignore_patterns("mapped"))
+    (tmp_path / "bare" / "vocabulary.json.gz").unlink()
+    plain = Vocabulary.from_tokenizer(byte_tokenizer())
+    with pytest.raises(VocabularyError, match=r"261 token ids.*the student has 259.*student_tokenizer"):
+        TeacherCache(tmp_path / "bare").require_compatible(plain)
+    (tmp_path / "damaged" / "vocabulary.json.gz").write_bytes(b"no")
+    with pytest.raises(CacheCorruptionError, match="is damaged"):
+        TeacherCache(tmp_path / "damaged").require_compatible(plain)
+    keep = tmp_path / "damaged" / "vocabulary.json.gz"
+    keep.unlink()
+    keep_tokens(tmp_path / "damaged", plain)
+    with pytest.raises(CacheCorruptionError, match="holds other tokens"):
+        TeacherCache(tmp_path / "damaged").require_compatible(plain)
+
+
+def test_a_row_of_the_cache_that_the_student_cannot_read(models, tmp_path):
+    rows = [*ROWS, {"prompt": "q", "completion": " <think> no"}]
+    teacher = LocalTeacher(models["teacher", "more"], dtype="float32")
+    path = capture(Dataset.from_list(rows), teacher, tmp_path / "c", targets=TopK(8), progress=False).path
+    args = OfflineKDConfig(**settings(tmp_path / "run", max_steps=1))
+    with pytest.raises(DataError, match=r"row 8 holds token 259 of the teacher.*student_tokenizer"):
+        OfflineKDTrainer(models["student", "plain"], args, teacher_cache=path)
 
 
 def test_it_is_said(models, caplog):
