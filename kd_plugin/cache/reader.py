@@ -372,6 +372,7 @@ def problems(directory: Path, mapped_dir: str | Path | None = None) -> list[str]
     readme = directory / "README.md"
     if written.finished is not None and (not readme.is_file() or readme.read_bytes() != card(manifest)):
         found.append(f"{readme} is missing or was changed. Run the same capture again.")
+    found += _caught(lambda: kept_tokens(directory, manifest.settings.tokenizer))
     mapped = mapped_directory(directory, manifest, mapped_dir)
     if mapped.exists():
         found += _caught(lambda: Mapped(mapped, manifest).verify())

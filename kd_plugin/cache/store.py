@@ -42,7 +42,7 @@ from kd_plugin.lineage.hashing import sha256_file
 
 _HEARTBEAT_SECONDS, _STALE_SECONDS = 20.0, 90.0
 _WAY_OUT = "No finished unit is affected. Make room or fix the permissions, and run the same command again."
-_OURS = {"manifest.json", "README.md", "vocabulary.json.gz", "data", "units", "claims", "tmp", "mapped"}
+_OURS = {"manifest.json", "README.md", "vocabulary.json", "data", "units", "claims", "tmp", "mapped"}
 
 
 @dataclass(frozen=True)

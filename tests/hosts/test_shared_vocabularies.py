@@ -218,14 +218,14 @@ def test_a_cache_on_the_panel_and_in_the_warm_up(models, cache, tmp_path):
 def test_a_cache_without_its_tokens_and_one_with_others(models, cache, tmp_path):
     for name in ("bare", "damaged"):
         shutil.copytree(cache, tmp_path / name, ignore=shutil.ignore_patterns("mapped"))
-    (tmp_path / "bare" / "vocabulary.json.gz").unlink()
+    (tmp_path / "bare" / "vocabulary.json").unlink()
     plain = Vocabulary.from_tokenizer(byte_tokenizer())
     with pytest.raises(VocabularyError, match=r"261 token ids.*the student has 259.*student_tokenizer"):
         TeacherCache(tmp_path / "bare").require_compatible(plain)
-    (tmp_path / "damaged" / "vocabulary.json.gz").write_bytes(b"no")
-    with pytest.raises(CacheCorruptionError, match="is damaged"):
+    (tmp_path / "damaged" / "vocabulary.json").write_bytes(b"no")
+    with pytest.raises(CacheCorruptionError, match="its digest does not match"):
         TeacherCache(tmp_path / "damaged").require_compatible(plain)
-    keep = tmp_path / "damaged" / "vocabulary.json.gz"
+    keep = tmp_path / "damaged" / "vocabulary.json"
     keep.unlink()
     keep_tokens(tmp_path / "damaged", plain)
     with pytest.raises(CacheCorruptionError, match="holds other tokens"):
