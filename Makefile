@@ -6,6 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
+DOCS_VENV := .venv-docs
 LIBAIO := .libaio
 PIP_VERSION := 26.3
 
@@ -22,7 +23,7 @@ WORKERS ?= 2
 ARGS ?=
 SECONDS ?= 600
 
-.PHONY: help install demo test test-all test-zero libaio test-vllm test-peers fuzz lint format types bench wheel-test clean
+.PHONY: docs help install demo test test-all test-zero libaio test-vllm test-peers fuzz lint format types bench wheel-test clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +62,15 @@ libaio: $(LIBAIO)/lib/libaio.so ## Unpack libaio into .libaio, for offloading to
 
 $(LIBAIO)/lib/libaio.so:
 	@bash integrations/deepspeed/unpack_libaio.sh $(LIBAIO)
+
+docs: $(DOCS_VENV)/.installed ## Build the documentation as a site in site/, offline; a broken link fails.
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build $(ARGS)
+	@echo "site/index.html"
+
+$(DOCS_VENV)/.installed: pyproject.toml
+	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install -qq --disable-pip-version-check "mkdocs-material>=9.7,<10" "mkdocstrings[python]>=1.0,<2"
+	@touch $@
 
 lint: $(STAMP) ## Check style and types, as CI does.
 	@$(PY) -m ruff check .

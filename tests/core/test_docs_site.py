@@ -1,0 +1,43 @@
+"""The documentation as a site: `make docs` builds it; what its hook does, where mkdocs is installed."""
+
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def build(tmp_path):
+    there = [path for path in (shutil.which("mkdocs"), ROOT / ".venv-docs" / "bin" / "mkdocs") if path]
+    mkdocs = next((path for path in there if Path(path).exists()), None)
+    if mkdocs is None:
+        pytest.skip("mkdocs is not installed; `make docs` installs it")
+    for name in ("docs", "mkdocs.yml", "kd_plugin", "integrations", "examples", "CONTRIBUTING.md", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name) if name != "docs" else shutil.copytree(ROOT / name, tmp_path / name)
+    return lambda: subprocess.run([str(mkdocs), "build"], cwd=tmp_path, capture_output=True, text=True), tmp_path
+
+
+def test_it_builds_and_a_broken_link_fails(build):
+    run, place = build
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "TeacherCache" in (place / "site" / "reference.html").read_text()
+    with (place / "docs" / "quickstart.md").open("a") as page:
+        page.write("\n[gone](nowhere.md)\n")
+    assert run().returncode != 0
+
+
+def test_every_reference_names_something_that_is_exported():
+    import kd_plugin
+
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    named = [line.removeprefix("::: ") for line in text.splitlines() if line.startswith("::: ")]
+    assert set(kd_plugin.__all__) - {"__version__"} <= {name.rsplit(".", 1)[1] for name in named}
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        assert importlib.util.find_spec(module) is not None
+        assert hasattr(importlib.import_module(module), attribute), name
