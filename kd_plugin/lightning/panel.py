@@ -274,7 +274,9 @@ class TeacherPanelCorrection(StudentCallback):
         super().teardown(trainer, pl_module, stage)
         if self._keeper is not None:
             self._keeper.remove()
-        self._ahead, self._keeper = {}, None
+        if self._server_engine is not None:
+            self._server_engine.finish()
+        self._ahead, self._keeper, self._server_engine = {}, None, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return which panel taught, and what the alarm saw; both are in every checkpoint."""

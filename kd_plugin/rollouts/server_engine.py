@@ -143,6 +143,13 @@ class ServerEngine:
         self._note(began, sum(len(one.ids) for one in found))
         return found
 
+    def finish(self) -> None:
+        """Drop what was begun, and delete the weights that were sent: they are no checkpoint and have no lineage."""
+        self.forget()
+        if self._written is not None and self.host.rank == 0:
+            remove(self._written)
+        self._written = None
+
     def forget(self) -> None:
         """Drop what was begun and not asked for."""
         for future in [one for futures in self._begun.values() for one in futures]:

@@ -199,6 +199,9 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         except ServerError:
             save_what_was_learned(self)
             raise
+        finally:
+            if self.server_engine is not None:
+                self.server_engine.finish()
         self.panel_step.finish()
         return done
 

@@ -92,8 +92,11 @@ def test_it_trains_as_with_transformers_generation(host, sync, engine, teacher, 
     assert_same(weights(mine), weights(theirs), 1e-4)
     path = "/v1/load_lora_adapter" if lora else "/collective_rpc"
     assert [p for p, _, _ in behaviour.requests].count(path) == 3
-    written = list((tmp_path / "a" / "rollout-engine").iterdir())
-    assert [one.name for one in written] == ["version-00000002"], "older versions are deleted"
+    sent = {
+        str(body.get("lora_path") or body["kwargs"]["weights_path"]) for p, _, body in behaviour.requests if p == path
+    }
+    assert {one.rpartition("-")[2] for one in sent} == {"00000000", "00000001", "00000002"}
+    assert not list((tmp_path / "a" / "rollout-engine").iterdir()), "what was sent is no checkpoint, and goes"
     salts = {body["cache_salt"] for p, _, body in behaviour.requests if p == "/v1/completions" and "seed" in body}
     assert salts == {"policy-0", "policy-1", "policy-2"}
     history = mine.state.log_history[1]

@@ -63,6 +63,7 @@ def test_it_trains_as_with_transformers_generation(sync, served, untied_student_
     for (name, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
     assert [body["cache_salt"] for path, _, body in served[1].requests if "seed" in body][-1] == "policy-2"
+    assert not list((tmp_path / "a" / "rollout-engine").iterdir())
 
 
 def test_when_the_server_is_gone_what_was_learned_is_saved(served, untied_student_dir, teacher_dir, tmp_path):
