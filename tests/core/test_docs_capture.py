@@ -31,6 +31,7 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
     tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
     save_tiny(tmp_path / "TEACHER", tied=False)
     tokenizer.save_pretrained(tmp_path / "TEACHER")
+    tokenizer.save_pretrained(tmp_path / "STUDENT")
     teacher = LocalTeacher(str(tmp_path / "TEACHER"))
     rows = [{**row, "answer": "7"} for row in prompt_rows(6)]
     datasets.Dataset.from_list(rows).to_json("rows.jsonl")
@@ -41,7 +42,7 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
         "datasets": datasets,
     }
     code = blocks("python")
-    assert len(code) == 5
+    assert len(code) == 6
     with fake_vllm(teacher.model, byte_tokenizer()) as (url, behaviour):
         behaviour.name = "served-name"
         for block in code:
@@ -56,6 +57,15 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
         assert main(["capture", "--config", "capture.yaml", "--max_new_tokens=8"]) == 0
     assert set(yaml.safe_load(config)) >= {"filter", "teacher", "mode"}
     sizes = {
-        name: len(TeacherCache(name)) for name in ("scored", "written", "from-server", "streamed", "from-yaml", "turns")
+        name: len(TeacherCache(name))
+        for name in ("scored", "written", "from-server", "streamed", "from-yaml", "turns", "shown")
     }
-    assert sizes == {"scored": 6, "written": 24, "from-server": 6, "streamed": 6, "from-yaml": 12, "turns": 1}
+    assert sizes == {
+        "scored": 6,
+        "written": 24,
+        "from-server": 6,
+        "streamed": 6,
+        "from-yaml": 12,
+        "turns": 1,
+        "shown": 6,
+    }

@@ -2,17 +2,22 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from kd_plugin import SelfTeacher, TeacherPanel
+from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError
 from kd_plugin.lightning import TeacherPanelModule
+from kd_plugin.lineage import verify
+from kd_plugin.panel.checks import require_one_vocabulary
 from kd_plugin.panel.roster import OwnTerms
 from kd_plugin.teachers.in_process import Placement
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
@@ -236,3 +241,32 @@ def test_in_yaml(tmp_path):
     panel = panel_from_block({"teachers": {"me": {"kind": "self", "weights": "ema", "decay": 0.9, "view": view}}})
     assert panel.teachers["me"].identity == {"kind": "self", "weights": "ema", "decay": 0.9}
     assert "hint" in panel.columns
+
+
+def test_the_example_in_yaml_trains(student, tmp_path):
+    """integrations/trl/self.yaml, by the command."""
+    content = yaml.safe_load((Path(__file__).parents[2] / "integrations" / "trl" / "self.yaml").read_text())
+    data = [{"prompt": [{"role": "user", "content": row["prompt"]}], "solution": row["hint"]} for row in rows(8)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    (tmp_path / "self.yaml").write_text(yaml.safe_dump(content | {"output_dir": str(tmp_path / "out")}))
+    small = "--max_steps 2 --bf16 false --use_cpu true --save_strategy no --report_to none --max_completion_length 4"
+    small += f" --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --dataset_name {tmp_path / 'p.jsonl'}"
+    assert (
+        main(["panel", "--config", str(tmp_path / "self.yaml"), "--model_name_or_path", student, *small.split()]) == 0
+    )
+    assert verify(tmp_path / "out").exit_code == 0
+    (saved, *_) = sorted((tmp_path / "out" / "rollouts").glob("*.jsonl"))
+    assert "Reference solution" in saved.read_text()
+
+
+def test_a_teacher_with_another_template_is_said_and_the_way_out(student, tmp_path, caplog):
+    other = save_tiny(tmp_path / "other", seed=5)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    tokenizer.save_pretrained(other)
+    vocabulary = Vocabulary.from_tokenizer(byte_tokenizer())
+    for view, said in ((None, True), (View(chat_template="own"), False)):
+        caplog.clear()
+        panel = TeacherPanel({"t": other}, own={"t": OwnTerms(view=view)})
+        require_one_vocabulary(panel, vocabulary)
+        assert ("set `view: {chat_template: own}` for 't'" in caplog.text) == said
