@@ -133,7 +133,7 @@ def test_where_both_sides_take_equally_long_it_is_faster(served, teacher, untied
     """Both sides wait, as real ones would on nodes of their own; here they share two cores."""
     url, behaviour = served
     behaviour.script = lambda prompt, count: [20 + len(prompt) % 50] * count
-    tokens, seconds, steps = 10, 1.0, 12  # an epoch
+    tokens, seconds, steps = 10, 4.0, 12  # an epoch
     behaviour.per_token = seconds / tokens
     took = {}
     for staleness in (0, 1):

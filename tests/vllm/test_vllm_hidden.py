@@ -13,7 +13,7 @@ from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.modes import MODES
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel import TeacherPanel, panel_loss, score_rows
-from kd_plugin.panel.combining import scored_positions
+from kd_plugin.panel.scoring import scored_positions
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import hidden_states
 from kd_plugin.teachers.hidden_states import FLAGS, POOLER
