@@ -6,6 +6,7 @@ Whole columns are worked on where they can be: a row at a time takes minutes for
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from kd_plugin.errors import DataError
 from kd_plugin.vocab import SharedTokens, Vocabulary
 
 logger = logging.getLogger(__name__)
+_COMPARED, _SHOWN_TOKENS = 256, 4  # rows of a cache that a missing row is compared with, and tokens that are shown
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ class Joining:
     def _surveyed(self, dataset: Dataset, name: str, window: Window, why: str) -> Dataset:
         found = survey(dataset, self.cache, window.max_length, window.keep_end)
         if not self.allow_partial:
+            if len(found.absent) and "input_ids" in dataset.column_names:
+                row = dataset[int(found.absent[0])]["input_ids"]
+                why = " ".join(filter(None, (why, first_difference(self.cache, row))))
             require_complete(found, self.cache, name, why)
         elif found.missing:
             logger.warning(
@@ -223,6 +228,39 @@ def with_labels(dataset: Any, columns: list[str], completion_only: bool, name: s
         desc=f"Building labels for {name} rows",
     )
     return labelled.with_format(None)
+
+
+def first_difference(cache: JointCache, ids: Sequence[int]) -> str:
+    """Say at which token a row parts from the row of the caches that begins most like it; looks at the first 256.
+
+    Args:
+        cache: the caches, none of which holds the row.
+        ids: of the row.
+
+    Returns:
+        A sentence; empty where no cached row begins as this one does, so that nothing is known.
+    """
+    member = cache.members[0].cache
+    rows = member.dataset().select_columns("input_ids")
+    best: list[int] = []
+    common = 0
+    for row in rows.select(range(min(len(rows), _COMPARED))):
+        held = row["input_ids"]
+        same = next((i for i, (a, b) in enumerate(zip(ids, held, strict=False)) if a != b), min(len(ids), len(held)))
+        if same > common:
+            best, common = held, same
+    if not common:
+        return ""
+    names = {} if member.tokens_kept is None else {index: token for token, index in member.tokens_kept.tokens.items()}
+
+    def shown(tokens: Sequence[int]) -> str:
+        listed = [repr(names[i]) if i in names else str(i) for i in tokens[common : common + _SHOWN_TOKENS]]
+        return " ".join(listed) or "its end"
+
+    return (
+        f"Token by token, that row equals one of the cache up to token {common}; then it has {shown(ids)}, and the "
+        f"cache {shown(best)}."
+    )
 
 
 def require_shared(dataset: Any, shared: SharedTokens, name: str) -> None:
