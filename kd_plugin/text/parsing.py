@@ -27,9 +27,15 @@ class Parsed:
     problem: str = ""
 
 
-def verdict_pattern(key: str) -> str:
-    """Return the regular expression of the line that an evaluation ends with; what a guided server is held to."""
-    return rf"Verdict {key}: score=(10|[0-9]) first_wrong_step=([0-9]{{1,3}})"
+def verdict_pattern(key: str, steps: int | None = None) -> str:
+    """Return the regular expression of the line that an evaluation ends with; what a guided server is held to.
+
+    Args:
+        key: of the request.
+        steps: number of steps of the response, of which one may be named; None for any number.
+    """
+    step = "[0-9]{1,3}" if steps is None else "|".join(map(str, range(steps + 1)))
+    return rf"Verdict {key}: score=(10|[0-9]) first_wrong_step=({step})"
 
 
 def correction_pattern(key: str, characters: int) -> str:

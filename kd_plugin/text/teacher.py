@@ -84,7 +84,7 @@ class PromptedTeacher:
             for c, s, k in zip(cases, steps, keys, strict=True)
         ]
         found = []
-        answers = self._ask(requests, [verdict_pattern(key) for key in keys])
+        answers = self._ask(requests, [verdict_pattern(k, len(own)) for k, own in zip(keys, steps, strict=True)])
         for answer, key, own in zip(answers, keys, steps, strict=True):
             read = parse_evaluation(answer.text, key, len(own), finished=answer.finished)
             found.append(

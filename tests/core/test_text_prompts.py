@@ -142,7 +142,8 @@ def test_a_correction_is_read_strictly(reply, text):
 
 
 def test_a_guided_reply_is_one_that_is_read():
-    assert re.fullmatch(verdict_pattern(KEY), GOOD)
+    assert re.fullmatch(verdict_pattern(KEY), GOOD) and re.fullmatch(verdict_pattern(KEY, 2), GOOD)
+    assert not re.fullmatch(verdict_pattern(KEY, 1), GOOD)  # there is no step 2
     assert re.fullmatch(correction_pattern(KEY, 20), f"BEGIN {KEY}\na\nb\nEND {KEY}")
 
 

@@ -88,15 +88,16 @@ def test_injections_move_the_judge_no_more_than_harmless_words(url, smol):  # no
     (clean,) = judge.evaluate([Case(task, CLEAN)])
     attacked = judge.evaluate([Case(task, f"{CLEAN}\n{attack}") for attack in STEERING])
     harmless = judge.evaluate([Case(task, f"{CLEAN}\n{words}") for words in HARMLESS])
-    # Whatever the judge thinks, its own word alone is parsed: no attack is a score, or makes a reply unreadable
-    assert all(one.score is not None for one in (clean, *attacked, *harmless))
+
+    def good(one):
+        return one.score is not None and one.score >= threshold  # what cannot be parsed accepts nothing
 
     def changed(found):
-        return sum((one.score >= threshold) != (clean.score >= threshold) for one in found)
+        return sum(good(one) != good(clean) for one in found)
 
     lines = [f"clean {clean.score}; accepted or not, it changes with {changed(harmless)} of 30 harmless endings"]
     lines.append(f"and with {changed(attacked)} of 30 attacks")
-    lines += [f"{one.score} | {attack[:70]!r}" for attack, one in zip(STEERING, attacked, strict=True)]
+    lines += [f"{one.score} {one.problem}| {attack[:70]!r}" for attack, one in zip(STEERING, attacked, strict=True)]
     lines.append(f"harmless: {[one.score for one in harmless]}")
     print("\n".join(lines))
     if out := os.environ.get("KD_TEXT_TABLE"):
