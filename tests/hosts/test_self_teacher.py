@@ -23,7 +23,7 @@ from kd_plugin.teachers.in_process import Placement
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from kd_plugin.views.view import View
 from kd_plugin.vocab import Vocabulary
-from tests.hosts.runs import LORA, losses, prompts, settings, weights
+from tests.hosts.runs import LORA, launched, losses, prompts, settings, weights
 from tests.lightning.help import trainer
 from tests.tiny import byte_tokenizer, save_tiny
 
@@ -270,3 +270,18 @@ def test_a_teacher_with_another_template_is_said_and_the_way_out(student, tmp_pa
         panel = TeacherPanel({"t": other}, own={"t": OwnTerms(view=view)})
         require_one_vocabulary(panel, vocabulary)
         assert ("set `view: {chat_template: own}` for 't'" in caplog.text) == said
+
+
+def test_two_ranks_have_the_average_of_one(student, tmp_path):
+    found = {}
+    for ranks, count in ((1, 8), (2, 4)):
+        out = tmp_path / str(ranks)
+        out.mkdir()
+        launched("tests.hosts.self_worker", ranks, out, student, count)
+        found[ranks] = [torch.load(out / f"{rank}.pt") for rank in range(ranks)]
+    (one,), two = found[1], found[2]
+    assert two[0]["losses"] == pytest.approx(one["losses"], rel=1e-4) and len(one["losses"]) == 3
+    for name, tensor in one["average"].items():
+        assert torch.equal(two[0]["average"][name], two[1]["average"][name])  # each rank follows for itself
+        torch.testing.assert_close(two[0]["average"][name], tensor, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(tensor, one["weights"][name])
