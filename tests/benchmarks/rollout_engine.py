@@ -5,7 +5,8 @@
 DIR is SmolLM2-135M-Instruct. Both sides generate from the same prompts, as many tokens a row (no end token), and take
 turns within one run; medians of tokens per second are compared. The server and this process share the cores, so a whole
 step has nothing to overlap: it is that of max_staleness 0. The student trains a LoRA adapter, the teacher is the model
-itself; TRL's trainer generates as it does by default.
+itself; TRL's trainer generates as it does by default. Give both the same threads (OMP_NUM_THREADS=2) and an idle
+machine: a server is three processes, and gets more of a busy one.
 """
 
 from __future__ import annotations
