@@ -139,3 +139,21 @@ def test_a_rank_whose_rows_call_fewer_tools_does_not_leave_the_others_waiting(st
     }
     for name, ranks in run_all(jobs, tmp_path / "job").items():
         assert [rank["steps"] for rank in ranks] == [2, 2], name
+
+
+@pytest.mark.zero
+def test_a_student_that_teaches_itself(untied_student_dir, teacher_dir, tmp_path):
+    """Its average under ZeRO-2, where each rank has all of it; its present weights under ZeRO-3, gathered as it runs."""
+    panel = {"method": "panel", "rows": 2, "steps": 3, "completion": 4, "combine": "weighted_kl"}
+    jobs = {
+        f"{kind}{stage}": job(
+            untied_student_dir, tmp_path / f"{kind}{stage}", stage=stage,
+            teachers={"me": {"self": kind}, "other": teacher_dir}, **panel,
+        )
+        for kind, stages in (("ema", (0, 2)), ("current", (0, 3)))
+        for stage in stages
+    }  # fmt: skip
+    found = run_all(jobs, tmp_path / "job", timeout=600)
+    for one, other in (("ema0", "ema2"), ("current0", "current3")):
+        assert found[other][0]["losses"] == pytest.approx(found[one][0]["losses"], rel=1e-3), other
+        assert found[other][0]["norm"] == pytest.approx(found[one][0]["norm"], rel=1e-3), other

@@ -71,10 +71,12 @@ def arguments(job: dict, rank: int) -> dict:
 
 def teacher(name: str, told: str | dict):
     """Return a teacher of a job: a path, or what says its placement or its adapter."""
-    from kd_plugin import AdapterTeacher, LocalTeacher, ServerTeacher
+    from kd_plugin import AdapterTeacher, LocalTeacher, SelfTeacher, ServerTeacher
 
     if isinstance(told, str):
         return told
+    if "self" in told:
+        return SelfTeacher(told["self"], decay=0.5, name=name)
     if "url" in told:
         return ServerTeacher(**told, signal="hidden", name=name)
     if "adapter" in told:
