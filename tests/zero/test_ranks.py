@@ -143,7 +143,7 @@ def test_a_rank_whose_rows_call_fewer_tools_does_not_leave_the_others_waiting(st
 
 @pytest.mark.zero
 def test_a_student_that_teaches_itself(untied_student_dir, teacher_dir, tmp_path):
-    """Its average under ZeRO-2, where each rank has all of it; its present weights under ZeRO-3, gathered as it runs."""
+    """Its average under ZeRO-2, where each rank has all of it; its present weights under ZeRO-3."""
     panel = {"method": "panel", "rows": 2, "steps": 3, "completion": 4, "combine": "weighted_kl"}
     jobs = {
         f"{kind}{stage}": job(
