@@ -1,6 +1,6 @@
 """Teachers with other tokenizers teach a student arithmetic: each estimator, its gain, and what a step costs.
 
-    python -m tests.benchmarks.across_tokenizers --smollm2 DIR --out results.jsonl      # an hour on a core
+    python -m tests.benchmarks.across_tokenizers --smollm2 DIR --out results.jsonl      # hours on a busy core
     python -m tests.benchmarks.across_tokenizers --quick                                # two steps: checks that it runs
     python -m tests.benchmarks.across_tokenizers --table results.jsonl                  # the table of what was run
     python -m tests.benchmarks.across_tokenizers --bias                                 # bias and variance, enumerated
