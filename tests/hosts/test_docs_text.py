@@ -49,6 +49,7 @@ def test_the_page_and_its_files_run(tmp_path, monkeypatch):
         code = blocks("python")
         assert len(code) == 3
         for block in code:
+            block = block.replace("http://127.0.0.1:8000", url)
             block = block.replace("max_steps=2", "max_steps=2, use_cpu=True, report_to='none'")
             exec(compile(block, str(PAGE), "exec"), scope)
         file = (ROOT / "integrations/capture/text.yaml").read_text().replace("http://127.0.0.1:8000", url)
