@@ -59,7 +59,8 @@ def test_the_page_and_its_files_run(tmp_path, monkeypatch):
     assert len(rows) == 24 and {row["domain"] for row in rows} == {"odd", "even"}
     small = ["--max_steps", "2", "--use_cpu", "true", "--report_to", "none", "--model_name_or_path", "STUDENT"]
     (tmp_path / "train.yaml").write_text(training)
-    assert main(["offline", "--config", "train.yaml", *small]) == 0
+    # Python trained into `student` above, and a run does not overwrite another's checkpoints
+    assert main(["offline", "--config", "train.yaml", "--output_dir", "by-yaml", *small]) == 0
     yaml_file = str(ROOT / "integrations/trl/text.yaml")
     text = ["--teacher_text", "full", "--output_dir", "trl", "--max_length", "128", "--bf16", "false"]
     assert main(["offline", "--config", yaml_file, *text, *small]) == 0
@@ -72,7 +73,7 @@ def test_the_page_and_its_files_run(tmp_path, monkeypatch):
     flags = [f"--{name}={value}" for name, value in options.items()]
     fit(["fit", "--config", str(ROOT / "integrations/lightning/text.yaml"), *flags])
     saved = [*(tmp_path / "lightning").rglob("last.ckpt")]
-    for directory in (tmp_path / "student", tmp_path / "trl", *saved):
+    for directory in (tmp_path / "by-yaml", tmp_path / "trl", *saved):
         record = load_record(directory)
         assert "trained_on_outputs" in {edge["kind"] for edge in record["edges"]}
     assert len(saved) == 1
