@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, get_args, get_origin
 
@@ -18,7 +18,10 @@ _SHOWN = 60  # characters of a wrong value that a message shows
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
-    """Return the alternatives of a type."""
+    """Return the alternatives of a type; a sequence is a list, and a mapping a dictionary."""
+    concrete = {Sequence: list, Mapping: dict}.get(get_origin(hint))
+    if concrete is not None:
+        return (concrete[get_args(hint)],)
     if get_origin(hint) is None or get_origin(hint) in (list, dict, tuple) or not get_args(hint):
         return (hint,)
     if type(None) not in get_args(hint) and "Literal" in str(get_origin(hint)):

@@ -231,7 +231,10 @@ class OfflineKDModule(StudentModule):
     def configure_callbacks(self) -> list[Callback]:
         """Return the callback that adds the divergence; Lightning attaches it."""
         hp = self.hparams
-        data = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+        try:
+            data = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+        except RuntimeError:  # it is asked outside a trainer
+            data = {}
         cache = hp["cache"] or data.get("cache")
         if data.get("text") is not None:
             return [self._lineage_of_text(data["text"], cache)]

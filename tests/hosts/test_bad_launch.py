@@ -173,7 +173,7 @@ def test_the_command_refuses_with_one_line(tmp_path, student_dir, teacher_dir, c
     (tmp_path / "ds.json").write_text(json.dumps({**deepspeed_config(2), "train_batch_size": 64}))
     common = settings(tmp_path / "out", model_name_or_path=student_dir, teacher_cache=str(tmp_path / "cache"))
     (tmp_path / "run.json").write_text(json.dumps(common))  # JSON is YAML
-    assert main(["offline", "--config", str(tmp_path / "run.json"), "--deepspeed", str(tmp_path / "ds.json")]) == 1
+    assert main(["offline", "--config", str(tmp_path / "run.json"), "--deepspeed", str(tmp_path / "ds.json")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("kd-plugin offline: Batch sizes contradict")
 
 

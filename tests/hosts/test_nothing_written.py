@@ -10,6 +10,7 @@ from kd_plugin import LocalTeacher, ServerTeacher, capture
 from kd_plugin.cache import Generation, TopK
 from kd_plugin.cli.main import main
 from kd_plugin.errors import DataError
+from kd_plugin.rollouts import Drawn
 from kd_plugin.rollouts.responses import as_responses, completion_ids
 from kd_plugin.rollouts.rows import render
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
@@ -36,7 +37,9 @@ def panel(out, student, teacher, dataset, empty=None, **options):
     )
     if empty is not None:  # as an engine that leaves the end token out, or was interrupted, answers
         respond = made.panel_step.respond
-        made.panel_step.respond = lambda *args: [[] if empty(row) else ids for row, ids in enumerate(respond(*args))]
+        made.panel_step.respond = lambda *args: [
+            Drawn([]) if empty(row) else one for row, one in enumerate(respond(*args))
+        ]
     return made
 
 

@@ -108,8 +108,11 @@ def test_lightning_panel_callback(panel):
 
 
 @pytest.mark.parametrize("in_file", [False, True])
-def test_a_rollout_engine(in_file, teacher_dir, tmp_path):
+@pytest.mark.parametrize("host", ["trl", "transformers", "lightning"])
+def test_a_rollout_engine(host, in_file, teacher_dir, tmp_path):
     block = {"kind": "vllm", "url": "http://HEAD:8000", "sync": "reload", "max_staleness": 2, "chunk": 64}
+    if host == "lightning":
+        block["max_staleness"] = 0  # its loader does not tell the rows of coming steps
     (tmp_path / "engine.yaml").write_text(yaml.safe_dump({"rollout_engine": block}))
     values = {
         "rollout_engine": str(tmp_path / "engine.yaml") if in_file else block,
@@ -117,9 +120,12 @@ def test_a_rollout_engine(in_file, teacher_dir, tmp_path):
     }
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path), "model_name_or_path": "m"}))
-    _, config, _ = parse("panel", TeacherPanelConfig, ["--config", str(file), "--use_cpu"])
-    for made in (config.settings(), TeacherPanelCorrection(**values).settings, PanelSettings(**values)):
-        assert made.engine_settings() == EngineSettings(**block)
+    made = {
+        "trl": lambda: parse("panel", TeacherPanelConfig, ["--config", str(file), "--use_cpu"])[1].settings(),
+        "transformers": lambda: PanelSettings(**values),
+        "lightning": lambda: TeacherPanelCorrection(**values).settings,
+    }[host]()
+    assert made.engine_settings() == EngineSettings(**block)
 
 
 def test_lightning_offline_callback(offline, cache):

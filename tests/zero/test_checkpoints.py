@@ -103,15 +103,15 @@ def test_a_checkpoint_without_shards_is_no_matter_of_ranks(tmp_path):
 
 
 def test_what_cannot_be_consolidated_is_refused(shards, tmp_path, capsys):
-    assert main(["consolidate", str(tmp_path)]) == 1
+    assert main(["consolidate", str(tmp_path)]) == 2
     assert "it is no DeepSpeed checkpoint" in capsys.readouterr().err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
-    assert main(["consolidate", str(shards), "--output", str(tmp_path / "full")]) == 1
+    assert main(["consolidate", str(shards), "--output", str(tmp_path / "full")]) == 2
     assert "is not empty" in capsys.readouterr().err
-    assert main(["consolidate", str(shards), "--dtype", "int"]) == 1
+    assert main(["consolidate", str(shards), "--dtype", "int"]) == 2
     assert "expected bfloat16, float16 or float32" in capsys.readouterr().err
     for path in (shards / "global_step2").iterdir():
         path.unlink()
-    assert main(["consolidate", str(shards)]) == 1
+    assert main(["consolidate", str(shards)]) == 2
     assert "were not copied here" in capsys.readouterr().err

@@ -44,9 +44,9 @@ def test_the_rank_that_differs_is_named():
 
 def test_outside_a_launcher_it_says_how_to_run_it(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    assert main(["doctor", "--launch"]) == 1
+    assert main(["doctor", "--launch"]) == 2
     assert "torchrun" in capsys.readouterr().err
-    assert main(["doctor", "--teachers", "[math]"]) == 1
+    assert main(["doctor", "--teachers", "[math]"]) == 2
     assert "add --launch" in capsys.readouterr().err
 
 
