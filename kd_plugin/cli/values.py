@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from types import GenericAlias
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -19,9 +20,8 @@ _SHOWN = 60  # characters of a wrong value that a message shows
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
     """Return the alternatives of a type; a sequence is a list, and a mapping a dictionary."""
-    concrete = {Sequence: list, Mapping: dict}.get(get_origin(hint))
-    if concrete is not None:
-        return (concrete[get_args(hint)],)
+    if get_origin(hint) in (Sequence, Mapping):
+        return (GenericAlias(list if get_origin(hint) is Sequence else dict, get_args(hint)),)
     if get_origin(hint) is None or get_origin(hint) in (list, dict, tuple) or not get_args(hint):
         return (hint,)
     if type(None) not in get_args(hint) and "Literal" in str(get_origin(hint)):

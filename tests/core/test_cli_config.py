@@ -7,6 +7,7 @@ import yaml
 
 from kd_plugin.cli.parsing import as_yaml, parse_settings
 from kd_plugin.errors import ConfigError
+from kd_plugin.launch.doctor import LaunchSettings
 
 
 @dataclass(frozen=True)
@@ -123,3 +124,9 @@ def test_help_shows_each_field_with_its_sentence(capsys):
         parse("--help")
     assert stop.value.code == 0
     assert "How fast." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["[a, b]"], ["a", "b"]], ids=["one YAML list", "words"])
+def test_a_sequence_is_a_list(words):
+    made = parse_settings(LaunchSettings, ["--teachers", *words], command="doctor", description="").settings
+    assert made.teachers == ["a", "b"] and made.servers == []
