@@ -31,6 +31,7 @@ NOT_OF_A_PANEL = {
 TOKENS = "the cache holds rows that are tokenized already"
 NOT_OF_OFFLINE_KD = {
     "teacher_cache": "cache",
+    "teacher_text": "data.text",
     "max_length": "data.max_length",
     "truncation_mode": "a cached row keeps its start",
     "trust_remote_code": "model_init_kwargs",
