@@ -148,7 +148,14 @@ def test_a_dead_server_ends_in_one_error_after_what_is_under_way(served):
     url, script = served
     script.latency = 0.05
     answered = []
-    script.write = lambda body: "late" if time.sleep(0.3) is None else ""
+
+    def late(body):
+        while len(script.log) < 3:  # all three are under way, however busy the machine is
+            time.sleep(0.01)
+        time.sleep(0.3)
+        return "late"
+
+    script.write = late
     script.faults = [None, None, 503]
     with pytest.raises(ServerError, match="gave no answer in 1 attempt"):
         answered.extend(k for k, _ in ServerWriter(url, max_concurrency=3, max_retries=0).answers(enumerate(asks(50))))
