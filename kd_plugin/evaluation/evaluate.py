@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kd_plugin.cache.files import explained, publish, temporary_name
+from kd_plugin.cache.files import explained, fitting, publish, temporary_name
 from kd_plugin.capturing.work import Progress
-from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.errors import CacheError, ConfigError, DataError
 from kd_plugin.evaluation.statistics import Estimate, difference, pass_at, rate
-from kd_plugin.evaluation.tasks import Task, load_tasks
+from kd_plugin.evaluation.tasks import Task, load_tasks, require_task_name
 from kd_plugin.text.collecting import Collection
 from kd_plugin.text.spending import Budget
 from kd_plugin.text.store import AnswerStore
@@ -114,12 +114,14 @@ def load_evaluation(directory: str | Path) -> Evaluation:
         content = json.loads(path.read_text(encoding="utf-8"))
         results = {}
         for name, one in content["tasks"].items():
-            estimates = {int(k): Estimate(**value) for k, value in one.pop("pass_at").items()}
-            results[name] = TaskResult(name=name, pass_at=estimates, **one)
+            require_task_name(name)
+            estimates = {int(k): Estimate(**fitting(Estimate, v, f"pass@{k}")) for k, v in one.pop("pass_at").items()}
+            given = {"name": name, **one, "pass_at": estimates}
+            results[name] = TaskResult(**fitting(TaskResult, given, f"task {name!r}", ignored=("pass_at",)))
         return Evaluation(Path(directory), content["model"], results)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: {directory} holds no finished evaluation.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, CacheError, ConfigError) as error:
         raise DataError(f"{path} is not as `kd-plugin evaluate` writes it: {error}. Evaluate again.") from error
 
 
@@ -160,7 +162,8 @@ def _evaluated(task: Task, model: Writer, directory: Path, progress: bool) -> Ta
         with explained(f"Writing {directory / RESPONSES}", _WAY_OUT):
             _write(made, (store.table(unit) for unit in range(plan.units)))
             publish(made, directory / RESPONSES)
-    return _result(task.name, pq.read_table(directory / RESPONSES), task.identity)
+    columns = ["row", "passed", "ended", "tokens_written", "why_not"]
+    return _result(task.name, pq.read_table(directory / RESPONSES, columns=columns), task.identity)
 
 
 def _write(path: Path, tables: Iterator[pa.Table]) -> None:
@@ -175,8 +178,7 @@ def _write(path: Path, tables: Iterator[pa.Table]) -> None:
 
 
 def _result(name: str, table: pa.Table, asked: Mapping[str, Any]) -> TaskResult:
-    answers = table.group_by("row").aggregate([("passed", "sum"), ("passed", "count")]).sort_by("row")
-    right, count = answers["passed_sum"].to_pylist(), answers["passed_count"].to_pylist()
+    right, count = _counts(table)
     drawn = min(count)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= drawn]
     ended, written = table["ended"].to_pylist(), [t for t in table["tokens_written"].to_pylist() if t is not None]
@@ -202,9 +204,13 @@ def _shares(directory: Path) -> Sequence[float]:
         table = pq.read_table(directory / RESPONSES, columns=["row", "passed"])
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{directory / RESPONSES} cannot be read ({error}). Evaluate again.") from error
-    grouped = table.group_by("row").aggregate([("passed", "sum"), ("passed", "count")]).sort_by("row")
-    sums, counts = grouped["passed_sum"].to_pylist(), grouped["passed_count"].to_pylist()
-    return [right / count for right, count in zip(sums, counts, strict=True)]
+    return [right / count for right, count in zip(*_counts(table), strict=True)]
+
+
+def _counts(table: pa.Table) -> tuple[list[int], list[int]]:
+    """Return for each question, in order, how many of its answers are right, and how many there are."""
+    found = table.group_by("row").aggregate([("passed", "sum"), ("passed", "count")]).sort_by("row")
+    return found["passed_sum"].to_pylist(), found["passed_count"].to_pylist()
 
 
 def _plain(evaluation: Evaluation, model: Writer) -> dict[str, Any]:

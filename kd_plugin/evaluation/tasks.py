@@ -143,10 +143,19 @@ def load_tasks(given: Mapping[str, Any] | str | Path) -> list[Task]:
         require_known_keys(options, known, label)
         if "rows" not in options and "rows" not in content:
             raise ConfigError(f"{label}: `rows` is missing, the file of its questions.")
-        if "/" in str(name) or str(name).startswith("."):
-            raise ConfigError(f"{label}: a task's name is that of a directory; leave out slashes and a leading dot.")
         try:
+            require_task_name(str(name))
             found.append(Task(str(name), TaskSettings(**{**content, **options})))
         except ConfigError as error:
             raise ConfigError(f"{label}: {error}") from error
     return found
+
+
+def require_task_name(name: str) -> None:
+    """Refuse a name that is no plain name of a directory: answers are read and written under it.
+
+    Raises:
+        ConfigError: it has a separator or begins with a dot.
+    """
+    if not name or "/" in name or "\\" in name or name.startswith("."):
+        raise ConfigError(f"A task is named {name!r}, and its directory too; leave out slashes and a leading dot.")

@@ -140,3 +140,33 @@ def test_the_command(questions, tmp_path, capsys):
 def test_wrong_tasks_are_refused(given, words):
     with pytest.raises(ConfigError, match=words):
         load_tasks(given)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["tasks"].update({"../secret": c["tasks"]["sums"]}), "leave out slashes"),
+        (lambda c: c["tasks"]["sums"]["pass_at"]["1"].update(value="0.9"), "expected float"),
+        (lambda c: c["tasks"]["sums"]["pass_at"]["1"].update(value=float("nan")), "expected float"),
+        (lambda c: c["tasks"]["sums"].update(answers=None), "expected int"),
+        (lambda c: c["tasks"]["sums"].pop("asked"), "'asked' is missing"),
+        (lambda c: c.update(tasks=["sums"]), "is not as"),
+    ],
+)
+def test_results_that_a_stranger_wrote_are_refused(change, words, questions, tmp_path):
+    with scripted_writer(Script(write=knows(6))) as (url, _):
+        evaluate(writer(url), tasks(questions), tmp_path / "out", progress=False)
+    path = tmp_path / "out" / "results.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=words):
+        load_evaluation(tmp_path / "out")
+
+
+def test_a_question_that_is_asked_twice_is_two_questions(questions, tmp_path):
+    questions.write_text(questions.read_text() * 2)
+    with scripted_writer(Script(write=lambda body: "It is 0.")) as (url, script):
+        found = evaluate(writer(url), tasks(questions, completions=1), tmp_path / "out", progress=False)
+    assert len(script.log) == 20 and found.results["sums"].questions == 20
+    assert found.results["sums"].accuracy.value == pytest.approx(0.1)  # 0 + 0, twice of twenty
