@@ -130,8 +130,9 @@ def takes(group: type) -> Callable[[Taker], Taker]:
             for f in fields
         ]
         shown: Any = inspect.Signature([*named, *added])
+        described = inspect.cleandoc(taker.__doc__ or "")
         taker.__signature__ = _Signature(vars(taker)["__init__"], shown) if isinstance(taker, type) else shown  # type: ignore[attr-defined]
-        _document(taker, "Args", fields)
+        _document(taker, "Args", [f for f in dataclasses.fields(group) if f"\n    {f.name}: " not in described])  # type: ignore[arg-type]
         return taker
 
     return mark

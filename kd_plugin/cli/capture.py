@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_plugin.capturing.capture import ScoringSettings
-from kd_plugin.errors import ConfigError, UsageError, nearest
+from kd_plugin.errors import ConfigError, UsageError, nearest, require_known_keys
 from kd_plugin.inputs import MIXTURE
 from kd_plugin.settings import option, settings, values_of
 
@@ -33,19 +34,6 @@ _GENERATION_FIELDS = (
     "sampling_top_p",
     "sampling_top_k",
     "keep_unfinished",
-)
-_SERVER_KEYS = (
-    "url",
-    "model",
-    "tokenizer",
-    "repo",
-    "signal",
-    "top_k",
-    "server_dtype",
-    "timeout",
-    "max_concurrency",
-    "max_retries",
-    "api_key_env",
 )
 
 
@@ -218,18 +206,14 @@ def make_teacher(config: CaptureConfig) -> LocalTeacher | ServerTeacher:
     known: dict[str, Any] = {"name": config.teacher_name, "revision": config.revision, "license": config.license}
     if isinstance(config.teacher, str):
         return LocalTeacher(config.teacher, dtype=config.dtype, device=config.device, **known)
-    for key in config.teacher:
-        if key not in _SERVER_KEYS:
-            raise ConfigError(
-                f"teacher: unknown key {key!r}; a server takes {', '.join(_SERVER_KEYS)}."
-                f"{nearest(str(key), list(_SERVER_KEYS))}"
-            )
+    keys = [k for k in inspect.signature(ServerTeacher).parameters if k != "name"]
+    require_known_keys(config.teacher, keys, "teacher")
     if "url" not in config.teacher:
         raise ConfigError(
             "teacher: a mapping describes a server and needs its url. For a model in this process give "
             "its directory or hub id alone."
         )
-    return ServerTeacher(**config.teacher, **known)
+    return ServerTeacher(**{**known, **config.teacher})
 
 
 def make_generation(config: CaptureConfig) -> Generation | None:

@@ -16,7 +16,9 @@ from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.rollouts import Drawn
 from kd_plugin.rollouts.engine_settings import EngineSettings
 from kd_plugin.rollouts.in_process import Sampling
+from kd_plugin.settings import values_of
 from kd_plugin.teachers.client import Client, RefusedRequest
+from kd_plugin.teachers.connection import Connection
 from kd_plugin.teachers.replies import Asking, Listed
 
 logger = logging.getLogger(__name__)
@@ -79,14 +81,7 @@ class EnginePool:
         if rows > vocab_size:
             self._fixed["logit_bias"] = {str(i): _UNLIKELY for i in range(vocab_size, rows)}
         self._clients = [
-            Client(
-                url,
-                timeout=settings.timeout,
-                max_concurrency=settings.max_concurrency,
-                max_retries=settings.max_retries,
-                api_key_env=settings.api_key_env,
-            )
-            for url in settings.addresses
+            Client(Connection(**{**values_of(Connection, vars(settings)), "url": url})) for url in settings.addresses
         ]
         self._names: dict[str, str] = {}  # of the student on each server
         self._dead: set[str] = set()

@@ -19,12 +19,12 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import requests
 import tenacity
 
 from kd_plugin.errors import ConfigError, ServerError
+from kd_plugin.teachers.connection import Connection
 
 logger = logging.getLogger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds; 8 retries wait for about 3 minutes in all
@@ -75,39 +75,16 @@ class Raw:
 
 
 class Client:
-    """A server's address and how patiently it is asked.
+    """Sends requests to one server, as its connection says.
 
     Args:
-        url: ``http://host:port``, with or without ``/v1``.
-        timeout: seconds until a request without an answer counts as failed.
-        max_concurrency: requests at a time.
-        max_retries: further attempts of a request while the server is away, overloaded or restarting.
-        api_key_env: environment variable that holds the key; read when it is sent, and never kept.
-
-    Raises:
-        ConfigError: a number out of range, no HTTP address, or one with credentials in it.
+        connection: its address and how patiently it is asked.
     """
 
-    def __init__(
-        self, url: str, *, timeout: float, max_concurrency: int, max_retries: int, api_key_env: str | None
-    ) -> None:
-        parts = urlsplit(url)
-        if parts.username is not None or parts.password is not None or parts.query:
-            raise ConfigError(
-                f"The server's url for host {parts.hostname!r} holds credentials or a query, which would end up in "
-                "logs. Put the key into an environment variable and name it: api_key_env='MY_KEY'."
-            )
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"url={url!r}: expected the address of a server, such as http://127.0.0.1:8000.")
-        for name, value, least in (("timeout", timeout, 0.001), ("max_concurrency", max_concurrency, 1)):
-            if value < least:
-                raise ConfigError(f"{name}={value}: expected at least {least}.")
-        if max_retries < 0:
-            raise ConfigError(f"max_retries={max_retries}: expected 0 or more.")
-        self.root = url.rstrip("/").removesuffix("/v1")
-        self.max_concurrency = max_concurrency
-        self._timeout, self._attempts = timeout, max_retries + 1
-        self._api_key_env = api_key_env
+    def __init__(self, connection: Connection) -> None:
+        self.root, self.max_concurrency = connection.root, connection.max_concurrency
+        self._timeout, self._attempts = connection.timeout, connection.max_retries + 1
+        self._api_key_env = connection.api_key_env
         self._not_before = 0.0  # by the monotonic clock, for all requests
         self._answered = time.monotonic()
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from kd_plugin.errors import ConfigError, DataError
-from kd_plugin.settings import require_known
+from kd_plugin.settings import built, require_known, takes
 from kd_plugin.sharding.gathering import is_sharded
 from kd_plugin.signals import HiddenSignal, OutputHead
 from kd_plugin.teachers.base import Capabilities
 from kd_plugin.teachers.checkpoint_head import Checkpoint, HeldHead
+from kd_plugin.teachers.connection import Connection
 from kd_plugin.teachers.hidden_states import DTYPES, PATH, HiddenGreeting, shake_hands_with_pooler
 from kd_plugin.teachers.in_process import Placement
 from kd_plugin.teachers.served import ServedModel
@@ -30,6 +31,7 @@ from kd_plugin.teachers.served import ServedModel
 Place = Literal["resident", "offload"]
 
 
+@takes(Connection)
 class HiddenServerTeacher(ServedModel):
     """A model on a vLLM server that gives last hidden states, with its output head read from the checkpoint.
 
@@ -42,14 +44,12 @@ class HiddenServerTeacher(ServedModel):
     a few tokens are compared with the checkpoint: see :mod:`kd_plugin.teachers.hidden_states`.
 
     Args:
-        url: see :class:`~kd_plugin.teachers.served.ServedModel`, like what is not named here.
-        model: see there.
         repo: directory or hub id of the weights that are served, in safetensors; None takes ``model``. The output head
             is read from it, and no other weight, unless the checkpoint is small.
+        tokenizer: see :class:`~kd_plugin.teachers.served.ServedModel`.
         server_dtype: dtype that the server computes in; ``auto`` for that of the checkpoint.
         placement: of the head. ``resident`` has it where a teacher in this process would be: on each device, or sharded
             over the ranks as the host shards teachers. ``offload`` leaves it in host memory until the loss uses it.
-        **options: see there.
 
     Raises:
         ConfigError: a setting is out of range, there is no checkpoint to read, or the url holds credentials.
@@ -60,15 +60,15 @@ class HiddenServerTeacher(ServedModel):
         url: str,
         model: str | None = None,
         *,
-        repo: str | None = None,
+        tokenizer: Any = None,
         server_dtype: str = "auto",
         placement: Place = "resident",
-        **options: Any,
+        **connection: Any,
     ) -> None:
-        super().__init__(url, model, repo=repo, **options)
+        super().__init__(built(Connection, {"url": url, "model": model, **connection}), tokenizer)
         require_known("server_dtype", server_dtype, ("auto", *DTYPES))
         require_known("placement", placement, get_args(Place))
-        if self._repo is None:
+        if self.connection.weights is None:
             raise ConfigError(
                 f"Teacher {self.name!r} at {self.client.root} gives hidden states, and its output head is read from "
                 "the checkpoint. Name the directory or hub id of the weights with repo."
@@ -79,7 +79,7 @@ class HiddenServerTeacher(ServedModel):
         self._greeting: HiddenGreeting | None = None
 
     def __repr__(self) -> str:
-        return f"ServerTeacher({self.client.root!r}, {self._model!r}, name={self.name!r}, signal='hidden')"
+        return f"ServerTeacher({self.client.root!r}, {self.connection.model!r}, name={self.name!r}, signal='hidden')"
 
     @property
     def capabilities(self) -> Capabilities:
@@ -102,8 +102,7 @@ class HiddenServerTeacher(ServedModel):
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """What is served, as it is stored."""
-        assert self._repo is not None
-        return Checkpoint(str(self._repo), self._revision)
+        return Checkpoint(str(self.connection.weights), self.connection.revision)
 
     @cached_property
     def _held(self) -> HeldHead:
@@ -157,7 +156,7 @@ class HiddenServerTeacher(ServedModel):
             if self._greeting is None:
                 self._greeting = shake_hands_with_pooler(
                     self.client,
-                    self._model,
+                    self.connection.model,
                     self.checkpoint,
                     self.head,
                     self._server_dtype,

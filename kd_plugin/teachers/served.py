@@ -1,4 +1,4 @@
-"""A model on a vLLM server: its address, its name, its terms and its tokenizer, whatever is asked of it."""
+"""A model on a vLLM server: its connection and its tokenizer, whatever is asked of it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.models import output_rows
 from kd_plugin.teachers.client import Client, RefusedRequest
+from kd_plugin.teachers.connection import Connection
 from kd_plugin.vocab import Vocabulary
 
 
@@ -20,48 +21,14 @@ class ServedModel(ABC):
     """What teachers behind a server have in common.
 
     Args:
-        url: address of the server, ``http://host:port``, with or without ``/v1``.
-        model: the name under which the server lists the model; None takes the only one.
+        connection: address, name and terms.
         tokenizer: the teacher's tokenizer, or a directory or hub id to load it from; None takes ``repo``, else
             ``model``.
-        name: how metrics and lineage call it.
-        timeout: seconds until a request without an answer counts as failed.
-        max_concurrency: requests at a time.
-        max_retries: further attempts of a request while the server is away, overloaded or restarting.
-        api_key_env: environment variable with the server's key; it is never written or shown.
-        repo: hub id or directory of the weights that are served; None takes ``model``.
-        revision: branch, tag or commit of ``repo``.
-        license: declared licence where none can be discovered.
-
-    Raises:
-        ConfigError: a setting is out of range, or the url holds credentials.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str | None = None,
-        *,
-        tokenizer: Any = None,
-        name: str = "teacher",
-        timeout: float = 600.0,
-        max_concurrency: int = 16,
-        max_retries: int = 8,
-        api_key_env: str | None = None,
-        repo: str | None = None,
-        revision: str | None = None,
-        license: str | None = None,
-    ) -> None:
-        self.name = name
-        self.client = Client(
-            url,
-            timeout=timeout,
-            max_concurrency=max_concurrency,
-            max_retries=max_retries,
-            api_key_env=api_key_env,
-        )
-        self._model, self._repo = model, repo or model
-        self._revision, self._license = revision, license
+    def __init__(self, connection: Connection, tokenizer: Any = None) -> None:
+        self.connection, self.name = connection, connection.name
+        self.client = Client(connection)
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._admit: Callable[[Sequence[str]], None] | None = None
@@ -91,19 +58,13 @@ class ServedModel(ABC):
     @cached_property
     def source(self) -> Source:
         """What this teacher is, known before the first request: endpoint, model name, and where the terms are."""
-        return Source(
-            name=self.name,
-            ref=self._repo,
-            revision=self._revision,
-            license=self._license,
-            endpoint=self.client.root,
-            model=self._model,
-        )
+        return self.connection.source()
 
     @cached_property
     def tokenizer(self) -> Any:
         """The teacher's tokenizer, loaded on first use."""
-        found = self._tokenizer if self._tokenizer is not None else self._repo
+        weights = self.connection.weights
+        found = self._tokenizer if self._tokenizer is not None else weights
         if found is None:
             raise ConfigError(
                 f"Teacher {self.name!r} at {self.client.root} has no tokenizer. Pass ServerTeacher(..., "
@@ -114,7 +75,7 @@ class ServedModel(ABC):
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(found, revision=self._revision if found == self._repo else None)
+            return AutoTokenizer.from_pretrained(found, revision=self.connection.revision if found == weights else None)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"No tokenizer can be loaded from {found!r} for teacher {self.name!r} ({error}). Pass tokenizer: its "
@@ -130,10 +91,11 @@ class ServedModel(ABC):
     def _rows(self) -> int | None:
         from transformers import AutoConfig
 
-        if self._repo is None:
+        if self.connection.weights is None:
             return None
         try:
-            return output_rows(AutoConfig.from_pretrained(self._repo, revision=self._revision))
+            config = AutoConfig.from_pretrained(self.connection.weights, revision=self.connection.revision)
+            return output_rows(config)
         except (OSError, ValueError):
             return None  # the weights are elsewhere; the server refuses ids that it does not know
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor
 
 from kd_plugin.errors import ConfigError, DataError
-from kd_plugin.settings import require_known
+from kd_plugin.settings import built, require_known, takes
 from kd_plugin.signals import SparseSignal
 from kd_plugin.teachers.agreement import Reference, Repeats, floored, require_same_prefixes
 from kd_plugin.teachers.base import Capabilities, Gives
+from kd_plugin.teachers.connection import Connection
 from kd_plugin.teachers.handshake import Greeting, require_raw, shake_hands
 from kd_plugin.teachers.hidden_server import HiddenServerTeacher
 from kd_plugin.teachers.replies import Asking, Listed, ServerCompletion
@@ -24,6 +24,7 @@ from kd_plugin.teachers.served import ServedModel
 _LISTED = 64  # tokens a position, unless told
 
 
+@takes(Connection)
 class ServerTeacher(ServedModel):
     """A model on a vLLM server, asked by token ids for ``prompt_logprobs``, or for its last hidden states.
 
@@ -35,8 +36,7 @@ class ServerTeacher(ServedModel):
     later comes with a probe, whose answer must be that of the beginning.
 
     Args:
-        url: see :class:`~kd_plugin.teachers.served.ServedModel`, like what is not named here.
-        model: see there.
+        tokenizer: its own, or a directory or hub id to load it from; None takes ``repo``, else ``model``.
         signal: ``top_k``: the likeliest tokens and the one that stands next. ``hidden``: last hidden states.
         top_k: tokens listed a position, or ``"all"`` for the whole distribution (small vocabularies, few tokens:
             an answer then takes about 60 bytes a token of the vocabulary). 64 where it is left out.
@@ -63,17 +63,10 @@ class ServerTeacher(ServedModel):
         *,
         signal: Literal["top_k", "hidden"] = "top_k",
         tokenizer: Any = None,
-        name: str = "teacher",
         top_k: int | Literal["all"] | None = None,
         server_dtype: str | None = None,
         placement: Literal["resident", "offload"] | None = None,
-        timeout: float = 600.0,
-        max_concurrency: int = 16,
-        max_retries: int = 8,
-        api_key_env: str | None = None,
-        repo: str | None = None,
-        revision: str | None = None,
-        license: str | None = None,
+        **connection: Any,
     ) -> None:
         for setting, value in (("server_dtype", server_dtype), ("placement", placement)):
             if value is not None:
@@ -81,26 +74,16 @@ class ServerTeacher(ServedModel):
         top_k = _LISTED if top_k is None else top_k
         if top_k != "all" and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ConfigError(f"top_k={top_k!r}: expected a whole number of at least 1, or 'all'.")
-        super().__init__(
-            url,
-            model,
-            tokenizer=tokenizer,
-            name=name,
-            timeout=timeout,
-            max_concurrency=max_concurrency,
-            max_retries=max_retries,
-            api_key_env=api_key_env,
-            repo=repo,
-            revision=revision,
-            license=license,
-        )
+        super().__init__(built(Connection, {"url": url, "model": model, **connection}), tokenizer)
         self.top_k: int | Literal["all"] = top_k
         self._greeting: Greeting | None = None
         self._repeats = Repeats()
         self._is_raw = False
 
     def __repr__(self) -> str:
-        return f"ServerTeacher({self.client.root!r}, {self._model!r}, name={self.name!r}, top_k={self.top_k!r})"
+        return (
+            f"ServerTeacher({self.client.root!r}, {self.connection.model!r}, name={self.name!r}, top_k={self.top_k!r})"
+        )
 
     @property
     def capabilities(self) -> Capabilities:
@@ -174,7 +157,7 @@ class ServerTeacher(ServedModel):
     def _greet(self) -> Greeting:
         with self._lock:
             if self._greeting is None:
-                asking = self._asking(self._model)
+                asking = self._asking(self.connection.model)
                 self._greeting = shake_hands(self.client, asking, self.tokenizer, self.name, self._admit)
         return self._greeting
 
@@ -315,8 +298,3 @@ class ServerTeacher(ServedModel):
 
     def _asking(self, model: str | None) -> Asking:
         return Asking(self.client.root, model, self.listed, self.vocabulary.size)
-
-
-# By its `__new__`, which hands on, it would seem to take anything
-_shown = inspect.signature(ServerTeacher.__init__)
-ServerTeacher.__signature__ = _shown.replace(parameters=list(_shown.parameters.values())[1:])  # type: ignore[attr-defined]

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.lineage.sources import Source
-from kd_plugin.settings import require_known
+from kd_plugin.settings import built, option, require_known, settings, takes
 from kd_plugin.teachers.client import Away, Client, RefusedRequest
+from kd_plugin.teachers.connection import Connection
 from kd_plugin.teachers.handshake import names_of
 from kd_plugin.text.spending import Prices
 from kd_plugin.text.writers import REFUSED, Answer, Ask, Key, Usage, split_reasoning
@@ -32,6 +33,22 @@ class _NotAsked(Exception):
     """Another request has failed for good before this one was sent."""
 
 
+@settings
+class WriterConnection(Connection):
+    """A connection to a model that writes: texts take long, so more of them are asked for at a time."""
+
+    max_concurrency: int = option(default=32, help="Requests at a time.")
+    stream: bool = option(
+        default=False,
+        help="Have answers sent as they are written, so that nothing on the way times out while a model thinks.",
+    )
+    request: Mapping[str, Any] | None = option(
+        default=None,
+        help="Further fields of each request, such as `{'reasoning_effort': 'high'}`; a None leaves a field out.",
+    )
+
+
+@takes(WriterConnection)
 class ServerWriter:
     """A model on a server that writes text; only its terms, its name and its address must be known.
 
@@ -39,19 +56,8 @@ class ServerWriter:
 
     Args:
         url: address of the server, with or without ``/v1``; other versions as they are (``.../paas/v4``).
-        model: the name under which the server knows the model; None takes the only one that it lists.
-        name: how metrics and lineage call it.
         api: ``chat`` or ``completions``; the latter is given texts as they are.
-        timeout: seconds without a byte until a request counts as failed.
-        max_concurrency: requests at a time.
-        max_retries: further attempts of a request while the server is away, overloaded or restarting.
-        api_key_env: environment variable with the server's key; it is never written or shown.
-        stream: have answers sent as they are written, so that nothing on the way times out while a model thinks.
-        request: further fields of each request, such as ``{"reasoning_effort": "high"}``; a None leaves a field out.
         prices: of its tokens.
-        repo: hub id or directory of the weights that are served, where their terms can be read; None takes ``model``.
-        revision: branch, tag or commit of ``repo``.
-        license: declared licence where none can be discovered.
 
     Raises:
         ConfigError: a setting is out of range, or the url holds credentials.
@@ -62,30 +68,15 @@ class ServerWriter:
         url: str,
         model: str | None = None,
         *,
-        name: str = "teacher",
         api: Literal["chat", "completions"] = "chat",
-        timeout: float = 600.0,
-        max_concurrency: int = 32,
-        max_retries: int = 8,
-        api_key_env: str | None = None,
-        stream: bool = False,
-        request: Mapping[str, Any] | None = None,
         prices: Mapping[str, float] | Prices | None = None,
-        repo: str | None = None,
-        revision: str | None = None,
-        license: str | None = None,
+        **connection: Any,
     ) -> None:
         require_known("api", api, ("chat", "completions"))
-        self.client = Client(
-            url,
-            timeout=timeout,
-            max_concurrency=max_concurrency,
-            max_retries=max_retries,
-            api_key_env=api_key_env,
-        )
-        self.name, self.prices = name, Prices.of(prices)
-        self._api, self._stream, self._request = api, stream, dict(request or {})
-        self._model, self._repo, self._revision, self._license = model, repo or model, revision, license
+        self.connection = built(WriterConnection, {"url": url, "model": model, **connection})
+        self.client = Client(self.connection)
+        self.name, self.prices = self.connection.name, Prices.of(prices)
+        self._api, self._stream, self._request = api, self.connection.stream, dict(self.connection.request or {})
         self._version = "" if _VERSIONED.search(self.client.root) else "/v1"
         self._admit: Callable[[Sequence[str]], None] | None = None
         self._lock = threading.Lock()
@@ -94,29 +85,21 @@ class ServerWriter:
         self._refusals: int | None = 0  # before the first answer; None once there is one
 
     def __repr__(self) -> str:
-        return f"ServerWriter({self.client.root!r}, {self._model!r}, name={self.name!r})"
+        return f"ServerWriter({self.client.root!r}, {self.connection.model!r}, name={self.name!r})"
 
     @cached_property
     def source(self) -> Source:
         """What it is, known before the first request: endpoint, model name, and where the terms are."""
-        return Source(
-            name=self.name,
-            ref=self._repo,
-            revision=self._revision,
-            license=self._license,
-            endpoint=self.client.root,
-            model=self._model,
-            signal="text",
-        )
+        return self.connection.source("text")
 
     @property
     def identity(self) -> dict[str, Any]:
         """The names of the model and what every request says, and not its address."""
         return {
             "kind": "server",
-            "model": self._model,
-            "repo": self._repo,
-            "revision": self._revision,
+            "model": self.connection.model,
+            "repo": self.connection.weights,
+            "revision": self.connection.revision,
             "api": self._api,
             "request": self._request,
         }
@@ -149,7 +132,7 @@ class ServerWriter:
             listed = {}
         except (KeyError, TypeError):
             listed = {}
-        wanted = self._model
+        wanted = self.connection.model
         if wanted is None and len(listed) == 1:
             wanted = next(iter(listed))
         if wanted is None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kd_plugin.cache.targets import Generation
 from kd_plugin.lineage.sources import Source
+from kd_plugin.settings import built, takes
 from kd_plugin.text.local import LocalWriter
 from kd_plugin.text.parsing import correction_pattern, parse_correction, parse_evaluation, verdict_pattern
 from kd_plugin.text.prompts import Message, Templates, key_of, quoted, steps_of, task_of
-from kd_plugin.text.server import ServerWriter
+from kd_plugin.text.server import ServerWriter, WriterConnection
 from kd_plugin.text.teaching import Case, Correction, Evaluation
 from kd_plugin.text.writers import REFUSED, Answer, Ask, Writer, in_order
 
@@ -132,27 +133,17 @@ def _why(answer: Answer, problem: str) -> str:
     return f"the server refused the request: {answer.says}" if answer.ended == REFUSED else problem
 
 
+@takes(WriterConnection)
 class TextServerTeacher(PromptedTeacher):
     """A model behind any server with OpenAI's chat interface: vLLM, SGLang, or a hosted one.
 
     Nothing is sent until the first case, or :meth:`reach`, so that the license gate comes before.
 
     Args:
-        url: address of the server; see :class:`~kd_plugin.text.server.ServerWriter`, like what follows.
-        model: name of the model; None takes the only one that the server lists.
-        name: how metrics and lineage call it.
+        url: address of the server; see :class:`~kd_plugin.text.server.ServerWriter`.
         max_tokens: of a reply at most.
         temperature: of the sampling; 0 takes the likeliest token.
         guided: hold replies to their form (vLLM's ``structured_outputs``); for small models.
-        timeout: seconds without a byte until a request counts as failed.
-        max_concurrency: requests at a time.
-        max_retries: further attempts of a request while the server is away, overloaded or restarting.
-        api_key_env: environment variable with the server's key; it is never written or shown.
-        stream: have answers sent as they are written.
-        request: further fields of each request.
-        repo: hub id or directory of the weights that are served, where their terms can be read.
-        revision: branch, tag or commit of ``repo``.
-        license: declared licence where none can be discovered.
 
     Raises:
         ConfigError: a setting is out of range, or the url holds credentials.
@@ -163,35 +154,13 @@ class TextServerTeacher(PromptedTeacher):
         url: str,
         model: str | None = None,
         *,
-        name: str = "teacher",
         max_tokens: int = 1024,
         temperature: float = 0.0,
         guided: bool = False,
-        timeout: float = 600.0,
-        max_concurrency: int = 32,
-        max_retries: int = 8,
-        api_key_env: str | None = None,
-        stream: bool = False,
-        request: Mapping[str, Any] | None = None,
-        repo: str | None = None,
-        revision: str | None = None,
-        license: str | None = None,
+        **connection: Any,
     ) -> None:
-        writer = ServerWriter(
-            url,
-            model,
-            name=name,
-            timeout=timeout,
-            max_concurrency=max_concurrency,
-            max_retries=max_retries,
-            api_key_env=api_key_env,
-            stream=stream,
-            request=request,
-            repo=repo,
-            revision=revision,
-            license=license,
-        )
-        super().__init__(writer, name=name, max_tokens=max_tokens, temperature=temperature, guided=guided)
+        writer = ServerWriter(**vars(built(WriterConnection, {"url": url, "model": model, **connection})))
+        super().__init__(writer, name=writer.name, max_tokens=max_tokens, temperature=temperature, guided=guided)
 
 
 class TextLocalTeacher(PromptedTeacher):

@@ -1,7 +1,10 @@
 """A teacher behind a server: its signal is the local teacher's, and whatever is wrong with the server is said."""
 
 import copy
+import dataclasses
+import inspect
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ from kd_plugin.errors import (
 )
 from kd_plugin.lineage import RunLineage, Source
 from kd_plugin.teachers import Teacher, client
+from kd_plugin.teachers.connection import Connection
+from kd_plugin.text import ServerWriter, TextServerTeacher
 from tests.fake_vllm import fake_vllm
 from tests.tiny import byte_tokenizer, save_tiny, tiny_llama
 
@@ -253,6 +258,27 @@ def test_bad_settings_are_refused_at_once(options, match):
     with pytest.raises(ConfigError, match=match) as error:
         ServerTeacher(**{"url": "http://host:1", "model": "tiny", **options})
     assert "pass" not in str(error.value).replace("Pass", "") and "sk" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make", [ServerTeacher, partial(ServerTeacher, signal="hidden"), ServerWriter, TextServerTeacher]
+)
+def test_every_teacher_behind_a_server_takes_and_shows_the_same_connection(make):
+    given = {
+        "url": "http://host:1/v1", "model": "tiny", "name": "math", "timeout": 1.5, "max_concurrency": 3,
+        "max_retries": 0, "api_key_env": "MY_KEY", "repo": "org/tiny", "revision": "v1", "license": "mit",
+    }  # fmt: skip
+    assert set(given) == {field.name for field in dataclasses.fields(Connection)}
+    teacher = make(**given)
+    held = getattr(teacher, "writer", teacher)  # a teacher that is asked in words holds who answers
+    assert {name: getattr(held.connection, name) for name in given} == given
+    assert held.client.root == "http://host:1" and held.client.max_concurrency == 3 and teacher.name == "math"
+    shown = set(inspect.signature(make).parameters)
+    assert set(given) <= shown and not {"connection", "args", "options"} & shown
+    documented = inspect.getdoc(getattr(make, "func", make))
+    assert all(f"    {field.name}: " in documented for field in dataclasses.fields(Connection))
+    with pytest.raises(ConfigError, match=r"Unknown setting 'max_retry'\. Did you mean 'max_retries'"):
+        make("http://host:1", "tiny", max_retry=1)
 
 
 @pytest.mark.parametrize(
