@@ -2,9 +2,10 @@
 
 ``roster`` says who is on the panel and who scores which row, ``weights`` how much each counts, ``estimators`` how a
 divergence is estimated and what is defined, ``checks`` what must hold before a run. ``step`` is the on-policy step over
-a ``host``: ``scoring`` asks the teachers, ``batches`` holds what they said, ``combining`` groups it, ``loss`` makes one
-loss of it. ``warmup`` fits caches first, ``interleaving`` lets the panel replace the student's tokens, ``anchor`` holds
-the student near its start, ``identity`` says whether a resumed run is under the same panel.
+a ``Host``, which ``batches`` declares beside what passes through: ``responding`` has the student respond, alone or with
+the panel, ``scoring`` asks the teachers, ``loss`` makes one loss of what they said. ``warmup`` fits caches first,
+``anchor`` holds the student near its start, ``corrections`` are rows of text, ``preference`` compares them with the
+responses. ``identity`` says whether a resumed run is under the same panel.
 """
 
 from kd_plugin.divergence.modes import Combine

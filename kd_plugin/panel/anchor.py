@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kd_plugin.divergence import Divergence
 from kd_plugin.errors import ConfigError
+from kd_plugin.panel.batches import RunningMean
 from kd_plugin.panel.loss import panel_loss
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import RowScores, score_rows
@@ -38,7 +39,7 @@ class Anchor:
         self.panel = TeacherPanel({"start": start})
         self.weight = weight
         self.temperature = temperature
-        self._seen: dict[bool, Tensor] = {}
+        self._seen = {True: RunningMean(), False: RunningMean()}  # of training and of evaluation
 
     def score(
         self,
@@ -87,9 +88,8 @@ class Anchor:
             temperature=self.temperature,
         )
         parts = [one.divergence.sum() for one in found.by_teacher]
-        total = torch.stack(parts or [hidden.detach().sum() * 0.0]).sum().detach()
-        seen = torch.stack([total, torch.full_like(total, len(tokens))])
-        self._seen[training] = self._seen.get(training, torch.zeros_like(seen)) + seen
+        total = torch.stack(parts or [hidden.detach().sum() * 0.0]).sum()
+        self._seen[training].add(total, len(tokens))
         return self.weight * found.loss_sum
 
     def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device, *, training: bool = True) -> float:
@@ -100,8 +100,7 @@ class Anchor:
             device: where a rank that saw nothing has its zeros.
             training: as in :meth:`loss`.
         """
-        divergence, count = reduce(self._seen.pop(training, torch.zeros(2, device=device))).tolist()
-        return float(divergence / max(count, 1.0))
+        return self._seen[training].read(reduce, device) or 0.0
 
 
 def starting_student(student: nn.Module, vocabulary: Vocabulary) -> LocalTeacher:

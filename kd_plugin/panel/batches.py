@@ -1,6 +1,6 @@
 """What passes through the on-policy step, and what the step asks of the trainer that runs it.
 
-Assigned rows, scored rollouts, their micro-batches, and the loss of one.
+Assigned rows, scored rollouts, their micro-batches, the loss of one, and means of them that are logged.
 
 Shape suffixes: B rows, W columns of the longest row, C response columns, N scored positions of a micro-batch.
 """
@@ -237,6 +237,35 @@ class StepLoss:
     def own_mean(self) -> Tensor:
         """Return the mean loss per token, which stands for the student's own loss where it forms none; no graph."""
         return self.loss_sum.detach() / max(self.tokens, 1)
+
+
+class RunningMean:
+    """A mean over the micro-batches of all ranks since the last log; what is added stays on its device until then."""
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None
+
+    def add(self, total: Tensor, count: int) -> None:
+        """Count a micro-batch.
+
+        Args:
+            total: scalar, the sum of its values.
+            count: how many they are.
+        """
+        total = total.detach().float()
+        seen = torch.stack([total, torch.full_like(total, count)])
+        self._seen = seen if self._seen is None else self._seen + seen
+
+    def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> float | None:
+        """Return the mean, None of nothing, and begin anew.
+
+        Args:
+            reduce: sums a tensor over all ranks; called on every rank.
+            device: where a rank that saw nothing has its zeros.
+        """
+        total, count = reduce(torch.zeros(2, device=device) if self._seen is None else self._seen).tolist()
+        self._seen = None
+        return float(total / count) if count else None
 
 
 class Host(Protocol):

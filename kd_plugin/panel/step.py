@@ -24,21 +24,21 @@ from torch import Tensor
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.panel.anchor import Anchor
-from kd_plugin.panel.batches import Assigned, Host, MicroBatch, ScoredRollouts, StepLoss, Watch
-from kd_plugin.panel.corrections import Corrector, recorded_responses
+from kd_plugin.panel.batches import Assigned, Host, MicroBatch, RunningMean, ScoredRollouts, StepLoss, Watch
+from kd_plugin.panel.corrections import Corrections, Corrector
 from kd_plugin.panel.economics import Economics
-from kd_plugin.panel.interleaving import InterleavedSettings, interleaved_responses
 from kd_plugin.panel.loss import panel_loss
 from kd_plugin.panel.preference import preference_loss
+from kd_plugin.panel.responding import Responder
 from kd_plugin.panel.reward import weighed_rows
-from kd_plugin.panel.roster import Assignment, TeacherPanel
-from kd_plugin.panel.scoring import score_rows
+from kd_plugin.panel.roster import TeacherPanel
+from kd_plugin.panel.scoring import RowScores, score_rows
 from kd_plugin.panel.viewing import coverage, readers_of
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
-from kd_plugin.rollouts import Drawn, Propose, RolloutEngine
-from kd_plugin.rollouts.responses import completion_ids, cut_loops, require_prompts, scored_offsets
-from kd_plugin.rollouts.rows import Rollouts, assembled, behaviour_logprobs, mixed_seed, on_policy_rows, render
-from kd_plugin.sharding.gathering import gathered_heads, most_of_any_rank
+from kd_plugin.rollouts import Drawn, RolloutEngine
+from kd_plugin.rollouts.responses import Response, scored_offsets
+from kd_plugin.rollouts.rows import Rollouts
+from kd_plugin.sharding.gathering import gathered_heads
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.base import follow
 from kd_plugin.text.rounds import RoundWriter
@@ -93,28 +93,41 @@ class PanelStep:
         self.temperature = temperature
         self.vocabulary = vocabulary
         self.tokenizer = tokenizer
-        self.end_tokens = tuple(end_tokens)
-        self.pad_token_id = pad_token_id
-        self.seed = seed
         self.monitor = monitor
         self.anchor = anchor
-        self.chat_options = chat_options
+        self.responder = Responder(
+            host,
+            panel,
+            settings,
+            vocabulary=vocabulary,
+            tokenizer=tokenizer,
+            end_tokens=end_tokens,
+            pad_token_id=pad_token_id,
+            seed=seed,
+            chat_options=chat_options,
+        )
         self._readers = readers_of(
-            panel, tokenizer, vocabulary, pad_token_id=pad_token_id, ends=self.end_tokens, chat_options=chat_options
+            panel, tokenizer, vocabulary, pad_token_id=pad_token_id, ends=end_tokens, chat_options=chat_options
         )
         self.warmup: CacheWarmup | None = None
         if warmup_caches:
             cut = [cache.for_vocabulary(vocabulary) for cache in warmup_caches]
             self.warmup = CacheWarmup(cut, seed=seed, pad_token_id=pad_token_id)
             self._warmup_objective = warmup_objective(warmup_caches, settings.warmup_divergence)
-        self._fraction = settings.on_policy_schedule()
+        self._margin = RunningMean()
         self._followed: int | None = None
         self.collecting = False  # responses are corrected and kept, and nothing is scored
         self.corrector: Corrector | None = None
         if panel.text_teachers:
-            longest, ends = settings.max_completion_length, (self.end_tokens, pad_token_id)
             self.corrector = Corrector(
-                panel, host, tokenizer, *ends, vocabulary=vocabulary, max_length=longest, rounds=rounds
+                panel,
+                host,
+                tokenizer,
+                end_tokens,
+                pad_token_id,
+                vocabulary=vocabulary,
+                max_length=settings.max_completion_length,
+                rounds=rounds,
             )
         self.economics = Economics(panel, None if self.corrector is None else self.corrector.asked)
 
@@ -137,26 +150,16 @@ class PanelStep:
     # Rollouts
 
     def assign(self, rows: Sequence[Mapping[str, Any]], rows_at_once: int, *, draw: int = 0) -> Assigned:
-        """Say which teachers score each row of a generation batch, and which rows the student generates.
+        """Say who scores each row, and which rows the student generates; see ``responder.assign``."""
+        return self.responder.assign(rows, rows_at_once, draw=draw)
 
-        Args:
-            rows: with ``prompt``, what names teachers, and ``completion`` where the dataset fills rows.
-            rows_at_once: rows in a teacher's forward pass.
-            draw: which generation batch of its optimizer step this is.
+    def respond(self, assigned: Assigned, prompts: Sequence[Sequence[int]], engine: RolloutEngine) -> list[Drawn]:
+        """Return the response to each prompt; see ``responder.respond``."""
+        return self.responder.respond(assigned, prompts, engine)
 
-        Raises:
-            DataError: a row names no teacher of the panel, or has no completion where one is needed.
-        """
-        assignments = tuple(self.panel.assign(row) for row in rows)
-        if self.panel.text.recorded and self.host.training:
-            return Assigned(assignments, tuple(recorded_responses(rows)), rows_at_once, tuple(rows))
-        host, fraction = self.host, self._fraction.at(self.host.step)
-        if not host.training or fraction >= 1.0:
-            return Assigned(assignments, (None,) * len(rows), rows_at_once, tuple(rows))
-        rank = mixed_seed(0, 0, host.rank, draw)
-        own = on_policy_rows(len(rows), fraction, seed=self.seed, step=host.step, rank=rank)
-        given = [None if generates else self._completion(row) for generates, row in zip(own, rows, strict=True)]
-        return Assigned(assignments, tuple(given), rows_at_once, tuple(rows))
+    def accompany(self, engine: RolloutEngine) -> bool:
+        """Take part in a generation of other ranks without a row of its own; see ``responder.accompany``."""
+        return self.responder.accompany(engine)
 
     def roll_out(
         self,
@@ -170,111 +173,16 @@ class PanelStep:
         """Have responses to a generation batch generated and scored, for a host that renders no prompts of its own.
 
         Args:
-            rows: see :meth:`assign`, like what follows.
+            rows: see :meth:`~kd_plugin.panel.responding.Responder.assign`, like what follows.
             rows_at_once: see there.
             engine: lets the student generate.
             draw: see there.
             counted: see :meth:`score`.
         """
-        prompts = render(self.tokenizer, [row["prompt"] for row in rows], self.chat_options)
+        prompts = self.responder.prompts(rows)
         assigned = self.assign(rows, rows_at_once, draw=draw)
-        drawn = self.respond(assigned, prompts, engine)
-        rollouts = assembled(
-            prompts,
-            [one.ids for one in drawn],
-            end_tokens=self.end_tokens,
-            pad_token_id=self.pad_token_id,
-            device=self.host.device,
-        )
-        width = rollouts.input_ids.shape[1] - rollouts.completion_start
-        behaviour = behaviour_logprobs(drawn, width, self.host.device)
+        rollouts, behaviour = self.responder.assembled(prompts, self.respond(assigned, prompts, engine))
         return self.score(assigned, rollouts, counted=counted, behaviour_logprobs=behaviour)
-
-    def respond(self, assigned: Assigned, prompts: Sequence[Sequence[int]], engine: RolloutEngine) -> list[Drawn]:
-        """Return the response to each prompt: the student's own, interleaved with the panel's, or the dataset's.
-
-        Args:
-            assigned: see :meth:`assign`. Where it has another number of rows, as where a tool's result lets some go
-                on, the student generates all.
-            prompts: token ids.
-            engine: lets the student generate.
-
-        Raises:
-            DataError: a prompt without a token, or with one that a head of the run has no row for.
-        """
-        require_prompts(prompts)
-        self.vocabulary.require_rows(prompts, "The prompt of row")
-        given = assigned.given if len(assigned.given) == len(prompts) else (None,) * len(prompts)
-        rows = [row for row, ids in enumerate(given) if ids is None]
-        own = dict(zip(rows, self._generate(assigned, rows, prompts, engine) or [], strict=True))
-        return [own[row] if ids is None else Drawn(ids) for row, ids in enumerate(given)]
-
-    def accompany(self, engine: RolloutEngine) -> bool:
-        """Take part in a generation of other ranks without a row of its own; False where none of them generates."""
-        return self._generate(Assigned((), (), 1), [], [], engine) is not None
-
-    def _generate(
-        self, assigned: Assigned, rows: list[int], prompts: Sequence[Sequence[int]], engine: RolloutEngine
-    ) -> list[Drawn] | None:
-        """Let the student generate for some rows; None if no rank that generates with this one has any."""
-        host, settings = self.host, self.settings
-        interleaved = settings.rollouts == "interleaved" and host.training
-        together = host.ranks > 1 and (engine.together or interleaved)
-        if not (most_of_any_rank([len(rows)], host.device)[0] if together else len(rows)):
-            return None
-        chosen = [list(prompts[row]) for row in rows]
-        if not rows and (interleaved or not engine.takes_nothing):
-            chosen = [list(ids) for ids in prompts[:1]] or [[self.pad_token_id]]  # what follows it is not used
-        if interleaved:
-            with engine.proposing() as propose:
-                assignments = [assigned.assignments[row] for row in rows or [0]]
-                found = [Drawn(ids) for ids in self._interleaved(assignments, chosen, assigned, propose)]
-        else:
-            found = engine.generate(chosen)
-        found = found[: len(rows)]
-        if settings.repetition_stop:  # exactly where it says, also what an engine generated that was not stopped
-            kept, looping = cut_loops([one.ids for one in found], settings.repetition_stop)
-            found = [one.cut(len(ids)) for one, ids in zip(found, kept, strict=True)]
-            host.note({"rollouts/looping": looping})
-        versions = [version for one in found for version in one.versions or ()]
-        if versions and host.training:
-            host.note({"rollouts/staleness": host.step - sum(versions) / len(versions)})
-        return found
-
-    def _interleaved(
-        self, assignments: Sequence[Assignment], prompts: list[list[int]], assigned: Assigned, propose: Propose
-    ) -> list[list[int]]:
-        settings, host = self.settings, self.host
-        responses, replaced = interleaved_responses(
-            self.panel,
-            assignments,
-            prompts,
-            propose,
-            InterleavedSettings(
-                max_new_tokens=settings.max_completion_length,
-                block=settings.interleaved_block,
-                top_k=settings.interleaved_top_k,
-                end_tokens=self.end_tokens,
-                pad_token_id=self.pad_token_id,
-                rows_at_once=assigned.rows_at_once,
-            ),
-            vocabulary=self.vocabulary,
-            device=host.device,
-            step=host.step,
-            seed=self.seed,
-            rank=host.rank,
-        )
-        host.note({"rollouts/replaced": replaced})
-        return responses
-
-    def _completion(self, row: Mapping[str, Any]) -> list[int]:
-        return completion_ids(
-            self.tokenizer,
-            row,
-            end_tokens=self.end_tokens,
-            max_length=self.settings.max_completion_length,
-            chat_options=self.chat_options,
-        )
 
     def follow(self) -> None:
         """Tell teachers of an optimizer step that was made; a host calls it before the first and after each."""
@@ -303,16 +211,28 @@ class PanelStep:
             counted: rows from the first on that count; left out, all do. Rows beyond only fill up an evaluation.
             behaviour_logprobs: (B, C) nats of the response tokens where they were drawn, if by another engine.
         """
-        responses = rollouts.responses
+        if self.host.training or self.host.is_logged:
+            self.monitor.observe(rollouts.responses)
+        offsets = self._trained_on(rollouts.responses, used, counted)
+        scores, anchor = self._scores(assigned, rollouts, [[] for _ in offsets] if self.collecting else offsets)
+        corrections = self._corrections(assigned, rollouts, [bool(at) for at in offsets])
+        if self.host.training:
+            self.economics.add(rollouts.responses, scores)
+        return ScoredRollouts(rollouts, scores, anchor, behaviour_logprobs, corrections)
+
+    def _trained_on(
+        self, responses: Sequence[Response], used: Sequence[Sequence[int]] | None, counted: int | None
+    ) -> list[list[int]]:
+        """Return for each row the response tokens that may be trained on, as offsets; see :meth:`score`."""
         flags = [[1] * len(one.tokens) for one in responses] if used is None else used
         offsets = scored_offsets(flags, responses, mask_truncated=self.settings.mask_truncated_completions)
-        if counted is not None:
-            offsets = [at if row < counted else [] for row, at in enumerate(offsets)]
-        if self.host.training or self.host.is_logged:
-            self.monitor.observe(responses)
-        wanted = [bool(at) for at in offsets]
-        offsets = [[] for _ in offsets] if self.collecting else offsets
-        offsets, weights = weighed_rows(self.panel, self.host, self.tokenizer, assigned, responses, offsets)
+        return offsets if counted is None else [at if row < counted else [] for row, at in enumerate(offsets)]
+
+    def _scores(
+        self, assigned: Assigned, rollouts: Rollouts, offsets: list[list[int]]
+    ) -> tuple[tuple[RowScores, ...], tuple[RowScores, ...]]:
+        """Return what the teachers say at these offsets, weighed by each row's reward, and what the start says."""
+        offsets, weights = weighed_rows(self.panel, self.host, self.tokenizer, assigned, rollouts.responses, offsets)
         given = rollouts.input_ids, rollouts.attention_mask, rollouts.completion_start, offsets, assigned.rows_at_once
         scores = score_rows(
             self.panel,
@@ -324,16 +244,15 @@ class PanelStep:
             readers=self._readers,
         )
         self.host.note(coverage(scores, [name for name, reader in self._readers.items() if reader.own_tokens]))
-        scores = [replace(one, weight=weight) for one, weight in zip(scores, weights, strict=True)]
-        anchor = () if self.anchor is None or not self.anchor.weight else tuple(self.anchor.score(*given))
-        corrections = None
-        if self.corrector is not None and self.host.training:
-            corrections = self.corrector.correct(assigned.assignments, assigned.rows, rollouts, wanted)
-            if corrections is not None and self.anchor is not None:
-                corrections = corrections.anchored(self.anchor, assigned.rows_at_once)
-        if self.host.training:
-            self.economics.add(responses, scores)
-        return ScoredRollouts(rollouts, tuple(scores), anchor, behaviour_logprobs, corrections)
+        anchor = self.anchor.score(*given) if self.anchor is not None and self.anchor.weight else ()
+        return tuple(replace(one, weight=w) for one, w in zip(scores, weights, strict=True)), tuple(anchor)
+
+    def _corrections(self, assigned: Assigned, rollouts: Rollouts, wanted: list[bool]) -> Corrections | None:
+        """Return the rows that text teachers add to those that are ``wanted``, with what the start says of them."""
+        if self.corrector is None or not self.host.training:
+            return None
+        found = self.corrector.correct(assigned.assignments, assigned.rows, rollouts, wanted)
+        return found if found is None or self.anchor is None else found.anchored(self.anchor, assigned.rows_at_once)
 
     def loss(self, hidden: Tensor, head: OutputHead, batch: MicroBatch | WarmupBatch) -> StepLoss:
         """Return the loss of a micro-batch; call it in the student's forward pass, on all ranks together.
@@ -376,7 +295,7 @@ class PanelStep:
         compared = preference_loss(self.panel, batch, scored, head, tokens, step=self.host.step)
         if compared is not None:
             total, divergence = total + compared.loss_sum, divergence + compared.loss_sum.detach()
-            self.host.note({"text/margin": float(compared.margins.mean())})
+            self._margin.add(compared.margins.sum(), len(compared.margins))
         if self.anchor is not None and self.anchor.weight > 0.0:
             total = total + self.anchor.loss(batch.anchor, scored, head, tokens, training=self.host.training)
         return StepLoss(total, divergence, found.entropy.sum(), len(tokens))
@@ -395,4 +314,7 @@ class PanelStep:
             found["divergence/start"] = self.anchor.read(
                 self.host.sum_over_ranks, self.host.device, training=self.host.training
             )
+        if self.panel.text.preference is not None and self.host.training:
+            margin = self._margin.read(self.host.sum_over_ranks, self.host.device)
+            found |= {} if margin is None else {"text/margin": margin}
         return found

@@ -29,7 +29,7 @@ from kd_plugin.panel.sampling import (
 from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.warmup import WarmupBatch
 from kd_plugin.rollouts.ahead import Lookahead
-from kd_plugin.rollouts.rows import mixed_seed, render
+from kd_plugin.rollouts.rows import mixed_seed
 from kd_plugin.rollouts.server_engine import ServerEngine
 from kd_plugin.signals import OutputHead
 from kd_plugin.trainers.panel_host import (
@@ -169,7 +169,7 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         for ahead, batches in fetched:
             number = step.host.step + ahead
             if self.panel_settings.warmup_cache_steps <= number < self.state.max_steps:
-                prompts = render(step.tokenizer, [row["prompt"] for row in rows_of(batches)], step.chat_options)
+                prompts = step.responder.prompts(rows_of(batches))
                 engine.begin(prompts, mixed_seed(self.args.seed, number, step.host.rank))
         return window
 

@@ -216,8 +216,7 @@ def test_a_rank_without_rows_of_its_own_joins_each_round_of_an_interleaved_gener
     step = step_of(panel_of(models, "routed"), tmp_path, rollouts="interleaved", on_policy_fraction=0.0)
     step.host.ranks = 2
     others = iter([[3], [2], [1], [0]])  # rows that the other rank still generates
-    monkeypatch.setattr("kd_plugin.panel.step.most_of_any_rank", lambda counts, device: next(others))
-    monkeypatch.setattr("kd_plugin.panel.interleaving.most_of_any_rank", lambda counts, device: next(others))
+    monkeypatch.setattr("kd_plugin.panel.responding.most_of_any_rank", lambda counts, device: next(others))
     rows = [{"prompt": "", "completion": "abc", "teacher_id": name} for name in "abab"]
     engine = Proposing()
     found = step.respond(step.assign(rows, 4), PROMPTS, engine)
