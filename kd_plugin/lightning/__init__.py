@@ -1,10 +1,11 @@
 """The Lightning host: callbacks for a module that is there already, and ready modules for configuration files.
 
-student.py finds the student and says what must hold · forward.py lets its forward pass compute the loss · step.py adds
-it to what a training step returns · offline.py and panel.py are the callbacks, callback.py what they share ·
-lineage.py follows every save · module.py, data.py and cli.py are for those who write YAML and no Python.
+student.py finds the student and says what must hold · step.py adds the loss to what a training step returns ·
+offline.py and panel.py are the callbacks, panel_host.py the trainer as the on-policy step sees it · lineage.py follows
+every save · module.py, data.py and cli.py are for those who write YAML and no Python.
 """
 
+from kd_plugin.launch.checkpoints import to_huggingface
 from kd_plugin.lightning.data import KDDataModule
 from kd_plugin.lightning.lineage import LicenseLineage
 from kd_plugin.lightning.module import OfflineKDModule, TeacherPanelModule
@@ -18,4 +19,5 @@ __all__ = [
     "OfflineKDModule",
     "TeacherPanelCorrection",
     "TeacherPanelModule",
+    "to_huggingface",
 ]

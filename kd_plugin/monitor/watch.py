@@ -22,7 +22,7 @@ from kd_plugin.panel.loss import MicroBatchLoss
 from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.panel.scoring import group_terms
 from kd_plugin.panel.settings import AlarmSettings
-from kd_plugin.rollouts.responses import Response, repetition
+from kd_plugin.rollouts.rows import Response, repetition
 from kd_plugin.signals import OutputHead
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,7 @@ from torch import Tensor
 from kd_plugin.panel.corrections import Corrections
 from kd_plugin.panel.roster import Assignment
 from kd_plugin.panel.scoring import RowScores, scored_positions
-from kd_plugin.rollouts.responses import Response
-from kd_plugin.rollouts.rows import Rollouts, by_length, left_aligned
+from kd_plugin.rollouts.rows import Response, Rollouts, by_length, left_aligned
 from kd_plugin.signals import OutputHead
 
 if TYPE_CHECKING:

@@ -19,8 +19,7 @@ import torch
 from kd_plugin.errors import DataError, ServerError
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import RowScores
-from kd_plugin.rollouts.responses import Response, until_end
-from kd_plugin.rollouts.rows import Rollouts, assembled, row_spans
+from kd_plugin.rollouts.rows import Response, Rollouts, assembled, row_spans, until_end
 from kd_plugin.signals import TextSignal
 from kd_plugin.text.correcting import CorrectingPanel
 from kd_plugin.text.correction import Outcome

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.panel.scoring import RowScores
-from kd_plugin.rollouts.responses import Response
+from kd_plugin.rollouts.rows import Response
 from kd_plugin.text.correcting import CorrectingPanel
 from kd_plugin.text.writers import Usage
 

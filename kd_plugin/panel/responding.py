@@ -18,16 +18,19 @@ from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import Signal, score_rows
 from kd_plugin.rollouts import Drawn, RolloutEngine
 from kd_plugin.rollouts.in_process import interleave
-from kd_plugin.rollouts.responses import completion_ids, cut_loops, require_prompts, until_end
 from kd_plugin.rollouts.rows import (
     Rollouts,
     assembled,
     behaviour_logprobs,
+    completion_ids,
+    cut_loops,
     left_padded,
     mixed_seed,
     on_policy_rows,
     render,
+    require_prompts,
     seeded,
+    until_end,
 )
 from kd_plugin.sharding.gathering import gathered_heads, most_of_any_rank
 from kd_plugin.signals import HiddenSignal, shared_mask

@@ -20,7 +20,7 @@ from kd_plugin.verifying import Verifier, make_verifier
 if TYPE_CHECKING:
     from kd_plugin.panel.batches import Assigned, Host
     from kd_plugin.panel.roster import TeacherPanel
-    from kd_plugin.rollouts.responses import Response
+    from kd_plugin.rollouts.rows import Response
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 in_process.py is the engine over transformers, decoding.py its loop. server_engine.py has vLLM servers generate:
 engine_settings.py declares how, engine_pool.py asks several of them, weights.py takes the student's weights there and
-parity.py sees whether they arrived. responses.py says where responses end and which tokens count, rows.py who fills a
-row and how rows are padded.
+parity.py sees whether they arrived. rows.py says who fills a row, where its response ends, which tokens count and how
+rows are padded.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from kd_plugin.rollouts.engine_settings import EngineSettings
 from kd_plugin.rollouts.in_process import Sampling
 from kd_plugin.settings import values_of
 from kd_plugin.teachers.client import Client, RefusedRequest
-from kd_plugin.teachers.connection import Connection
 from kd_plugin.teachers.replies import Asking, Listed
+from kd_plugin.teachers.served import Connection
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -19,8 +19,7 @@ from transformers import StoppingCriteriaList
 from kd_plugin.errors import NonFiniteError
 from kd_plugin.rollouts import Drawn, Propose
 from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_tokens
-from kd_plugin.rollouts.responses import StopLoops, until_end
-from kd_plugin.rollouts.rows import left_padded
+from kd_plugin.rollouts.rows import StopLoops, left_padded, until_end
 from kd_plugin.sharding.running import through
 from kd_plugin.vocab import Vocabulary
 

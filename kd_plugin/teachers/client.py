@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import requests
 import tenacity
 
 from kd_plugin.errors import ConfigError, ServerError
-from kd_plugin.teachers.connection import Connection
+
+if TYPE_CHECKING:
+    from kd_plugin.teachers.served import Connection
 
 logger = logging.getLogger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds; 8 retries wait for about 3 minutes in all

@@ -23,10 +23,9 @@ from kd_plugin.sharding.gathering import is_sharded
 from kd_plugin.signals import HiddenSignal, OutputHead
 from kd_plugin.teachers.base import Capabilities
 from kd_plugin.teachers.checkpoint_head import Checkpoint, HeldHead
-from kd_plugin.teachers.connection import Connection
 from kd_plugin.teachers.hidden_states import DTYPES, PATH, HiddenGreeting, shake_hands_with_pooler
 from kd_plugin.teachers.in_process import Placement
-from kd_plugin.teachers.served import ServedModel
+from kd_plugin.teachers.served import Connection, ServedModel
 
 Place = Literal["resident", "offload"]
 

@@ -22,8 +22,7 @@ from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.batches import Assigned, ScoredRollouts
 from kd_plugin.panel.sampling import sampled_teacher
 from kd_plugin.rollouts import Drawn, RolloutEngine
-from kd_plugin.rollouts.responses import as_responses
-from kd_plugin.rollouts.rows import Rollouts, behaviour_logprobs, mixed_seed
+from kd_plugin.rollouts.rows import Rollouts, as_responses, behaviour_logprobs, mixed_seed
 from kd_plugin.teachers import Teacher
 from kd_plugin.trainers.panel import PanelHostMixin
 from kd_plugin.trl.config import TeacherPanelConfig

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.errors import ConfigError, DataError
-from kd_plugin.rollouts.responses import require_prompts
-from kd_plugin.rollouts.rows import Span, left_padded, row_spans
+from kd_plugin.rollouts.rows import Span, left_padded, require_prompts, row_spans
 from kd_plugin.signals import HiddenSignal, SparseSignal
 from kd_plugin.views.align import Alignment, align, end_of_turn
 from kd_plugin.views.chunks import ChunkSignal, asked_positions, chunk_signal

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from kd_plugin.errors import ConfigError
 from kd_plugin.monitor.watch import AlarmSettings, LengthAlarm, Responses
 from kd_plugin.panel.anchor import starting_student
-from kd_plugin.rollouts.responses import ends_in_loop, loop_end, repetition
+from kd_plugin.rollouts.rows import ends_in_loop, loop_end, repetition
 from kd_plugin.vocab import Vocabulary
 from tests.tiny import byte_tokenizer, tiny_llama
 

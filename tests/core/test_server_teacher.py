@@ -21,7 +21,7 @@ from kd_plugin.errors import (
 )
 from kd_plugin.lineage import RunLineage, Source
 from kd_plugin.teachers import Teacher, client
-from kd_plugin.teachers.connection import Connection
+from kd_plugin.teachers.served import Connection
 from kd_plugin.text import ServerWriter, TextServerTeacher
 from tests.fake_vllm import fake_vllm
 from tests.tiny import byte_tokenizer, save_tiny, tiny_llama

@@ -11,8 +11,7 @@ from kd_plugin.cache import Generation, TopK
 from kd_plugin.cli.main import main
 from kd_plugin.errors import DataError
 from kd_plugin.rollouts import Drawn
-from kd_plugin.rollouts.responses import as_responses, completion_ids
-from kd_plugin.rollouts.rows import render
+from kd_plugin.rollouts.rows import as_responses, completion_ids, render
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.core.cache_help import prompt_rows
 from tests.fake_vllm import Behaviour, fake_vllm

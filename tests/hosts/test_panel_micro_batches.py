@@ -7,8 +7,7 @@ from kd_plugin.monitor.traces import read_rollouts
 from kd_plugin.panel import RowScores
 from kd_plugin.panel.batches import ScoredRollouts
 from kd_plugin.panel.roster import Assignment
-from kd_plugin.rollouts.responses import Response
-from kd_plugin.rollouts.rows import Rollouts, Span
+from kd_plugin.rollouts.rows import Response, Rollouts, Span
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.hosts.runs import Trace, assert_same, losses, prompts, settings
 

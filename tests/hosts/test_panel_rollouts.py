@@ -12,7 +12,7 @@ from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.reference import divergence_from_logits
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.rollouts import decoding as generation
-from kd_plugin.rollouts.responses import cut_loops
+from kd_plugin.rollouts.rows import cut_loops
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.hosts.runs import LORA, TOPICS, assert_same, losses, prompts, settings, weights

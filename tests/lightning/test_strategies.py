@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kd_plugin.lightning.convert import to_huggingface
+from kd_plugin.lightning import to_huggingface
 from kd_plugin.lineage import load_record, verify
 from tests.lightning.launch import run_ranks
 from tests.lightning.ranks import STEPS
