@@ -1,38 +1,44 @@
 """Two ranks of data parallelism are one process with their rows together."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from kd_plugin.cache import Sampled, TeacherCache, TopK
+from kd_plugin.cache import Sampled, TopK
 from kd_plugin.capturing import capture
 from kd_plugin.teachers import LocalTeacher
 from tests.equivalence.test_offline_packing import COMPLETIONS, TEXTS
 from tests.hosts.runs import assert_same, launched
 
+VARIANTS = {
+    "padded rows": ("tied", COMPLETIONS, TopK(16), ()),
+    "partial": ("padded", COMPLETIONS, TopK(16), ("partial",)),
+    "packed": ("softcapped", TEXTS, Sampled(20), ("packed",)),
+    "streamed": ("biased", TEXTS, TopK(8), ("streamed",)),
+}
 
-def run(directory: Path, cache: TeacherCache, student: str, ranks: int, rows_a_rank: int, *options: str) -> dict:
-    directory.mkdir()
-    launched("tests.hosts.offline_worker", ranks, directory, cache.path, student, rows_a_rank, *options)
-    return torch.load(directory / "result.pt")
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, variant_dir, teacher_dir):
+    """What the run of each variant left, by the number of ranks."""
+    directory, teacher = tmp_path_factory.mktemp("ranks"), LocalTeacher(teacher_dir, dtype="float32")
+    caches = {}
+    for name, (_, rows, targets, _) in VARIANTS.items():
+        caches[name] = capture(rows, teacher, directory / f"cache {name}", targets=targets, progress=False)
+        caches[name].dataset()  # built once, before two processes ask for it
+    found = {}
+    for ranks in (1, 2):
+        jobs = []
+        for name, (variant, _, _, options) in VARIANTS.items():
+            out = directory / f"{name} on {ranks}"
+            out.mkdir()
+            jobs.append((out, caches[name].path, variant_dir(variant), 2 // ranks, *options))
+        launched("tests.hosts.offline_worker", ranks, *jobs)
+        found |= {(name, ranks): torch.load(directory / f"{name} on {ranks}" / "result.pt") for name in VARIANTS}
+    return found
 
 
-@pytest.mark.parametrize(
-    ("variant", "rows", "targets", "options"),
-    [
-        ("tied", COMPLETIONS, TopK(16), ()),
-        ("padded", COMPLETIONS, TopK(16), ("partial",)),
-        ("softcapped", TEXTS, Sampled(20), ("packed",)),
-        ("biased", TEXTS, TopK(8), ("streamed",)),
-    ],
-    ids=["padded rows", "partial", "packed", "streamed"],
-)
-def test_two_ranks_train_as_one_process(variant, rows, targets, options, tmp_path, variant_dir, teacher_dir):
-    teacher, student = LocalTeacher(teacher_dir, dtype="float32"), variant_dir(variant)
-    cache = capture(rows, teacher, tmp_path / "cache", targets=targets, progress=False)
-    cache.dataset()  # built once, before two processes ask for it
-    one = run(tmp_path / "one", cache, student, 1, 2, *options)
-    two = run(tmp_path / "two", cache, student, 2, 1, *options)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_ranks_train_as_one_process(name, results):
+    one, two = results[name, 1], results[name, 2]
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4) and len(one["losses"]) == 4
     assert_same(two["weights"], one["weights"], 1e-4)

@@ -1,14 +1,12 @@
 """One rank of an evaluation of both trainers on an uneven number of rows; leaves what was measured."""
 
 import json
-import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from kd_plugin.sharding.gathering import close_process_group
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig, TeacherPanelTrainer
-from tests.hosts.runs import prompts, settings
+from tests.hosts.runs import prompts, settings, work
 from tests.hosts.test_parents_features import ROWS
 from tests.tiny import byte_tokenizer
 
@@ -65,5 +63,4 @@ def main(directory: str, student: str, teacher: str, cache: str, batch: str) -> 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    close_process_group()
+    work(main)

@@ -1,15 +1,13 @@
 """One rank of an offline run on the cache, student and directory that it is told; leaves losses and weights."""
 
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from kd_plugin.cache import TeacherCache
-from kd_plugin.sharding.gathering import close_process_group
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
-from tests.hosts.runs import losses, settings, weights
+from tests.hosts.runs import losses, settings, weights, work
 from tests.tiny import byte_tokenizer
 
 
@@ -33,5 +31,4 @@ def main(directory: str, cache: str, student: str, rows_a_rank: str, *options: s
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    close_process_group()
+    work(main)

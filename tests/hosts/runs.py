@@ -1,15 +1,21 @@
 """Short, deterministic training runs, and what they leave behind."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
+
+from kd_plugin.sharding.gathering import close_process_group
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 TOPICS = ["one plus two", "the sea", "a red bird", "what is time", "count to six", "say hello", "why rain", "odd"]
@@ -69,13 +75,23 @@ def assert_same(mine: dict, theirs: dict, relative: float = 1e-4) -> None:
     assert difference <= relative * size, f"differs by {float(difference / size):.2e} of the norm"
 
 
-def launched(module: str, ranks: int, *arguments) -> None:
-    """Run a worker module of the tests as one process, or as several ranks under torchrun; it must end well."""
-    launch = [sys.executable]
-    if ranks > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+def launched(module: str, ranks: int, *jobs: Sequence[Any]) -> None:
+    """Have the ``main`` of a worker module do some jobs one after the other; it must end well.
+
+    Args:
+        module: of the tests; it ends with :func:`work`.
+        ranks: 1 does the jobs in this process; more are launched under torchrun, once for all jobs, because importing
+            torch and a trainer takes each process longer than most jobs.
+        jobs: the arguments of ``main``, as text.
+    """
+    told = [list(map(str, job)) for job in jobs]
+    if ranks == 1:
+        for arguments in told:
+            import_module(module).main(*arguments)
+        return
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     done = subprocess.run(
-        [*launch, "-m", module, *map(str, arguments)],
+        [*launch, "-m", module, json.dumps(told)],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -83,3 +99,10 @@ def launched(module: str, ranks: int, *arguments) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-6000:]
+
+
+def work(main: Callable[..., None]) -> None:
+    """Do the jobs of the command line, as one rank, and leave the process group."""
+    for arguments in json.loads(sys.argv[1]):
+        main(*arguments)
+    close_process_group()

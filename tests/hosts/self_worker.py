@@ -1,13 +1,11 @@
 """One rank of a run whose student teaches itself by its average; leaves losses, and both sets of weights."""
 
-import sys
 from pathlib import Path
 
 import torch
 
 from kd_plugin import SelfTeacher
-from kd_plugin.sharding.gathering import close_process_group
-from tests.hosts.runs import losses, weights
+from tests.hosts.runs import losses, weights, work
 from tests.hosts.test_self_teacher import of_teacher, panel_of, rows
 from tests.transformers.test_panel_host import GREEDY, build
 
@@ -25,5 +23,4 @@ def main(directory: str, student: str, rows_a_rank: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    close_process_group()
+    work(main)

@@ -152,7 +152,7 @@ def test_two_ranks_measure_what_one_does(tmp_path, student_dir, teacher_dir, cac
     found = {}
     for name, ranks, batch in (("one", 1, 16), ("two", 2, 2)):
         (tmp_path / name).mkdir()
-        launched("tests.hosts.eval_worker", ranks, tmp_path / name, student_dir, teacher_dir, cache.path, batch)
+        launched("tests.hosts.eval_worker", ranks, (tmp_path / name, student_dir, teacher_dir, cache.path, batch))
         found[name] = json.loads((tmp_path / name / "report.json").read_text())
     for job, expected in found["one"].items():
         if "padding-free" not in job:  # rows of one batch see each other there

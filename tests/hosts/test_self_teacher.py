@@ -277,7 +277,7 @@ def test_two_ranks_have_the_average_of_one(student, tmp_path):
     for ranks, count in ((1, 8), (2, 4)):
         out = tmp_path / str(ranks)
         out.mkdir()
-        launched("tests.hosts.self_worker", ranks, out, student, count)
+        launched("tests.hosts.self_worker", ranks, (out, student, count))
         found[ranks] = [torch.load(out / f"{rank}.pt") for rank in range(ranks)]
     (one,), two = found[1], found[2]
     assert two[0]["losses"] == pytest.approx(one["losses"], rel=1e-4) and len(one["losses"]) == 3

@@ -1,13 +1,11 @@
 """One rank of an offline run on a plain Trainer; leaves losses, weights and what an evaluation measured."""
 
-import sys
 from pathlib import Path
 
 import torch
 
 from kd_plugin.cache import TeacherCache
-from kd_plugin.sharding.gathering import close_process_group
-from tests.hosts.runs import losses, weights
+from tests.hosts.runs import losses, weights, work
 from tests.transformers.help import build, tokenized
 
 
@@ -31,5 +29,4 @@ def main(directory: str, cache: str, student: str, rows_a_rank: str, option: str
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    close_process_group()
+    work(main)

@@ -1,12 +1,10 @@
 """One rank of a panel run on a plain Trainer; leaves losses, weights and what an evaluation measured."""
 
-import sys
 from pathlib import Path
 
 import torch
 
-from kd_plugin.sharding.gathering import close_process_group
-from tests.hosts.runs import losses, prompts, weights
+from tests.hosts.runs import losses, prompts, weights, work
 from tests.transformers.test_panel_host import GREEDY, ROUTES, build
 
 
@@ -25,5 +23,4 @@ def main(directory: str, student: str, first: str, second: str, rows_a_rank: str
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    close_process_group()
+    work(main)

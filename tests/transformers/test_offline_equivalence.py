@@ -175,17 +175,29 @@ def test_a_shift_by_one_token_is_far_outside_the_tolerance(caches, live, tmp_pat
         assert shifted == pytest.approx(reference, rel=2e-3)
 
 
-@pytest.mark.parametrize("option", ["plain", "partial", "streamed"])
-def test_two_ranks_train_as_one_process(option, caches, tmp_path, student_dir):
-    cache = caches["half" if option == "partial" else "all"]
-    cache.dataset()  # built once, before two processes ask for it
-    found = []
-    for ranks, rows in ((1, 4), (2, 2)):
-        out = tmp_path / f"{ranks}"
-        out.mkdir()
-        launched("tests.transformers.offline_worker", ranks, out, cache.path, student_dir, rows, option)
-        found.append(torch.load(out / "result.pt"))
-    one, two = found
+OPTIONS = ["plain", "partial", "streamed"]
+
+
+@pytest.fixture(scope="module")
+def of_ranks(caches, tmp_path_factory, student_dir):
+    """What the run of each option left, by the number of ranks."""
+    directory, found = tmp_path_factory.mktemp("ranks"), {}
+    for ranks in (1, 2):
+        jobs = []
+        for option in OPTIONS:
+            cache = caches["half" if option == "partial" else "all"]
+            cache.dataset()  # built once, before two processes ask for it
+            out = directory / f"{option} on {ranks}"
+            out.mkdir()
+            jobs.append((out, cache.path, student_dir, 4 // ranks, option))
+        launched("tests.transformers.offline_worker", ranks, *jobs)
+        found |= {(option, ranks): torch.load(directory / f"{option} on {ranks}" / "result.pt") for option in OPTIONS}
+    return found
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_two_ranks_train_as_one_process(option, of_ranks):
+    one, two = of_ranks[option, 1], of_ranks[option, 2]
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4) and len(one["losses"]) == 4
     assert_same(two["weights"], one["weights"], 1e-4)
     assert two["eval"] == pytest.approx(one["eval"], rel=1e-4)

@@ -4,10 +4,6 @@ Tolerance as in tests/equivalence for TRL: 1e-4 relative in float32.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +19,7 @@ from kd_plugin.lineage import load_record
 from kd_plugin.lineage.trainer_callback import lineage_callback
 from kd_plugin.transformers import PanelSettings, TeacherPanelMixin
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
-from tests.hosts.runs import Trace, assert_same, losses, prompts, settings, weights
+from tests.hosts.runs import Trace, assert_same, launched, losses, prompts, settings, weights
 from tests.tiny import byte_tokenizer, save_tiny
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -171,14 +167,8 @@ def test_two_ranks_take_the_steps_of_one(tmp_path, student_dir, teacher_dir, oth
     for ranks, rows in ((1, 8), (2, 4)):
         out = tmp_path / str(ranks)
         out.mkdir()
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        done = subprocess.run(
-            [sys.executable, *launch, "-m", "tests.transformers.panel_worker", str(out), student_dir, teacher_dir,
-             other_teacher_dir, str(rows)],
-            cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-            timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        job = (out, student_dir, teacher_dir, other_teacher_dir, rows)
+        launched("tests.transformers.panel_worker", ranks, job)
         found.append(torch.load(out / "result.pt"))
     one, two = found
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4) and len(one["losses"]) == 3

@@ -7,25 +7,37 @@ from kd_plugin.lineage.data import TEXT_RECORD
 from kd_plugin.text.dataset import text_source
 from tests.hosts.runs import assert_same, launched
 
+JOBS = {"text": ("", ""), "preference": ("dpo", ""), "dies": ("", "one")}  # the last for one of two ranks
 
-@pytest.mark.parametrize("preference", ["", "dpo"])
-def test_two_ranks_take_the_steps_of_one(preference, tmp_path, student_dir):
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory, student_dir):
+    """Return where each job left what it did, by the number of ranks."""
+    root, found = tmp_path_factory.mktemp("ranks"), {}
+    for ranks in (1, 2):
+        names = [name for name in JOBS if ranks == 2 or name != "dies"]
+        found |= {(name, ranks): root / f"{name} on {ranks}" for name in names}
+        for name in names:
+            found[name, ranks].mkdir()
+        jobs = [(found[name, ranks], student_dir, 8 // ranks, *JOBS[name]) for name in names]
+        launched("tests.transformers.text_worker", ranks, *jobs)
+    return found
+
+
+@pytest.mark.parametrize("name", ["text", "preference"])
+def test_two_ranks_take_the_steps_of_one(name, directories):
     """Two of eight rows are corrected, of a rank's four often none; no rank waits for another, and the mean is one."""
-    found = []
-    for ranks, rows in ((1, 8), (2, 4)):
-        out = tmp_path / f"{ranks}"
-        out.mkdir()
-        launched("tests.transformers.text_worker", ranks, out, student_dir, rows, preference, "")
-        found.append(torch.load(out / "result-0.pt"))
-        assert text_source(out / "run" / "rounds" / "round-0000").record["outputs"]["rows"] == 24
-    one, two = found
+    for ranks in (1, 2):
+        round_0 = directories[name, ranks] / "run" / "rounds" / "round-0000"
+        assert text_source(round_0).record["outputs"]["rows"] == 24
+    one, two = (torch.load(directories[name, ranks] / "result-0.pt") for ranks in (1, 2))
     assert len(one["losses"]) == 3 and one["losses"][0] > 0
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
     assert_same(two["weights"], one["weights"], 1e-3)
 
 
-def test_a_teacher_that_dies_for_one_rank_ends_both(tmp_path, student_dir):
-    launched("tests.transformers.text_worker", 2, tmp_path, student_dir, 4, "", "one")
-    first, second = (torch.load(tmp_path / f"result-{rank}.pt")["failed"] for rank in (0, 1))
+def test_a_teacher_that_dies_for_one_rank_ends_both(directories):
+    where = directories["dies", 2]
+    first, second = (torch.load(where / f"result-{rank}.pt")["failed"] for rank in (0, 1))
     assert "on 1 other rank(s)" in first and "cannot be reached" in second
-    assert not (tmp_path / "run" / "rounds" / "round-0000" / TEXT_RECORD).exists()
+    assert not (where / "run" / "rounds" / "round-0000" / TEXT_RECORD).exists()

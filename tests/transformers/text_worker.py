@@ -1,15 +1,13 @@
 """One rank of a run on a plain Trainer with a text teacher that corrects few rows, so that a rank may have none."""
 
-import sys
 from pathlib import Path
 
 import torch
 
 from kd_plugin.errors import ServerError
 from kd_plugin.panel import TeacherPanel
-from kd_plugin.sharding.gathering import close_process_group
 from kd_plugin.text.correction import CorrectionSettings
-from tests.hosts.runs import losses, prompts, weights
+from tests.hosts.runs import losses, prompts, weights, work
 from tests.text_teachers import ScriptedTeacher
 from tests.transformers.test_panel_host import GREEDY, build
 
@@ -35,5 +33,4 @@ def main(directory: str, student: str, rows_a_rank: str, preference: str, dies: 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    close_process_group()
+    work(main)
