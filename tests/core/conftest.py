@@ -4,7 +4,9 @@ import pytest
 
 from kd_plugin import LocalTeacher
 from kd_plugin.teachers import client
+from tests.core.text_help import right
 from tests.fake_vllm import fake_vllm
+from tests.scripted_writer import Script, scripted_writer
 
 
 @pytest.fixture
@@ -22,3 +24,10 @@ def served(local, tokenizer, short_pauses):
     """Yield the url of the server, and what a test may change of its behaviour."""
     with fake_vllm(local.model, tokenizer) as (url, behaviour):
         yield url, behaviour
+
+
+@pytest.fixture
+def writing():
+    """Yield the url of a server that writes right answers, and the script that a test may change."""
+    with scripted_writer(Script(write=right)) as found:
+        yield found

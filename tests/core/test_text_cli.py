@@ -9,7 +9,7 @@ import yaml
 from kd_plugin import text as text_room
 from kd_plugin.cli.main import main
 from kd_plugin.text import LocalWriter, ServerWriter, TextSettings, load_text
-from tests.core.test_text_capture import right
+from tests.core.text_help import right
 from tests.core.text_worker import questions
 from tests.scripted_writer import Script, scripted_writer
 
