@@ -69,8 +69,9 @@ def preference_loss(
     spans = [slice(end - len(one.positions), end) for end, one in zip(ends, batch.scores, strict=True)]
     rows = [row for pair in batch.pairs for row in pair]
     where = torch.cat([torch.arange(spans[row].start, spans[row].stop) for row in rows]).to(hidden.device)
-    lengths = torch.tensor([len(batch.scores[row].positions) for row in rows])
-    owner = torch.repeat_interleave(torch.arange(len(rows)), lengths).to(hidden.device)  # which row each token is of
+    counts = [len(batch.scores[row].positions) for row in rows]
+    owners = [number for number, count in enumerate(counts) for _ in range(count)]  # which row each token is of
+    owner = torch.tensor(owners, dtype=torch.int64).to(hidden.device)
     chosen, target = hidden.index_select(0, where), tokens.index_select(0, where)
     once = torch.ones(len(target), device=hidden.device)
     certain = TextSignal(target, once).as_list()
@@ -79,7 +80,7 @@ def preference_loss(
         start = torch.cat([_start(batch, row, tokens[spans[row]]) for row in rows])
         ratios = torch.zeros(len(rows), dtype=own.dtype, device=own.device).index_add_(0, owner, own - start.to(own))
         margins = beta * (ratios[0::2] - ratios[1::2])
-        size = (lengths[0::2] + lengths[1::2]).to(own)
+        size = torch.tensor([a + b for a, b in zip(counts[0::2], counts[1::2], strict=True)]).to(own)
         weight = torch.tensor(
             [text_weight(panel, batch.scores[a].assignment, step) for a, _ in batch.pairs], device=own.device
         ).to(own)

@@ -327,13 +327,14 @@ def group_terms(
 
     groups = []
     for teachers, rows in rows_of.items():
-        counts = torch.tensor([len(scores[b].positions) for b in rows])
+        counts = [len(scores[b].positions) for b in rows]
         positions = None
-        if int(counts.sum()) != total:
+        if sum(counts) != total:
             spans = [torch.arange(starts[b], starts[b] + len(scores[b].positions)) for b in rows]
             positions = torch.cat(spans).to(device, non_blocking=True)
         by_row = torch.tensor([_weights(panel, scores[b], teachers, step) for b in rows])
-        by_position = by_row.repeat_interleave(counts, dim=0).to(device, non_blocking=True)
+        by_position = by_row.repeat_interleave(torch.tensor(counts), dim=0, output_size=sum(counts))
+        by_position = by_position.to(device, non_blocking=True)
         terms = [_asked(name, [scores[b] for b in rows], by_position[:, i]) for i, name in enumerate(teachers)]
         groups.append(GroupTerms(positions, tuple(terms)))
     return groups
