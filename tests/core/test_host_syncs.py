@@ -121,7 +121,7 @@ def test_the_loss_of_a_micro_batch_reads_nothing(combine, estimator, tmp_path):
     panel = TeacherPanel({"a": local("a", 2, 48), "b": local("b", 3, 64)}, combine=combine, estimator=chosen)
     step = step_of(panel, tmp_path)
     step.host.is_logged = False  # where a step is logged, its rollouts are read and saved
-    step.anchor = Anchor(local("start", 1, 32), 0.1, 1.0)
+    step.anchor = Anchor(local("start", 4, 32), 0.1, 1.0)
     for hidden, head, batch in micro_batches(step, scored_by(step, "abab")):
         with no_reads():
             loss = step.loss(hidden, head, batch)
