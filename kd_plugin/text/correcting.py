@@ -29,6 +29,7 @@ class CorrectingPanel:
         teachers: name to teacher.
         settings: how they evaluate and correct.
         prices: name to what its tokens cost.
+        budget: counts what they take; None for one of its own.
 
     Attributes:
         budget: what each read, wrote and cost so far, on this rank.
@@ -41,11 +42,12 @@ class CorrectingPanel:
         teachers: Mapping[str, TextTeacher],
         settings: CorrectionSettings,
         prices: Mapping[str, Prices] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.teachers, self.settings = dict(teachers), settings
         self.prices = dict.fromkeys(self.teachers, Prices()) | dict(prices or {})
         self.check = settings.check()
-        self.budget = Budget(settings.ceiling)
+        self.budget = Budget(settings.ceiling) if budget is None else budget
         self.unparsed = dict.fromkeys(self.teachers, 0)
         self.missing: list[str] = []
 
@@ -84,7 +86,7 @@ class CorrectingPanel:
             for name in self._alive()
         }
         candidates = self._candidates(cases, short, evaluations)
-        candidates = self._judged(cases, candidates)
+        candidates = self._judged(cases, candidates, evaluations)
         return [
             Outcome(case, right, evaluated, tuple(written), _best(written, case.teachers))
             for case, right, evaluated, written in zip(cases, rights, evaluations, candidates, strict=True)
@@ -114,7 +116,12 @@ class CorrectingPanel:
                     candidates[n].append(Candidate(name, replace(correction, text=text)))
         return candidates
 
-    def _judged(self, cases: Sequence[Case], candidates: Sequence[list[Candidate]]) -> list[list[Candidate]]:
+    def _judged(
+        self,
+        cases: Sequence[Case],
+        candidates: Sequence[list[Candidate]],
+        evaluations: Sequence[Mapping[str, Evaluation]],
+    ) -> list[list[Candidate]]:
         """Say of each correction whether it is accepted."""
         how = self.settings.accepts
         if how == "teacher":
@@ -128,10 +135,12 @@ class CorrectingPanel:
                     [replace(one, right=r, accepted=r is True) for one, r in zip(written, rights, strict=True)]
                 )
             return found
-        return self._voted(cases, candidates)
+        voted = self._voted(cases, candidates)
+        threshold = self.settings.threshold
+        return [elected(written, own, threshold) for written, own in zip(voted, evaluations, strict=True)]
 
     def _voted(self, cases: Sequence[Case], candidates: Sequence[list[Candidate]]) -> list[list[Candidate]]:
-        """Have the other teachers of a row evaluate each correction; more than half of them must find it good."""
+        """Have the other teachers of a row evaluate each correction."""
         places = [(n, k) for n, written in enumerate(candidates) for k in range(len(written))]
         asked = {
             name: [
@@ -145,10 +154,9 @@ class CorrectingPanel:
         for name, said in found.items():
             for i, vote in zip(asked[name], said, strict=True):
                 votes[i][name] = vote
-        judged: list[list[Candidate]] = [[] for _ in candidates]
+        judged: list[list[Candidate]] = [[] for _ in cases]
         for (n, k), own in zip(places, votes, strict=True):
-            good = sum(vote.score is not None and vote.score >= self.settings.threshold for vote in own.values())
-            judged[n].append(replace(candidates[n][k], votes=own, accepted=good > len(own) / 2))
+            judged[n].append(replace(candidates[n][k], votes=own))
         return judged
 
     def _right(self, response: str, case: Case, where: str) -> bool | None:
@@ -217,6 +225,35 @@ class CorrectingPanel:
                 "%d of %d replies of text teacher %r count as none (asked for: %s); the first: %s.",
                 *(len(problems), len(said), name, what, problems[0]),
             )
+
+
+def elected(written: Sequence[Candidate], evaluations: Mapping[str, Evaluation], threshold: float) -> list[Candidate]:
+    """Return a response's corrections, those accepted that the row's other teachers find good.
+
+    A correction with more than half of the others is accepted. Where none has that, one that splits them evenly is
+    accepted by its writer's own word, if nothing speaks against it: fewer teachers find the response itself good, and
+    any other correction that splits them evenly has the same teachers behind it.
+
+    Args:
+        written: with their votes.
+        evaluations: teacher's name to what it thinks of the response.
+        threshold: score from which a text is good.
+    """
+    behind = [{one.teacher} | _finding_good(one.votes, threshold) for one in written]
+    majority = [2 * (len(names) - 1) > len(one.votes) for one, names in zip(written, behind, strict=True)]
+    if any(majority):
+        return [replace(one, accepted=accepted) for one, accepted in zip(written, majority, strict=True)]
+    even = [
+        bool(one.votes) and 2 * (len(names) - 1) == len(one.votes) for one, names in zip(written, behind, strict=True)
+    ]
+    tied = {frozenset(names) for names, is_even in zip(behind, even, strict=True) if is_even}
+    of_one_mind = len(tied) == 1 and len(next(iter(tied))) > len(_finding_good(evaluations, threshold))
+    return [replace(one, accepted=is_even and of_one_mind) for one, is_even in zip(written, even, strict=True)]
+
+
+def _finding_good(said: Mapping[str, Evaluation], threshold: float) -> set[str]:
+    """Return who finds a text good; a reply that says nothing does not."""
+    return {name for name, one in said.items() if one.score is not None and one.score >= threshold}
 
 
 def _best(written: Sequence[Candidate], order: Sequence[str]) -> Candidate | None:

@@ -41,8 +41,8 @@ class CorrectionSettings:
     accept: str | None = option(
         default=None,
         help="Who accepts a correction: 'verifier', 'majority' (more than half of the other text teachers of the row "
-        "score it `threshold` or higher), or 'teacher' (whoever wrote it). Left out, the verifier where there is one, "
-        "else the majority.",
+        "score it `threshold` or higher; at an even split the writer's own word decides, where nothing speaks "
+        "against it), or 'teacher' (whoever wrote it). Left out, the verifier where there is one, else the majority.",
     )
     verifier: Any = option(
         default=None,
