@@ -211,7 +211,7 @@ class PanelRun:
         settings, rounds = self.settings, None
         if self.panel.text_teachers and not self.panel.text.recorded:
             rounds = RoundWriter(
-                Path(output_dir, ROUNDS, "round-0000"),
+                Path(output_dir, ROUNDS),
                 self._text_lineage,
                 rank=host.rank,
                 answer_column=self.panel.text.answer_column,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kd_plugin.errors import DataError, ServerError
+from kd_plugin.panel.economics import Economics
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import RowScores
 from kd_plugin.rollouts.rows import Response, Rollouts, assembled, row_spans, until_end
@@ -25,6 +26,7 @@ from kd_plugin.text.correcting import CorrectingPanel
 from kd_plugin.text.correction import Outcome
 from kd_plugin.text.rounds import RoundWriter
 from kd_plugin.text.teaching import Case
+from kd_plugin.text.writers import Usage
 from kd_plugin.vocab import Vocabulary
 
 if TYPE_CHECKING:
@@ -127,18 +129,23 @@ class Corrector:
     Args:
         panel: with text teachers.
         host: the trainer.
+        economics: counts what the run takes.
         tokenizer: the student's.
         end_tokens: ids that end a response.
         pad_token_id: fills up short rows.
         vocabulary: of the run; a correction with another token is left out.
         max_length: tokens of a correction at most; None for no limit.
         rounds: keeps all that is said; None where nobody says anything new.
+
+    Attributes:
+        stopped: whether the ceiling is reached, and nobody is asked any more.
     """
 
     def __init__(
         self,
         panel: TeacherPanel,
         host: Host,
+        economics: Economics,
         tokenizer: Any,
         end_tokens: Sequence[int],
         pad_token_id: int,
@@ -148,10 +155,11 @@ class Corrector:
         rounds: RoundWriter | None = None,
     ) -> None:
         self.panel, self.host, self.tokenizer = panel, host, tokenizer
-        self.asked = CorrectingPanel(panel.text_teachers, panel.text, panel.prices)
+        self.economics = economics
+        self.asked = CorrectingPanel(panel.text_teachers, panel.text, panel.prices, economics.budget)
         self.vocabulary, self.end_tokens, self.pad_token_id = vocabulary, tuple(end_tokens), pad_token_id
         self.max_length, self.rounds = max_length, rounds
-        self._stopped = False
+        self.stopped, self._begun = False, False
 
     def correct(
         self,
@@ -175,10 +183,12 @@ class Corrector:
             ServerError: too few teachers can be reached, on this rank or on another.
             DataError: the verifier failed.
         """
+        if not self._begun:
+            self._begin()
         cases, numbers = [], []
         for number, (assignment, row, is_wanted) in enumerate(zip(assignments, rows, wanted, strict=True)):
             teachers = tuple(name for name in assignment.teachers if name in self.panel.text_teachers)
-            if teachers and is_wanted and not self._stopped:
+            if teachers and is_wanted and not self.stopped:
                 tokens = rollouts.responses[number].tokens
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 cases.append(Case(row.get("prompt"), text, row, teachers, tokens))
@@ -190,6 +200,7 @@ class Corrector:
         except ServerError as error:
             failure = error
         departures, unusable = ([], 0) if failure else self._departures(outcomes, numbers, rollouts)
+        self._hold_ceiling()
         self._agree(outcomes, sum(not one.is_kept for one in departures), unusable, failure)
         if self.rounds is not None and outcomes:
             self.rounds.keep(self.host.step, outcomes)
@@ -197,9 +208,34 @@ class Corrector:
 
     def finish(self) -> None:
         """Make a dataset of what was kept; a collective call: all ranks have written before one says so."""
-        self.host.sum_over_ranks(torch.zeros(1, device=self.host.device))
+        spent = self.economics.totals(self.host.sum_over_ranks, self.host.device)
         if self.rounds is not None and self.host.rank == 0:
-            self.rounds.close(self.asked.budget)
+            self.rounds.close(spent)
+
+    def _begin(self) -> None:
+        """Take up what the run has spent before this process; a collective call: all know where before one writes."""
+        self._begun = True
+        if self.rounds is not None:
+            before = self.rounds.begin(self.host.step)
+            if self.host.rank == 0:
+                self.economics.resume(before)
+        self._hold_ceiling()
+
+    def _hold_ceiling(self) -> None:
+        """Write down what was spent, and stop where that is all that may be; a collective call."""
+        spent = self.economics.totals(self.host.sum_over_ranks, self.host.device)
+        cost, ceiling = self.economics.cost_of_text(spent), self.panel.text.ceiling
+        said = any(spent.usage[name] != Usage() for name in self.panel.text_teachers)
+        if said and self.rounds is not None and self.host.rank == 0:
+            self.rounds.note(spent)
+        if ceiling is not None and cost >= ceiling and not self.stopped:
+            self.stopped = True
+            logger.warning(
+                "The text teachers have cost %.4f, and the ceiling is %s. Training stops, and what was learned is "
+                "saved. With a higher ceiling it goes on from the last checkpoint.",
+                *(cost, ceiling),
+            )
+            self.host.stop()
 
     def _departures(
         self, outcomes: Sequence[Outcome], numbers: Sequence[int], rollouts: Rollouts
@@ -240,10 +276,10 @@ class Corrector:
         local = [
             *(len(outcomes), sum(bool(o.candidates) for o in outcomes), accepted, unusable),
             *(len(known), sum(known), len(scores), sum(scores)),
-            *(sum(self.asked.unparsed.values()), len(self.asked.missing), failure is not None, self.asked.budget.spent),
+            *(sum(self.asked.unparsed.values()), len(self.asked.missing), failure is not None),
         ]
         sums = self.host.sum_over_ranks(torch.tensor(local, dtype=torch.float64, device=self.host.device)).tolist()
-        asked, written, accepted_all, unusable_all, judged, right, scored, total, unparsed, missing, failed, cost = sums
+        asked, written, accepted_all, unusable_all, judged, right, scored, total, unparsed, missing, failed = sums
         if failure is not None:
             raise failure
         if failed:
@@ -260,15 +296,6 @@ class Corrector:
         if scored:
             noted["text/score"] = total / scored
         self.host.note(noted)
-        ceiling = self.panel.text.ceiling
-        if ceiling is not None and cost >= ceiling and not self._stopped:
-            self._stopped = True
-            logger.warning(
-                "The text teachers have cost %.4f, and the ceiling is %s. Training stops, and what was learned is "
-                "saved.",
-                *(cost, ceiling),
-            )
-            self.host.stop()
 
     def _rows(
         self, departures: Sequence[Departure], assignments: Sequence[Assignment], rollouts: Rollouts

@@ -116,11 +116,13 @@ class PanelStep:
         self._margin = RunningMean()
         self._followed: int | None = None
         self.collecting = False  # responses are corrected and kept, and nothing is scored
+        self.economics = Economics(panel)
         self.corrector: Corrector | None = None
         if panel.text_teachers:
             self.corrector = Corrector(
                 panel,
                 host,
+                self.economics,
                 tokenizer,
                 end_tokens,
                 pad_token_id,
@@ -128,7 +130,6 @@ class PanelStep:
                 max_length=settings.max_completion_length,
                 rounds=rounds,
             )
-        self.economics = Economics(panel, None if self.corrector is None else self.corrector.asked)
 
     # Warm-up from caches
 
@@ -214,9 +215,9 @@ class PanelStep:
             self.monitor.observe(rollouts.responses)
         offsets = self._trained_on(rollouts.responses, used, counted)
         scores, anchor = self._scores(assigned, rollouts, [[] for _ in offsets] if self.collecting else offsets)
-        corrections = self._corrections(assigned, rollouts, [bool(at) for at in offsets])
         if self.host.training:
             self.economics.add(rollouts.responses, scores)
+        corrections = self._corrections(assigned, rollouts, [bool(at) for at in offsets])
         return ScoredRollouts(rollouts, scores, anchor, behaviour_logprobs, corrections)
 
     def _trained_on(

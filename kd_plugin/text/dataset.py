@@ -26,7 +26,7 @@ from kd_plugin.lineage.hashing import sha256_file
 from kd_plugin.lineage.record import canonical, digest_of
 from kd_plugin.lineage.sources import Source
 from kd_plugin.text.selecting import Selection
-from kd_plugin.text.spending import Budget
+from kd_plugin.text.spending import Budget, Spent
 
 CONTAMINATED_LIST = "contaminated.jsonl"
 _SHARD_ROWS = 100_000
@@ -84,7 +84,7 @@ def seal_dataset(
     *,
     lineage: Mapping[str, Any],
     outputs: Mapping[str, Any],
-    budget: Budget,
+    budget: Budget | Spent,
     dropped: Mapping[str, int],
     **facts: Any,
 ) -> None:

@@ -21,10 +21,11 @@ from kd_plugin.cache.files import explained, publish, temporary_name
 from kd_plugin.lineage.data import TEXT_RECORD
 from kd_plugin.text.correction import Outcome
 from kd_plugin.text.dataset import seal_dataset
-from kd_plugin.text.spending import Budget
+from kd_plugin.text.spending import Spent
 from kd_plugin.text.teaching import Evaluation
 
 ROUNDS = "rounds"  # directory below output_dir
+_ROUND = "round-{:04d}"
 # Columns from which a recorded panel takes what its teachers said
 RECORDED = ("response_ids", "completion", "corrected_by", "right")
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -53,22 +54,64 @@ class RoundWriter:
     """Keeps what was said in one round.
 
     Args:
-        directory: of the round; made when there is something to keep.
+        home: directory of the rounds; made when there is something to keep.
         lineage: returns nodes and edges of who writes; called when the round ends.
         rank: of this process.
         answer_column: column of the reference answer.
+
+    Attributes:
+        directory: of the round; None until :meth:`begin` has chosen it.
     """
 
     def __init__(
         self,
-        directory: str | Path,
+        home: str | Path,
         lineage: Callable[[], Mapping[str, Any]],
         *,
         rank: int = 0,
         answer_column: str = "answer",
     ) -> None:
-        self.directory, self.rank, self.answer_column = Path(directory), rank, answer_column
+        self.home, self.rank, self.answer_column = Path(home), rank, answer_column
+        self.directory: Path | None = None
         self._lineage = lineage
+        self._before: Path | None = None
+
+    def take(self, number: int) -> None:
+        """Keep a round under its number, as one of several of a run: what those before have cost counts too."""
+        self.directory, self._before = self.home / _ROUND.format(number), self.home / _ROUND.format(number - 1)
+
+    def begin(self, step: int) -> Spent:
+        """Choose the round's directory, before any rank writes, and return what the run has spent so far.
+
+        A run that goes on from a checkpoint goes on in the last directory. Another one has a directory of its own.
+
+        Args:
+            step: optimizer steps that are done.
+
+        Raises:
+            ConfigError: the file that says what was spent is damaged.
+        """
+        if self.directory is None:
+            numbers = [int(path.name[-4:]) for path in self.home.glob("round-[0-9][0-9][0-9][0-9]") if path.is_dir()]
+            last = max(numbers, default=-1)
+            self.directory = self.home / _ROUND.format(max(last, 0) if step else last + 1)
+        kept = _ledger(self.directory)
+        if not kept.is_file() and self._before is not None:
+            kept = _ledger(self._before)
+        return Spent.read(kept)
+
+    def note(self, spent: Spent) -> None:
+        """Write down what the run has spent so far; call it on one process.
+
+        Raises:
+            CacheError: the directory cannot be written.
+        """
+        assert self.directory is not None
+        with explained(f"Writing what was spent beside {self.directory}", "Make room, and resume."):
+            self.home.mkdir(parents=True, exist_ok=True)
+            made = temporary_name(self.home, "spent")
+            made.write_bytes(spent.as_bytes())
+            publish(made, _ledger(self.directory))
 
     def keep(self, step: int, outcomes: Sequence[Outcome]) -> None:
         """Write down a generation batch.
@@ -80,6 +123,7 @@ class RoundWriter:
         Raises:
             CacheError: the directory cannot be written.
         """
+        assert self.directory is not None
         rows = [self._row(step, outcome) for outcome in outcomes]
         prompt = pa.string() if all(isinstance(row["prompt"], str) for row in rows) else _MESSAGES
         schema = pa.schema([("prompt", prompt), ("completion", prompt), *_FACTS])
@@ -90,12 +134,14 @@ class RoundWriter:
             pq.write_table(pa.Table.from_pylist(rows, schema=schema), made, compression="zstd")
             publish(made, self._free_name(step))
 
-    def close(self, budget: Budget) -> None:
+    def close(self, spent: Spent) -> None:
         """Say that the round is whole, and who wrote it; call it on one process, when all have written.
 
         Args:
-            budget: what this process spent.
+            spent: what the run took so far.
         """
+        if self.directory is None:
+            return
         names = sorted(path.name for path in self.directory.glob("*.parquet")) if self.directory.is_dir() else []
         if not names or (self.directory / TEXT_RECORD).is_file():
             return
@@ -106,13 +152,14 @@ class RoundWriter:
                 names,
                 lineage=self._lineage(),
                 outputs={"rows": rows, "sampling": {}},
-                budget=budget,
+                budget=spent,
                 dropped={},
                 complete=True,
             )
 
     def _free_name(self, step: int) -> Path:
         """Return the name of a new file; a resumed run may come by a step again."""
+        assert self.directory is not None
         for number in itertools.count():
             path = self.directory / f"train-{step:08d}-rank-{self.rank}-{number}.parquet"
             if not path.exists():
@@ -151,6 +198,11 @@ class RoundWriter:
             "step": step,
             "rank": self.rank,
         }
+
+
+def _ledger(directory: Path) -> Path:
+    """Return the file beside a round that says what the run had spent by its last batch."""
+    return directory.with_name(f"{directory.name}.spent.json")
 
 
 def _evaluation(name: str, one: Evaluation) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kd_plugin.errors import ConfigError, ServerError, require_known_keys
@@ -32,7 +34,7 @@ class Prices:
     cached: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in asdict(self).items():
             if value is not None and not (isinstance(value, int | float) and 0 <= value < float("inf")):
                 raise ConfigError(f"prices: {name}={value!r}: expected the price of a million tokens, 0 or more.")
 
@@ -59,6 +61,50 @@ class Prices:
         return self.cost(Usage(read, ask.generation.max_new_tokens))
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a run took, over all its processes.
+
+    Attributes:
+        usage: teacher's name to what it read and wrote.
+        costs: teacher's name to what that cost.
+        generated: tokens that the student generated.
+    """
+
+    usage: Mapping[str, Usage] = field(default_factory=dict)
+    costs: Mapping[str, float] = field(default_factory=dict)
+    generated: int = 0
+
+    @property
+    def spent(self) -> float:
+        """What all teachers together cost."""
+        return sum(self.costs.values())
+
+    def as_bytes(self) -> bytes:
+        """Return it as a file keeps it."""
+        teachers = {name: {**asdict(one), "cost": self.costs.get(name, 0.0)} for name, one in self.usage.items()}
+        return (json.dumps({"student_generated": self.generated, "teachers": teachers}, indent=1) + "\n").encode()
+
+    @classmethod
+    def read(cls, path: Path) -> Spent:
+        """Return what a file keeps; nothing where there is none.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        if not path.is_file():
+            return cls()
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            costs = {name: float(one.pop("cost")) for name, one in kept["teachers"].items()}
+            return cls({n: Usage(**one) for n, one in kept["teachers"].items()}, costs, int(kept["student_generated"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} is damaged ({error}), so what the run has spent is not known. Write into it what its teachers "
+                "have cost, or delete it to count from 0."
+            ) from error
+
+
 class Budget:
     """What was spent and what is under way, against a ceiling that is never passed.
 
@@ -83,6 +129,11 @@ class Budget:
         """What all answers together cost."""
         return sum(self.costs.values())
 
+    def resume(self, name: str, usage: Usage, cost: float) -> None:
+        """Count what a teacher took before this process began."""
+        self.usage[name] = self.usage.get(name, Usage()) + usage
+        self.costs[name] = self.costs.get(name, 0.0) + cost
+
     def reserve(self, prices: Prices, ask: Ask) -> bool:
         """Set aside what ``ask`` costs at most; False, and nothing set aside, where that would pass the ceiling."""
         most = prices.most(ask)
@@ -91,15 +142,19 @@ class Budget:
         self._under_way += most
         return True
 
+    def release(self, prices: Prices, ask: Ask) -> None:
+        """Take back what was set aside for ``ask``: there is no answer."""
+        self._under_way -= prices.most(ask)
+        if self._under_way < 1e-12:
+            self._under_way = 0.0
+
     def settle(self, name: str, prices: Prices, ask: Ask, answer: Answer) -> None:
         """Count an answer in the place of what was set aside for it.
 
         Raises:
             ServerError: there is a ceiling, and the server does not count.
         """
-        self._under_way -= prices.most(ask)
-        if self._under_way < 1e-12:
-            self._under_way = 0.0
+        self.release(prices, ask)
         self.count(name, prices, answer.usage if answer.ended != "refused" else answer.usage or Usage())
 
     def count(self, name: str, prices: Prices, usage: Usage | None) -> None:

@@ -72,6 +72,7 @@ def train_in_rounds(
         raise ConfigError("rounds goes on by itself with what output_dir holds: leave resume_from_checkpoint out.")
     base, student, adapter = Path(str(args.output_dir)), model, peft_config
     trainer: TeacherPanelTrainer | None = None
+    stopped = False  # by the ceiling
     for number in range(rounds):
         done, kept = base / f"round-{number:04d}", base / ROUNDS / f"round-{number:04d}"
         if (done / RECORD).is_file():
@@ -82,7 +83,9 @@ def train_in_rounds(
         if not (kept / TEXT_RECORD).is_file():
             collector = trainer_class(student, None, _own(args, done, collecting=True), train_dataset, **common)
             rows = _rows_of(train_dataset, number, args, collector.accelerator.num_processes)
-            collect(collector, rows, kept)
+            stopped = collect(collector, rows, number, base)
+            if stopped and not (kept / TEXT_RECORD).is_file():
+                break
             student, common = collector.accelerator.unwrap_model(collector.model), {**common, "peft_config": None}
         recorded = panel_from(None, None, args)
         recorded.text = dataclasses.replace(recorded.text, recorded=True)
@@ -93,24 +96,36 @@ def train_in_rounds(
         trainer.save_model(str(done))
         student, adapter = trainer.accelerator.unwrap_model(trainer.model), None
         logger.info("Round %d of %d is done; its student is in %s.", number + 1, rounds, done)
+        if stopped:
+            break
+    if trainer is None and stopped:
+        raise ConfigError(f"text: ceiling={panel.text.ceiling} was reached in rounds before. Raise it to go on.")
     if trainer is None:
         raise ConfigError(f"{base} holds {rounds} finished rounds already. Ask for more, or name another output_dir.")
     trainer.save_model(str(base))
     return trainer
 
 
-def collect(trainer: TeacherPanelTrainer, rows: Any, directory: Path) -> None:
+def collect(trainer: TeacherPanelTrainer, rows: Any, number: int, base: Path) -> bool:
     """Let a trainer's student answer rows and its text teachers correct, and keep it; nothing is trained on.
 
     Args:
         trainer: with text teachers.
         rows: those of all ranks.
-        directory: of the round. Batches that it holds of an earlier attempt are not asked about again.
+        number: of the round. Batches that it holds of an earlier attempt are not asked about again.
+        base: directory of the run.
+
+    Returns:
+        Whether the ceiling stopped it.
     """
     args, host = trainer.args, trainer.panel_step.host
     step, size = trainer.panel_step, args.per_device_train_batch_size * args.gradient_accumulation_steps
     assert step.corrector is not None and step.corrector.rounds is not None
-    step.corrector.rounds.directory, step.collecting = directory, True
+    writer = step.corrector.rounds
+    writer.home = base / ROUNDS
+    writer.take(number)
+    assert writer.directory is not None
+    directory, step.collecting = writer.directory, True
     own = range(host.rank, len(rows) - len(rows) % host.ranks, host.ranks)
     batches = [own[start : start + size] for start in range(0, len(own), size)]
     mine = sorted(directory.glob(f"train-*-rank-{host.rank}-*.parquet"), key=lambda path: path.stat().st_mtime_ns)
@@ -119,10 +134,13 @@ def collect(trainer: TeacherPanelTrainer, rows: Any, directory: Path) -> None:
         path.unlink()  # another rank lacks this batch, and all ask about it together
     trainer.model.train()
     for batch in batches[done:]:
+        if step.corrector.stopped:
+            break
         with torch.no_grad():
             trainer._generate_and_score_completions([dict(rows[i]) for i in batch])
     step.finish()
     step.collecting = False
+    return step.corrector.stopped
 
 
 def _own(args: TeacherPanelConfig, directory: Path, *, collecting: bool) -> TeacherPanelConfig:

@@ -1,16 +1,19 @@
 """Text teachers on a TRL panel: what the student is trained on, and what becomes of it."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from kd_plugin.errors import CacheError, ConfigError, DataError, ServerError
 from kd_plugin.inputs import load_rows
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.text.correction import CorrectionSettings
 from kd_plugin.text.dataset import text_source
+from kd_plugin.text.spending import Spent
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.hosts.runs import assert_same, losses, prompts, settings, weights
 from tests.text_teachers import ScriptedTeacher
@@ -217,6 +220,37 @@ def test_a_ceiling_stops_the_run_with_what_was_learned(tmp_path, student_dir):
     assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
 
 
+def test_a_ceiling_counts_what_was_spent_before_the_run_was_resumed(tmp_path, student_dir):
+    """28 a step. The process that resumes begins with what the ones before it have spent, at any number of ranks."""
+
+    def attempt(ceiling, resume):
+        teacher = ScriptedTeacher()
+        text = {"accept": "teacher", "ceiling": ceiling}
+        prices = {"t": {"written": 1e6}}
+        saved = {"save_strategy": "steps", "save_steps": 1}
+        run = trainer(tmp_path, student_dir, {"t": teacher}, text, max_steps=9, prices=prices, **saved)
+        run.train(resume_from_checkpoint=resume)
+        return run.state.global_step, len(teacher.seen) // 2, run.state.log_history[-2]["economics/cost"]
+
+    assert attempt(50.0, None) == (2, 2, 56.0)
+    assert attempt(100.0, True) == (4, 2, 112.0)  # and not four more
+    _, asked, cost = attempt(100.0, True)
+    assert (asked, cost) == (0, 112.0)
+    kept = tmp_path / "rounds" / "round-0000"
+    assert len(load_rows(str(kept))) == 16 and not (tmp_path / "rounds" / "round-0001").exists()
+    assert json.loads((kept / "teacher_text.json").read_text())["spent"] == 112.0
+    assert Spent.read(kept.with_suffix(".spent.json")).spent == 112.0
+    # A run of its own begins from 0, and its dataset has its own directory
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert attempt(50.0, None) == (2, 2, 56.0)
+    assert len(load_rows(str(tmp_path / "rounds" / "round-0001"))) == 8
+    assert Spent.read(kept.with_suffix(".spent.json")).generated > 0
+    kept.with_name("round-0001.spent.json").write_text("{")
+    with pytest.raises(ConfigError, match="what the run has spent is not known"):
+        attempt(100.0, True)
+
+
 def test_replies_that_say_nothing_count_as_none(tmp_path, student_dir, teacher_dir, caplog):
     """A random model in this process keeps to no form; nothing is trained on, and the log says why."""
     block = {"teachers": {"t": {"kind": "local", "signal": "text", "model": teacher_dir, "max_tokens": 8}}}
@@ -266,6 +300,41 @@ def test_a_verifier_without_its_column_is_refused_early(tmp_path, student_dir, t
             model=student_dir, teacher_models={"d": teacher_dir}, train_dataset=prompts(),
             args=TeacherPanelConfig(**settings(tmp_path, reward={"verifier": "contains"})),
         )  # fmt: skip
+
+
+def test_a_run_goes_on_in_a_later_epoch(tmp_path, student_dir):
+    """Two epochs of two steps; one run is ended after the third. All trainers of this process share the panel."""
+    rare = ScriptedTeacher(score=lambda case: float(case.row["answer"] == "answer 1"))
+    panel = TeacherPanel({"t": rare}, text=CorrectionSettings(accept="teacher", keep_weight=0.5))
+    rows = prompts(count=8, answer=ANSWERS[:8])
+
+    def run(directory, resume=None, **options):
+        common = {"max_steps": 6, "max_completion_length": 12, "generation_kwargs": GREEDY, "learning_rate": 1e-2}
+        config = TeacherPanelConfig(**settings(tmp_path / directory, **common, **options))
+        made = TeacherPanelTrainer(model=student_dir, teacher_models=panel, args=config, train_dataset=rows)
+        if options and resume is None:
+            made.add_callback(StopAt(3))
+        made.train(resume_from_checkpoint=resume)
+        return losses(made), weights(made)
+
+    whole, expected = run("whole")
+    asked = len(rare.seen)
+    saved = {"save_strategy": "steps", "save_steps": 3}
+    begun, _ = run("parts", **saved)
+    ended, found = run("parts", resume=True, **saved)
+    assert len(begun) == 3 and ended[:3] == begun and ended == pytest.approx(whole, rel=1e-4)
+    assert_same(found, expected, 1e-4)
+    assert len(rare.seen) == 2 * asked  # no step was asked about again
+    again, _ = run("again")
+    assert again == pytest.approx(whole, rel=1e-6)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
 
 
 # Rounds

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,11 @@ from kd_plugin.teachers import client
 from kd_plugin.text import TextServerTeacher
 from kd_plugin.text.correction import CorrectionSettings
 from kd_plugin.text.dataset import text_source
+from kd_plugin.text.spending import Spent
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from kd_plugin.trl.rounds import train_in_rounds
-from tests.hosts.runs import prompts, settings
-from tests.scripted_writer import Script, scripted_writer
+from tests.hosts.runs import launched, prompts, settings
+from tests.scripted_writer import Script, scripted_writer, whole
 from tests.text_teachers import oracle
 
 ROWS = prompts(count=8, answer=[f"it is {i % 3}" for i in range(8)])
@@ -94,6 +96,53 @@ def test_rounds_collect_and_train_in_turn_and_go_on_where_they_were(tmp_path, ur
     assert main(["panel", "--config", config, "--rounds", "2"]) == 2  # both are done
     assert main(["panel", "--config", config, "--rounds", "3"]) == 0
     assert len(script.log) == asked + 16
+
+
+@pytest.mark.slow
+def test_two_ranks_collect_and_train_in_turn(tmp_path, url, script, files):
+    block = {
+        "text": {"accept": "teacher", "ceiling": 1e9},
+        "teachers": {"oracle": described(url, prices={"read": 1.0})},
+    }
+    config = files("out", panel=block, max_steps=2, per_device_train_batch_size=2, ddp_find_unused_parameters=False)
+    launched("kd_plugin", 2, "panel", "--config", config, "--rounds", 2)
+    assert len(script.log) == 32
+    for number in range(2):
+        directory = tmp_path / "out" / "rounds" / f"round-{number:04d}"
+        rows = load_rows(str(directory))
+        assert sorted(rows["rank"]) == [0] * 4 + [1] * 4 and text_source(directory).signal == "text"
+        assert verify(tmp_path / "out" / f"round-{number:04d}").exit_code == 0
+    usage = [whole(script, body)["usage"]["prompt_tokens"] for _, body in script.log]
+    assert Spent.read(tmp_path / "out" / "rounds" / "round-0001.spent.json").usage["oracle"].read == sum(usage)
+
+
+def test_a_ceiling_is_of_all_rounds_together(tmp_path, url, script, files, capsys):
+    def spent():
+        usage = [whole(script, body)["usage"] for _, body in script.log]
+        return sum(one["prompt_tokens"] + one["completion_tokens"] for one in usage)
+
+    prices = {"read": 1e6, "written": 1e6}
+    teachers = {"oracle": described(url, prices=prices)}
+
+    def run(ceiling):
+        block = {"text": {"accept": "teacher", "ceiling": ceiling}, "teachers": teachers}
+        return main(["panel", "--config", files("out", panel=block, max_steps=2), "--rounds", "9"])
+
+    assert run(1e9) == 0
+    of_a_batch, every = spent() / 18, len(script.log)
+    assert every == 9 * 16
+    for path in (tmp_path / "out").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    script.log.clear()
+    assert run(2.5 * of_a_batch) == 0
+    assert len(script.log) == 24  # a batch has 8 requests: the third passes the ceiling, and there is no fourth
+    kept = tmp_path / "out" / "rounds"
+    assert [len(load_rows(str(kept / f"round-000{n}"))) for n in range(2)] == [8, 4]
+    assert Spent.read(kept / "round-0001.spent.json").spent == spent()
+    assert verify(tmp_path / "out" / "round-0001").exit_code == 0 and verify(tmp_path / "out").exit_code == 0
+    assert run(2.5 * of_a_batch) != 0 and "was reached in rounds before" in capsys.readouterr().err
+    assert len(script.log) == 24
+    assert run(4.5 * of_a_batch) == 0 and len(script.log) == 40
 
 
 def test_rounds_need_a_text_teacher(tmp_path, student_dir, teacher_dir):
