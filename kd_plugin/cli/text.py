@@ -67,7 +67,12 @@ def main(argv: Sequence[str]) -> int:
         f"the prices given."
         + (f" {found.contaminated} contaminated: contaminated.jsonl." if found.contaminated else "")
     )
-    if not found.complete:
+    if found.missing:
+        print(
+            f"Without all that {', '.join(found.missing)} would have written, which cannot be reached: run the same "
+            "command again to have it asked."
+        )
+    if not found.complete and not found.missing:
         print(
             f"The ceiling of {config.ceiling:g} is reached: the rest was not asked. Run the same command with a higher "
             "ceiling to go on; what is there is not paid for again."

@@ -47,7 +47,8 @@ class CapturedText:
         contaminated: prompts and answers that hold an item of an evaluation set; listed in ``contaminated.jsonl``.
         usage: tokens read and written by each teacher, by its name.
         spent: what that cost, by the teachers' prices.
-        complete: whether every prompt was asked; False where the ceiling was reached.
+        complete: whether all was answered; False where the ceiling was reached, or a teacher is missing.
+        missing: teachers that could not be reached to the end, where the capture went on without them.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class CapturedText:
     usage: Mapping[str, Mapping[str, int]]
     spent: float
     complete: bool
+    missing: tuple[str, ...] = ()
 
 
 @takes(TextSettings)
@@ -83,7 +85,7 @@ def capture_text(  # noqa: D417
     """
     settings = built(TextSettings, fields)
     writers = [teachers] if isinstance(teachers, Writer) else list(teachers)
-    _require_names(writers)
+    _require_names(writers, settings.min_teachers)
     gate = CaptureGate([writer.source for writer in writers], dataset, settings.lineage)
     for writer in writers:
         writer.gate(partial(gate.admit, writer.name))
@@ -102,17 +104,17 @@ def capture_text(  # noqa: D417
     store = AnswerStore(Path(output_dir), asked)
     with store.alone():
         done = min(sum(map(store.finished, range(plan.units))) * plan.unit_rows, len(rows))
-        collection = Collection(plan, store, writers, budget)
+        collection = Collection(plan, store, writers, budget, settings.min_teachers)
         with Progress(len(rows), done, progress, "capture") as bar:
-            partial_units = collection.run(bar)
+            collection.run(bar)
 
         def tables() -> Iterator[pa.Table]:
             for unit in range(plan.units):
-                if store.finished(unit):
-                    yield store.table(unit)
-                elif unit in partial_units:
-                    yield partial_units[unit]
+                table = store.table(unit)
+                if table is not None:
+                    yield table
 
+        complete = not collection.ceiling_reached and not collection.missing
         chosen = select(tables, settings, items)
         _require_kept(chosen, budget)
         completions_api = any(dict(writer.identity).get("api") == "completions" for writer in writers)
@@ -123,7 +125,7 @@ def capture_text(  # noqa: D417
             sampling=asdict(plan.generation) | {"seed": settings.seed},
             selection=chosen,
             budget=budget,
-            complete=not collection.ceiling_reached,
+            complete=complete,
         )
     return CapturedText(
         store.directory,
@@ -132,7 +134,8 @@ def capture_text(  # noqa: D417
         len(chosen.found),
         {name: asdict(usage) for name, usage in budget.usage.items()},
         budget.spent,
-        not collection.ceiling_reached,
+        complete,
+        tuple(collection.missing),
     )
 
 
@@ -182,7 +185,7 @@ def _model(writer: Writer) -> str:
     return named or (Path(source.ref).resolve().name if source.ref is not None else writer.name)
 
 
-def _require_names(writers: Sequence[Writer]) -> None:
+def _require_names(writers: Sequence[Writer], least: int | None) -> None:
     if not writers:
         raise ConfigError("No teacher is given; expected one that writes, such as ServerWriter(url, model).")
     for writer in writers:
@@ -194,6 +197,8 @@ def _require_names(writers: Sequence[Writer]) -> None:
     names = [writer.name for writer in writers]
     if len(set(names)) < len(names):
         raise ConfigError(f"Teachers have the same name: {', '.join(names)}. Give each its own.")
+    if least is not None and least > len(writers):
+        raise ConfigError(f"min_teachers is {least}, and there are {len(writers)} teachers.")
 
 
 def _require_kept(chosen: Selection, budget: Budget) -> None:

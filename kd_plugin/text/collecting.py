@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import queue
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,13 +22,14 @@ import pyarrow as pa
 from kd_plugin.cache.targets import Generation
 from kd_plugin.capturing.rows import Row, RowSource
 from kd_plugin.capturing.work import Progress
-from kd_plugin.errors import DataError
+from kd_plugin.errors import DataError, ServerError
 from kd_plugin.text.spending import Budget
 from kd_plugin.text.store import SCHEMA, AnswerStore, Slot
 from kd_plugin.text.voting import Vote
 from kd_plugin.text.writers import REFUSED, Answer, Ask, Prompt, Usage, Writer
 from kd_plugin.verifying import Verdict, Verifier
 
+logger = logging.getLogger(__name__)
 _WINDOW = 16  # units that are under way at once
 _LOOK_SECONDS = 0.1  # until a writer without room looks again
 _Key = tuple[int, Slot, Ask]
@@ -102,7 +105,7 @@ class _Unit:
     prompts: list[Prompt]
     first: int
     answered: set[Slot]
-    left: int
+    left: dict[str, int]  # answers that each writer owes
 
     def missing(self, writer: str, n: int) -> Iterator[tuple[Slot, Prompt]]:
         for offset, prompt in enumerate(self.prompts):
@@ -121,29 +124,31 @@ class Collection:
         store: where answers are written down.
         writers: who is asked, each for every row.
         budget: what was spent.
+        min_writers: how many must be there; None for all.
         ceiling_reached: whether the ceiling kept something from being asked.
+        missing: names of writers that could not be reached, and are not asked any more.
     """
 
     plan: Plan
     store: AnswerStore
     writers: Sequence[Writer]
     budget: Budget
+    min_writers: int | None = None
     ceiling_reached: bool = False
+    missing: list[str] = field(default_factory=list)
     _open: dict[int, _Unit] = field(default_factory=dict)
     _condition: threading.Condition = field(default_factory=threading.Condition)
     _whole: queue.Queue[int | None] = field(default_factory=queue.Queue)
-    _under_way: dict[str, int] = field(default_factory=dict)
+    _under_way: dict[str, dict[Slot, Ask]] = field(default_factory=dict)
+    _done: set[int] = field(default_factory=set)
     _failure: BaseException | None = None
     _next: int = 0
 
-    def run(self, bar: Progress) -> dict[int, pa.Table]:
-        """Ask for all that is missing, verify and store it.
-
-        Returns:
-            What there is of units that are not whole, because the ceiling was reached; nothing else.
+    def run(self, bar: Progress) -> None:
+        """Ask for all that is missing, verify and store it, also what there is of units that cannot be whole.
 
         Raises:
-            ServerError: a writer is away for good, after what was under way is answered; all of it is kept.
+            ServerError: too many writers are away for good, after what was under way is answered; all of it is kept.
             LicenseRefusedError: a server turned out to serve what may not teach.
             DataError: a row has no prompt, or the verifier failed.
         """
@@ -165,14 +170,16 @@ class Collection:
             thread.join()
         if self._failure is not None:
             raise self._failure
-        return {number: self._table(unit, self.store.answered(number)) for number, unit in sorted(self._open.items())}
+        for number in sorted(self._open):
+            self._finish(number)
 
     def _count_what_is_there(self) -> None:
         prices = {writer.name: writer.prices for writer in self.writers}
         for unit in range(self.plan.units):
             if self.store.finished(unit):
                 columns = ["teacher_name", "tokens_read", "tokens_written", "tokens_cached"]
-                for row in self.store.table(unit, columns).to_pylist():
+                stored = self.store.table(unit, columns)
+                for row in [] if stored is None else stored.to_pylist():
                     counted = row["tokens_read"] is not None
                     usage = Usage(row["tokens_read"], row["tokens_written"], row["tokens_cached"]) if counted else None
                     self.budget.count(row["teacher_name"], prices[row["teacher_name"]], usage)
@@ -181,29 +188,54 @@ class Collection:
                     self.budget.count(slot.writer, prices[slot.writer], _counted(answer))
 
     def _ask(self, writer: Writer, bar: Progress) -> None:
-        self._under_way[writer.name] = 0
+        self._under_way[writer.name] = {}
         share = 1 / (len(self.writers) * self.plan.generation.n)
         try:
             for (number, slot, ask), answer in writer.answers(self._feed(writer)):
                 self.store.add(number, slot, answer)
                 with self._condition:
-                    self._under_way[writer.name] -= 1
+                    del self._under_way[writer.name][slot]
                     self.budget.settle(writer.name, writer.prices, ask, answer)
                     bar.advance(share, answer.usage.written if answer.usage else 0)
                     unit = self._open[number]
-                    unit.left -= 1
-                    if not unit.left:
-                        self._whole.put(number)
+                    self._answered(number, unit, writer.name)
+        except ServerError as error:
+            self._lose(writer, error)
         except BaseException as error:
             self._failure = self._failure or error
         finally:
             self._whole.put(None)
 
+    def _answered(self, number: int, unit: _Unit, name: str) -> None:
+        unit.left[name] -= 1
+        if not any(unit.left.values()):
+            self._whole.put(number)
+
+    def _lose(self, writer: Writer, error: ServerError) -> None:
+        """Go on without a writer, and say so; or fail, where that is not allowed."""
+        with self._condition:
+            self.missing.append(writer.name)
+            left = [one.name for one in self.writers if one.name not in self.missing]
+            if len(left) < (len(self.writers) if self.min_writers is None else self.min_writers):
+                self._failure = self._failure or error
+                return
+            for ask in self._under_way.pop(writer.name).values():
+                self.budget.release(writer.prices, ask)
+            for number, unit in self._open.items():
+                owed = unit.left.pop(writer.name)
+                if owed and not any(unit.left.values()):
+                    self._whole.put(number)
+        logger.warning(
+            "Teacher %r cannot be reached (%s). The capture goes on with %s; run the same command again to have what "
+            "is missing asked.",
+            *(writer.name, error, ", ".join(map(repr, left))),
+        )
+
     def _feed(self, writer: Writer) -> Iterator[tuple[_Key, Ask] | None]:
         """Yield what this writer is to be asked; None where it must first answer what it was asked before."""
         for number in range(self.plan.units):
             while (unit := self._enter(number)) is None and self._failure is None:
-                if self.store.finished(number):
+                if self._is_done(number):
                     break
                 if self._under_way[writer.name]:
                     yield None
@@ -216,39 +248,46 @@ class Collection:
                 continue
             for slot, prompt in unit.missing(writer.name, self.plan.generation.n):
                 ask = self.plan.ask(prompt, slot)
-                while not self._reserve(writer, ask):
+                while not self._reserve(writer, slot, ask):
                     if self._failure is not None or not self._under_way[writer.name]:
                         self.ceiling_reached |= self._failure is None
                         return
                     yield None
                 yield (number, slot, ask), ask
 
-    def _reserve(self, writer: Writer, ask: Ask) -> bool:
+    def _reserve(self, writer: Writer, slot: Slot, ask: Ask) -> bool:
         with self._condition:
             if self._failure is not None or not self.budget.reserve(writer.prices, ask):
                 return False
-            self._under_way[writer.name] += 1
+            self._under_way[writer.name][slot] = ask
             return True
 
     def _enter(self, number: int) -> _Unit | None:
         """Return a unit that is under way, opening it if there is room; None if there is none, or it is done."""
         with self._condition:
-            if number in self._open or self.store.finished(number) or len(self._open) >= _WINDOW:
+            if number in self._open or self._is_done(number) or len(self._open) >= _WINDOW:
                 return self._open.get(number)
             rows, first = self.plan.rows_of(number), number * self.plan.unit_rows
             prompts = [self.plan.prompt(row, f"row {first + i}") for i, row in enumerate(rows)]
             answered = set(self.store.answered(number))
-            left = len(rows) * len(self.writers) * self.plan.generation.n - len(answered)
+            each, had = len(rows) * self.plan.generation.n, Counter(slot.writer for slot in answered)
+            left = {one.name: each - had[one.name] for one in self.writers if one.name not in self.missing}
             self._open[number] = unit = _Unit(rows, prompts, first, answered, left)
-            if not left:
+            if not any(left.values()):
                 self._whole.put(number)
             return unit
 
+    def _is_done(self, number: int) -> bool:
+        return number in self._done or self.store.finished(number)
+
     def _finish(self, number: int) -> None:
-        unit = self._open[number]
-        self.store.finish(number, self._table(unit, self.store.answered(number)))
+        unit, answered = self._open[number], self.store.answered(number)
+        whole = len(answered) == len(unit.rows) * len(self.writers) * self.plan.generation.n
+        self.store.finish(number, self._table(unit, answered), whole=whole)
         with self._condition:
             del self._open[number]
+            if not whole:
+                self._done.add(number)
             self._condition.notify_all()
 
     def _table(self, unit: _Unit, answered: Mapping[Slot, Answer]) -> pa.Table:

@@ -28,6 +28,11 @@ class AskingSettings:
         help="What all answers together may cost, in the currency of the teachers' prices. What is asked for is held "
         "against it at its most expensive, so it is never passed; the capture then ends cleanly with what it has.",
     )
+    min_teachers: int | None = option(
+        default=None,
+        help="Of several teachers, go on while so many can be reached; what the others owe is asked for when the same "
+        "command is run again. Left out, all must be there.",
+    )
     shard_rows: int = option(default=256, help="Prompts a unit: what is verified and stored together.")
 
 
@@ -88,7 +93,7 @@ class TextSettings(LineageSettings, SelectingSettings, AskingSettings):
         for name, least in (("completions", 1), ("max_new_tokens", 1), ("shard_rows", 1), ("ngram", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least {least}.")
-        for name in ("keep", "per_group", "max_characters", "max_reasoning_characters"):
+        for name in ("min_teachers", "keep", "per_group", "max_characters", "max_reasoning_characters"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1, or nothing.")
         if not 0 < self.overlap <= 1:

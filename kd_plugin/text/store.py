@@ -162,24 +162,29 @@ class AnswerStore:
                 os.fsync(self._journals[unit])
                 self._synced[unit] = time.monotonic()
 
-    def finish(self, unit: int, table: pa.Table) -> None:
-        """Store what a unit came to, for good, in the place of its journal."""
-        path = self._table_path(unit)
+    def finish(self, unit: int, table: pa.Table, *, whole: bool = True) -> None:
+        """Store what a unit came to: for good, in the place of its journal; or, not ``whole``, until more comes."""
+        path = self._table_path(unit) if whole else self._partial_path(unit)
         with explained(f"Storing unit {unit} in {self.directory}", _WAY_OUT):
             made = temporary_name(self._folder, path.name)
             pq.write_table(table, made, compression="zstd")
             publish(made, path)
         with self._lock:
             self._close(unit)
-        self._journal_path(unit).unlink(missing_ok=True)
+        if whole:
+            self._journal_path(unit).unlink(missing_ok=True)
+            self._partial_path(unit).unlink(missing_ok=True)
 
-    def table(self, unit: int, columns: list[str] | None = None) -> pa.Table:
-        """Return what :meth:`finish` stored."""
+    def table(self, unit: int, columns: list[str] | None = None) -> pa.Table | None:
+        """Return what :meth:`finish` stored; None where there is nothing."""
+        path = self._table_path(unit) if self.finished(unit) else self._partial_path(unit)
+        if not path.exists():
+            return None
         try:
-            return pq.read_table(self._table_path(unit), columns=columns)
+            return pq.read_table(path, columns=columns)
         except (pa.ArrowInvalid, OSError) as error:
             raise CacheCorruptionError(
-                f"{self._table_path(unit)} cannot be read ({error}). Delete it to have its prompts asked again."
+                f"{path} cannot be read ({error}). Delete it to have its prompts asked again."
             ) from error
 
     def _close(self, unit: int) -> None:
@@ -189,6 +194,9 @@ class AnswerStore:
 
     def _journal_path(self, unit: int) -> Path:
         return self._folder / f"unit-{unit:06d}.jsonl"
+
+    def _partial_path(self, unit: int) -> Path:
+        return self._folder / f"unit-{unit:06d}.partial.parquet"
 
     def _table_path(self, unit: int) -> Path:
         return self._folder / f"unit-{unit:06d}.parquet"

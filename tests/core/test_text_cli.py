@@ -47,7 +47,8 @@ def test_from_yaml_to_a_dataset_and_again(config, tmp_path, capsys):
 def test_every_setting_arrives(config, monkeypatch, tmp_path):
     values = {
         "completions": 3, "max_new_tokens": 77, "sampling_temperature": 0.3, "sampling_top_p": 0.8,
-        "sampling_top_k": 9, "system": "be brief", "seed": 5, "ceiling": 2.5, "shard_rows": 3, "verify": "contains",
+        "sampling_top_k": 9, "system": "be brief", "seed": 5, "ceiling": 2.5, "min_teachers": 2, "shard_rows": 3,
+        "verify": "contains",
         "answer_column": "gold", "vote": {"by": r"(\d+)", "share": 0.7}, "keep_unfinished": True, "min_characters": 2,
         "max_characters": 99, "max_reasoning_characters": 88, "deduplicate": False, "decontaminate": ["eval.jsonl"],
         "ngram": 6, "overlap": 0.3, "keep": 2, "balance": ["domain"], "per_group": 4, "reasoning": "drop",

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import random
 import time
+from collections import Counter
 
 import datasets
 import pytest
@@ -51,6 +52,52 @@ def test_a_server_that_dies_costs_nothing_that_came(writing, tmp_path):
     script.faults = []
     found = capture_text(questions(60), writer(url), tmp_path / "a", shard_rows=8, progress=False)
     assert found.rows == 60 and max(script.answered.values()) == 1
+
+
+@pytest.mark.parametrize("answered", [0, 25])
+def test_a_dead_teacher_of_three_is_left_out_where_that_is_allowed(answered, tmp_path, caplog):
+    """The capture goes on with two and says so; when it is there again, it is asked what it owes and nothing else."""
+    dying = Script(write=right, faults=[None] * answered + [503] * 10_000)
+    with (
+        scripted_writer(Script(write=right)) as (one, first),
+        scripted_writer(Script(write=right)) as (two, second),
+        scripted_writer(dying) as (three, third),
+    ):
+        urls = {"a": one, "b": two, "gone": three}
+        panel = [writer(url, name=name, max_retries=0, max_concurrency=4, **PRICED) for name, url in urls.items()]
+        how = {"shard_rows": 2, "deduplicate": False, "vote": {"by": r"is (\d+)"}, "progress": False}
+        with pytest.raises(ServerError, match="gave no answer"):
+            capture_text(questions(60), panel, tmp_path / "strict", **how)
+        third.faults = [None] * answered + [503] * 10_000
+        for script in (first, second, third):
+            script.answered.clear()
+        found = capture_text(questions(60), panel, tmp_path / "v", min_teachers=2, ceiling=1e3, **how)
+        assert "Teacher 'gone' cannot be reached" in caplog.text and "goes on with 'a', 'b'" in caplog.text
+        assert found.missing == ("gone",) and not found.complete
+        came = sum(third.answered.values())
+        assert found.rows == 120 + came and (came > 0) == (answered > 0)
+        assert Counter(row["teacher_name"] for row in load_text(tmp_path / "v"))["a"] == 60
+        third.faults = []
+        again = capture_text(questions(60), panel, tmp_path / "v", min_teachers=2, **how)
+        assert again.complete and not again.missing and again.rows == 180
+        for script in (first, second, third):
+            assert len(script.answered) == 60 and max(script.answered.values()) == 1
+        names = sorted(path.name for path in (tmp_path / "v" / "answers").iterdir())
+        assert names == [f"unit-{n:06d}.parquet" for n in range(30)]
+        with pytest.raises(ConfigError, match="min_teachers is 4, and there are 3 teachers"):
+            capture_text(questions(60), panel, tmp_path / "w", min_teachers=4, **how)
+
+
+def test_a_ceiling_with_a_dead_teacher_still_holds(tmp_path):
+    dying = Script(write=right, faults=[503] * 10_000)
+    with scripted_writer(Script(write=right)) as (one, first), scripted_writer(dying) as (two, _):
+        few = {"max_retries": 0, "max_concurrency": 1, **PRICED}
+        panel = [writer(url, name=name, **few) for name, url in (("a", one), ("gone", two))]
+        how = {"max_new_tokens": 50, "min_teachers": 1, "progress": False}
+        found = capture_text(questions(40), panel, tmp_path / "a", ceiling=1.0, **how)
+    # What was set aside for the dead one, up to 0.65 of the ceiling, is given back
+    assert found.missing == ("gone",) and found.rows == len(first.log) == 40
+    assert found.spent == pytest.approx(0.32)
 
 
 def test_every_fault_in_one_run_loses_and_repeats_nothing(writing, tmp_path):
