@@ -108,13 +108,13 @@ class KDDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Return this rank's batches."""
-        cached, prompts = self.hp.cache is not None, self.hp.prompts is not None
+        prompts = self.hp.prompts is not None
         return self._loader(
             self.rows,
             _as_columns if prompts else self._collator,
             # As Lightning does with its own loaders: the same batches in each epoch
             shuffle=self.hp.shuffle and not getattr(self.trainer, "overfit_batches", 0),
-            look_ahead=_count_window if cached else _attach_window if prompts else _leave,
+            look_ahead=_attach_window if prompts else _count_window,
             **self._windows(),
         )
 
@@ -180,14 +180,17 @@ class _TextCollator:
         }
 
 
-def _leave(window: list[Any]) -> None:
-    """Leave batches as they are: each one's loss is the mean of its own tokens, as Lightning has it."""
-
-
 def _count_window(window: list[Any]) -> None:
-    tokens = sum(batch[TARGET]["positions"].numel() for batch in window)
+    """Tell each batch of a window how many tokens all of them score."""
+    tokens = sum(_scored(batch) for batch in window)
     for batch in window:
         batch[WINDOW_TOKENS] = tokens
+
+
+def _scored(batch: Any) -> int:
+    if TARGET in batch:
+        return int(batch[TARGET]["positions"].numel())
+    return int((batch["labels"][:, 1:] != -100).sum())
 
 
 def _attach_window(window: list[Any]) -> None:

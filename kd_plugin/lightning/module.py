@@ -12,13 +12,12 @@ from transformers import AutoTokenizer, get_scheduler
 
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
-from kd_plugin.lightning.lineage import LicenseLineage
 from kd_plugin.lightning.offline import OfflineKD
 from kd_plugin.lightning.panel import TeacherPanelCorrection
 from kd_plugin.lightning.step import SAMPLES
 from kd_plugin.lightning.student import engine_of
+from kd_plugin.lightning.text import TeacherText
 from kd_plugin.lineage.config import LineageSettings
-from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.models import load_language_model
 from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.rollouts.in_process import Sampling
@@ -237,25 +236,12 @@ class OfflineKDModule(StudentModule):
             data = {}
         cache = hp["cache"] or data.get("cache")
         if data.get("text") is not None:
-            return [self._lineage_of_text(data["text"], cache)]
+            text = TrainingText.open(data["text"], OfflineSettings(**values_of(OfflineSettings, hp)), cache)
+            return [TeacherText(text, lineage=hp["lineage"])]
         if cache is None:
             raise ConfigError("No teacher cache is given: set model.cache or data.cache; or data.text.")
         self._kd = OfflineKD(cache, **values_of(OfflineCallbackSettings, hp))
         return [self._kd]
-
-    def _lineage_of_text(self, text: str, cache: Any) -> Callback:
-        """Pass the license gate of a teacher's text, and return the callback that writes its lineage."""
-        hp = self.hparams
-        opened = TrainingText.open(text, OfflineSettings(**values_of(OfflineSettings, hp)), cache)
-        own = LicenseLineage(hp["lineage"], method="offline_kd")
-        own.run = start_run(
-            method="offline_kd",
-            student=student_source(self.student_reference, hp["revision"]),
-            outputs=[opened.source],
-            settings=dict(hp),
-            declared=hp["lineage"],
-        )
-        return own
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure the divergence, or the cross-entropy of a text, on held-out rows, and answer the samples."""

@@ -108,9 +108,9 @@ class DistillingStep:
         """Run the module's step on ``batch`` and return its output with the loss that is trained on."""
         prepared = self._prepare(batch)
         weight = self.forward.objective.ce_weight
-        normalizer = self._normalizer(prepared)
+        normalizer = divisor(self.trainer, self.module, prepared.tokens, prepared.window_tokens)
         if prepared.taught is not None:
-            taught = self._share(prepared.taught, window_tokens=None)
+            taught = _share(self.trainer, self.module, prepared.taught, None)
             mean_over_taught([prepared.target], float(normalizer), float(taught))
         call, output, own = self._run(prepared, rest, normalizer)
         formed = call.own is not None
@@ -127,7 +127,7 @@ class DistillingStep:
             # A wrapper that passes on nothing but the loss gathers for the backward pass by that
             total = beside(total, own)
         self._report(call, total)
-        return _with_loss(output, total)
+        return with_loss(output, total)
 
     def _run(self, prepared: Prepared, rest: Any, normalizer: Tensor) -> tuple[Call, Any, Any]:
         """Return the call, what the module's step returned, and the loss in it."""
@@ -142,23 +142,33 @@ class DistillingStep:
             )
         return call, output, loss_of(output, self.module)
 
-    def _normalizer(self, prepared: Prepared) -> Tensor:
-        """Return the divisor of this rank's sum; Lightning averages over ranks and over the accumulation window."""
-        total = self._share(prepared.tokens, prepared.window_tokens)
-        if self.trainer.world_size > 1:
-            return total.clamp(min=1e-9)
-        return total.clamp(min=1.0 / self.trainer.accumulate_grad_batches)
 
-    def _share(self, tokens: int | Tensor, window_tokens: float | Tensor | None) -> Tensor:
-        """Return a rank's share of a number of tokens over all ranks and the accumulation window."""
-        window, trainer = window_tokens, self.trainer
-        total = torch.zeros((), device=self.module.device) + (tokens if window is None else window)
-        world = trainer.world_size
-        if world > 1:
-            total = trainer.strategy.reduce(total, reduce_op="sum") / world
-        # Lightning divides by the batches of a full window, and an epoch's last may have fewer
-        batches = 1 if window is not None else window_size(trainer, trainer.fit_loop.batch_idx)
-        return total * (batches / trainer.accumulate_grad_batches)
+def divisor(
+    trainer: Trainer, module: LightningModule, tokens: int | Tensor, window_tokens: float | Tensor | None
+) -> Tensor:
+    """Return the divisor of this rank's sum; Lightning averages over ranks and over the accumulation window.
+
+    Args:
+        trainer: the trainer.
+        module: that trains.
+        tokens: of this rank's micro-batch.
+        window_tokens: those of its whole accumulation window, where the loader knows them.
+    """
+    total = _share(trainer, module, tokens, window_tokens)
+    if trainer.world_size > 1:
+        return total.clamp(min=1e-9)
+    return total.clamp(min=1.0 / trainer.accumulate_grad_batches)
+
+
+def _share(trainer: Trainer, module: LightningModule, tokens: int | Tensor, window: float | Tensor | None) -> Tensor:
+    """Return a rank's share of a number of tokens over all ranks and the accumulation window."""
+    total = torch.zeros((), device=module.device) + (tokens if window is None else window)
+    world = trainer.world_size
+    if world > 1:
+        total = trainer.strategy.reduce(total, reduce_op="sum") / world
+    # Lightning divides by the batches of a full window, and an epoch's last may have fewer
+    batches = 1 if window is not None else window_size(trainer, trainer.fit_loop.batch_idx)
+    return total * (batches / trainer.accumulate_grad_batches)
 
 
 def without(batch: Any, *names: str) -> Any:
@@ -183,7 +193,8 @@ def require_mapping(batch: Any, key: str, way_out: str) -> None:
         raise DataError(f"The batch has no {key!r}; it has {', '.join(map(repr, batch.keys()))}. {way_out}")
 
 
-def _with_loss(output: Any, total: Tensor) -> Any:
+def with_loss(output: Any, total: Tensor) -> Any:
+    """Return what a step returned, with another loss."""
     if not hasattr(output, "get"):
         return total
     replaced = dict(output)
@@ -255,7 +266,7 @@ class StudentCallback(Callback):
     def __init__(self, student: str | None) -> None:
         self.student = student
         self._forward: DistillingForward | None = None
-        self._step: DistillingStep | None = None
+        self._step: Any = None  # stands in the place of the module's own
         self._zero3: Any = None  # transformers asks whether this object is alive
         self._checked = False
 

@@ -10,12 +10,16 @@ from trl import SFTConfig, SFTTrainer
 
 from kd_plugin.cli.main import main
 from kd_plugin.errors import CacheError, ConfigError, LicenseRefusedError
+from kd_plugin.lightning import KDDataModule, OfflineKDModule
 from kd_plugin.lineage import load_record
 from kd_plugin.teachers import client
 from kd_plugin.text import ServerWriter, capture_text, load_text
 from kd_plugin.transformers import OfflineKDMixin
 from kd_plugin.trl import LicenseLineageCallback, OfflineKDConfig, OfflineKDTrainer
 from tests.core.text_worker import questions
+from tests.hosts.runs import assert_same
+from tests.lightning.help import Losses
+from tests.lightning.help import trainer as lightning_trainer
 from tests.scripted_writer import Script, scripted_writer
 
 SMALL = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
@@ -95,6 +99,21 @@ def test_a_plain_transformers_trainer_trains(text, student_dir, tmp_path):
     lineage_of(tmp_path / "out")
 
 
+def test_a_run_goes_on_in_mid_epoch_and_into_the_next(text, student_dir, tmp_path):
+    def run(directory, steps, resume=None):
+        options = {**SMALL, "max_steps": steps, "logging_steps": 1, "seed": 3, "lr_scheduler_type": "constant"}
+        options |= {"save_strategy": "steps", "save_steps": 4}
+        trainer = OfflineKDTrainer(
+            student_dir, OfflineKDConfig(str(tmp_path / directory), **options), teacher_text=text
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole = run("whole", 9)  # 6 steps an epoch
+    run("parts", 4)
+    assert run("parts", 9, resume=True) == pytest.approx(whole, rel=1e-4)
+
+
 def test_lightning_trains_from_its_configuration(text, student_dir, tmp_path):
     from kd_plugin.lightning.cli import main as fit
 
@@ -115,6 +134,27 @@ def test_lightning_trains_from_its_configuration(text, student_dir, tmp_path):
     path.write_text(json.dumps(config))
     fit(["fit", "--config", str(path)])
     lineage_of(tmp_path / "ckpt" / "last.ckpt")
+
+
+def test_lightning_takes_the_steps_of_one_large_batch(text, student_dir, tmp_path):
+    """Micro-batches of one row have different numbers of tokens; the last window of an epoch is short of one."""
+    found = []
+    for batch_size, accumulate in ((4, 1), (1, 4)):
+        torch.manual_seed(0)
+        module = OfflineKDModule(student_dir, kd_weight=0.0, ce_weight=1.0, learning_rate=1e-2)
+        seen = Losses()
+        fitted = lightning_trainer(
+            tmp_path / f"{batch_size}", [seen], max_epochs=2, max_steps=-1, limit_val_batches=0,
+            accumulate_grad_batches=accumulate,
+        )  # fmt: skip
+        fitted.fit(module, datamodule=KDDataModule(text=text, batch_size=batch_size, validation_rows=1))
+        found.append((seen.losses, {name: p.detach() for name, p in module.named_parameters()}))
+    (whole, weights), (parts, others) = found
+    rows = len(parts) // 2
+    windows = [parts[epoch + i : epoch + min(i + 4, rows)] for epoch in (0, rows) for i in range(0, rows, 4)]
+    assert rows % 4 and len(windows) == len(whole)
+    assert [sum(window) / 4 for window in windows] == pytest.approx(whole, rel=1e-4)
+    assert_same(others, weights, 1e-4)
 
 
 def test_the_command_trains_from_yaml(text, student_dir, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from kd_plugin.lightning import to_huggingface
 from kd_plugin.lineage import load_record, verify
+from kd_plugin.text import ServerWriter, capture_text
 from tests.lightning.launch import run_ranks
 from tests.lightning.ranks import STEPS
+from tests.scripted_writer import Script, scripted_writer
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 # Ranks ask different numbers of rows of a teacher, at some steps none: under ZeRO-3 they must join its passes
@@ -50,6 +53,70 @@ def settings(tmp_path_factory, student_dir, untied_student_dir, teacher_dir, oth
 def alone(tmp_path_factory, settings):
     directory = tmp_path_factory.mktemp("single")
     return directory, start("single", directory, settings("offline", "panel"), 1)
+
+
+def asked_rarely(body):
+    """Write as a teacher that finds few responses short, so that a rank often has no correction."""
+    request = body["messages"][-1]["content"]
+    task = json.loads(re.search(r"Task:\n(.*)", request)[1])
+    if verdict := re.search(r"Verdict (\w+): score=<", request):
+        short = task[0] in "cg"
+        return f"Verdict {verdict[1]}: score={0 if short else 10} first_wrong_step={int(short)}"
+    key = re.search(r"BEGIN (\w+)", request)[1]
+    return f"BEGIN {key}\nthe answer to {task}\nEND {key}"
+
+
+@pytest.fixture(scope="module")
+def text_settings(tmp_path_factory, student_dir, untied_student_dir, teacher_dir):
+    """A teacher's text, in windows of two uneven batches; text teachers behind a server, alone and beside another."""
+    directory = tmp_path_factory.mktemp("text")
+    rows = [{"prompt": row["prompt"]} for row in ROWS]
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = Script(write=lambda body: "so " * (1 + len(body["messages"][0]["content"]) % 5))
+    with scripted_writer(script) as (url, _):
+        writer = ServerWriter(url, "scripted", license="mit")
+        text = capture_text(rows, writer, directory / "text", deduplicate=False, progress=False)
+    with scripted_writer(Script(write=asked_rarely)) as (url, _):
+        teacher = {"kind": "server", "signal": "text", "url": url, "model": "scripted", "license": "mit"}
+        common = {"generation_kwargs": GREEDY, "max_completion_length": 4}
+        said = {"accept": "teacher", "keep_weight": 0.5}
+        jobs = {
+            "text": {
+                "model": {"model": student_dir, "kd_weight": 0.0, "ce_weight": 1.0},
+                "data": {"text": str(text.path)}, "trainer": {"accumulate_grad_batches": 2},
+            },
+            "corrected": {
+                "model": {"model": untied_student_dir, **common, "panel": {"teachers": {"t": teacher}, "text": said}},
+                "data": {"prompts": str(directory / "prompts.jsonl")},
+            },
+            "mixed": {
+                "model": {"model": untied_student_dir, **common, "panel": {
+                    "teachers": {"t": teacher, "d": teacher_dir}, "text": {"accept": "teacher"},
+                    "combine": "weighted_kl",
+                }},
+                "data": {"prompts": str(directory / "prompts.jsonl")},
+            },
+        }  # fmt: skip
+        (directory / "jobs.json").write_text(json.dumps(jobs))
+        yield directory / "jobs.json"
+
+
+@pytest.fixture(scope="module")
+def text_alone(tmp_path_factory, text_settings):
+    return start("single", tmp_path_factory.mktemp("text-single"), text_settings, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_text_takes_the_steps_of_one_process_on_two_ranks(name, tmp_path, text_settings, text_alone):
+    """Some ranks have no correction, some batches few tokens; resumed runs go on alike."""
+    found = start(name, tmp_path, text_settings, 2)
+    assert found.keys() == text_alone.keys() and len(found) == 6
+    for job, losses in found.items():
+        assert losses == pytest.approx(text_alone[job], rel=1e-3, abs=1e-5), job
+        assert any(loss > 0 for loss in text_alone[job]) or "corrected" in job
+    for job in ("text", "corrected", "mixed"):
+        assert verify(tmp_path / f"{job}.ckpt").exit_code == 0
 
 
 def weights(directory):
