@@ -27,7 +27,7 @@ from kd_plugin.teachers import Teacher
 from kd_plugin.trainers.panel import PanelHostMixin
 from kd_plugin.trl.config import TeacherPanelConfig
 from kd_plugin.trl.generation import TRLEngine, ask_for_logprobs, padded_logprobs, recorded, require_draws, share_evenly
-from kd_plugin.trl.upstream import TrlMetricsMixin
+from kd_plugin.trl.upstream import EpochSampler, TrlMetricsMixin
 from kd_plugin.upstream import reference_of
 
 
@@ -145,6 +145,9 @@ class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
     def _is_sampled(self) -> bool:
         """Whether a teacher's divergence is estimated from the tokens that the student drew."""
         return sampled_teacher(self.panel) is not None
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
+        return EpochSampler(super()._get_train_sampler(dataset))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Return the batches of an optimizer step; their first one is a generation batch."""

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
+
+import torch
+from trl.trainer.utils import RepeatSampler
 
 # Private names of TRL's trainers and configurations (1.16) that ours override, or read as their own
 IN_TRAINERS = {
@@ -20,10 +24,36 @@ IN_TRAINERS = {
     "_generate_and_score_completions": "DistillationTrainer: once a generation batch; returns padded tensors by name",
     "_generate_single_turn": "DistillationTrainer: token ids of prompts to token ids of responses",
     "_tool_call_loop": "DistillationTrainer: generates again for the rows whose response calls a tool",
+    "_get_train_sampler": "DistillationTrainer: the order of the rows, each generation batch once a micro-batch",
     "_compute_loss": "DistillationTrainer: inside the student's forward pass, so that its weights are gathered",
     "_tokenizer": "DistillationTrainer: the tokenizer, also where processing_class is a processor",
     "_metrics": "both: lists of numbers by mode and name, of which log takes the means",
 }
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's order of rows, also in a run that goes on in a later epoch.
+
+    TRL 1.16 draws each epoch's order from one generator and is not told the epoch, so a resumed run begins with the
+    order of the first: of the epoch it is in, it trains on some rows twice and on others never.
+    """
+
+    def __init__(self, given: RepeatSampler) -> None:
+        self.__dict__.update(given.__dict__)
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch is next; transformers does where an epoch begins."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """Draw the orders of the epochs before anew, and go through this one's."""
+        if self.shuffle and self.seed is not None:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self._epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+        self._epoch += 1
+        return iter(super().__iter__())
 
 
 class TrlMetricsMixin:

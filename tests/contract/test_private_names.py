@@ -46,6 +46,8 @@ ELSEWHERE = {
     "_step": "equivalence/test_panel_equals_trl.py::test_default_settings_give_the_same_run",
     "_generate_and_score_completions": "equivalence/test_panel_equals_trl.py::test_default_settings_give_the_same_run",
     "_generate_single_turn": "hosts/test_panel_rollouts.py::test_the_student_writes_what_it_writes_in_trl",
+    "EpochSampler": "contract/test_trl_internals.py::test_rows_come_in_trls_order_from_any_epoch_on",
+    "_get_train_sampler": "hosts/test_panel_text.py::test_a_run_goes_on_in_a_later_epoch",
     "_tool_call_loop": "zero/test_ranks.py::test_a_rank_whose_rows_call_fewer_tools_does_not_leave_the_others_waiting",
     "_compute_loss": "equivalence/test_panel_equals_trl.py::test_default_settings_give_the_same_run",
     "_tokenizer": "hosts/test_multimodal.py::test_the_panel_trains_as_trls_trainer",

@@ -8,7 +8,15 @@ from trl import DistillationTrainer, SFTTrainer
 from trl.data_utils import pack_dataset
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import prepare_deepspeed
-from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, shuffle_sequence_dict, split_tensor_dict
+from trl.trainer.utils import (
+    FusedCausalLMOutput,
+    RepeatSampler,
+    add_fused_lm_head,
+    shuffle_sequence_dict,
+    split_tensor_dict,
+)
+
+from kd_plugin.trl.upstream import EpochSampler
 
 EXPECTED = {
     DistillationTrainer._compute_loss: ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
@@ -81,3 +89,18 @@ def test_every_save_goes_through_save_pretrained():
     for event in ("on_init_end", "on_train_begin", "on_step_end", "on_save", "on_push_begin"):
         assert hasattr(TrainerCallback, event)
     assert "save_directory" in inspect.signature(PreTrainedModel.save_pretrained).parameters
+
+
+def test_rows_come_in_trls_order_from_any_epoch_on():
+    def theirs():
+        return RepeatSampler(range(10), mini_repeat_count=1, batch_size=4, repeat_count=2, seed=3)
+
+    upstream = theirs()
+    orders = [list(upstream) for _ in range(3)]
+    assert orders[0] != orders[1] and len(orders[0]) == len(EpochSampler(theirs())) == 16
+    ours = EpochSampler(theirs())
+    assert [list(ours) for _ in range(3)] == orders
+    resumed = EpochSampler(theirs())
+    resumed.set_epoch(2)
+    assert list(resumed) == orders[2]
+    assert not hasattr(upstream, "set_epoch"), "TRL tells its sampler the epoch now: ours can go"
