@@ -45,15 +45,20 @@ example, recipe.yaml:
   kd-plugin run recipe.yaml --dry-run
   kd-plugin run recipe.yaml
 
+With `targets: text` in capture all teachers write into one dataset, on which the student trains by cross-entropy; on
+the panel their servers then correct by text.
+
 A section that is left out is a stage that is left out; capture belongs to offline. Exit codes: 0 done, 1 refused or a
 stage failed, 2 wrong usage, 130 interrupted.
 """
 _SET_HERE = {  # settings of a stage that the recipe sets, and where a user sets them instead
     "dataset": "data", "datasets": "data", "dataset_name": "data", "teacher": "teachers", "teacher_models": "teachers",
-    "teacher_cache": "teachers", "model_name_or_path": "student", "lineage": "lineage", "output_dir": "output_dir",
+    "teacher_cache": "teachers", "teacher_text": "teachers", "teachers": "teachers",
+    "model_name_or_path": "student", "lineage": "lineage", "output_dir": "output_dir",
 }  # fmt: skip
 _DATA = ("dataset", "datasets", "split", "dataset_name", "streaming")
 _TEACHER = ("license", "revision", "dtype", "device")  # of a teacher, settings of its capture
+_ON_A_PANEL = ("weight", "kind", "signal", "max_tokens", "temperature", "guided")  # of a teacher, beside its capture's
 _LAUNCH = ("processes", "command")
 
 
@@ -212,16 +217,17 @@ def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
     place, shared = Path(recipe.output_dir), {} if recipe.lineage is None else {"lineage": recipe.lineage}
     launcher, found = _launcher(recipe, file), []
     data = {key: value for key, value in _section(recipe, file, "data").items() if value is not None}
-    if recipe.capture is not None or recipe.offline is not None:
+    if _is_text(recipe):
+        config = {**data, "teachers": _writers(recipe), **_section(recipe, file, "capture"), **shared}
+        found.append(Stage("capture-text", "capture", {**config, "output_dir": str(place / "text")}, place / "text"))
+    elif recipe.capture is not None or recipe.offline is not None:
         for name in recipe.teachers:
             config = {**data, **_teacher(recipe, name), **_section(recipe, file, "capture"), **shared}
             result = place / f"cache-{name}"
             found.append(Stage(f"capture-{name}", "capture", {**config, "output_dir": str(result)}, result))
     start = student
     if recipe.offline is not None:
-        weights = {str(stage.result): _weight(recipe, name) for stage, name in zip(found, recipe.teachers, strict=True)}
-        caches: Any = weights if len(weights) > 1 else next(iter(weights))
-        config = {**student, "teacher_cache": caches, "output_dir": str(place / "offline")}
+        config = {**student, **_taught_by(recipe, found), "output_dir": str(place / "offline")}
         config |= {**_section(recipe, file, "offline"), **shared}
         found.append(Stage("offline", "offline", config, place / "offline", launcher))
         start = {**student, "model_name_or_path": str(place / "offline")}
@@ -229,7 +235,8 @@ def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
         rows = {"dataset": "dataset_name", "dataset_name": "dataset_config", "split": "dataset_train_split",
                 "streaming": "dataset_streaming"}  # fmt: skip
         section = dict(_section(recipe, file, "panel"))
-        block = {"teachers": dict(recipe.teachers), **(section.pop("panel", None) or {})}
+        teachers = {name: _on_panel(recipe, spec) for name, spec in recipe.teachers.items()}
+        block = {"teachers": teachers, **(section.pop("panel", None) or {})}
         config = {**start, **{rows.get(key, key): value for key, value in data.items()}, "panel": block}
         config |= {"output_dir": str(place / "panel"), **section, **shared}
         found.append(Stage("panel", "panel", config, place / "panel", launcher))
@@ -255,15 +262,23 @@ def _print_verdict(recipe: Recipe, stages: Sequence[Stage]) -> bool:
     from kd_plugin.lineage.show import verdict_lines
     from kd_plugin.lineage.start import student_source
 
-    configs = [
-        CaptureConfig(**{"dataset": "", **_data(recipe), **_teacher(recipe, name)}) for name in recipe.teachers or ()
-    ]
-    rows = rows_of(configs[0]) if recipe.data else None
+    teachers: Any
+    if _is_text(recipe):
+        from kd_plugin.cli.text import TextCaptureConfig, make_writers
+
+        asked = TextCaptureConfig(**{"dataset": "", **_data(recipe), "teachers": _writers(recipe)})
+        teachers, rows = make_writers(asked), rows_of(asked) if recipe.data else None
+    else:
+        configs = [
+            CaptureConfig(**{"dataset": "", **_data(recipe), **_teacher(recipe, name)})
+            for name in recipe.teachers or ()
+        ]
+        teachers, rows = map(make_teacher, configs), rows_of(configs[0]) if recipe.data else None
     student = recipe.student if isinstance(recipe.student, str) else recipe.student["model_name_or_path"]
     run = RunLineage(
         method="recipe",
         student=student_source(student),
-        teachers=[make_teacher(config).source for config in configs],
+        teachers=[teacher.source for teacher in teachers],
         datasets=dataset_sources(rows),
         config=recipe.lineage,
     )
@@ -283,11 +298,9 @@ def _section(recipe: Recipe, file: YamlFile, name: str) -> dict[str, Any]:
     if name == "data":
         known: list[type] = [CaptureConfig]
     elif name == "capture":
-        known = [CaptureConfig]
-        if (recipe.capture or {}).get("targets") == "text":
-            raise ConfigError(
-                "capture: targets: text is stored as a dataset; run `kd-plugin capture` for it, and train."
-            )
+        from kd_plugin.cli.text import TextCaptureConfig
+
+        known = [TextCaptureConfig if _is_text(recipe) else CaptureConfig]
     else:
         from trl import ModelConfig
 
@@ -322,6 +335,32 @@ def _teacher(recipe: Recipe, name: str) -> dict[str, Any]:
     if set(spec) != {"model"}:
         raise ConfigError(f"teachers: {name}: expected model, or url and more; found {', '.join(spec) or 'nothing'}.")
     return {"teacher": spec["model"], "teacher_name": name, **own}
+
+
+def _is_text(recipe: Recipe) -> bool:
+    return (recipe.capture or {}).get("targets") == "text"
+
+
+def _writers(recipe: Recipe) -> dict[str, Any]:
+    """Return what a capture of text is told of its teachers."""
+    specs = {n: {"model": one} if isinstance(one, str) else one for n, one in (recipe.teachers or {}).items()}
+    return {n: {key: value for key, value in one.items() if key not in _ON_A_PANEL} for n, one in specs.items()}
+
+
+def _on_panel(recipe: Recipe, spec: Any) -> Any:
+    """Return what a panel is told of a teacher: a server that wrote text corrects by text, if nothing else is said."""
+    if not (_is_text(recipe) and isinstance(spec, Mapping) and "url" in spec):
+        return spec
+    return {"kind": "server", "signal": "text", **{key: value for key, value in spec.items() if key != "api"}}
+
+
+def _taught_by(recipe: Recipe, captures: Sequence[Stage]) -> dict[str, Any]:
+    """Return what offline training is told of what was captured."""
+    if _is_text(recipe):
+        return {"teacher_text": str(captures[0].result), "kd_weight": 0.0, "ce_weight": 1.0}
+    names = recipe.teachers or {}
+    weights = {str(stage.result): _weight(recipe, name) for stage, name in zip(captures, names, strict=True)}
+    return {"teacher_cache": weights if len(weights) > 1 else next(iter(weights))}
 
 
 def _weight(recipe: Recipe, name: str) -> float:

@@ -12,6 +12,9 @@ from kd_plugin.cli import recipe as recipes
 from kd_plugin.cli.main import main
 from kd_plugin.cli.parsing import parse_settings
 from kd_plugin.lineage import load_record, verify
+from kd_plugin.text import load_text
+from tests.scripted_writer import Script, scripted_writer
+from tests.text_teachers import oracle
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,6 +79,40 @@ def test_from_data_to_a_checked_student_and_nothing_twice(recipe, capsys, monkey
 def stages(path):
     parsed = parse_settings(recipes.Recipe, ["--config", path], command="run", description="")
     return recipes.stages_of(parsed.settings, parsed.file)
+
+
+def test_teachers_that_write(recipe, student_dir, monkeypatch, capsys):
+    """One dataset of all teachers' text, the student trained on it, then corrected by the same servers."""
+    rows = [{"prompt": f"What is {i}?", "answer": f"it is {i % 3}"} for i in range(8)]
+    Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = {row["prompt"]: row["answer"] for row in rows}
+
+    def write(body):
+        said = body["messages"][-1]["content"]
+        return answers[said] if said in answers else oracle(answers)(body)
+
+    with scripted_writer(Script(write=write)) as (one, first), scripted_writer(Script(write=write)) as (two, second):
+        teachers = {
+            name: {"url": url, "model": "scripted", "license": "mit", "max_tokens": 200}
+            for name, url in (("one", one), ("two", two))
+        }
+        few = {"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "per_device_train_batch_size": 2}
+        path = recipe(
+            teachers=teachers, data={"dataset": "asked.jsonl"}, offline=few,
+            capture={"targets": "text", "verify": "contains", "vote": {"by": r"is (\d)"}, "deduplicate": False},
+            panel={**few, "max_completion_length": 4, "panel": {"combine": "weighted_kl"}},
+        )  # fmt: skip
+        assert main(["run", path, "--dry-run"]) == 0
+        assert re.findall(r"^  (\S+) +to do", capsys.readouterr().out, re.M) == ["capture-text", "offline", "panel"]
+        assert not first.log
+        assert main(["run", path]) == 0
+        assert len(load_text("work/text")) == 16
+        assert len(first.log) == len(second.log) > 8
+        assert verify("work/panel").exit_code == 0
+        asked = len(first.log)
+        assert main(["run", path]) == 0 and len(first.log) == asked
+    record = json.dumps(load_record("work/panel"))
+    assert "corrected_by" in record and "trained_on_outputs" in record
 
 
 def test_a_section_that_is_left_out_is_a_stage_that_is_left_out(recipe, student_dir):
