@@ -89,8 +89,10 @@ def build_panel(job: dict, args: dict):
 
     from kd_plugin import TeacherPanel
     from kd_plugin.panel import Estimator, OwnTerms
+    from kd_plugin.text.correction import CorrectionSettings
     from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
     from tests.hosts.runs import LORA, prompts
+    from tests.text_teachers import ScriptedTeacher
 
     count = job.get("prompts", 48)
     columns = {}
@@ -105,9 +107,16 @@ def build_panel(job: dict, args: dict):
     if job.get("given"):  # what the dataset answers, which is the same on any number of ranks
         columns["completion"] = [f" {'ab' * (i * 7 % 11)}c" for i in range(count)]
         args.setdefault("on_policy_fraction", 0.0)
+    if job.get("text") is not None:
+        columns["answer"] = [f"answer {i % 8}" for i in range(count)]
     data: Dataset = prompts(count=count, **columns)
     config = TeacherPanelConfig(max_completion_length=job.get("completion", 8), temperature=1.0, **args)
     teachers: Any = {name: teacher(name, told) for name, told in job["teachers"].items()}
+    if job.get("text") is not None:
+        text = {"t": ScriptedTeacher(score=lambda case: float(case.row["answer"] not in job["wrong"]))}
+        settings = CorrectionSettings(accept="teacher", **job["text"])
+        teachers = TeacherPanel({**text, **teachers}, combine=args.pop("combine"), text=settings)
+        config = TeacherPanelConfig(max_completion_length=job.get("completion", 8), temperature=1.0, **args)
     if job.get("estimators"):
         own = {name: OwnTerms(estimator=Estimator(estimator)) for name, estimator in job["estimators"].items()}
         teachers = TeacherPanel(teachers, combine=args.pop("combine"), own=own)
