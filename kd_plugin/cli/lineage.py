@@ -28,7 +28,7 @@ on a checkpoint:
   show DIR       the lineage as a tree, with decision, findings and duties
   verify DIR     recompute everything from the files alone, offline
   diff A B       what changed between two checkpoints
-  export DIR     CycloneDX 1.6, SPDX 3.0.1 or Markdown
+  export DIR     CycloneDX 1.7 or 1.6, SPDX 3.0.1, or Markdown
   graph DIR      the lineage as a picture: SVG, HTML or Mermaid
   sign DIR       sign it with a local key; verify DIR --key checks that
 
@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
     add("sign", _SIGN, _sign, "DIR").add_argument("--key", type=Path, required=True, help="PEM file of a private key")
     add("diff", _DIFF, _diff, "A", "B")
     export = add("export", _EXPORT, _export, "DIR")
-    export.add_argument("--format", choices=("cyclonedx", "spdx", "markdown"), required=True)
+    export.add_argument("--format", choices=("cyclonedx", "cyclonedx-1.6", "spdx", "markdown"), required=True)
     graph = add("graph", _GRAPH, _graph, "DIR")
     graph.add_argument("--format", choices=("svg", "html", "mermaid"), help="of the picture; else by --output's name")
     for command in (export, graph):
@@ -231,7 +231,8 @@ def _export(arguments: argparse.Namespace) -> int:
     record = load_record(arguments.dir)
     if arguments.format == "markdown":
         return _deliver(card.section(record) + "\n", arguments.output)
-    document = bom.cyclonedx(record) if arguments.format == "cyclonedx" else bom.spdx(record)
+    name, _, version = arguments.format.partition("-")
+    document = bom.spdx(record) if name == "spdx" else bom.cyclonedx(record, version or bom.CYCLONEDX[0])
     return _deliver(json.dumps(document, indent=2, ensure_ascii=False) + "\n", arguments.output)
 
 

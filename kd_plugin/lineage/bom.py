@@ -1,4 +1,4 @@
-"""The lineage as a bill of materials: CycloneDX 1.6, and SPDX 3.0.1. Same record, same bytes."""
+"""The lineage as a bill of materials: CycloneDX 1.7, and SPDX 3.0.1. Same record, same bytes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from typing import Any
 
 from kd_plugin.lineage.graph import SELF, Graph, Node
 
+# Both documents are put together here, and tests validate them with the two projects' own libraries. At run time those
+# would not do: cyclonedx-python-lib (11.12) has no model cards, where CycloneDX names datasets and limits of use, and
+# spdx-python-model (0.0.6) is a preview of bindings that are still to change.
+CYCLONEDX = ("1.7", "1.6")  # the first is written; checkpoints that were saved with the other verify as before
 _SPACE = uuid.UUID("6f1a3c1e-5a0e-4c53-9a3b-1d7c8f1f2b6d")  # namespace of this package's identifiers
 _SPDX_CONTEXT = "https://spdx.org/rdf/3.0.1/spdx-context.jsonld"
 _AI_KINDS = ("model", "checkpoint")
 
 
-def bom_text(record: Mapping[str, Any]) -> str:
-    """Return the contents of ``bom.cdx.json``."""
-    return json.dumps(cyclonedx(record), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+def bom_text(record: Mapping[str, Any], version: str = CYCLONEDX[0]) -> str:
+    """Return the contents of ``bom.cdx.json`` in a version of :data:`CYCLONEDX`."""
+    return json.dumps(cyclonedx(record, version), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
 
-def cyclonedx(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a CycloneDX 1.6 bill of materials of a record (its digest and saving time are not used)."""
+def cyclonedx(record: Mapping[str, Any], version: str = CYCLONEDX[0]) -> dict[str, Any]:
+    """Return a CycloneDX bill of materials of a record (its digest and saving time are not used)."""
     graph = Graph.from_json(record)
     name = str(record["student"].get("name") or "checkpoint")
     licence = record["effective"]["license_expression"]
@@ -53,7 +57,7 @@ def cyclonedx(record: Mapping[str, Any]) -> dict[str, Any]:
     }
     return {
         "bomFormat": "CycloneDX",
-        "specVersion": "1.6",
+        "specVersion": version,
         "serialNumber": f"urn:uuid:{uuid.uuid5(_SPACE, _identity(record))}",
         "version": 1,
         "metadata": {

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import hashing, shipping
-from kd_plugin.lineage.bom import bom_text
+from kd_plugin.lineage.bom import CYCLONEDX, bom_text
 from kd_plugin.lineage.card import license_problem, section, section_in
 from kd_plugin.lineage.directory import printable
 from kd_plugin.lineage.discovery import record_overrides
@@ -221,13 +221,14 @@ def _check_verdict(record: Mapping[str, Any], registry: Registry) -> tuple[Verdi
         promised = {entry["path"]: entry["sha256"] for entry in record["files"]}
         try:
             texts = {f"{LICENSES}/{n}": t for n, t in shipping.license_files(graph, terms, registry).items()}
-            wanted = {NOTICE: notice, BOM: bom_text(record), **texts}
-            digests = {name: hashing.sha256_text(text) for name, text in wanted.items()}
+            wanted = {NOTICE: [notice], BOM: [bom_text(record, version) for version in CYCLONEDX]}
+            wanted |= {name: [text] for name, text in texts.items()}
+            digests = {name: {hashing.sha256_text(form) for form in forms} for name, forms in wanted.items()}
         except (LookupError, ValueError, TypeError) as error:  # texts that the registry does not have, surrogates
             problems.append(Problem("tampered", RECORD, f"its files cannot be made again: {error}"))
             digests = {}
-        for name, digest in digests.items():
-            if promised.get(name) != digest:
+        for name, accepted in digests.items():
+            if promised.get(name) not in accepted:
                 problems.append(Problem("tampered", name, "it is not what the lineage asks for"))
     else:
         named = {i for node in reread.nodes.values() for i in (*node.licenses, *node.services)}

@@ -10,6 +10,8 @@ import yaml
 from kd_plugin.cli.lineage import main
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import RunLineage, Source, load_record, outputs_record, verify
+from kd_plugin.lineage import run as run_module
+from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import card_text
 from tests.core.lineage_help import RUN, checkpoint, model_dir, run_of
 
@@ -45,19 +47,40 @@ def saved(tmp_path):
     return directory
 
 
-def test_the_bill_of_materials_is_strictly_valid_cyclonedx(saved):
+def problem_of(text: str) -> object:
+    """What the project's own library has against a CycloneDX document, by the schema of the version it names."""
     validation = pytest.importorskip("cyclonedx.validation.json")
     schema = pytest.importorskip("cyclonedx.schema")
-    validator = validation.JsonStrictValidator(schema.SchemaVersion.V1_6)
+    version = schema.SchemaVersion.from_version(json.loads(text)["specVersion"])
     try:
-        problem = validator.validate_str((saved / "bom.cdx.json").read_text())
+        return validation.JsonStrictValidator(version).validate_str(text)
     except ImportError as error:  # its extra for validation is not installed
         pytest.skip(str(error))
-    assert problem is None, problem
-    bom = json.loads((saved / "bom.cdx.json").read_text())
+
+
+def test_the_bill_of_materials_is_strictly_valid_cyclonedx(saved, capsys):
+    text = (saved / "bom.cdx.json").read_text()
+    bom = json.loads(text)
+    assert bom["specVersion"] == "1.7" and problem_of(text) is None
+    assert problem_of(text.replace('"machine-learning-model"', '"teacher"')) is not None
+    assert main(["export", str(saved), "--format", "cyclonedx-1.6"]) == 0
+    older = capsys.readouterr().out
+    assert json.loads(older) == {**bom, "specVersion": "1.6"} and problem_of(older) is None
     refs = {c["bom-ref"] for c in bom["components"]} | {"self"}
     assert {d["ref"] for d in bom["dependencies"]} == refs
     assert {r for d in bom["dependencies"] for r in d["dependsOn"]} == refs - {"self"}
+
+
+def test_a_checkpoint_with_an_older_bill_of_materials_verifies_until_it_is_edited(tmp_path, monkeypatch):
+    directory = checkpoint(tmp_path / "out")
+    with monkeypatch.context() as before:  # what this package wrote before CycloneDX 1.7
+        before.setattr(run_module, "bom_text", lambda record: bom_text(record, "1.6"))
+        run_of(tmp_path, "mit").write(directory, step=1)
+    path = directory / "bom.cdx.json"
+    assert json.loads(path.read_text())["specVersion"] == "1.6"
+    assert verify(directory).exit_code == 0
+    path.write_text(path.read_text().replace('"1.6"', '"1.7"'))
+    assert verify(directory).exit_code == 2
 
 
 def test_the_spdx_export_names_every_source_and_its_relations(saved, tmp_path):
