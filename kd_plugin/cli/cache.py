@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,21 @@ fidelity  what each setting of a capture would keep of the teacher, before it is
 merge     join caches of the same teacher and settings over different data into a new one; or put caches of several
           teachers over the same examples together, for training on all of them at once
 append    capture more data into a finished cache: its directory, then the settings of `kd-plugin capture`
+import    read teacher outputs of DistillKit, or in Axolotl's form: their place, a new directory, settings
 Exit codes: 0 good, 1 refused, damaged or unfinished, 2 wrong usage.
 """
 _FIDELITY = """\
 Score some sequences with the teacher, and compare the gradient that the student would get from stored targets with the
 one from the full distribution: for top-k at several k, and for sampled targets at several draws.
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
+"""
+_IMPORT = """\
+Read teacher outputs that another tool stored into a teacher cache. What cannot be read faithfully is refused, with the
+reason; the teacher's licence decides as in a capture.
+
+  kd-plugin cache import LOGITS CACHE --format distillkit --teacher Qwen/Qwen3-32B
+  kd-plugin cache import rows.jsonl CACHE --format axolotl --teacher Qwen/Qwen3-32B --logprobs_field logprobs
+
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
 """
 
@@ -35,13 +45,15 @@ def main(argv: Sequence[str]) -> int:
     """Run the command with ``argv`` and return its exit code."""
     if argv and argv[0] == "fidelity":
         return fidelity_command(argv[1:])
+    if argv and argv[0] == "import":
+        return import_command(argv[1:])
     if argv and argv[0] == "append":
         from kd_plugin.cli.capture import main as capture
 
         named = len(argv) > 1 and not argv[1].startswith("-")  # as the others take it
         return capture(["--output_dir", *argv[1:]] if named else argv[1:], append=True)
     parser = Parser("kd-plugin cache", description=_DESCRIPTION)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info|verify|fidelity|merge|append")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info|verify|fidelity|merge|append|import")
     info = commands.add_parser("info", help="what a cache holds")
     info.add_argument("directory", type=Path)
     info.add_argument("--json", action="store_true", help="the manifest, for programs")
@@ -57,6 +69,24 @@ def main(argv: Sequence[str]) -> int:
     if arguments.command == "verify":
         return _verify(arguments.directory)
     return _merge(arguments.caches, arguments.output_dir, arguments.weights)
+
+
+def import_command(argv: Sequence[str]) -> int:
+    """Run ``kd-plugin cache import SOURCE OUTPUT ARGV`` and return its exit code."""
+    from kd_plugin.importing import import_outputs
+    from kd_plugin.importing.run import ImportSettings
+
+    places = [word for word in argv[:2] if not word.startswith("-")]
+    parsed = parse_settings(ImportSettings, argv[len(places) :], command="cache import", description=_IMPORT)
+    if parsed.print_only:
+        print(as_yaml(parsed.settings))
+        return 0
+    if len(places) < 2:
+        raise UsageError("Name what is read and a new directory: kd-plugin cache import SOURCE OUTPUT --teacher MODEL")
+    values = {f.name: getattr(parsed.settings, f.name) for f in fields(parsed.settings)}
+    cache = import_outputs(*places, **values)
+    print(f"{cache.path}: {len(cache)} examples, {cache.tokens} targets.")
+    return 0
 
 
 def _merge(caches: Sequence[Path], output_dir: Path, weights: Sequence[float] | None) -> int:

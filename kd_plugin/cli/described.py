@@ -17,7 +17,9 @@ from kd_plugin.cli.parsing import Parser, parser_of, written_for
 from kd_plugin.upstream import option_groups, subcommands
 
 FILE = Path(__file__).with_name("described.json")
-_APART = {"cache": ("fidelity", "append")}  # sub-commands whose options are settings, and that parse by themselves
+_APART = {
+    "cache": ("fidelity", "append", "import")
+}  # sub-commands whose options are settings, and that parse by themselves
 _COMPLETION = """\
 Print what makes your shell complete commands and options. Put one of these lines into the file of your shell:
 
