@@ -304,10 +304,11 @@ def _section(recipe: Recipe, file: YamlFile, name: str) -> dict[str, Any]:
     else:
         from trl import ModelConfig
 
+        from kd_plugin import trl
         from kd_plugin.cli.training import DataArguments
-        from kd_plugin.trl import OfflineKDConfig, TeacherPanelConfig
 
-        known = [OfflineKDConfig if name == "offline" else TeacherPanelConfig, ModelConfig, DataArguments]
+        config = trl.OfflineKDConfig if name == "offline" else trl.TeacherPanelConfig
+        known = [config, ModelConfig, DataArguments]
     found = typed_section(file, name, known)
     for key in found:
         if name == "data" and key not in _DATA:

@@ -19,8 +19,7 @@ from kd_plugin.cli.parsing import Parser, add_config, take_config
 from kd_plugin.errors import ConfigError, UsageError
 from kd_plugin.inputs import MIXTURE, load_mixture, load_rows
 from kd_plugin.sharding.gathering import close_process_group
-from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig, TeacherPanelTrainer
-from kd_plugin.trl.rounds import train_in_rounds
+from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
 
 _STUDENT = ("model_name_or_path", "dtype", "use_peft", "lora_r", "lora_alpha", "lora_target_modules")
 _DATA = ("datasets", "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming")
@@ -262,6 +261,9 @@ Watch it with `kd-plugin trace out -o trace.html`. Exit codes: 0 trained, 1 refu
 
 def panel(argv: Sequence[str]) -> int:
     """Run ``kd-plugin panel ARGV``; teachers are the mapping ``teacher_models`` of the configuration, or ``panel``."""
+    from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer  # not with every TRL that trains offline
+    from kd_plugin.trl.rounds import train_in_rounds
+
     if "--rounds" not in argv:
         return train("panel", TeacherPanelTrainer, TeacherPanelConfig, argv, _PANEL)
     at = list(argv).index("--rounds")

@@ -40,6 +40,9 @@ class DistilledOutput(ModelOutput):
         is_top1: (N,) whether the label is the student's most likely token.
         label_mask: (B, L-1) which tokens have a label.
         aux_loss: the router loss of a mixture of experts, where router logits were asked for.
+        num_valid_tokens: number of tokens with a label; this and the next two are for TRL before 1.15.
+        entropy_sum: of the student, in nats.
+        num_correct_tokens: number of labels that are the student's most likely token.
     """
 
     loss: Tensor | None = None
@@ -49,6 +52,9 @@ class DistilledOutput(ModelOutput):
     is_top1: Tensor | None = None
     label_mask: Tensor | None = None
     aux_loss: Tensor | None = None
+    num_valid_tokens: Tensor | None = None
+    entropy_sum: Tensor | None = None
+    num_correct_tokens: Tensor | None = None
 
 
 class DistillationHead:
@@ -126,6 +132,9 @@ class DistillationHead:
             is_top1=loss.is_top1,
             label_mask=label_mask,
             aux_loss=load_balancing_loss(student, outputs, kwargs),
+            num_valid_tokens=label_mask.sum(),
+            entropy_sum=loss.entropy.detach().sum(),
+            num_correct_tokens=None if loss.is_top1 is None else loss.is_top1.sum(),
         )
 
 

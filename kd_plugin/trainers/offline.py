@@ -78,6 +78,7 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
     """
 
     asked_by = "labels"  # the argument by which the trainer asks the student for its loss
+    adds_router_loss = False  # whether the trainer adds that of a mixture of experts to what the student returns
 
     def __init__(
         self,
@@ -160,7 +161,7 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         collator: Any = _padding_labels(self.data_collator, data_collator)
         self.data_collator = TeacherTargetCollator(collator, self.teacher_cache, self.untaught)
         base = self.model.get_base_model() if getattr(self.model, "peft_config", None) else self.model
-        if not hasattr(self, "aux_loss_enabled"):
+        if not self.adds_router_loss:
             refuse_router_loss(base.config, "The divergence takes the place of the loss that has it.")
         self._head = DistillationHead(
             base, vocab_size=self._vocabulary.size, objective=self.objective, asked_by=self.asked_by

@@ -3,10 +3,16 @@
 Everything here that leans on TRL's internals stays small; ``tests/contract`` names the signatures it relies on.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from kd_plugin.lineage.trainer_callback import LicenseLineageCallback
-from kd_plugin.trl.config import OfflineKDConfig, TeacherPanelConfig
+from kd_plugin.trl.config import OfflineKDConfig
 from kd_plugin.trl.offline_trainer import OfflineKDTrainer
-from kd_plugin.trl.panel_trainer import TeacherPanelTrainer
+from kd_plugin.trl.upstream import HAS_PANEL, refuse_panel
+
+if TYPE_CHECKING or HAS_PANEL:
+    from kd_plugin.trl.panel_config import TeacherPanelConfig
+    from kd_plugin.trl.panel_trainer import TeacherPanelTrainer
 
 __all__ = [
     "LicenseLineageCallback",
@@ -15,3 +21,10 @@ __all__ = [
     "TeacherPanelConfig",
     "TeacherPanelTrainer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Say what the panel needs where TRL is too old for it; called for names that are not there."""
+    if name in __all__:
+        refuse_panel(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Configuration of offline KD and of the teacher panel."""
+"""Configuration of offline KD, and what both configurations share."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import DistillationConfig, SFTConfig
+from trl import SFTConfig
 
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
 from kd_plugin.limits import refuse_label_smoothing
 from kd_plugin.lineage.config import LineageSettings
-from kd_plugin.panel.settings import PanelSettings, RolloutSettings, TeacherSettings, WatchSettings
 from kd_plugin.settings import mappings, mutable, part_of
+from kd_plugin.trl.upstream import CROSS_ENTROPY
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +28,13 @@ def without_bf16(args: TrainingArguments) -> None:
 
 
 def require_sft_loss(args: SFTConfig) -> None:
-    """Refuse what makes ``SFTTrainer`` (1.16) form another loss than the sum that the student's head returns.
+    """Refuse what makes ``SFTTrainer`` form another loss than the sum that the student's head returns.
 
     Raises:
         ConfigError: the targets would not be used, or not as they are.
     """
-    if args.loss_type != "nll":
-        raise ConfigError(
-            f"loss_type is {args.loss_type!r}; offline KD replaces the loss, so leave it at its default, 'nll'."
-        )
+    if args.loss_type not in CROSS_ENTROPY:
+        raise ConfigError(f"loss_type is {args.loss_type!r}; offline KD replaces the loss, so leave it at its default.")
     refuse_label_smoothing(args)
     if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         raise ConfigError(
@@ -89,53 +87,3 @@ class OfflineKDConfig(mutable(OfflineSettings), mutable(LineageSettings), SFTCon
             ConfigError: an unknown name, or a temperature or weights out of range.
         """
         return part_of(OfflineSettings, self)
-
-
-@dataclass
-class TeacherPanelConfig(
-    mutable(WatchSettings),  # type: ignore[misc]
-    mutable(RolloutSettings),  # type: ignore[misc]
-    mutable(TeacherSettings),  # type: ignore[misc]
-    mutable(LineageSettings),  # type: ignore[misc]
-    DistillationConfig,
-):
-    """What TRL's ``DistillationConfig`` holds, and how a panel of teachers is combined.
-
-    Every inherited field keeps its meaning. With one teacher and default settings the losses and gradients are
-    those of ``DistillationTrainer``.
-    """
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *DistillationConfig._VALID_DICT_FIELDS,
-        *mappings(WatchSettings, RolloutSettings, TeacherSettings, LineageSettings),
-    ]
-
-    def __post_init__(self):
-        without_bf16(self)
-        super().__post_init__()
-        self.settings()
-        if self.label_smoothing_factor:
-            raise ConfigError(
-                "label_smoothing_factor smooths one-hot labels; the panel has the teachers' distributions in their "
-                "place. Set it to 0."
-            )
-        if self.shard_teachers and self.deepspeed is None and self.deepspeed_plugin is None:
-            raise ConfigError(
-                "shard_teachers needs DeepSpeed: set `deepspeed` to a configuration file, or launch with an Accelerate "
-                "YAML that names one."
-            )
-        if self.rollout_engine is not None and self.use_vllm:
-            raise ConfigError("use_vllm is TRL's own vLLM generation, and rollout_engine another. Set one of the two.")
-        if self.rollouts == "interleaved" and self.use_vllm:
-            raise ConfigError(
-                "rollouts='interleaved' needs transformers generation: the panel replaces tokens as they are sampled. "
-                "Set use_vllm=False, or let the student generate alone (rollouts='student')."
-            )
-
-    def settings(self) -> PanelSettings:
-        """Return what decides an on-policy step, as it is now, for the rooms that know no host.
-
-        Raises:
-            ConfigError: an unknown name, a value out of range, or two that contradict each other.
-        """
-        return part_of(PanelSettings, self)

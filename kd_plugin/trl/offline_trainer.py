@@ -19,7 +19,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from trl import SFTTrainer
 from trl.data_utils import pack_dataset
 
 from kd_plugin.cache.joining import Untaught, untaught_tokens
@@ -29,11 +28,11 @@ from kd_plugin.cache.training_rows import CutIndex, Window, something_to_cut, wh
 from kd_plugin.errors import ConfigError
 from kd_plugin.trainers.offline import OfflineKDMixin
 from kd_plugin.trl.config import OfflineKDConfig, require_sft_loss
-from kd_plugin.trl.upstream import TrlMetricsMixin
+from kd_plugin.trl.upstream import ASKED_BY, FUSED_HEAD, SummedLossMixin, TrlMetricsMixin
 from kd_plugin.upstream import reference_of
 
 
-class OfflineKDTrainer(TrlMetricsMixin, OfflineKDMixin, SFTTrainer):
+class OfflineKDTrainer(TrlMetricsMixin, OfflineKDMixin, SummedLossMixin):
     """``SFTTrainer`` whose loss is the divergence from a teacher's captured distributions.
 
     Rows are joined to the cache by the hash of their token ids, before truncation and packing; from there a
@@ -70,7 +69,8 @@ class OfflineKDTrainer(TrlMetricsMixin, OfflineKDMixin, SFTTrainer):
         DataError: rows of a dataset are not in the cache.
     """
 
-    asked_by = "fused_lm_head"
+    asked_by = ASKED_BY
+    adds_router_loss = FUSED_HEAD
     _name = "OfflineKD"
     _tag_names: ClassVar[list[str]] = ["trl", "kd-plugin", "distillation", "offline-kd"]
 

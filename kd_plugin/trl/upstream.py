@@ -10,7 +10,21 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import trl
+from packaging.version import Version
+from trl import SFTTrainer
 from trl.trainer.utils import RepeatSampler
+
+from kd_plugin.errors import ConfigError
+
+# What depends on TRL's version; asked nowhere else. From 1.15 on SFTTrainer asks its model for sums over tokens by an
+# argument of their own, and DistillationTrainer works on chunks. 1.9 to 1.14 have loss_type chunked_nll for such sums.
+PANEL_SINCE = "1.15"
+_TRL = Version(trl.__version__)
+HAS_PANEL = Version(PANEL_SINCE) <= _TRL
+FUSED_HEAD = Version("1.15") <= _TRL
+ASKED_BY = "fused_lm_head" if FUSED_HEAD else "labels"
+CROSS_ENTROPY = ("nll",) if FUSED_HEAD else ("nll", "chunked_nll")
 
 # Private names of TRL's trainers and configurations (1.16) that ours override, or read as their own
 IN_TRAINERS = {
@@ -54,6 +68,32 @@ class EpochSampler(RepeatSampler):
                 torch.randperm(self.num_samples, generator=self.generator)
         self._epoch += 1
         return iter(super().__iter__())
+
+
+class SummedLossMixin(SFTTrainer):
+    """Has ``SFTTrainer`` take loss and metrics from the student's head, in the way that its version asks for them."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the parent's loss; before TRL 1.15 with metrics from sums, where the head forms no logits."""
+        head = getattr(self, "_head", None)
+        if head is not None and not FUSED_HEAD:
+            self.args.loss_type = "nll" if head.forms_logits else "chunked_nll"
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def refuse_panel(name: str) -> None:
+    """Say which TRL the panel needs.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(
+        f"{name} needs TRL {PANEL_SINCE} or newer, whose DistillationTrainer it builds on; installed is "
+        f"{trl.__version__}. Upgrade it (pip install -U trl). kd_plugin.transformers.PanelMixin needs no TRL, and "
+        "OfflineKDTrainer works with yours."
+    )
 
 
 class TrlMetricsMixin:
