@@ -11,16 +11,19 @@ import kd_plugin
 
 PACKAGE = Path(kd_plugin.__file__).parent
 HOSTS = ("kd_plugin.trl", "kd_plugin.lightning", "kd_plugin.transformers")
+AXOLOTL = "kd_plugin.axolotl"
 SHARED = "kd_plugin.trainers"
 TRAINERS = ("trl", "lightning", "pytorch_lightning")
 # What each layer may not import, not even inside a function. `cli` and `demo` may import everything.
 FORBIDDEN = {
-    "core": (*HOSTS, SHARED, "kd_plugin.cli", "kd_plugin.demo", *TRAINERS),
+    "core": (*HOSTS, AXOLOTL, SHARED, "kd_plugin.cli", "kd_plugin.demo", *TRAINERS, "axolotl"),
     # Users' transformers trainers and TRL's stand on this room, and it knows neither
-    "trainers": (*HOSTS, "kd_plugin.cli", "kd_plugin.demo", *TRAINERS),
-    "transformers": (*HOSTS[:2], "kd_plugin.cli", "kd_plugin.demo", *TRAINERS),
-    "trl": (*HOSTS[1:], "kd_plugin.cli", "kd_plugin.demo", "lightning", "pytorch_lightning"),
-    "lightning": ("kd_plugin.trl", "kd_plugin.transformers", SHARED, "kd_plugin.cli", "kd_plugin.demo", "trl"),
+    "trainers": (*HOSTS, AXOLOTL, "kd_plugin.cli", "kd_plugin.demo", *TRAINERS, "axolotl"),
+    "transformers": (*HOSTS[:2], AXOLOTL, "kd_plugin.cli", "kd_plugin.demo", *TRAINERS, "axolotl"),
+    # Axolotl's trainer is a transformers trainer, so that host's mixins go before it
+    "axolotl": (*HOSTS[:2], SHARED, "kd_plugin.cli", "kd_plugin.demo", *TRAINERS),
+    "trl": (*HOSTS[1:], AXOLOTL, "kd_plugin.cli", "kd_plugin.demo", "lightning", "pytorch_lightning"),
+    "lightning": ("kd_plugin.trl", "kd_plugin.transformers", AXOLOTL, SHARED, "kd_plugin.cli", "kd_plugin.demo", "trl"),
     "cli": (),
     "demo": (),
 }
@@ -74,6 +77,9 @@ def test_no_file_breaks_an_arrow(path):
         ("lightning", "import kd_plugin.trainers", {"kd_plugin.trainers"}),
         ("trl", "import kd_plugin.transformers", {"kd_plugin.transformers"}),
         ("trainers", "import kd_plugin.transformers", {"kd_plugin.transformers"}),
+        ("transformers", "import kd_plugin.axolotl", {"kd_plugin.axolotl"}),
+        ("axolotl", "from kd_plugin.trl import x", {"kd_plugin.trl", "kd_plugin.trl.x"}),
+        ("axolotl", "import kd_plugin.transformers", set()),
         ("trl", "import kd_plugin.trainers.offline", set()),
         ("core", "import transformers", set()),
         ("core", "import trlx", set()),
@@ -99,7 +105,7 @@ ORDER = (
     ("rollouts",),
     ("views",),
     ("capturing",),
-    ("text",),
+    ("text", "importing"),
     ("panel", "evaluation"),
     ("monitor",),
     ("planner",),

@@ -1,0 +1,66 @@
+"""The plugin that Axolotl loads, by its own interface (``axolotl.integrations.base``, 0.19)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from axolotl.common.datasets import TrainDatasetMeta
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel, Field
+
+from kd_plugin.axolotl.settings import settings_of
+from kd_plugin.lineage.trainer_callback import LicenseLineageCallback
+
+
+class KDArgs(BaseModel):
+    """The keys that the plugin adds to Axolotl's configuration."""
+
+    kd_plugin: dict[str, Any] | None = Field(
+        default=None, description="What is distilled: see kd_plugin.axolotl.AxolotlSettings."
+    )
+
+
+class KDPlugin(BasePlugin):
+    """Offline KD, a panel of teachers, or lineage alone, as the key ``kd_plugin`` of the configuration says."""
+
+    def register(self, cfg: Any) -> None:
+        """Check the settings, before Axolotl loads anything; raises ConfigError."""
+        settings_of(cfg)
+
+    def get_input_args(self) -> str:
+        """Name the keys that Axolotl's configuration takes beside its own."""
+        return "kd_plugin.axolotl.KDArgs"
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> TrainDatasetMeta | None:
+        """Return the panel's prompts, or the rows of the cache where the configuration names no datasets."""
+        asked = settings_of(cfg)
+        if preprocess or (cfg.get("datasets") and not asked.is_panel):
+            return None
+        found = asked.rows()
+        if found is None:
+            return None
+        train, evaluated = found
+        steps = cfg.get("max_steps") or math.ceil(len(train) * (cfg.get("num_epochs") or 1) / cfg["batch_size"])
+        return TrainDatasetMeta(train_dataset=train, eval_dataset=evaluated, total_num_steps=steps)
+
+    def get_trainer_cls(self, cfg: Any) -> type | None:
+        """Return Axolotl's trainer with what the configuration asks for before it."""
+        from kd_plugin.axolotl.trainers import offline_trainer, panel_trainer
+
+        asked = settings_of(cfg)
+        if asked.is_offline:
+            return offline_trainer(asked)
+        return panel_trainer(asked) if asked.is_panel else None
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+        """Follow a run that is not distilled; the trainers of the others bring the callback along."""
+        asked = settings_of(cfg)
+        return [] if asked.is_offline or asked.is_panel else [LicenseLineageCallback(lineage=asked.lineage)]
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Follow what fires no event, too, of a trainer that is not ours."""
+        asked = settings_of(cfg)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, LicenseLineageCallback) and not (asked.is_offline or asked.is_panel):
+                callback.attach(trainer)
