@@ -7,6 +7,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 DOCS_VENV := .venv-docs
+TOOLS_VENV := .venv-tools
+AXOLOTL_VENV := .venv-axolotl
 LIBAIO := .libaio
 PIP_VERSION := 26.3
 
@@ -23,7 +25,8 @@ WORKERS ?= 2
 ARGS ?=
 SECONDS ?= 600
 
-.PHONY: docs help install demo test test-all test-zero libaio test-vllm test-peers fuzz lint format types bench wheel-test clean
+.PHONY: docs help install demo test test-all test-zero libaio test-vllm test-peers test-versions test-axolotl fuzz lint format \
+	types bench wheel-test release-check release clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -101,6 +104,19 @@ test-peers: $(STAMP) ## Run TRL's own trainer tests on TRL's classes and on ours
 	@test -n "$(TRL)" || { echo "Name a checkout or archive of TRL's repository: make test-peers TRL=path/to/trl"; exit 1; }
 	@$(TEST_ENV) $(PY) -m tests.peers.run "$(abspath $(TRL))" $(ARGS)
 
+# Each environment takes 2 to 6 GB, of which torch is most. The tests of several ranks take minutes each.
+test-versions: $(TOOLS_VENV)/.installed ## Run a part of the tests at both ends of the supported versions. One: ARGS="oldest"
+	@$(TEST_ENV) $(TOOLS_VENV)/bin/python -m tests.versions.run $(ARGS)
+
+test-axolotl: $(AXOLOTL_VENV)/.installed ## Run Axolotl with the plugin, on CPU; makes .venv-axolotl (4 GB).
+	@$(TEST_ENV) AXOLOTL_DO_NOT_TRACK=1 $(AXOLOTL_VENV)/bin/python -m pytest tests/axolotl $(ARGS)
+
+$(AXOLOTL_VENV)/.installed: $(TOOLS_VENV)/.installed
+	@test -x $(AXOLOTL_VENV)/bin/python || $(TOOLS_VENV)/bin/uv venv -q --python $(PYTHON) $(AXOLOTL_VENV)
+	@UV_FIND_LINKS=$$PIP_FIND_LINKS $(TOOLS_VENV)/bin/uv pip install -q --python $(AXOLOTL_VENV)/bin/python "axolotl==0.19.0" \
+		--editable . pytest pytest-timeout
+	@touch $@
+
 # Every target in turn until the time is over. What it finds stays in .hypothesis/lineage_fuzz and comes first next time.
 fuzz: $(STAMP) ## Fuzz what lineage reads from strangers: make fuzz SECONDS=600
 	@$(TEST_ENV) $(PY) -m tests.lineage_fuzz $(SECONDS)
@@ -108,5 +124,16 @@ fuzz: $(STAMP) ## Fuzz what lineage reads from strangers: make fuzz SECONDS=600
 wheel-test: $(STAMP) ## Build the wheel, install it alone with [trl], and run the demo's first minute from it.
 	@$(PY) -m pytest tests/hosts/test_demo_wheel.py -m wheel -v $(ARGS)
 
+release-check: $(TOOLS_VENV)/.installed ## Build a release and check it: reproducible, each extra, metadata, licences, SBOM; into dist/.
+	@$(TOOLS_VENV)/bin/python -m tests.release.check $(if $(VERSION),--version $(VERSION)) $(ARGS)
+
+release: $(TOOLS_VENV)/.installed ## Cut a release in CHANGELOG.md and the package: make release VERSION=0.2.0
+	@$(TOOLS_VENV)/bin/python -m tests.release.changelog $(VERSION)
+
+$(TOOLS_VENV)/.installed: Makefile
+	@test -x $(TOOLS_VENV)/bin/python || $(PYTHON) -m venv $(TOOLS_VENV)
+	@$(TOOLS_VENV)/bin/python -m pip install -qq --disable-pip-version-check "uv>=0.9" "twine>=6.2" "cyclonedx-bom>=7.2" "check-jsonschema>=0.35"
+	@touch $@
+
 clean: ## Remove what these targets made, .venv included.
-	rm -rf $(VENV) $(VLLM_VENV) $(LIBAIO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) $(TOOLS_VENV) $(AXOLOTL_VENV) .venv-versions $(LIBAIO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
