@@ -91,8 +91,8 @@ def refuse_panel(name: str) -> None:
     """
     raise ConfigError(
         f"{name} needs TRL {PANEL_SINCE} or newer, whose DistillationTrainer it builds on; installed is "
-        f"{trl.__version__}. Upgrade it (pip install -U trl). kd_plugin.transformers.PanelMixin needs no TRL, and "
-        "OfflineKDTrainer works with yours."
+        f"{trl.__version__}. Upgrade it (pip install -U trl). kd_plugin.transformers.TeacherPanelMixin needs no TRL, "
+        "and OfflineKDTrainer works with yours."
     )
 
 

@@ -1,5 +1,6 @@
 """The wheel alone, in a fresh environment with the extra `trl`, runs the demo's first minute. `make wheel-test`."""
 
+import json
 import subprocess
 import sys
 import tarfile
@@ -8,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 CHECKOUT = Path(__file__).parents[2]
 pytestmark = pytest.mark.wheel
@@ -43,13 +45,33 @@ def test_the_source_distribution_can_be_tested(built):
     assert {"README.md", "LICENSE", "Makefile", "constraints.txt", "tests/tiny.py", "docs/quickstart.md"} <= names
 
 
-def test_the_wheel_alone_runs_the_demos_first_minute(built, tmp_path):
+@pytest.fixture(scope="module")
+def environment(built, tmp_path_factory):
+    """The wheel with its extra `trl`, and nothing else."""
     (wheel,) = built.glob("*.whl")
-    environment = tmp_path / "env"
+    environment = tmp_path_factory.mktemp("environment")
     venv.create(environment, with_pip=True)
     python = environment / "bin" / "python"
-    run(python, "-m", "pip", "install", "-qq", "-c", CHECKOUT / "constraints.txt", f"{wheel}[trl]", cwd=tmp_path)
+    run(python, "-m", "pip", "install", "-qq", "-c", CHECKOUT / "constraints.txt", f"{wheel}[trl]", cwd=environment)
+    return environment
+
+
+def test_the_wheel_alone_runs_a_recipe(environment, student_dir, teacher_dir, tmp_path):
+    rows = [{"prompt": f"{i} and {i}?", "completion": f" {2 * i}"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = yaml.safe_load((CHECKOUT / "examples" / "recipe.yaml").read_text())
+    recipe |= {"student": {"model_name_or_path": str(student_dir)}, "teachers": {"expert": {"model": str(teacher_dir)}}}
+    few = {"max_steps": 2, "use_cpu": True, "bf16": False}
+    recipe["offline"] |= few
+    recipe["panel"] |= {**few, "max_completion_length": 4}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     command = environment / "bin" / "kd-plugin"
+    run(command, "run", "recipe.yaml", cwd=tmp_path)
+    run(command, "lineage", "verify", tmp_path / "work" / "panel", cwd=tmp_path)
+
+
+def test_the_wheel_alone_runs_the_demos_first_minute(environment, tmp_path):
+    python, command = environment / "bin" / "python", environment / "bin" / "kd-plugin"
     assert run(command, "--version", cwd=tmp_path).startswith("kd-plugin ")
     shown = run(command, "demo", "--smoke", "--output_dir", tmp_path / "demo", cwd=tmp_path)
     assert "Held-out questions" in shown

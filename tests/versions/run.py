@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             install(python, known[name])
         if arguments.only != "install":
             outcomes.append(Outcome(name, versions(python), run_tests(python, known[name], arguments.workers)))
+    if arguments.only == "install":
+        return 0
     table = as_table(outcomes)
     print(table)
     if arguments.table:
