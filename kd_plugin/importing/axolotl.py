@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ class AxolotlOutputs:
         lists = {row: self._lists(row) for row in looked}
         self.listed = max(ids.shape[1] for ids, _ in lists.values())
         self.ending, self.share = self._place(lists)
-        self.identity = {
+        self.identity: Mapping[str, Any] = {
             "format": "axolotl",
             "rows": len(self.dataset),
             "first": hashlib.sha256(json.dumps(self.tokens(0)).encode()).hexdigest(),

@@ -1,15 +1,16 @@
 """DistillKit's compressed log-probabilities (arcee-ai/DistillKit, ``distillkit/compression``; read at a61c2e7).
 
-``sample_logits_vllm`` writes a directory of Parquet files and ``compression_config.yaml``. A row of L tokens has L -
-1 distributions, those that vLLM gives for the prompt's tokens from the second on: the one at index t is over token t
-+ 1. Its ``pack_logits`` puts several texts into a row, each without its last token, and numbers them in
+``sample_logits_vllm`` writes a directory of Parquet files and ``compression_config.yaml``. A row of L tokens has
+L - 1 distributions, those that vLLM gives for the prompt's tokens from the second on: the one at index t is over
+token t + 1. Its ``pack_logits`` puts several texts into a row, each without its last token, and numbers them in
 ``attention_mask``; they are taken apart again. At a position stand ``bytepacked_indices``, K token ids of
 ceil(log2(d)) bits each, the highest bit first; and ``compressed_logprobs``, in falling order: ``exact_k`` values as
 they are, the coefficients of a curve through the others, and bins of what the curve misses, a scale and
 ``num_elements`` integers each.
 
-Read is what their own ``decompress_monotonic_logprobs`` gives, to float32 rounding. The form is lossy; what it lost
-is nobody's to know.
+Read is what their own ``decompress_monotonic_logprobs`` gives, with one exception. The curve is a fit to
+log-probabilities, and where a teacher is very sure it may give the others more than all probability, which DistillKit's
+loss then scales to one. There the values that are stored as they are are kept, and all others counted to the tail.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from kd_plugin.settings import built
 CONFIG = "compression_config.yaml"
 _COLUMNS = ("input_ids", "compressed_logprobs", "bytepacked_indices")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+_ROUNDING = 0.01  # what rounding to bfloat16 may add to the mass of a list
 _CURVES = {"sqrt": torch.sqrt, "exp": torch.exp}
 
 
@@ -176,7 +178,7 @@ class DistillKitOutputs:
         self.dataset = load_rows(reference, split=split)
         _require_columns(self.dataset.column_names)
         self._texts = list(self._found_texts())
-        self.identity = {
+        self.identity: Mapping[str, Any] = {
             "format": "distillkit",
             "rows": len(self._texts),
             "first": hashlib.sha256(json.dumps(self.dataset[0]["input_ids"]).encode()).hexdigest(),
@@ -239,7 +241,10 @@ class DistillKitOutputs:
                 )
             read.append(torch.from_numpy(np.asarray(lists, np.uint8).reshape(-1, count)))
         values, ids = read
-        return Listed(self.compression.ids(ids).numpy(), self.compression.logprobs(values).numpy())
+        logprobs = self.compression.logprobs(values)
+        beyond = logprobs.double().exp().sum(1) > 1 + _ROUNDING
+        logprobs[beyond, self.compression.exact_k :] = -torch.inf
+        return Listed(self.compression.ids(ids).numpy(), logprobs.numpy())
 
 
 def _require_columns(columns: Sequence[str]) -> None:
