@@ -8,11 +8,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import GenerationConfig
+
+# What `generate` and models call the keys and values of tokens that were read; transformers 5.24 has another name
+CACHE = "cache" if Version(metadata.version("transformers")) >= Version("5.24") else "past_key_values"
 
 
 def reference_of(model: Any) -> str:

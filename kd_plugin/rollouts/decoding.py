@@ -32,7 +32,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode, logits_process, stopping_criteria
 
 from kd_plugin.models import output_rows
-from kd_plugin.upstream import decoding, next_inputs, pad_token, sampling_loop
+from kd_plugin.upstream import CACHE, decoding, next_inputs, pad_token, sampling_loop
 from kd_plugin.vocab import Vocabulary
 
 Draws = Literal["multinomial", "uniform"]
@@ -51,7 +51,7 @@ _ROW_BY_ROW = (
     stopping_criteria.MaxLengthCriteria,
     stopping_criteria.EosTokenCriteria,
 )
-_KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_KNOWN_INPUTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
 
 
 class RealTokens(LogitsProcessor):
@@ -121,7 +121,7 @@ def decode(
     rows, device = input_ids.shape[0], input_ids.device
     padding = pad_token(config)
     pad = 0 if padding is None else padding.to(device)
-    model_kwargs["past_key_values"].layers = [GrowingLayer() for _ in model_kwargs["past_key_values"].layers]
+    model_kwargs[CACHE].layers = [GrowingLayer() for _ in model_kwargs[CACHE].layers]
     ended: list[tuple[Tensor, Tensor]] = []  # which rows, and their tokens
     here_R = torch.arange(rows, device=device)
     going_R = torch.ones(rows, dtype=torch.bool, device=device)
@@ -221,7 +221,7 @@ def _rows_of(model_kwargs: dict[str, Any], kept: Tensor) -> dict[str, Any]:
     for name in ("attention_mask", "position_ids"):
         if chosen.get(name) is not None:
             chosen[name] = chosen[name].index_select(0, kept)
-    chosen["past_key_values"].batch_select_indices(kept)
+    chosen[CACHE].batch_select_indices(kept)
     return chosen
 
 
@@ -232,7 +232,7 @@ def _applies(
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> bool:
-    cache, positions = model_kwargs.get("past_key_values"), model_kwargs.get("position_ids")
+    cache, positions = model_kwargs.get(CACHE), model_kwargs.get("position_ids")
     return (
         not model.config.is_encoder_decoder
         and not config.return_dict_in_generate
