@@ -9,7 +9,7 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, Field
 
-from kd_plugin.axolotl.settings import settings_of
+from kd_plugin.axolotl.settings import KEY, settings_of
 from kd_plugin.lineage.trainer_callback import LicenseLineageCallback
 
 
@@ -26,7 +26,9 @@ class KDPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Check the settings, before Axolotl loads anything; raises ConfigError."""
-        settings_of(cfg)
+        asked = settings_of(cfg)
+        if asked.is_panel or (asked.teacher_cache is not None and not cfg.get("datasets")):
+            cfg["datasets"] = [{"path": ".", "type": KEY}]  # Axolotl asks for some; `load_datasets` gives the rows
 
     def get_input_args(self) -> str:
         """Name the keys that Axolotl's configuration takes beside its own."""
@@ -34,13 +36,9 @@ class KDPlugin(BasePlugin):
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> TrainDatasetMeta | None:
         """Return the panel's prompts, or the rows of the cache where the configuration names no datasets."""
-        asked = settings_of(cfg)
-        if preprocess or (cfg.get("datasets") and not asked.is_panel):
+        if [one.get("type") for one in cfg.get("datasets") or ()] != [KEY]:
             return None
-        found = asked.rows()
-        if found is None:
-            return None
-        train, evaluated = found
+        train, evaluated = settings_of(cfg).rows()
         steps = cfg.get("max_steps") or math.ceil(len(train) * (cfg.get("num_epochs") or 1) / cfg["batch_size"])
         return TrainDatasetMeta(train_dataset=train, eval_dataset=evaluated, total_num_steps=steps)
 

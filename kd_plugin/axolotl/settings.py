@@ -71,18 +71,13 @@ class AxolotlSettings(LineageSettings):
         """Return what decides an on-policy step; raises ConfigError for an unknown name or a value out of range."""
         return built(PanelSettings, self.panel or {})
 
-    def rows(self) -> tuple[Any, Any] | None:
-        """Return rows to train and to evaluate on, in the place of Axolotl's; None where those of Axolotl count.
-
-        A panel has its prompts; offline KD the rows of its cache, where Axolotl's configuration names no datasets.
-        """
+    def rows(self) -> tuple[Any, Any]:
+        """Return the rows to train and to evaluate on: a panel's prompts, or the rows of the cache and None."""
         if self.is_panel:
             return _loaded(self.prompts), _loaded(self.eval_prompts)
-        if self.teacher_cache is not None:
-            return JointCache.open(
-                self.teacher_cache, allow_partial=self.offline_settings().allow_partial
-            ).dataset(), None
-        return None
+        assert self.teacher_cache is not None
+        allow_partial = self.offline_settings().allow_partial
+        return JointCache.open(self.teacher_cache, allow_partial=allow_partial).dataset(), None
 
 
 def settings_of(cfg: Mapping[str, Any]) -> AxolotlSettings:
