@@ -1,4 +1,4 @@
-"""Write the files beside this one by DistillKit's own code: python tests/core/data/distillkit/make.py CHECKOUT
+"""Write data/distillkit by DistillKit's own code: python tests/core/distillkit_files.py CHECKOUT
 
 CHECKOUT is one of arcee-ai/DistillKit (a61c2e7 was used). Its vLLM is replaced by a tiny model of ours, whose prompt
 log-probabilities go through DistillKit's own compressor, Parquet writer and packing; what its own code reads again from
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import yaml
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).with_name("data") / "distillkit"
 sys.path[:0] = [sys.argv[1], str(HERE.parents[3])]
 
 from distillkit.compression.compressor import LogprobCompressor
