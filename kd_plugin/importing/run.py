@@ -7,7 +7,7 @@ from typing import Any
 
 from kd_plugin.cache.alignment import require_aligned
 from kd_plugin.cache.reader import TeacherCache
-from kd_plugin.cache.targets import TopK
+from kd_plugin.cache.targets import TopP
 from kd_plugin.capturing.capture import capture
 from kd_plugin.errors import ConfigError
 from kd_plugin.importing.axolotl import AxolotlOutputs
@@ -20,6 +20,7 @@ from kd_plugin.models import as_tokenizer
 from kd_plugin.settings import built, option, require_known, settings, takes
 
 FORMATS = ("distillkit", "axolotl")
+_ALL = 1 - 1e-6  # of a list's mass; what is beyond is counted to the tail
 
 
 @settings
@@ -83,7 +84,7 @@ def import_outputs(  # noqa: D417
         StoredRows(outputs),
         teacher,
         output_dir,
-        targets=TopK(asked.k or outputs.listed),
+        targets=TopP(_ALL, asked.k or outputs.listed),  # lists differ in length, which those of TopK do not
         temperature=asked.temperature,
         shard_rows=asked.shard_rows,
         lineage=asked.lineage,

@@ -92,9 +92,6 @@ def test_an_import_is_a_cache_like_any_other(teacher, tmp_path, capsys):
             assert held.keys() <= said.keys()
             assert sum(np.exp(value) for token, value in said.items() if token not in held) < 1e-5
             assert held == pytest.approx({token: said[token] for token in held}, abs=0.02)  # float16
-        assert torch.allclose(
-            signal.logprobs.sort(-1, True).values, stored, atol=1e-2
-        )  # to float16, as a cache keeps them
         mass = signal.logprobs.exp().sum(-1) + signal.tail_logmass.exp()
         assert torch.allclose(mass, torch.ones(len(tokens) - 1), atol=2e-3)
     record = json.loads((cache.path / "manifest.json").read_text())["lineage"]
@@ -193,7 +190,7 @@ def conversations(teacher, form, k=20):
                 [{"token": f"token_id:{i}", "logprob": v} for i, v in zip(*one, strict=True)] for one in logprobs
             ]
         else:
-            row |= {"logprobs": [v[:k] for _, v in logprobs], "target_token_ids": [i[:k] for i, _ in logprobs]}
+            row |= {"logprobs": [v for _, v in logprobs], "target_token_ids": [i for i, _ in logprobs]}
         rows.append(row)
     return rows
 
@@ -205,7 +202,7 @@ def written(rows, path):
 
 @pytest.mark.parametrize("form", ["mappings", "numbers"])
 def test_axolotls_rows_are_placed_by_what_they_hold(form, teacher, tmp_path):
-    rows = conversations(teacher, form, k=20 if form == "mappings" else 259)
+    rows = conversations(teacher, form)
     outputs = AxolotlOutputs(written(rows, tmp_path / "rows.jsonl"), byte_tokenizer())
     assert outputs.ending == 1  # the line break, by which Axolotl's own alignment is off
     for number, row in enumerate(rows):
