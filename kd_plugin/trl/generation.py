@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
-from trl.models import unwrap_model_for_generation
 
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel import TeacherPanel
@@ -24,7 +23,7 @@ from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_
 from kd_plugin.rollouts.rows import StopLoops
 from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.sharding.running import GenerationProgress, free_bytes, missing_bytes, slow_notice
-from kd_plugin.trl.upstream import whole_parameters
+from kd_plugin.trl.upstream import unwrapped_for_generation, whole_parameters
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.get_logger(__name__)
@@ -74,13 +73,7 @@ class TRLEngine:
         trainer = self.trainer
         with (
             self._decoding(),
-            unwrap_model_for_generation(
-                trainer.model_wrapped,
-                trainer.accelerator,
-                gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
-                generation_kwargs=trainer.generation_kwargs,
-                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-            ) as student,
+            unwrapped_for_generation(trainer) as student,
             torch.no_grad(),
             whole_parameters(trainer),
         ):

@@ -13,6 +13,11 @@ import torch
 import trl
 from packaging.version import Version
 from trl import SFTTrainer
+import torch
+import trl
+from packaging.version import Version
+from trl import SFTTrainer
+from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
 from kd_plugin.errors import ConfigError
@@ -23,6 +28,7 @@ PANEL_SINCE = "1.15"
 _TRL = Version(trl.__version__)
 HAS_PANEL = Version(PANEL_SINCE) <= _TRL
 FUSED_HEAD = Version("1.15") <= _TRL
+TAKES_CHECKPOINTING = Version("1.16") <= _TRL  # how checkpointing is turned on again after generation
 ASKED_BY = "fused_lm_head" if FUSED_HEAD else "labels"
 CROSS_ENTROPY = ("nll",) if FUSED_HEAD else ("nll", "chunked_nll")
 
@@ -107,6 +113,20 @@ class TrlMetricsMixin:
     def report_evaluated(self, means: dict[str, float], metrics: dict[str, float], prefix: str) -> None:
         """Put the means beside the loss into what is logged."""
         self._metrics["eval"].update({name: [mean] for name, mean in means.items()})
+
+
+def unwrapped_for_generation(trainer: Any) -> AbstractContextManager[Any]:
+    """Have the student of a TRL trainer ready to generate inside the block, as its own generation has it."""
+    args, more = trainer.args, {}
+    if TAKES_CHECKPOINTING:
+        more = {"gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs}
+    return unwrap_model_for_generation(  # type: ignore[no-any-return]
+        trainer.model_wrapped,
+        trainer.accelerator,
+        gather_deepspeed3_params=args.ds3_gather_for_generation,
+        generation_kwargs=trainer.generation_kwargs,
+        **more,
+    )
 
 
 def whole_parameters(trainer: Any) -> AbstractContextManager[Any]:

@@ -38,6 +38,8 @@ ELSEWHERE = {
     "prepare_for_zero3": "lightning/test_strategies.py::test_two_ranks_take_the_steps_of_one",
     "add_adapters_whole": "lightning/test_strategies.py::test_two_ranks_take_the_steps_of_one",
     "whole_parameters": "zero/test_fsdp.py::test_student_and_teachers_under_fsdp2_train_as_one_process",
+    "unwrapped_for_generation":
+        "hosts/test_panel_rollouts.py::test_interleaved_with_top_1_writes_the_teachers_greedy_text",
     "SummedLossMixin": "equivalence/test_offline_masks.py::test_the_assistants_turns_only",
     "TrlMetricsMixin": "hosts/test_evaluation.py::test_batch_sizes",
     "_metrics": "hosts/test_evaluation.py::test_batch_sizes",

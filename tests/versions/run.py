@@ -102,9 +102,9 @@ def versions(python: Path) -> dict[str, str]:
 def run_tests(python: Path, environment: Mapping[str, Any], workers: int) -> dict[str, int]:
     """Run the tests of an environment, those of several ranks one after another, and count their outcomes."""
     counts: dict[str, int] = {}
-    for tests, marks in ((environment["tests"], f"{LEFT_OUT} and not zero"), (environment["zero"], "zero")):
+    for tests, marks in ((environment["tests"], f"{LEFT_OUT} and not zero"), (environment["zero"], LEFT_OUT)):
         command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, *tests]
-        if workers > 1 and marks != "zero":
+        if workers > 1 and tests is not environment["zero"]:
             command += ["-n", str(workers), "--dist", "loadfile"]
         shown = _watched(command, python)
         for count, outcome in re.findall(r"(\d+) (passed|failed|error|skipped|xfailed)", shown.splitlines()[-1]):
