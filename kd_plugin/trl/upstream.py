@@ -13,10 +13,6 @@ import torch
 import trl
 from packaging.version import Version
 from trl import SFTTrainer
-import torch
-import trl
-from packaging.version import Version
-from trl import SFTTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
