@@ -103,6 +103,8 @@ def run_tests(python: Path, environment: Mapping[str, Any], workers: int) -> dic
     """Run the tests of an environment, those of several ranks one after another, and count their outcomes."""
     counts: dict[str, int] = {}
     for tests, marks in ((environment["tests"], f"{LEFT_OUT} and not zero"), (environment["zero"], LEFT_OUT)):
+        if not tests:
+            continue
         command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, *tests]
         if workers > 1 and tests is not environment["zero"]:
             command += ["-n", str(workers), "--dist", "loadfile"]
