@@ -22,7 +22,7 @@ from kd_plugin.text.dataset import text_source
 from kd_plugin.text.spending import Spent
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from kd_plugin.trl.rounds import train_in_rounds
-from tests.hosts.runs import launched, prompts, settings
+from tests.hosts.runs import prompts, settings
 from tests.scripted_writer import Script, scripted_writer, whole
 from tests.text_teachers import oracle
 
@@ -105,7 +105,10 @@ def test_two_ranks_collect_and_train_in_turn(tmp_path, url, script, files):
         "teachers": {"oracle": described(url, prices={"read": 1.0})},
     }
     config = files("out", panel=block, max_steps=2, per_device_train_batch_size=2, ddp_find_unused_parameters=False)
-    launched("kd_plugin", 2, "panel", "--config", config, "--rounds", 2)
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*ranks, "-m", "kd_plugin", "panel", "--config", config, "--rounds", "2"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
     assert len(script.log) == 32
     for number in range(2):
         directory = tmp_path / "out" / "rounds" / f"round-{number:04d}"
