@@ -195,7 +195,8 @@ def read_identity(directory: str | Path) -> dict[str, Any] | None:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name what differs between two identities, one sentence each; nothing when they are equal."""
-    now = json.loads(json.dumps(now))  # as a file would give it back
+    # As a file would give both back; a checkpoint of Lightning keeps tuples
+    before, now = json.loads(json.dumps(before)), json.loads(json.dumps(now))
     found = []
     for name in sorted(before["teachers"].keys() | now["teachers"].keys()):
         one, other = before["teachers"].get(name), now["teachers"].get(name)

@@ -1,14 +1,21 @@
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
+from kd_plugin.divergence import Divergence
 from kd_plugin.errors import ConfigError
 from kd_plugin.monitor.watch import AlarmSettings, LengthAlarm, Responses
+from kd_plugin.panel import Estimator, TeacherPanel
 from kd_plugin.panel.anchor import starting_student
+from kd_plugin.panel.identity import differences, panel_identity
 from kd_plugin.rollouts.rows import ends_in_loop, loop_end, repetition
+from kd_plugin.text.correction import CorrectionSettings
 from kd_plugin.vocab import Vocabulary
+from tests.text_teachers import ScriptedTeacher
 from tests.tiny import byte_tokenizer, tiny_llama
 
 
@@ -121,3 +128,17 @@ def test_a_student_that_trains_a_part_of_its_base_has_no_start():
     student.get_base_model().model.norm.weight.requires_grad_(True)
     with pytest.raises(ConfigError, match="norm"):
         starting_student(student, VOCABULARY)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "topk_tail", "sampled"])
+def test_a_panel_is_its_own_also_as_lightning_keeps_it(estimator):
+    """A checkpoint of Lightning keeps tuples, a file of JSON gives lists back."""
+    panel = TeacherPanel(
+        {"t": ScriptedTeacher()}, estimator=Estimator(estimator), text=CorrectionSettings(accept="teacher")
+    )
+    identity = panel_identity(panel, Divergence("reverse_kl"), 1.0)
+    assert differences(identity, identity) == differences(json.loads(json.dumps(identity)), identity) == []
+    other = TeacherPanel({"t": ScriptedTeacher()}, text=CorrectionSettings(accept="teacher", threshold=0.9))
+    assert any(
+        "threshold" in change for change in differences(identity, panel_identity(other, Divergence("reverse_kl"), 1.0))
+    )
