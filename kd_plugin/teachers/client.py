@@ -238,6 +238,10 @@ class Client:
         adapter = requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=self.max_concurrency)
         session.mount("http://", adapter)
         session.mount("https://", adapter)
+        # What the environment says of proxies and certificates: requests would look it up for each request
+        said = session.merge_environment_settings(self.root, {}, None, None, None)
+        session.proxies, session.verify, session.cert = said["proxies"], said["verify"], said["cert"]
+        session.trust_env = False
         session.auth = _Key(self._api_key_env)
         return session
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import queue
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, Literal
 
@@ -156,6 +157,7 @@ class ServerWriter:
         model = self.check()
         given_up = threading.Event()
         under_way: dict[Future[Answer], Key] = {}
+        done: queue.SimpleQueue[Future[Answer]] = queue.SimpleQueue()
         source, more, failure = iter(asks), True, None
         with ThreadPoolExecutor(self.client.max_concurrency, thread_name_prefix="writer-server") as pool:
             try:
@@ -168,16 +170,17 @@ class ServerWriter:
                             break
                         if asked is None:
                             break
-                        under_way[pool.submit(self._ask, model, asked[1], given_up)] = asked[0]
+                        future = pool.submit(self._ask, model, asked[1], given_up)
+                        under_way[future] = asked[0]
+                        future.add_done_callback(done.put)
                     if not under_way:
                         break
-                    done, _ = wait(under_way, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        key, error = under_way.pop(future), future.exception()
-                        if isinstance(error, ServerError):
-                            failure, more = failure or error, False
-                        elif not isinstance(error, _NotAsked):
-                            yield key, future.result()
+                    future = done.get()
+                    key, error = under_way.pop(future), future.exception()
+                    if isinstance(error, ServerError):
+                        failure, more = failure or error, False
+                    elif not isinstance(error, _NotAsked):
+                        yield key, future.result()
             finally:
                 given_up.set()
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -114,6 +114,19 @@ def test_a_fault_is_asked_again_and_nothing_half_is_kept(served, fault, stream, 
     assert len(script.log) == 10 and max(script.answered.values()) == 1 and "attempt 1 of 3 failed" in caplog.text
 
 
+def test_a_proxy_of_the_environment_is_used(served, monkeypatch):
+    url, script = served
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, url)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    (answer,) = in_order(ServerWriter("http://far.invalid", "scripted", max_retries=0), [Ask("Hello", HOW)])
+    assert answer.text == "Hello!" and script.headers[-1]["Host"] == "far.invalid"
+    monkeypatch.setenv("no_proxy", "far.invalid")
+    with pytest.raises(ServerError, match="gave no answer"):
+        in_order(ServerWriter("http://far.invalid", "scripted", max_retries=0), [Ask("Hello", HOW)])
+
+
 def test_a_page_of_a_proxy_is_one_clear_error(served):
     url, script = served
     script.faults = ["html"]
