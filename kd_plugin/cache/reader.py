@@ -100,6 +100,7 @@ class TeacherCache:
             "created": self.manifest.created,
             "finished": self.manifest.finished,
             "sampling": {**describe(settings.targets), "temperature": settings.temperature, "seed": settings.seed},
+            **({} if settings.view is None else {"view": settings.view}),
         }
         record = {**self.manifest.lineage, "outputs": outputs}
         return Source(name=self.path.name, kind="teacher_outputs", ref=str(self.path), record=record)

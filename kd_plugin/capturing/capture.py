@@ -28,7 +28,7 @@ from kd_plugin.capturing.rows import open_rows, passed_columns
 from kd_plugin.capturing.student import StudentTokenization
 from kd_plugin.capturing.tokenization import Tokenization
 from kd_plugin.capturing.work import Job, do_units
-from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.lineage.config import LineageSettings
 from kd_plugin.lineage.sources import Source
 from kd_plugin.models import as_tokenizer
@@ -36,8 +36,14 @@ from kd_plugin.settings import built, option, settings, takes
 from kd_plugin.teachers.base import reach, tokenizer_of
 from kd_plugin.verifying import make_verifier, reference
 from kd_plugin.views.render import Reader
-from kd_plugin.views.view import View
+from kd_plugin.views.view import OWN, View
 from kd_plugin.vocab import Vocabulary
+
+_OTHER_TOKENIZER = (
+    "Targets are stored over the student's tokens, and a model with other tokens says only what bytes come next: over "
+    "a longer token of the student's it has no distribution that could be stored. Let such a teacher write the "
+    "completions, on whose text any student trains (docs/text-teachers.md), or score the student's own text on a panel."
+)
 
 
 @settings
@@ -240,12 +246,17 @@ def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any =
     kept = make_verifier(asked.filter, asked.answer_column)
     vocabulary, shared = teacher.vocabulary, None
     view = asked.view if asked.view is None or isinstance(asked.view, View) else View.from_block(asked.view, "view")
+    if view is not None and view.tokenizer == OWN:
+        raise ConfigError(f"The view of a capture says tokenizer: own. {_OTHER_TOKENIZER}")
     if asked.student_tokenizer is not None:
         if tokenizer is not None:
             raise ConfigError("tokenizer and student_tokenizer are both given; the student's reads the rows.")
         tokenizer = as_tokenizer(asked.student_tokenizer)
         student = Vocabulary.from_tokenizer(tokenizer)
-        shared = student.shared_with(vocabulary)
+        try:
+            shared = student.shared_with(vocabulary)
+        except VocabularyError as error:
+            raise VocabularyError(f"{error} {_OTHER_TOKENIZER}") from error
         vocabulary = student.within(vocabulary.size) if shared is None else student
     elif tokenizer is None:
         tokenizer = getattr(teacher, "tokenizer", None)

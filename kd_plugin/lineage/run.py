@@ -91,7 +91,8 @@ class RunLineage:
         self.datasets = match_datasets(self._given_datasets, self.config)
         self.resumed: Mapping[str, Any] | None = None
         self._resumed_name, self.changes = "", list[str]()
-        self.noted: dict[str, Mapping[str, Any]] = {}  # what teachers read and were asked by: views, templates
+        # What teachers read and were asked by: views, those of captures among them, and templates
+        self.noted: dict[str, Mapping[str, Any]] = {"views": _captured_views(self.outputs)}
         self.run_id: str = self.config.run.get("id") or uuid.uuid4().hex
         self.started: str = self.config.run.get("date") or datetime.now(UTC).date().isoformat()
         self._proofs = Proofs(may_wait=True)
@@ -397,3 +398,10 @@ class RunLineage:
             **({"changes": list(self.changes)} if self.changes else {}),
             **{name: dict(entries) for name, entries in self.noted.items() if entries},
         }
+
+
+def _captured_views(outputs: Sequence[Source]) -> dict[str, Any]:
+    """Return how the teachers of caches read the rows, by the name of the cache, where they had a view."""
+    records = {one.name: (one.record or {}).get("outputs") for one in outputs}
+    views = {name: said.get("view") for name, said in records.items() if isinstance(said, Mapping)}
+    return {name: dict(view) for name, view in views.items() if isinstance(view, Mapping)}

@@ -104,8 +104,11 @@ class PanelRun:
         )
         named = [one.ref or one.name for one in datasets]
         self.lineage.noted["views"] = {
-            name: {**view.identity, **({"datasets": named} if named and view.columns else {})}
-            for name, view in self.panel.views.items()
+            **self.lineage.noted["views"],
+            **{
+                name: {**view.identity, **({"datasets": named} if named and view.columns else {})}
+                for name, view in self.panel.views.items()
+            },
         }
         gate_servers(self.lineage, self.panel.members.values())
         if self.panel.text_teachers:

@@ -55,6 +55,11 @@ def require_one_vocabulary(panel: TeacherPanel, vocabulary: Vocabulary) -> Vocab
         if reads_own_tokens(panel, name, vocabulary):
             require_readable(panel, name)
             continue
+        if (panel.own[name].estimator or panel.estimator).name == "byte_marginals":
+            raise ConfigError(
+                f"Teacher {name!r} reads the student's tokens, and estimator='byte_marginals' compares those of two "
+                "tokenizers. Use estimator='exact' for this teacher, or set tokenizer: own in its view."
+            )
         shared = vocabulary.shared_with(teacher.vocabulary, "student", f"teacher {name!r}")
         if shared is not None:
             _say_shared(name, shared, vocabulary, teacher.vocabulary)

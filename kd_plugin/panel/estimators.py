@@ -12,19 +12,21 @@ from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.teachers.base import Gives, Teacher
 
-EstimatorName = Literal["exact", "sampled", "topk_tail", "chunk_likelihood"]
+EstimatorName = Literal["exact", "sampled", "topk_tail", "chunk_likelihood", "byte_marginals"]
 # Of which signals a teacher must give one
 _NEEDED: Mapping[EstimatorName, frozenset[Gives]] = {
     "exact": frozenset({"hidden"}),
     "topk_tail": frozenset({"hidden", "top_k", "draws"}),
     "sampled": frozenset({"hidden", "sampled_token"}),
     "chunk_likelihood": frozenset({"hidden", "sampled_token"}),
+    "byte_marginals": frozenset({"hidden"}),
 }
 _WHAT = {
     "exact": "all of it",
     "topk_tail": "its likeliest tokens",
     "sampled": "the log-probability of the token that stands next",
     "chunk_likelihood": "the log-probability of the token that stands next",
+    "byte_marginals": "all of it",
 }
 
 
@@ -40,9 +42,11 @@ class Estimator:
       that reads tokens of its own they are said in the student's, and the student's likeliest are not listed.
     - ``chunk_likelihood``: the divergence of two outcomes, the chunk of tokens that stands there and anything else.
       Biased, of small variance, and needs what ``sampled`` needs.
+    - ``byte_marginals``: for a teacher that reads tokens of its own: the divergence of the two distributions over the
+      next byte, at every byte of the response. Needs the teacher's whole distribution, as ``exact`` does.
 
     Attributes:
-        name: one of the four.
+        name: one of the five.
         top_k: of ``topk_tail``, for teachers in this process; a server's or a cache's list is as long as it is.
         student_top_k: of ``topk_tail``. None takes ``top_k`` for teachers in this process. A server or a cache cannot
             be asked about the student's tokens, so there it is 0 in any case.
@@ -95,6 +99,11 @@ def require_defined(
         ConfigError: says why it is not defined, and what is.
     """
     needs = MODES[combine].needs
+    if needs and estimator.name == "byte_marginals":
+        raise ConfigError(
+            f"combine={combine!r} needs {needs}, and estimator='byte_marginals' of teacher {name!r} knows the bytes of "
+            "its tokens. Use combine='weighted_kl' or 'route'."
+        )
     if needs and estimator.name != "exact":
         one_token = estimator.name in ("sampled", "chunk_likelihood")
         gives = "one token" if one_token else "the listed tokens, and different ones for each teacher"

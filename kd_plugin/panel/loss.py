@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kd_plugin.divergence.byte_marginals import fused_byte_divergence
 from kd_plugin.divergence.fused import fused_panel_divergence
 from kd_plugin.divergence.listed import (
     listed_from,
@@ -97,7 +98,7 @@ def panel_loss(
     """
     groups = group_terms(panel, scores, student_hidden.device, step)
     run = _Run(panel, student_hidden, student_head, tokens, divergence, temperature, values, behaviour_logprobs)
-    parts = [run.exact(groups), run.listed(groups), run.sampled(groups), run.chunks(groups)]
+    parts = [run.exact(groups), run.listed(groups), run.sampled(groups), run.chunks(groups), run.bytes(groups)]
     present = [part for part in parts if part is not None]
     if not present:  # nothing was scored: a loss with a graph all the same
         empty = fused_panel_divergence(student_hidden, student_head, [], divergence, temperature)
@@ -266,6 +267,35 @@ class _Run:
                 total = found.loss_sum if total is None else total + found.loss_sum
                 entropy.index_copy_(0, where, found.entropy.to(entropy.dtype))
                 by_teacher.append(TeacherDivergence(term.teacher, group.positions, found.values, weights))
+        return None if total is None else MicroBatchLoss(total, entropy, tuple(by_teacher) if self.values else ())
+
+    def bytes(self, groups: Sequence[GroupTerms]) -> MicroBatchLoss | None:
+        """All teachers that are compared byte by byte, one pass for each."""
+        total, entropy, by_teacher = None, self._zeros(), []
+        for group in groups:
+            for term in group.terms:
+                if self._estimator(term.teacher).name != "byte_marginals":
+                    continue
+                divergence, temperature = self._compared(term.teacher)
+                where = self._indices(group.positions)
+                said = term.signal
+                if not (isinstance(said, ChunkSignal) and isinstance(said.signal, HiddenSignal)):
+                    raise ConfigError(
+                        f"Teacher {term.teacher!r} gives {type(said).__name__}; estimator='byte_marginals' needs the "
+                        "hidden states of a teacher that reads tokens of its own. Use estimator='exact' or 'topk_tail'."
+                    )
+                found = fused_byte_divergence(
+                    self.hidden.index_select(0, where),
+                    self.head,
+                    said.signal,
+                    said.byte_steps(self.tokens.index_select(0, where)),
+                    divergence,
+                    temperature=temperature,
+                    weights=term.weights,
+                )
+                total = found.loss_sum if total is None else total + found.loss_sum
+                entropy.index_copy_(0, where, found.entropy.to(entropy.dtype))
+                by_teacher.append(TeacherDivergence(term.teacher, group.positions, found.values, term.weights))
         return None if total is None else MicroBatchLoss(total, entropy, tuple(by_teacher) if self.values else ())
 
     def _as_list(

@@ -64,8 +64,9 @@ class TeacherSettings(DivergenceSettings):
     estimator: str = option(
         default="exact",
         help="How divergences are estimated: 'exact' (teachers in this process), 'sampled' (policy gradient on "
-        "the sampled token; reverse_kl only), 'topk_tail' (listed tokens and the rest as one) or 'chunk_likelihood' "
-        "(what stands there against anything else).",
+        "the sampled token; reverse_kl only), 'topk_tail' (listed tokens and the rest as one), 'chunk_likelihood' "
+        "(what stands there against anything else) or 'byte_marginals' (the next byte; teachers in this process with "
+        "another tokenizer).",
     )
     top_k_tail: int = option(default=64, help="Tokens that 'topk_tail' lists of a teacher in this process.")
     student_top_k: int | None = option(

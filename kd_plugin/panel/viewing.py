@@ -43,6 +43,8 @@ def readers_of(
     for name, view in panel.views.items():
         teacher = panel.teachers[name]
         own = view.reads_own_tokens(vocabulary, teacher.vocabulary)
+        if own and (panel.own[name].estimator or panel.estimator).name == "byte_marginals":
+            _require_bytes(TokenText(tokenizer, "the student"))
         found[name] = Reader(
             name,
             view,
@@ -87,7 +89,8 @@ def require_readable(panel: TeacherPanel, name: str) -> None:
     if estimator == "exact":
         raise ConfigError(
             f"Teacher {name!r} reads tokens of its own, and estimator='exact' compares two distributions over the same "
-            "tokens. Use estimator='topk_tail' (its likeliest tokens, said in the student's), 'sampled' or "
+            "tokens. Use estimator='byte_marginals' (the next byte; a teacher in this process or with signal: hidden), "
+            "'topk_tail' (its likeliest tokens, said in the student's), 'sampled' or "
             "'chunk_likelihood' (the probabilities of the text that stands there) for this teacher."
         )
     if not has.any_row:
@@ -100,12 +103,23 @@ def require_readable(panel: TeacherPanel, name: str) -> None:
             f"Teacher {name!r} is to read tokens of its own, and has no tokenizer. Give it one, or set "
             "tokenizer: student in its view."
         )
-    TokenText(tokenizer, f"teacher {name!r}")
+    text = TokenText(tokenizer, f"teacher {name!r}")
+    if estimator == "byte_marginals":
+        _require_bytes(text)
     if not end_tokens(teacher) and not panel.allow_other_eos:
         raise VocabularyError(
             f"Teacher {name!r} has no token that ends a turn (no eos_token), so the student's has no counterpart: the "
             "student would never learn when to stop. Set the eos_token of its tokenizer, or set allow_other_eos=True, "
             "which leaves the ends of responses unscored by it."
+        )
+
+
+def _require_bytes(text: TokenText) -> None:
+    if text.kind == "offsets":
+        raise ConfigError(
+            f"The tokenizer of {text.name} does not say which bytes its tokens stand for (it normalises, or marks "
+            "words otherwise than byte-level and SentencePiece tokenizers do), so estimator='byte_marginals' cannot "
+            "sum over them. Use estimator='topk_tail' or 'sampled', which align by offsets."
         )
 
 

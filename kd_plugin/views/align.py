@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_plugin.views.tokens import Ints, TokenText
+from kd_plugin.views.tokens import Ints, ReadText, TokenText
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,42 @@ class Alignment:
 def align(
     ids: Sequence[int], student: TokenText, teacher: TokenText, *, ended: bool, teacher_end: int | None
 ) -> Alignment:
-    """Align a response of the student with its text in the teacher's tokens.
+    """Align one response; see :func:`align_all`."""
+    (found,) = align_all([ids], student, teacher, ended=[ended], teacher_ends=[teacher_end])
+    return found
+
+
+def align_all(
+    responses: Sequence[Sequence[int]],
+    student: TokenText,
+    teacher: TokenText,
+    *,
+    ended: Sequence[bool],
+    teacher_ends: Sequence[int | None],
+) -> list[Alignment]:
+    """Align responses of the student with their text in the teacher's tokens.
 
     Args:
-        ids: the student's tokens, with the one that ends the response where it ``ended``.
+        responses: the student's tokens, with the one that ends a response where it ``ended``.
         student: the text of the student's tokens.
         teacher: the text of the teacher's tokens.
-        ended: whether the last token ends the response.
-        teacher_end: the teacher's token of that role; None where a response never ends.
+        ended: for each whether its last token ends it.
+        teacher_ends: for each the teacher's token of that role; None where a response never ends.
 
     Raises:
         DataError: which token stands for what cannot be told, see :class:`~kd_plugin.views.tokens.TokenText`.
     """
-    body = ids[:-1] if ended else ids
-    read = student.read(body, teacher)
-    tokens, teacher_bytes = teacher.write(read.text)
+    reads = [student.read(ids[:-1] if end else ids, teacher) for ids, end in zip(responses, ended, strict=True)]
+    written = teacher.write_all([read.text for read in reads])
+    return [
+        _aligned(read, tokens, teacher_bytes, teacher, end, teacher_end)
+        for read, (tokens, teacher_bytes), end, teacher_end in zip(reads, written, ended, teacher_ends, strict=True)
+    ]
+
+
+def _aligned(
+    read: ReadText, tokens: list[int], teacher_bytes: Ints, teacher: TokenText, ended: bool, teacher_end: int | None
+) -> Alignment:
     student_bytes, raw = read.ends, read.text.encode("utf-8")
     common = np.intersect1d(student_bytes, teacher_bytes)
     common = common[common > 0]

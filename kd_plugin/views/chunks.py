@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_plugin.divergence.byte_marginals import ByteSteps
 from kd_plugin.divergence.listed import logprobs_of
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 from kd_plugin.views.align import Alignment
+from kd_plugin.views.covers import ResponseSpans, Spans, byte_steps
 from kd_plugin.views.projection import Places, Projection, project
 
 
@@ -29,6 +31,7 @@ class ChunkSignal:
         teacher_chunks: (M,) int64 the chunk of each of them.
         places: of the n student positions: their chunks, and where in the teacher's tokens they lie.
         projection: from the teacher's vocabulary to the student's.
+        responses: where the tokens of both sides lie in the text of each response.
     """
 
     signal: HiddenSignal | SparseSignal
@@ -36,6 +39,7 @@ class ChunkSignal:
     teacher_chunks: Tensor
     places: Places
     projection: Projection
+    responses: tuple[ResponseSpans, ...]
 
     shared = None  # of tokens with equal ids; see the other signals
 
@@ -71,7 +75,7 @@ class ChunkSignal:
             before += len(one.tokens)
         return cls(
             signal, torch.cat([s.tokens for s in signals]), torch.cat(teachers), Places.joined(places),
-            signals[0].projection,
+            signals[0].projection, tuple(one for s in signals for one in s.responses),
         )  # fmt: skip
 
     def token_logprobs(self, temperature: float, name: str) -> Tensor:
@@ -98,6 +102,15 @@ class ChunkSignal:
         first = torch.ones_like(chunks, dtype=torch.bool)
         first[1:] = chunks[1:] != chunks[:-1]
         return torch.where(first & (chunks >= 0), sums[chunks.clamp(min=0)] if len(sums) else 0.0, 0.0)
+
+    def byte_steps(self, student_tokens: Tensor) -> ByteSteps:
+        """Return the bytes at which the teacher and the student can be compared.
+
+        Args:
+            student_tokens: (n,) that are scored.
+        """
+        student, teacher = self.projection.sorted_vocabularies
+        return byte_steps(self.responses, student, student_tokens.tolist(), teacher, self.tokens.tolist())
 
     def listed(self, student_tokens: Tensor, top_k: int, temperature: float, name: str) -> tuple[SparseSignal, Tensor]:
         """Return what the teacher says in the student's tokens, and (n,) bool, where it says something.
@@ -152,7 +165,12 @@ def chunk_signal(
     )
     tokens = torch.tensor(np.asarray(alignment.tokens, np.int64)[asked], device=device)
     belongs = torch.tensor(_number_of(number, teacher_chunks)[asked], device=device)
-    return ChunkSignal(signal, tokens, belongs, places, projection)
+    response = ResponseSpans(
+        texts,
+        Spans(begins, alignment.student_bytes[at], chunks >= 0),
+        Spans(teacher_begins[asked], alignment.teacher_bytes[asked], np.ones(len(asked), bool)),
+    )
+    return ChunkSignal(signal, tokens, belongs, places, projection, (response,))
 
 
 def asked_positions(alignment: Alignment, positions: Sequence[int]) -> list[int]:

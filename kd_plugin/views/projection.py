@@ -18,11 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kd_plugin.divergence.byte_masses import SortedTokens
 from kd_plugin.divergence.listed import listed_from, with_sampled_token
 from kd_plugin.errors import DataError
 from kd_plugin.signals import HiddenSignal, SparseSignal
@@ -103,6 +105,19 @@ class Projection:
         self._rest_of: dict[bytes, int] = {}
         self._by_bytes = {text: i for i, text in reversed(list(enumerate(student.table))) if text}
         self._longest = max(map(len, self._by_bytes), default=1)
+
+    @cached_property
+    def sorted_vocabularies(self) -> tuple[SortedTokens, SortedTokens]:
+        """Both vocabularies by the bytes of their tokens, the student's first; the two ends stand for each other.
+
+        Thinking marks stand as the teacher's, as in the response that it reads.
+        """
+        paired = self.ends[0] is not None and self.ends[1] is not None
+        teacher, student = self.ends if paired else (None, None)
+        return (
+            SortedTokens(self.student.texts(self.teacher)[: self._size], student),
+            SortedTokens(self.teacher.texts(), teacher),
+        )
 
     def first_tokens(self, ids: np.ndarray) -> np.ndarray:
         """Return the student token by which the text of each teacher token begins; -1 for none."""

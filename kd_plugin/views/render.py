@@ -6,6 +6,7 @@ Shape suffixes: B rows, L tokens, P prompt columns.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +18,13 @@ from torch import Tensor
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.rollouts.rows import Span, left_padded, require_prompts, row_spans
 from kd_plugin.signals import HiddenSignal, SparseSignal
-from kd_plugin.views.align import Alignment, align, end_of_turn
+from kd_plugin.views.align import Alignment, align_all, end_of_turn
 from kd_plugin.views.chunks import ChunkSignal, asked_positions, chunk_signal
 from kd_plugin.views.projection import Projection
 from kd_plugin.views.tokens import TokenText
 from kd_plugin.views.view import OWN, STUDENT, View
+
+_WINDOW, _ENOUGH = 256, 32  # responses over which coverage is a share, and from how many on it decides
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,14 @@ class Aligned:
         alignment: with the student's.
         positions: scored offsets into the student's response.
         projection: from the teacher's vocabulary to the student's.
-        is_compared: whether enough of it can be.
+        comparable: how many of those can be compared.
+        is_compared: whether they are enough.
     """
 
     alignment: Alignment
     positions: Sequence[int]
     projection: Projection
+    comparable: int
     is_compared: bool
 
     def signal(self, signal: HiddenSignal | SparseSignal) -> ChunkSignal:
@@ -148,6 +153,7 @@ class Reader:
             self._tokenizer = teacher
             self._texts = TokenText(student, "the student"), TokenText(teacher, f"teacher {name!r}")
             self._projections: dict[bool, Projection] = {}
+            self._seen: deque[tuple[int, int]] = deque(maxlen=_WINDOW)  # comparable and scored tokens of responses
 
     def read(self, rows: Sequence[Mapping[str, Any]], student: Reading) -> Reading:
         """Return some rows of a generation batch as this teacher reads them, with the same responses.
@@ -157,21 +163,24 @@ class Reader:
             student: the same rows as the student read them.
 
         Raises:
-            DataError: a row cannot be rendered, or is longer than the teacher reads.
+            DataError: a row cannot be rendered, or is longer than the teacher reads; too little of the last
+                responses can be compared.
         """
         texts = [self.prompt_text(row) for row in rows]
-        prompts = [
-            list(self._tokenizer(text=text, add_special_tokens=self._is_text(row))["input_ids"])
-            for text, row in zip(texts, rows, strict=True)
-        ]
+        is_text = [self._is_text(row) for row in rows]
+        if len(set(is_text)) == 1:
+            prompts = [list(ids) for ids in self._tokenizer(text=texts, add_special_tokens=is_text[0])["input_ids"]]
+        else:
+            prompts = [
+                list(self._tokenizer(text=text, add_special_tokens=plain)["input_ids"])
+                for text, plain in zip(texts, is_text, strict=True)
+            ]
         require_prompts(prompts)
         responses: list[Sequence[int]] = [student.response(row) for row in range(len(rows))]
         positions, aligned = student.positions, None
         if self.own_tokens:
-            aligned = tuple(
-                self._aligned(response, at, self._projection(self._is_text(row)))
-                for response, at, row in zip(responses, positions, rows, strict=True)
-            )
+            aligned = self._aligned(responses, positions, [self._projection(self._is_text(row)) for row in rows])
+            self._require_coverage(aligned)
             responses = [one.alignment.tokens for one in aligned]
             positions = [asked_positions(a.alignment, a.positions) if a.is_compared else [] for a in aligned]
         self._require_fitting(prompts, responses)
@@ -190,12 +199,34 @@ class Reader:
             self._projections[is_text] = Projection(*self._texts, (end, mine), self.size)
         return self._projections[is_text]
 
-    def _aligned(self, response: Sequence[int], positions: Sequence[int], projection: Projection) -> Aligned:
-        ended = bool(response) and response[-1] in self.end_tokens
-        found = align(response, *self._texts, ended=ended, teacher_end=projection.ends[0])
-        compared = found.kept(positions)
-        tokens = int(np.diff(np.concatenate([[0], found.student_ends]))[compared].sum())
-        return Aligned(found, positions, projection, tokens >= self.view.min_coverage * len(positions))
+    def _aligned(
+        self, responses: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], projections: Sequence[Projection]
+    ) -> tuple[Aligned, ...]:
+        ended = [bool(response) and response[-1] in self.end_tokens for response in responses]
+        found = align_all(responses, *self._texts, ended=ended, teacher_ends=[one.ends[0] for one in projections])
+        aligned = []
+        for alignment, at, projection in zip(found, positions, projections, strict=True):
+            lengths = np.diff(np.concatenate([[0], alignment.student_ends]))
+            comparable = int(lengths[alignment.kept(at)].sum())
+            enough = comparable >= self.view.min_coverage * len(at)
+            aligned.append(Aligned(alignment, at, projection, comparable, enough))
+        return tuple(aligned)
+
+    def _require_coverage(self, aligned: Sequence[Aligned]) -> None:
+        """Refuse to go on where too little of the last responses can be compared; one alone is left out."""
+        self._seen.extend((one.comparable, len(one.positions)) for one in aligned)
+        comparable, scored = (sum(column) for column in zip(*self._seen, strict=True))
+        if len(self._seen) < _ENOUGH or comparable >= self.view.min_coverage * scored:
+            return
+        example = next((one for one in reversed(aligned) if not one.is_compared), aligned[-1])
+        text = example.alignment.raw.decode("utf-8", "replace")
+        raise DataError(
+            f"Teacher {self.name!r} can be compared at {comparable / scored:.0%} of the tokens of the last "
+            f"{len(self._seen)} responses, and its view asks for {self.view.min_coverage:.0%} (min_coverage). One of "
+            f"them: {text[:60]!r}. Its tokenizer and the student's seldom end a token in the same place there, or the "
+            "student writes bytes that are no text. Train the student on text first, lower min_coverage, or take a "
+            "teacher with a closer tokenizer."
+        )
 
     def with_template(self, change: Callable[[str], str]) -> Reader:
         """Return a reader that renders by what ``change`` makes of its chat template; texts are rendered by none."""

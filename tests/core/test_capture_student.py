@@ -1,12 +1,16 @@
 """Captures for a student's tokenizer: targets at its positions, in its tokens, of a teacher that reads by a view."""
 
+import hashlib
+import json
+
 import pytest
 import torch
 from datasets import Dataset
 
 from kd_plugin import LocalTeacher, capture
 from kd_plugin.cache import Generation, Sampled, TopK
-from kd_plugin.errors import DataError, VocabularyError
+from kd_plugin.errors import ConfigError, DataError, VocabularyError
+from kd_plugin.lineage import RunLineage, Source
 from kd_plugin.vocab import Vocabulary
 from tests.tiny import byte_tokenizer, save_tiny
 
@@ -131,6 +135,24 @@ def test_what_it_refuses(more, tmp_path):
     with pytest.raises(DataError, match="has no column 'prompt', which the view renders"):
         texts = Dataset.from_list([{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1], "hint": ""}])
         capture(texts, teacher, tmp_path / "b", view={"context": "{{ hint }}"}, **options)
-    with pytest.raises(VocabularyError, match="4 ids differ"):
+    with pytest.raises(ConfigError, match=r"tokenizer: own. Targets are stored over the student's tokens"):
+        capture(rows, teacher, tmp_path / "d", view={"tokenizer": "own"}, **options)
+    with pytest.raises(VocabularyError, match=r"4 ids differ(.|\n)*Let such a teacher write the completions"):
         swapped = byte_tokenizer(swap=("a", "b"))
         capture(rows, teacher, tmp_path / "c", progress=False, student_tokenizer=swapped)
+
+
+def test_how_the_teacher_read_is_in_the_lineage_of_who_trains_on_it(more, tmp_path):
+    view = {"context": "{{ hint }}"}
+    cache = capture(
+        Dataset.from_list(ROWS), LocalTeacher(more), tmp_path / "shown", targets=TopK(4), view=view,
+        student_tokenizer=byte_tokenizer(), progress=False,
+    )  # fmt: skip
+    student = Source("student", ref=str(save_tiny(tmp_path / "s", seed=1, license="mit")))
+    run = RunLineage(method="offline_kd", student=student, outputs=[cache.source])
+    run.write(tmp_path / "s", step=1)
+    record = json.loads((tmp_path / "s" / "lineage.json").read_text())
+    said = record["run"]["views"]["shown"]
+    assert said["context"] == hashlib.sha256(b"{{ hint }}").hexdigest() and said["columns"] == ["hint"]
+    (node,) = [node for node in record["nodes"] if node["kind"] == "teacher_outputs"]
+    assert node["details"]["view"]["context"] == said["context"]

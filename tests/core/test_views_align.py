@@ -3,18 +3,15 @@
 What the tokenizers' own ``decode`` makes of the tokens up to each chunk's end is the oracle.
 """
 
-import os
 import random
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 from kd_plugin.views.align import align
 from kd_plugin.views.tokens import TokenText
-from tests.tokenizers import REAL, random_text, small_tokenizers, write_real
+from tests.tokenizers import random_text, small_tokenizers
 
 SMALL = small_tokenizers()
 STUDENTS = ("bytes", "byte_level", "byte_level_nfc", "sentencepiece")
@@ -90,21 +87,6 @@ def test_random_texts_between_tokenizers_of_all_families():
 
 def test_random_tokens_between_tokenizers_of_all_families():
     try_tokens(SMALL, STUDENTS[:3], 300, seed=1)
-
-
-@pytest.fixture(scope="session")
-def real(tmp_path_factory):
-    """The real vocabularies and SmolLM2's, from KD_TOKENIZERS or the registry."""
-    from kd_plugin.demo.model import prepare_teacher
-
-    directory = Path(os.environ.get("KD_TOKENIZERS") or tmp_path_factory.mktemp("tokenizers"))
-    if not (directory / REAL[-1]).is_dir():
-        write_real(directory)
-    models = os.environ.get("KD_VLLM_MODELS")
-    smol = prepare_teacher(Path(models) if models else directory).ref
-    return {name: AutoTokenizer.from_pretrained(directory / name) for name in REAL} | {
-        "smollm2": AutoTokenizer.from_pretrained(smol)
-    }
 
 
 @pytest.mark.slow

@@ -8,17 +8,18 @@ from transformers import PreTrainedTokenizer
 
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.sampled import Matching, fused_sampled_divergence
-from kd_plugin.errors import ConfigError, VocabularyError
+from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.panel import Estimator, TeacherPanel, panel_loss, score_rows
 from kd_plugin.panel.checks import require_one_vocabulary
 from kd_plugin.panel.roster import OwnTerms
 from kd_plugin.panel.scoring import scored_positions
 from kd_plugin.panel.viewing import readers_of
-from kd_plugin.rollouts.rows import assembled, render
+from kd_plugin.rollouts.rows import assembled, render, row_spans
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import Capabilities, LocalTeacher
 from kd_plugin.views import View
 from kd_plugin.views.align import align, end_of_turn
+from kd_plugin.views.render import Reading
 from kd_plugin.views.tokens import TokenText
 from kd_plugin.vocab import Vocabulary
 from tests.core.panel_help import assert_same_gradients
@@ -342,3 +343,29 @@ def test_a_response_that_can_hardly_be_compared_is_left_out():
     )  # fmt: skip
     assert ["t" in row.covered for row in scores] == [True, False, False]
     assert not scores[0].covered["t"].any()
+
+
+def test_a_run_that_can_hardly_be_compared_is_refused():
+    tokenizer, own = byte_tokenizer(), byte_level()
+    no_text = tokenizer.convert_tokens_to_ids(["ÿ"] * 4)
+    panel = TeacherPanel({"t": teacher_of(own)}, estimator=Estimator("sampled"), own={"t": OwnTerms(view=OWN)})
+
+    def reader():
+        found = readers_of(panel, tokenizer, Vocabulary.from_tokenizer(tokenizer), pad_token_id=0, ends=[2])
+        return found["t"]
+
+    def read(reader, good, bad):
+        ids = [tokenizer("fine")["input_ids"]] * good + [[*tokenizer("ab")["input_ids"], *no_text]] * bad
+        prompts = [PROMPTS[0]] * len(ids)
+        batch = assembled(render(tokenizer, prompts), ids, end_tokens=[2], pad_token_id=0, device=torch.device("cpu"))
+        positions = [range(len(one)) for one in ids]
+        plain = Reading(
+            batch.input_ids, batch.attention_mask, batch.completion_start, positions, row_spans(batch.attention_mask)
+        )
+        return reader.read([{"prompt": prompt} for prompt in prompts], plain)
+
+    one = reader()
+    read(one, good=20, bad=4)  # together enough
+    with pytest.raises(DataError, match=r"Teacher 't' can be compared at 5\d% of the tokens of the last 44 responses"):
+        read(one, good=0, bad=20)
+    read(reader(), good=0, bad=31)  # too few responses to tell
