@@ -1,15 +1,17 @@
-"""The divergence of two models with different tokenizers, byte by byte of the text that stands there.
+"""The divergence of a student from a teacher with another tokenizer, byte by byte of the text that stands there.
 
-After a text x both models have a distribution over the next byte. With the text's tokens y_1 ... known, the
-probability that a model goes on with byte c is a sum over the token boundaries j at or before the end of x: that of
+After a text x the teacher has a distribution over the next byte. With its tokens y_1 ... of the text known, the
+probability that it goes on with byte c is a sum over the token boundaries j at or before the end of x: that of
 y_1 ... y_j, times that of all tokens that begin with the bytes of x behind boundary j and with c. This is the exact
 byte-level probability of a tokenized model (Phan et al., arXiv 2410.09303) as far as the tokens that stand there show
 it. What would follow a token that had ended earlier than the one that stands there is not known, and is one outcome,
 the rest.
 
-The loss compares the two models over the bytes that are known on both sides, and the rest where both have one; summed
-over the bytes of a student's token it is that token's. Byte-level distillation (Singh et al., arXiv 2604.07466) gives
-the student a head over bytes for that; here the probabilities of the student's own tokens are summed.
+The student chooses the first byte of each of its tokens, then each byte inside, or that the token ends. Every choice is
+compared with the teacher's next byte: over the bytes that both know, and the rest where both have one. An end stands
+for the bytes by which no longer token goes on, as if the student's tokenizer always took the longest one. Summing over
+all that a student's text could be cut into, as on the teacher's side, would leave it free to cut text in ways that it
+never learned. Byte-level distillation (Singh et al., arXiv 2604.07466) gives the student a head over bytes instead.
 
 Shape suffixes: N student positions, M teacher positions, S steps (bytes that are compared), C = 257 symbols,
 J = 258 outcomes.
