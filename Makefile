@@ -46,7 +46,7 @@ demo: $(STAMP) ## Distil a real model both ways and verify its lineage. Options:
 	@$(VENV)/bin/kd-plugin demo $(ARGS)
 
 test: $(STAMP) ## Run the tests. Some of them: make test ARGS="tests/core -k cache"
-	@$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not wheel and not zero and not vllm" $(ARGS)
+	@$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not wheel and not zero and not vllm" $(ARGS)
 
 test-all: $(STAMP) ## Run the tests, and those that need the real SmolLM2 weights.
 	@OMP_NUM_THREADS=2 $(PY) -m pytest -m "not wheel and not vllm" $(ARGS)
