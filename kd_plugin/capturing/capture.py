@@ -133,7 +133,7 @@ class CaptureGate:
         self.admit(teachers[0].name, ())
 
     def admit(self, teacher: str, served: Sequence[str]) -> None:
-        """Judge the teacher of this name by the names that its server gives as well; raises LicenseRefusedError."""
+        """Check the teacher of this name by the names that its server gives as well; raises LicenseRefusedError."""
         from kd_plugin.lineage import outputs_record
 
         with self._lock:

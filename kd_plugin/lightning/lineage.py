@@ -79,7 +79,7 @@ class LicenseLineage(Callback):
             self._run.resume(checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge the rows that are trained on, and wait until all that the run rests on is proven."""
+        """Check the rows that are trained on, and wait until all that the run rests on is proven."""
         self._run.add_datasets(dataset_sources(trainer.train_dataloader))
         self._run.settle()
         self._carried = take_over(find_student(pl_module, self.student), self._run)

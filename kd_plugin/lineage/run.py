@@ -151,7 +151,7 @@ class RunLineage:
         self.require_trainable()
 
     def admit(self, teacher: str, served: Sequence[str]) -> None:
-        """Judge a teacher again by the names that its server gives; to be called before the first prompt is sent.
+        """Check a teacher again by the names that its server gives; to be called before the first prompt is sent.
 
         Args:
             teacher: the run's name of it.

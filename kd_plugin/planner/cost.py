@@ -56,7 +56,7 @@ class Option:
 
 
 def options(run: PlannedRun, cluster: Cluster, layouts: Sequence[Layout] = LAYOUTS) -> list[Option]:
-    """Judge every layout.
+    """Estimate every layout.
 
     Where gathered weights do not fit under ZeRO-3, generation falls back to layers that are gathered one by one.
 

@@ -297,7 +297,7 @@ def _directory(name: str) -> Path | None:
 
 
 def _terms(student: str, teacher: str) -> tuple[Answer, str]:
-    """Judge the two models as the gate before training does, with nothing declared."""
+    """Check the two models as the gate before training does, with nothing declared."""
     registry = default_registry()
     edges, graphs, names = [], [], []
     kinds: tuple[tuple[str, EdgeKind], ...] = ((student, "initialized_from"), (teacher, "distilled_logits"))

@@ -1,4 +1,4 @@
-"""A teacher that said all that it will say: the targets of a cache."""
+"""A teacher whose scores were captured before: the targets of a cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class CachedTeacher:
-    """Judges rows whose rollouts are fixed, from a teacher cache; a row that is not in the cache is an error.
+    """Scores rows whose completions are fixed, from a teacher cache; a row that is not in the cache is an error.
 
     Args:
         cache: the directory of a cache, or an open one.

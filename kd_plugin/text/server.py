@@ -260,7 +260,7 @@ class ServerWriter:
         return Answer(text, reasoning if thought else inside, str(ended), _usage(usage), model)
 
     def _check_name(self, model: str | None) -> None:
-        """Have the name under which an answer comes judged, once: a gateway may pass a prompt on to any model."""
+        """Have the name under which an answer comes checked, once: a gateway may pass a prompt on to any model."""
         if model is None or model in self._names:
             return
         with self._lock:

@@ -57,7 +57,7 @@ class PromptedTeacher:
         return {**self.writer.identity, **sampling, "guided": self.guided}
 
     def gate(self, admit: Callable[[Sequence[str]], None]) -> None:
-        """Have every name that the writer turns out to have judged before it is used."""
+        """Have every name that the writer turns out to have checked before it is used."""
         self.writer.gate(admit)
 
     def reach(self) -> list[float]:

@@ -113,7 +113,7 @@ class Writer(Protocol):
         ...
 
     def gate(self, admit: Callable[[Sequence[str]], None]) -> None:
-        """Have every name that the writer turns out to have judged by ``admit``, which raises, before it is used."""
+        """Have every name that the writer turns out to have checked by ``admit``, which raises, before it is used."""
         ...
 
     def answers(self, asks: Iterable[tuple[Key, Ask] | None]) -> Iterator[tuple[Key, Answer]]:
