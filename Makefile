@@ -26,7 +26,7 @@ ARGS ?=
 SECONDS ?= 600
 
 .PHONY: docs help install demo test test-all test-zero libaio test-vllm test-peers test-versions test-axolotl fuzz lint format \
-	types bench wheel-test release-check release clean
+	types bench gpu wheel-test release-check release clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -90,6 +90,12 @@ ifdef NAME
 else
 	@grep -l __main__ tests/benchmarks/*.py | xargs -n 1 basename -s .py
 endif
+
+# On a machine with a card the environment is often there already; GPU_PYTHON names its Python, .venv is taken if made.
+GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+
+gpu: ## Check and measure on one GPU, under eight minutes; writes gpu-results.md. Needs torch, transformers and trl alone.
+	@PYTHONPATH="$(CURDIR)" HF_HUB_OFFLINE=1 $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 # vLLM pins another transformers, so it lives apart. KD_VLLM_PYTHON names one that is there; KD_VLLM_MODELS is where
 # the demo's model is kept.

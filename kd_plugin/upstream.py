@@ -119,3 +119,13 @@ def option_names(parser: argparse.ArgumentParser) -> list[str]:
     """Return the options of an argparse parser, and of those below it."""
     own = [name for action in parser._actions for name in action.option_strings]
     return own + [name for one in subcommands(parser).values() for name in option_names(one)]
+
+
+def any_rows(tensor: Tensor) -> None:
+    """Have ``torch.compile`` take the first dimension of a tensor for one that varies, from the first call on.
+
+    Without it torch 2.13 compiles for the size it sees first, and again when it sees another.
+    """
+    from torch._dynamo import mark_dynamic
+
+    mark_dynamic(tensor, 0)

@@ -19,6 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kd_plugin.divergence.compiled import CompiledTiles
 from kd_plugin.divergence.projection import Workspace
 from kd_plugin.divergence.tiles import Tiles
 from kd_plugin.errors import ConfigError
@@ -100,14 +101,18 @@ class Comparison:
 
     Args:
         tiles: over these outcomes.
+        compiled: the same for two rows or more, by compiled passes; None for step by step.
         student: folds the student's logits; None where the outcomes are the tokens.
     """
 
-    def __init__(self, tiles: Tiles, student: Folding | None = None) -> None:
-        self.tiles, self._student = tiles, student
+    def __init__(self, tiles: Tiles, compiled: CompiledTiles | None, student: Folding | None = None) -> None:
+        self._forms, self._student = (tiles, compiled), student
+        self.tiles: Tiles | CompiledTiles = tiles
 
     def start(self, logits_RV: Tensor, multiplier: float, teachers: int) -> Tensor:
         """See :meth:`Tiles.start`."""
+        plain, compiled = self._forms
+        self.tiles = plain if compiled is None or len(logits_RV) == 1 else compiled
         folded = logits_RV
         if self._student is not None:
             folded = self._student.fold(logits_RV, self.tiles.room("student", len(logits_RV)))
@@ -119,10 +124,14 @@ class Comparison:
             logits_RV = teacher.fold(logits_RV, self.tiles.room("teacher", len(logits_RV)))
         self.tiles.take(logits_RV)
 
-    def gradient(self, spare_RV: Tensor) -> Tensor:
-        """(R, V) gradient in the student's tokens, see :meth:`Tiles.gradient`; it may be written to ``spare_RV``."""
-        gradient = self.tiles.gradient()
-        return gradient if self._student is None else self._student.unfold(gradient, spare_RV)
+    def gradient(self, spare_RV: Tensor, out_RV: Tensor | None = None) -> Tensor:
+        """(R, V) gradient in the student's tokens, see :meth:`Tiles.gradient`; it may be written to ``spare_RV``.
+
+        Where ``out_RV`` is given and no tokens are folded, it is written there, in the dtype of that.
+        """
+        if self._student is None:
+            return self.tiles.gradient(out_RV)
+        return self._student.unfold(self.tiles.gradient(), spare_RV)
 
 
 class Comparisons:
@@ -132,10 +141,11 @@ class Comparisons:
         workspace: of the student's logits.
         dtype: of all buffers.
         need_grad: whether gradients will be asked for.
+        compiled: whether passes are compiled.
     """
 
-    def __init__(self, workspace: Workspace, dtype: torch.dtype, need_grad: bool) -> None:
-        self._workspace, self._dtype, self._need_grad = workspace, dtype, need_grad
+    def __init__(self, workspace: Workspace, dtype: torch.dtype, need_grad: bool, compiled: bool = False) -> None:
+        self._workspace, self._dtype, self._need_grad, self._compiled = workspace, dtype, need_grad, compiled
         self._found: dict[object, Comparison] = {}
 
     def over(self, shared: SharedTokens | None, rest: bool) -> tuple[Comparison, Folding | None]:
@@ -148,14 +158,18 @@ class Comparisons:
         rows, device = self._workspace.rows, self._workspace.device
         if shared is None:
             if None not in self._found:
-                self._found[None] = Comparison(Tiles(self._workspace, self._dtype, self._need_grad))
+                self._found[None] = Comparison(*self._tiles(self._workspace))
             return self._found[None], None
         key = shared.runs, shared.student_size, rest
         if key not in self._found:
             student = Folding(shared, shared.student_size, rest, device)
             folded = Workspace(rows, student.outcomes, device)
-            self._found[key] = Comparison(Tiles(folded, self._dtype, self._need_grad), student)
+            self._found[key] = Comparison(*self._tiles(folded), student)
         return self._found[key], Folding(shared, shared.teacher_size, rest, device)
+
+    def _tiles(self, workspace: Workspace) -> tuple[Tiles, CompiledTiles | None]:
+        settings = workspace, self._dtype, self._need_grad
+        return Tiles(*settings), CompiledTiles(*settings) if self._compiled else None
 
 
 def require_shared_rows(student: OutputHead, teacher: OutputHead, shared: SharedTokens) -> None:

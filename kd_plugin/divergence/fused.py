@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kd_plugin.divergence.compiled import CompiledTiles
+from kd_plugin.divergence.first_use import compiles
 from kd_plugin.divergence.folding import Comparisons, require_shared_rows
+from kd_plugin.divergence.gradient import StudentGradient, kept_rows
 from kd_plugin.divergence.modes import MODES, PanelGroup, TeacherTerm, check_groups, head_identity, merged_by_head
 from kd_plugin.divergence.projection import (
     Projector,
-    StudentGradient,
     Workspace,
     autocast_dtype,
     chunk_rows,
@@ -54,6 +56,7 @@ class Plan:
     autocast: torch.dtype | None
     values: bool
     rows: int | None = None  # longest chunk; None chooses by vocabulary and device
+    compiled: bool = False  # whether the passes over a chunk's logits are compiled
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,11 @@ def panel_pass(hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: 
     rows = plan.rows or chunk_rows(vocab_size, device)
     workspace = Workspace(min(rows, max(hidden_NH.shape[0], 1)), vocab_size, device)
     project = Projector(student, "student", workspace, dtype, statistics, plan.temperature, keep_slope=need_grad)
-    gradient = StudentGradient(hidden_NH, weight, bias, project, plan.needs, statistics)
-    comparisons = Comparisons(workspace, statistics, need_grad)
+    kept = kept_rows(rows, device) if plan.compiled else 0
+    gradient = StudentGradient(hidden_NH, weight, bias, project, plan.needs, statistics, kept)
+    comparisons = Comparisons(workspace, statistics, need_grad, plan.compiled)
     entropy_N = torch.zeros(hidden_NH.shape[0], dtype=statistics, device=device)
-    found = PassSums(torch.zeros((), dtype=statistics, device=device), entropy_N, [], [], gradient.take())
+    loss, values, weights = torch.zeros((), dtype=statistics, device=device), [], []
     for group in plan.groups:
         count = hidden_NH.shape[0] if group.positions is None else group.positions.shape[0]
         teachers = _projectors(group, student, workspace, plan)
@@ -88,11 +92,11 @@ def panel_pass(hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: 
             hidden_RH = without_unused(hidden_NH.detach()[where].to(dtype), used_R.unsqueeze(-1))
             entropy_N[where] = walk.chunk(hidden_RH, part).where(used_R, 0.0)
             if need_grad:
-                gradient.add(walk.gradient(), hidden_RH, where)
-        found.loss.add_(walk.loss())
-        found.values.extend(walk.values)
-        found.weights.extend(walk.weights)
-    return found
+                gradient.add(walk.gradient(gradient.room(hidden_RH)), hidden_RH, where)
+        loss.add_(walk.loss())
+        values.extend(walk.values)
+        weights.extend(walk.weights)
+    return PassSums(loss, entropy_N, values, weights, gradient.take())
 
 
 def _projectors(group: PanelGroup, student: OutputHead, workspace: Workspace, plan: Plan) -> list[Projector]:
@@ -155,7 +159,7 @@ class GroupPass:
         self._earlier_RV: Tensor | None = None  # gradient of the teachers before those of the present comparison
 
     @property
-    def tiles(self) -> Tiles:
+    def tiles(self) -> Tiles | CompiledTiles:
         """Compares two distributions and holds the gradient of the present comparison."""
         return self._present.tiles
 
@@ -209,11 +213,15 @@ class GroupPass:
         if self._earlier_RV is not None:
             self._earlier_RV.mul_(factor_R.unsqueeze(-1))
 
-    def gradient(self) -> Tensor:
-        """(R, V) gradient of Σ w·D in the student's projection; ends the chunk and overwrites its buffers."""
-        gradient_RV, earlier_RV = self._present.gradient(self._logits_RV), self._earlier_RV
-        self._earlier_RV = None
-        return gradient_RV if earlier_RV is None else earlier_RV.add_(gradient_RV)
+    def gradient(self, room_RV: Tensor | None) -> Tensor:
+        """(R, V) gradient of Σ w·D in the student's projection; ends the chunk and overwrites its buffers.
+
+        It is written to ``room_RV`` where that is given and nothing more has to be added.
+        """
+        earlier_RV, self._earlier_RV = self._earlier_RV, None
+        if earlier_RV is None:
+            return self._present.gradient(self._logits_RV, room_RV)
+        return earlier_RV.add_(self._present.gradient(self._logits_RV))
 
     def _put_aside(self) -> None:
         """Keep the gradient so far, before the memory of the student's logits is written again."""
@@ -337,7 +345,11 @@ class _PanelFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             student = plan.student.real_rows()
-            found = panel_pass(hidden_NH, weight, bias, student, plan)
+
+            def run(plan: Plan) -> PassSums:
+                return panel_pass(hidden_NH, weight, bias, student, plan)
+
+            found = run(replace(plan, compiled=compiles(plan, hidden_NH, student.weight, run)))
         ctx.gradients = found.gradients
         ctx.dtypes = tuple(torch.float32 if t is None else t.dtype for t in (hidden_NH, weight, bias))
         details = (found.entropy_N, *found.values, *found.weights) if plan.values else (found.entropy_N,)

@@ -1,7 +1,6 @@
-"""One output head projected in chunks of positions, and the gradient of the student's head formed on the way.
+"""One output head projected in chunks of positions, without the logits of all positions ever existing.
 
-What ``fused`` and ``sparse`` share: which dtype multiplies, where a chunk's logits live, and how the gradient of a
-chunk becomes the gradient of hidden states, weight and bias without the logits of all positions ever existing.
+What ``fused``, ``sparse`` and ``sampled`` share: which dtype multiplies, and where a chunk's logits live.
 
 Shape suffixes: N positions, R positions of one chunk, V real tokens, H hidden width.
 """
@@ -158,7 +157,7 @@ class Projector:
 
     def _matmul(self, hidden_RH: Tensor, out_RV: Tensor) -> None:
         """Project into ``out_RV``, which may be wider than the operands."""
-        if hidden_RH.dtype == out_RV.dtype or _can_widen(hidden_RH.dtype, out_RV.dtype, hidden_RH.device):
+        if hidden_RH.dtype == out_RV.dtype or can_widen(hidden_RH.dtype, out_RV.dtype, hidden_RH.device):
             _product(hidden_RH, self.weight_VH, out_RV)
         else:
             narrow_RV = self.workspace.get("narrow", hidden_RH.shape[0], hidden_RH.dtype)
@@ -189,87 +188,12 @@ def exact_logits(head: OutputHead, hidden: Tensor) -> Tensor:
 def _product(hidden_RH: Tensor, weight_VH: Tensor, out_RV: Tensor) -> None:
     """Write ``hidden @ weight.T`` to ``out_RV``, summed and kept in its dtype."""
     narrow, wide = hidden_RH.dtype, out_RV.dtype
-    if _can_widen(narrow, wide, hidden_RH.device):
+    if can_widen(narrow, wide, hidden_RH.device):
         torch.mm(hidden_RH, weight_VH.to(narrow).t(), out_dtype=wide, out=out_RV)
         return
     blocked = wide != narrow or (wide == torch.float32 and out_RV.device.type == "cpu")
     for part in chunks(weight_VH.shape[0], _CPU_COLUMNS) if blocked else (slice(None),):
         torch.mm(hidden_RH.to(wide), weight_VH[part].to(narrow).to(wide).t(), out=out_RV[:, part])
-
-
-class StudentGradient:
-    """Collects the gradient of a loss with respect to hidden states, head weight and head bias, chunk by chunk.
-
-    Sums over chunks are kept in the statistics dtype: rounding each chunk's part to bfloat16 would bias training.
-
-    Args:
-        hidden_NH: the student's hidden states; the gradient has their shape.
-        head: the student's head as autograd knows it; gradients have the full shape of its parameters, with zero
-            rows beyond ``vocab_size``.
-        projector: what projects the chunks.
-        needs: whether hidden states, weight and bias need a gradient.
-        statistics: dtype of the sums.
-    """
-
-    def __init__(
-        self,
-        hidden_NH: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        projector: Projector,
-        needs: tuple[bool, bool, bool],
-        statistics: torch.dtype,
-    ) -> None:
-        device = hidden_NH.device
-
-        def zeros(like: Tensor | None, needed: bool) -> Tensor | None:
-            return torch.zeros(like.shape, dtype=statistics, device=device) if needed and like is not None else None
-
-        self.hidden_NH = zeros(hidden_NH, needs[0])
-        self.weight = zeros(weight, needs[1])
-        self.bias = zeros(bias, needs[2])
-        self._projector = projector
-        self._vocab = projector.weight_VH.shape[0]
-
-    def add(self, grad_RV: Tensor, hidden_RH: Tensor, where: slice | Tensor) -> None:
-        """Add one chunk.
-
-        Args:
-            grad_RV: gradient with respect to the scaled, soft-capped logits, already multiplied by the
-                projector's ``multiplier``; overwritten.
-            hidden_RH: the chunk's hidden states in the compute dtype.
-            where: the chunk's positions among N.
-        """
-        if self._projector.slope_RV is not None:
-            grad_RV.mul_(self._projector.slope_RV)
-        if self.bias is not None:
-            self.bias[: self._vocab] += grad_RV.sum(0)
-        if self.weight is not None:
-            self._add_weight(grad_RV, hidden_RH)
-        if self.hidden_NH is not None:
-            chunk_RH = (self._narrow(grad_RV, hidden_RH.dtype) @ self._projector.weight_VH).to(self.hidden_NH.dtype)
-            if isinstance(where, slice):
-                self.hidden_NH[where] = chunk_RH
-            else:
-                self.hidden_NH.index_copy_(0, where, chunk_RH)
-
-    def _add_weight(self, grad_RV: Tensor, hidden_RH: Tensor) -> None:
-        assert self.weight is not None
-        total_VH = self.weight[: self._vocab]
-        if _can_widen(hidden_RH.dtype, grad_RV.dtype, grad_RV.device):
-            narrow_RV = self._narrow(grad_RV, hidden_RH.dtype)
-            torch.addmm(total_VH, narrow_RV.t(), hidden_RH, out_dtype=torch.float32, out=total_VH)
-        else:
-            total_VH.addmm_(grad_RV.t(), hidden_RH.to(grad_RV.dtype))
-
-    def _narrow(self, grad_RV: Tensor, dtype: torch.dtype) -> Tensor:
-        if grad_RV.dtype == dtype:
-            return grad_RV
-        return self._projector.workspace.get("narrow", grad_RV.shape[0], dtype).copy_(grad_RV)
-
-    def take(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the three gradients, in the statistics dtype."""
-        return self.hidden_NH, self.weight, self.bias
 
 
 def scaled_once(ctx: Any, grad_output: Tensor, likes: tuple[torch.dtype, ...]) -> list[Tensor | None]:
@@ -322,6 +246,6 @@ def require_matching_rows(student: OutputHead, teacher: OutputHead, whose: str) 
         )
 
 
-def _can_widen(dtype: torch.dtype, statistics: torch.dtype, device: torch.device) -> bool:
+def can_widen(dtype: torch.dtype, statistics: torch.dtype, device: torch.device) -> bool:
     """Whether a product of ``dtype`` can be written as float32 without being rounded first (CUDA, torch 2.8)."""
     return device.type == "cuda" and statistics == torch.float32 and dtype in (torch.float16, torch.bfloat16)

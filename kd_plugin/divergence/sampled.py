@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd_plugin.divergence.folding import Folding
+from kd_plugin.divergence.gradient import StudentGradient
 from kd_plugin.divergence.projection import (
     Projector,
-    StudentGradient,
     Workspace,
     autocast_dtype,
     chunk_rows,

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kd_plugin.divergence.gradient import StudentGradient
 from kd_plugin.divergence.listed import CoarseTarget, Tail, check_tail, listed_divergence
 from kd_plugin.divergence.projection import (
     Projector,
-    StudentGradient,
     Workspace,
     autocast_dtype,
     chunk_rows,

@@ -129,6 +129,8 @@ class Compared:
 class Kind:
     """One divergence; a subclass states at least its name and its formula.
 
+    One that also states :meth:`cells` is compiled where a compiler is there.
+
     Attributes:
         name: as users write it.
         meaning: what it is, for help.
@@ -170,6 +172,18 @@ class Kind:
             (slope_BV,) = torch.autograd.grad(value_B.sum(), leaf_BV)  # q·a
         return Compared(value_B.detach(), slope_BV, -1.0, slope_BV.sum(-1))
 
+    def cells(self, logq: Tensor, logp: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what each token adds to the value and to ⟨q, a⟩, and its a, of a ``direct`` divergence −q·a.
+
+        Pure and elementwise, for a compiler to fuse. A token without probability adds 0, as in :meth:`formula`.
+        """
+        raise NotImplementedError
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether it states :meth:`cells`."""
+        return type(self).cells is not Kind.cells
+
 
 class ForwardKL(Kind):
     """KL(p ‖ q): covers all that the teacher might say."""
@@ -187,6 +201,10 @@ class ForwardKL(Kind):
         p_BV = torch.exp(block.logp_BV, out=block.spare_BV)
         value_B = block.logp_BV.sub_(block.logq_BV).mul_(p_BV).sum(-1)
         return Compared(value_B, p_BV, 1.0, torch.full_like(value_B, -1.0))
+
+    def cells(self, logq: Tensor, logp: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor, Tensor]:
+        p = logp.exp()
+        return _times(p, logp - logq), -p, p
 
 
 class ReverseKL(Kind):
@@ -208,6 +226,11 @@ class ReverseKL(Kind):
         gap_BV = block.logp_BV.sub_(block.logq_BV)  # log p − log q
         value_B = torch.mul(block.q_BV, gap_BV, out=block.spare_BV).sum(-1).neg_()
         return Compared(value_B, gap_BV, -1.0, value_B)
+
+    def cells(self, logq: Tensor, logp: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor, Tensor]:
+        gap = logq - logp
+        value = _times(logq.exp(), gap)
+        return value, value, gap
 
 
 class JSD(Kind):
@@ -249,6 +272,13 @@ class JSD(Kind):
         teacher_B = gap_BV.sub_(rise_BV).mul_(p_BV).sum(-1) * beta
         student_B = torch.mul(block.q_BV, rise_BV, out=block.spare_BV).sum(-1) * (beta - 1.0)
         return Compared(teacher_B + student_B, rise_BV, beta - 1.0, student_B)
+
+    def cells(self, logq: Tensor, logp: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor, Tensor]:
+        beta = divergence.beta
+        above_p, above_q = _mixture_above(logq, logp, beta)
+        slope = above_q * (beta - 1.0)
+        student = _times(logq.exp(), slope)
+        return student - _times(logp.exp(), above_p) * beta, student, slope
 
 
 class SkewKL(Kind):
@@ -292,6 +322,14 @@ class SkewKL(Kind):
         slope_B = torch.mul(block.q_BV, ratio_BV.exp_(), out=block.spare_BV).sum(-1) * (alpha - 1.0)
         return Compared(value_B, ratio_BV, alpha - 1.0, slope_B)
 
+    def cells(self, logq: Tensor, logp: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor, Tensor]:
+        alpha = divergence.alpha
+        if alpha == 0.0:
+            return KINDS["forward_kl"].cells(logq, logp, divergence)
+        above_p, _ = _mixture_above(logq, logp, alpha)
+        slope = (-above_p).exp() * (alpha - 1.0)  # p/m is at most 1/alpha
+        return -_times(logp.exp(), above_p), _times(logq.exp(), slope), slope
+
 
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (ForwardKL(), ReverseKL(), JSD(), SkewKL())}
 NAMES = tuple(KINDS)
@@ -305,6 +343,19 @@ def choices(beta: str) -> str:
         with_own = f" (with {', '.join(f'`{one}`' for one in own)})" if own else ""
         found.append(name + (f" = {kind.meaning}" if kind.meaning else "") + with_own)
     return ", ".join(found[:-1]) + " or " + found[-1]
+
+
+def _times(probability: Tensor, factor: Tensor) -> Tensor:
+    """Return the product, and 0 where the probability is 0, whatever the factor is there."""
+    return torch.where(probability == 0.0, 0.0, probability * factor)
+
+
+def _mixture_above(logq: Tensor, logp: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Return log m − log p and log m − log q with m = share·p + (1−share)·q."""
+    gap = logp - logq
+    to_p, to_q = gap + math.log(share), math.log1p(-share)
+    above_q = to_p.clamp(min=to_q) + (-(to_p - to_q).abs()).exp().log1p()
+    return torch.where(gap == math.inf, math.log(share), above_q - gap), above_q
 
 
 def _log_mixture_over_q(gap_BV: Tensor, share: float, out_BV: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""The elementwise part of the panel loss, on one chunk of logits at a time, in reused buffers.
+"""The elementwise part of the panel loss, on one chunk of logits at a time, step by step in reused buffers.
+
+``compiled.py`` does the same by functions that a compiler fuses, where that pays.
 
 For every divergence the gradient in the student's logits z is q·(a − ⟨q, a⟩), with a per teacher and summed over
 teachers before it is applied, so that a further teacher costs one projection and a few passes:
@@ -155,8 +157,11 @@ class Tiles:
                 total_RV.mul_(factor_R1)
         self._factor_R1 = self._factor_R1 * factor_R1
 
-    def gradient(self) -> Tensor:
-        """(R, V) gradient of Σ w·D in the student's projection; ends the chunk and overwrites its buffers."""
+    def gradient(self, out_RV: Tensor | None = None) -> Tensor:
+        """(R, V) gradient of Σ w·D in the student's projection; ends the chunk and overwrites its buffers.
+
+        Where ``out_RV`` is given it is copied there, in the dtype of that.
+        """
         for block in self._blocks():
             q_BV, factor_B1 = self._q_RV[block], self._factor_R1[block]
             if self._a_RV is None:
@@ -165,7 +170,7 @@ class Tiles:
                 torch.mul(self._a_RV[block].add_(factor_B1), q_BV, out=q_BV)
             if self._direct_RV is not None:
                 q_BV.sub_(self._direct_RV[block])
-        return self._q_RV
+        return self._q_RV if out_RV is None else out_RV.copy_(self._q_RV)
 
     def _logp(self, block: slice) -> Tensor:
         """(B, V) log-probabilities of the teacher that was taken in last; the next call overwrites them."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from kd_plugin.divergence.gradient import kept_rows
 from kd_plugin.divergence.modes import MODES
 from kd_plugin.divergence.projection import chunk_rows
 from kd_plugin.divergence.spec import KINDS
@@ -289,34 +290,40 @@ def layer_activations(run: PlannedRun) -> int:
 def loss_workspace(run: PlannedRun, stage: int, device: str) -> int:
     """Return the bytes of the fused loss: one chunk's buffers, gradients formed in the pass, and gathered heads.
 
-    Buffers are (rows, V) in float32, and in bf16 one more of two bytes for narrow products. The gradient of hidden
-    states is (N, H), of a trained head (V, H), both float32.
+    Buffers are (rows, V) in float32, and in bf16 one more of two bytes for narrow products. A panel's loss is compiled
+    on a GPU: it has fewer buffers, and keeps gradient tiles, in the dtype of products. The gradient of hidden states is
+    (N, H), of a trained head (V, H), both float32.
     """
-    s = run.student
+    s, place = run.student, torch.device(device)
     positions = run.micro_batch * run.completion_length
-    rows = min(chunk_rows(s.vocab, torch.device(device)), positions)
-    narrow = run.element if run.precision == "bf16" else 0
+    rows = min(chunk_rows(s.vocab, place), positions)
+    compiled = run.method == "panel" and place.type == "cuda"
+    tiles = min(kept_rows(chunk_rows(s.vocab, place), place), positions) if compiled else rows
+    narrow = run.element if run.precision == "bf16" or compiled else 0
     return (
-        rows * s.vocab * (_STATISTICS * loss_buffers(run) + narrow)
+        s.vocab * (rows * _STATISTICS * loss_buffers(run, compiled) + tiles * narrow)
         + loss_gradients(run)
         + gathered_head_bytes(run, stage)
     )
 
 
-def loss_buffers(run: PlannedRun) -> int:
+def loss_buffers(run: PlannedRun, compiled: bool = False) -> int:
     """Return how many (rows, V) float32 buffers the loss keeps at a step that is logged.
 
     Offline: the student's logits, and the probabilities of what is not listed. Panel: the student's
     log-probabilities and probabilities, a teacher's logits and log-probabilities; then scratch for the mixture inside
     jsd and skew_kl and for confidence's entropies; the sum over teachers where several score a position; a
     mixture's log-probabilities, and a copy for the divergence of each of its teachers. A test counts them.
-    On CPU some are shorter, so that less is kept than is counted.
+    On CPU some are shorter, so that less is kept than is counted. A compiled panel has the student's logits, a
+    teacher's, and one more for the sum or the mixture.
     """
     if run.method == "offline":
         return 2
     mode = MODES[run.combine]
     scratch = KINDS[run.divergence].scratch or mode.scratch
     summed = run.scored_by_all and len(run.teachers) > 1
+    if compiled:
+        return 2 + (summed if mode.buffers is None else 1)
     return 4 + scratch + (summed if mode.buffers is None else mode.buffers)
 
 

@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.panel_loss            # all tables, about ten minutes on 2 cores
     python -m tests.benchmarks.panel_loss --quick    # small sizes, seconds; checks that both sides agree
+    python -m tests.benchmarks.panel_loss --compiled # the loss compiled, step by step and TRL's, all divergences
 
 Both sides run forward and backward on the same tensors, alternating within one process, and the medians are compared;
 so load from elsewhere meets both. ``cached`` is the sparse loss (64 tokens a position, labels with cross-entropy)
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -22,6 +24,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -31,6 +34,7 @@ from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIDES = ("ours", "trl")
+FORMS = ("compiled", "plain", "trl")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Case:
     student: int = 576
     teacher: int = 960
     divergence: str = "reverse_kl"
+    device: str = "cpu"
 
 
 class Problem:
@@ -54,7 +59,7 @@ class Problem:
         dtype = DTYPES[case.dtype]
 
         def draw(rows: int, width: int, scale: float) -> Tensor:
-            return torch.randn(rows, width, dtype=dtype).mul_(scale)
+            return torch.randn(rows, width, dtype=dtype, device=case.device).mul_(scale)
 
         self.case, self.kd_weight = case, 1.0
         if case.divergence == "cached":
@@ -92,12 +97,20 @@ class Problem:
         from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
         beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[self.case.divergence]
-        mask = torch.ones(1, self.case.positions)
+        mask = torch.ones(1, self.case.positions, device=self.case.device)
         losses = [
             _chunked_divergence_loss(self.hidden[None], hidden[None], self.weight, weight, mask, beta)[0]
             for hidden, weight in self.panel
         ]
         return torch.stack(losses).sum()
+
+    def compiled(self) -> Tensor:
+        with mock.patch.dict(os.environ, KD_PLUGIN_COMPILE="1"):
+            return self.ours()
+
+    def plain(self) -> Tensor:
+        with mock.patch.dict(os.environ, KD_PLUGIN_COMPILE="0"):
+            return self.ours()
 
     def step(self, side: str) -> tuple[float, tuple[float, float, float]]:
         """Seconds of one forward and backward; loss and the gradients' norms."""
@@ -162,6 +175,36 @@ def row(case: Case, repeats: int, memory: bool) -> str:
     return "| " + " | ".join(str(cell) for cell in [*cells, f"{apart:.0e}"]) + " |"
 
 
+def forms(repeats: int, cases: list[Case]) -> None:
+    """Print the loss compiled and step by step against TRL's, where it has the divergence; alternating."""
+    print("| dtype | divergence | teachers | N | V | compiling s | compiled s | plain s | TRL s | of plain | of TRL |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    for case in cases:
+        problem = Problem(case)
+        sides = [side for side in FORMS if side != "trl" or case.divergence != "skew_kl"]
+        first = {side: problem.step(side)[0] for side in sides}
+        spent: dict[str, list[float]] = {side: [] for side in sides}
+        for _ in range(repeats):
+            for side in sides:
+                spent[side].append(problem.step(side)[0])
+        median = {side: statistics.median(values) for side, values in spent.items()}
+        cells: list[object] = [case.dtype, case.divergence, case.teachers, case.positions, case.vocab]
+        cells += [f"{first['compiled'] - median['compiled']:.1f}"]
+        cells += [f"{median[side]:.2f}" if side in median else "" for side in FORMS]
+        cells += [f"**{median['compiled'] / median['plain']:.2f}**"]
+        cells += [f"{median['compiled'] / median['trl']:.2f}" if "trl" in median else ""]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def form_cases(quick: bool) -> list[Case]:
+    """All divergences and dtypes with one and three teachers, and up to eight."""
+    if quick:
+        return [Case("float32", 1, 64, 2048, 48, 80)]
+    names = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+    found = [Case(dtype, n, 512, divergence=name) for name in names for dtype in DTYPES for n in (1, 3)]
+    return found + [Case("bfloat16", 8, 256, divergence=name) for name in names]
+
+
 HEADER = (
     "| dtype | divergence | teachers | N | V | TRL s | ours s | time | TRL MiB | ours MiB | memory | apart |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|---|"
@@ -189,6 +232,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="steps a side, alternating")
     parser.add_argument("--table", default="", help="only tables whose title holds this")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compiled", action="store_true", help="compare the loss compiled and step by step")
     parser.add_argument("--memory-of", nargs=2, metavar=("SIDE", "CASE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -199,6 +243,10 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {options.threads} threads, {platform.machine()}, {options.repeats} steps a side."
     )
+    if options.compiled:
+        cases = [case for case in form_cases(options.quick) if options.table.lower() in case.divergence]
+        forms(options.repeats, cases)
+        return
     for title, cases in tables(options.quick):
         if options.table.lower() not in title.lower():
             continue

@@ -1,11 +1,13 @@
-"""Count the floating-point operations and bytes of the panel loss on a GPU, ours and TRL's, and the time that follows.
+"""Count the floating-point operations and bytes of the panel loss on a GPU, ours, TRL's and Liger's, and the time.
 
     python -m tests.benchmarks.passes [--width 4096] [--vocab 151936] [--teachers 1 3 8] [--gpu h100]
+    python -m tests.benchmarks.passes --all     # H = 576, 4096, 8192 by V = 49,152, 128,256, 151,936
 
 No GPU is needed. Our loss runs on torch's meta device, which computes nothing, at the real sizes and by the path of a
-GPU; every operation is counted as a kernel that reads each operand once and writes each result once. That is the least
-it can be: a softmax over a row that does not fit a core's memory reads the row again. TRL's Triton kernels cannot run
-there, so what they read and write is listed here by hand, from ``trl/kernels/chunked_divergence.py`` of TRL 1.16.0.
+GPU. A compiled pass counts with what Inductor generates for it (``generated.py``); any other operation as a kernel that
+reads each operand once and writes each result once. TRL's Triton kernels and Liger's loss cannot run there, so what
+they read and write is listed here by hand, from ``trl/kernels/chunked_divergence.py`` of TRL 1.16.0, and from
+``fused_linear_jsd.py`` of Liger of commit 0eaa2d5, whose loss is the same for every beta.
 
 The time of an operation is the larger of operations over the tensor cores' rate and bytes over the memory's rate
 (Williams et al., "Roofline", 2009). Launches cost nothing in it, and no kernel reaches either rate: it ranks, and it
@@ -28,14 +30,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kd_plugin.divergence import projection
+from kd_plugin.divergence import compiled, projection
 from kd_plugin.divergence.fused import Plan, panel_pass
 from kd_plugin.divergence.modes import PanelGroup, TeacherTerm
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.signals import HiddenSignal, OutputHead
+from tests.benchmarks import generated
 
 GPUS = {"h100": (989e12, 3.35e12), "h200": (989e12, 4.8e12)}
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+WIDTHS, VOCABULARIES = (576, 4096, 8192), (49152, 128256, 151936)
 _TRL_ROWS = 4096  # TRL's TOKEN_CHUNK_SIZE: how often the head and its gradient are read again
 _ALLOCATIONS = ("aten.empty", "aten.new_empty")
 
@@ -77,8 +81,17 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def ours(divergence: str, *, teachers: int, positions: int, vocab: int, width: int) -> list[Kernel]:
-    """List the kernels of one pass of our loss over N positions, bfloat16 weights, gradients of student and head."""
+def ours(divergence: str, *, teachers: int, positions: int, vocab: int, width: int, fused: bool = True) -> list[Kernel]:
+    """List the kernels of one pass of our loss over N positions, bfloat16 weights, gradients of student and head.
+
+    Args:
+        divergence: its name.
+        teachers: how many.
+        positions: N.
+        vocab: V.
+        width: H.
+        fused: by compiled passes; else step by step.
+    """
 
     def tensor(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -91,10 +104,36 @@ def ours(divergence: str, *, teachers: int, positions: int, vocab: int, width: i
     )
     head = OutputHead(tensor(vocab, width))
     needs = (True, True, False)
-    plan = Plan(head, (PanelGroup(None, terms),), Divergence(divergence), 1.0, needs, torch.float32, None, values=False)
-    with mock.patch.object(projection, "_can_widen", widens), Counter() as counter:
+    groups = (PanelGroup(None, terms),)
+    plan = Plan(
+        head, groups, Divergence(divergence), 1.0, needs, torch.float32, None, values=False, compiled=fused
+    )  # fmt: skip
+    counter = Counter()
+
+    def run(function: Any, *tensors: Tensor | None, **static: Any) -> Any:
+        given = [t for t in tensors if t is not None]
+        cells = given[0].shape[0] * vocab
+        each = generated.bytes_of(function, *tensors, **static)
+        counter.kernels.append(Kernel(function.__name__, 0.0, each * cells))
+        return _results(function, given[0])
+
+    with (
+        mock.patch.object(projection, "can_widen", widens),
+        mock.patch.object(compiled, "run", run),
+        counter,
+    ):
         panel_pass(tensor(positions, width), head.weight, None, head.real_rows(), plan)
     return counter.kernels
+
+
+def _results(function: Any, tile: Tensor) -> Any:
+    """Return what a function of ``passes.py`` returns, without values."""
+    column, row = tile.new_empty(tile.shape[0], 1), tile.new_empty(tile.shape[0])
+    if function.__name__ in ("statistics", "kl_statistics"):
+        return column, row
+    if function.__name__ == "compared":
+        return row, row
+    return None
 
 
 def trls(divergence: str, *, positions: int, vocab: int, width: int) -> list[Kernel]:
@@ -111,6 +150,26 @@ def trls(divergence: str, *, positions: int, vocab: int, width: int) -> list[Ker
     kernels.append(Kernel("gradient of hidden states", product, 2 * tile + head + 8.0 * positions * width))
     kernels.append(Kernel("gradient of the head", product, 2 * tile + hidden + 8.0 * vocab * width * chunks))
     return kernels
+
+
+def ligers(*, positions: int, vocab: int, width: int) -> list[Kernel]:
+    """List the kernels of Liger's fused linear JSD for one teacher; each of its operations is a kernel."""
+    tile, product = float(positions * vocab), 2.0 * positions * vocab * width
+    rows = 1 << (-(-positions // -(-vocab // width)) - 1).bit_length()
+    chunks = -(-positions // rows)
+    head, hidden = 2.0 * vocab * width * chunks, 2.0 * positions * width
+    project = Kernel("project", product, 2 * tile + head + hidden)
+    # In bytes of an element, both models': to float32, by the temperature, log-softmax; then the JSD's kernel, the copy
+    # of its losses, their zeros and their sum; softmax, sum, product, difference, by the temperature, to bfloat16
+    passes = (12, 16, 16, 16, 8, 4, 4, 8, 4, 8, 12, 8, 6)
+    return [
+        project,
+        project,
+        *(Kernel("pass", 0, each * tile) for each in passes),
+        Kernel("gradient of hidden states", product, 2 * tile + head + hidden),
+        Kernel("gradient of the head", product, 2 * tile + hidden + head),
+        Kernel("gradient of the head, added", 0, 3 * head),
+    ]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -145,11 +204,13 @@ def cost(kernels: list[Kernel], gpu: str, *, positions: int, vocab: int, width: 
 def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     """Yield the lines of the table."""
     sizes = {"positions": arguments.positions, "vocab": arguments.vocab, "width": arguments.width}
+    liger = cost(ligers(**sizes), arguments.gpu, **sizes)
     for divergence in DIVERGENCES:
         theirs = None
         if divergence != "skew_kl":
             theirs = cost(trls(divergence, **sizes), arguments.gpu, **sizes)
             yield _line(divergence, "TRL, 1", theirs, theirs)
+            yield _line(divergence, "Liger, 1", liger, theirs)
         for teachers in arguments.teachers:
             mine = cost(ours(divergence, teachers=teachers, **sizes), arguments.gpu, **sizes)
             yield _line(divergence, f"ours, {teachers}", mine, theirs)
@@ -170,7 +231,16 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=8192, help="N, scored positions of a micro-batch")
     parser.add_argument("--teachers", type=int, nargs="+", default=[1, 3, 8])
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
+    parser.add_argument("--all", action="store_true", help="all sizes of the page, one table each")
     arguments = parser.parse_args()
+    sizes = [(width, vocab) for width in WIDTHS for vocab in VOCABULARIES] if arguments.all else []
+    for width, vocab in sizes or [(arguments.width, arguments.vocab)]:
+        table(argparse.Namespace(**{**vars(arguments), "width": width, "vocab": vocab}))
+
+
+def table(arguments: argparse.Namespace) -> None:
+    """Print the table of one size."""
+    print(f"\nH = {arguments.width}, V = {arguments.vocab}, N = {arguments.positions}, {arguments.gpu}\n")
     print("| divergence | loss, teachers | products | bytes of products | bytes of passes | µs | of TRL's, a teacher |")
     print("|---|---|---|---|---|---|---|")
     for row in rows(arguments):

@@ -320,3 +320,24 @@ def test_refuse_panel():
     else:
         with pytest.raises(ConfigError, match="TeacherPanelConfig needs TRL"):
             ours.TeacherPanelConfig  # noqa: B018
+
+
+def test_any_rows():
+    def graphs_of(prepare) -> int:
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        doubled = torch.compile(lambda x: x * 2, backend=backend)
+        for rows in (3, 4, 9):
+            tensor = torch.ones(rows, 5)
+            if rows == 3:
+                prepare(tensor)
+            assert torch.equal(doubled(tensor), tensor * 2)
+        return len(graphs)
+
+    assert graphs_of(core.any_rows) == 1
+    assert graphs_of(lambda tensor: None) == 2  # what any_rows is for

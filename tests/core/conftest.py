@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kd_plugin import LocalTeacher
+from kd_plugin.divergence import compiled, first_use
 from kd_plugin.teachers import client
 from tests.core.text_help import right
 from tests.fake_vllm import fake_vllm
@@ -52,3 +53,15 @@ def real(tmp_path_factory):
     return {name: AutoTokenizer.from_pretrained(directory / name) for name in REAL} | {
         "smollm2": AutoTokenizer.from_pretrained(smol)
     }
+
+
+@pytest.fixture
+def form(request, monkeypatch):
+    """Run the panel loss step by step ("plain"), by the pure passes as they are ("passes"), or by compiled ones."""
+    monkeypatch.setenv("KD_PLUGIN_COMPILE", "0" if request.param == "plain" else "1")
+    monkeypatch.setattr(first_use, "_found", first_use._Found({}))
+    if request.param == "passes":
+        monkeypatch.setattr(compiled, "_ready", {})
+        monkeypatch.setattr(compiled, "_compiled", lambda function, number: function)
+        monkeypatch.setattr(compiled, "any_rows", lambda tensor: None)
+    return request.param

@@ -144,7 +144,7 @@ def test_only_needed_gradients_are_formed(loss_of, monkeypatch):
 def test_no_grad_gives_the_same_value_without_a_graph(loss_of, monkeypatch):
     hidden, weight = leaves()
     expected = loss_of(hidden, weight)
-    monkeypatch.setattr("kd_plugin.divergence.projection.StudentGradient.add", None)  # calling it would fail
+    monkeypatch.setattr("kd_plugin.divergence.gradient.StudentGradient.add", None)  # calling it would fail
     with torch.no_grad():
         loss = loss_of(hidden, weight)
     assert not loss.loss_sum.requires_grad

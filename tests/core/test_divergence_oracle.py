@@ -25,6 +25,8 @@ HEADS = [
     dict(bias=bias, softcap=softcap, logit_scale=scale, vocab_size=vocab)
     for bias, softcap, scale, vocab in itertools.product((False, True), (None, 5.0), (1.0, 0.3), (V, None))
 ]
+FORMS = ["plain", "passes", pytest.param("compiled", marks=pytest.mark.slow)]
+in_all_forms = pytest.mark.parametrize("form", FORMS, indirect=True)
 ids_of = lambda value: value.name if isinstance(value, Divergence) else "-".join(map(str, value.values()))  # noqa: E731
 
 
@@ -68,10 +70,11 @@ def test_a_formula_alone_is_a_divergence(divergence, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@in_all_forms
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("head", HEADS, ids=ids_of)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=ids_of)
-def test_fused_panel_equals_oracle(divergence, head, temperature):
+def test_fused_panel_equals_oracle(form, divergence, head, temperature):
     leaves, own = student(**head)
     signals = [teacher(1), teacher(2, width=H)]
     weights = [torch.rand(N, dtype=torch.float64), torch.rand(N, dtype=torch.float64)]
@@ -160,8 +163,9 @@ def coarse_of(target: SparseSignal, listed: int) -> Tensor:
     return torch.cat([target.logprobs[:, :listed], target.tail_logmass[:, None]], 1)
 
 
+@in_all_forms
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=ids_of)
-def test_routed_groups_equal_one_loss_a_group(divergence):
+def test_routed_groups_equal_one_loss_a_group(form, divergence):
     leaves, own = student(bias=True)
     first, second = torch.tensor([7, 0, 3, 12]), torch.tensor([1, 2, 10])
     groups = [
@@ -215,8 +219,9 @@ def test_rows_beyond_the_vocabulary_get_zero_gradient():
     assert (weight.grad[V:] == 0).all() and (bias.grad[V:] == 0).all() and (weight.grad[:V] != 0).any()
 
 
+@in_all_forms
 @pytest.mark.parametrize("rows", [1, 2, 5, 13, 100])
-def test_chunk_size_does_not_matter(rows):
+def test_chunk_size_does_not_matter(form, rows):
     (hidden, weight), own = student(bias=False)
     groups = [PanelGroup(None, (TeacherTerm(teacher(1)), TeacherTerm(teacher(2))))]
     whole = fused_panel_divergence(hidden, own, groups, Divergence("jsd"))
@@ -224,9 +229,10 @@ def test_chunk_size_does_not_matter(rows):
     assert_gradients(cut.loss_sum, whole.loss_sum, [hidden, weight], rtol=1e-12)
 
 
+@in_all_forms
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=ids_of)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16_stays_near_the_oracle(divergence, autocast):
+def test_bfloat16_stays_near_the_oracle(form, divergence, autocast):
     """bf16 has 8 bits: logits of size 4 are off by up to 2^-7, so values and gradients by about a percent.
 
     The oracle sees the same bf16-rounded inputs, in float64; 3% of the norm leaves room for the rounding of logits

@@ -1,0 +1,146 @@
+"""What a step must not do on a GPU, and what it takes: waiting for the device, offloading, memory against the plan."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence
+from kd_plugin.panel import TeacherPanel, score_rows
+from kd_plugin.planner.architectures import architecture
+from kd_plugin.planner.memory import loss_workspace
+from kd_plugin.planner.run import PlannedRun, PlannedTeacher
+from kd_plugin.signals import HiddenSignal, OutputHead
+from kd_plugin.teachers import LocalTeacher
+from tests.gpu.correctness import HEADS, Inputs, computed, losses
+from tests.gpu.report import GIB, Place, Table, added_peak, form, seconds, wait
+from tests.gpu.steps import SHAPES, TINY, save
+
+
+def synchronisation(place: Place) -> Table:
+    """Forward and backward of every loss must not wait for the device, after its first use."""
+    table = Table("No waiting for the device", ("loss", "waits"))
+    n, vocab, width = place.pick((301, 4099, 256), (13, 1031, 16))  # type: ignore[misc]
+    inputs = Inputs.draw(torch.bfloat16, n, vocab, width).to(place.device, torch.bfloat16)
+    for name, loss in losses().items():
+        waits = "no"
+        with form(compiled=place.is_gpu):
+            computed(loss, inputs, HEADS["plain"])
+            if place.is_gpu:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                computed(loss, inputs, HEADS["plain"])
+            except RuntimeError as error:
+                waits = str(error).splitlines()[0][:120]
+                table.failed.append(f"{name} waits for the device: {waits}")
+            finally:
+                if place.is_gpu:
+                    torch.cuda.set_sync_debug_mode("default")
+        table.rows.append((name, waits))
+    return table
+
+
+def offloading(place: Place) -> Table:
+    """How much of moving an offloaded teacher in and out is hidden behind its work."""
+    header = ("teachers", "resident ms", "offloaded ms", "moving alone ms", "hidden")
+    table = Table("Offloaded teachers", header)
+    shape, vocab = place.pick((SHAPES["0.5B"], 151_936), (TINY["tiny"], 300))  # type: ignore[misc]
+    rows, length = place.pick((8, 512), (2, 12))  # type: ignore[misc]
+    ids = torch.randint(3, vocab, (rows, length), device=place.device)
+    positions = [range(length - 4)] * rows
+    with tempfile.TemporaryDirectory() as directory:
+        model = save(Path(directory) / "model", shape, vocab, 0, place)
+        times = {}
+        for placement in ("resident", "offload"):
+            teachers = {
+                name: LocalTeacher(
+                    model, dtype="bfloat16", name=name, placement=placement,  # type: ignore[arg-type]
+                    device=place.device if placement == "resident" else None,
+                )
+                for name in "ab"
+            }  # fmt: skip
+            panel = TeacherPanel(teachers, combine="weighted_kl")
+            assigned = [panel.assign({})] * rows
+
+            def score(panel: TeacherPanel = panel, assigned: list = assigned) -> None:
+                score_rows(panel, assigned, ids, torch.ones_like(ids), 4, positions, rows)
+
+            times[placement] = seconds(place, score, repeats=3)
+
+        def move() -> None:
+            for teacher in teachers.values():  # those that are offloaded
+                with teacher.resident(place.device):
+                    wait(place)
+
+        times["moving"] = seconds(place, move, repeats=3)
+    hidden = 1.0 - (times["offload"] - times["resident"]) / times["moving"]
+    milliseconds = (f"{1e3 * times[key]:.1f}" for key in ("resident", "offload", "moving"))
+    table.rows.append((2, *milliseconds, f"{100 * hidden:.0f}%"))
+    return table
+
+
+def planned_memory(place: Place) -> Table:
+    """Peak memory of the panel's loss against what ``kd-plugin plan`` counts for it."""
+    table = Table(
+        "Memory of the loss against kd-plugin plan", ("divergence", "teachers", "N", "peak GiB", "planned GiB", "ratio")
+    )
+    shape, vocab = place.pick((SHAPES["1.5B"], 151_936), (TINY["tiny"], 300))  # type: ignore[misc]
+    positions, width = int(place.pick(8192, 32)), shape["hidden_size"]  # type: ignore[call-overload]
+    with tempfile.TemporaryDirectory() as directory:
+        student = architecture(save(Path(directory) / "model", shape, vocab, 0, place))
+    for divergence in ("reverse_kl", "jsd"):
+        for teachers in (1, 3):
+            run = PlannedRun(
+                student, "panel", tuple(PlannedTeacher(str(i), student, "sharded") for i in range(teachers)),
+                micro_batch=1, prompt_length=0, completion_length=positions, combine="weighted_kl",
+                divergence=divergence,
+            )  # fmt: skip
+            planned = loss_workspace(run, 0, place.device) / GIB
+
+            def draw(*shape: int) -> torch.Tensor:
+                return torch.randn(shape, dtype=torch.bfloat16, device=place.device)
+
+            hidden, weight = draw(positions, width).requires_grad_(), draw(vocab, width).requires_grad_()
+            terms = tuple(
+                TeacherTerm(HiddenSignal(draw(positions, width), OutputHead(draw(vocab, width))))
+                for _ in range(teachers)
+            )
+
+            step = partial(
+                fused_panel_divergence, hidden, OutputHead(weight), [PanelGroup(None, terms)], Divergence(divergence)
+            )
+            with form(compiled=place.is_gpu):
+                step()
+                peak = added_peak(place, step)
+            ratio = peak / planned
+            table.rows.append((divergence, teachers, positions, f"{peak:.2f}", f"{planned:.2f}", f"{ratio:.2f}"))
+            if place.is_gpu and not 0.7 <= ratio <= 1.05:
+                table.failed.append(
+                    f"{divergence} with {teachers} teachers took {peak:.2f} GiB; planned {planned:.2f}."
+                )
+    return table
+
+
+def compiling(place: Place) -> Table:
+    """Seconds until the loss is compiled, in this process, with whatever Inductor's cache holds."""
+    table = Table("Compiling", ("divergence", "first call s", "later calls s"))
+    for divergence in ("forward_kl", "reverse_kl", "jsd", "skew_kl"):
+        vocab, width = place.pick((32_003, 512), (131, 16))  # type: ignore[misc]
+        hidden = torch.randn(64, width, device=place.device, requires_grad=True)
+        weight = torch.randn(vocab, width, device=place.device, requires_grad=True)
+        terms = (TeacherTerm(HiddenSignal(hidden.detach() + 1, OutputHead(weight.detach()))),)
+        times = []
+        with form(compiled=place.is_gpu):
+            for _ in range(2):
+                wait(place)
+                started = time.perf_counter()
+                groups = [PanelGroup(None, terms)]
+                fused_panel_divergence(hidden, OutputHead(weight), groups, Divergence(divergence)).loss_sum.backward()
+                wait(place)
+                times.append(time.perf_counter() - started)
+        table.rows.append((divergence, f"{times[0]:.2f}", f"{times[1]:.4f}"))
+    return table
