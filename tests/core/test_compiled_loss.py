@@ -198,6 +198,7 @@ def test_a_compiler_that_fails_is_told_once_and_left_out(compiler, why, monkeypa
         loss(groups, divergence)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["compiled"], indirect=True)
 def test_it_compiles_once_for_all_lengths_of_chunks(form, monkeypatch):
     """No graph breaks: `fullgraph` refuses them. Other lengths, and another caller's compilation, compile nothing."""
