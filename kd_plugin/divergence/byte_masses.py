@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_plugin.divergence.projection import Projector, StudentGradient, Workspace, chunk_rows, chunks
+from kd_plugin.divergence.gradient import StudentGradient
+from kd_plugin.divergence.projection import Projector, Workspace, chunk_rows, chunks
 from kd_plugin.signals import OutputHead
 
 END, NONE = 256, 257  # groups behind those of the bytes: the end of a response, and what stands for no text
