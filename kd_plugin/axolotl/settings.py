@@ -42,7 +42,7 @@ class AxolotlSettings(LineageSettings):
     eval_prompts: list[dict[str, Any]] | str | None = option(default=None, help="Likewise, to evaluate on.")
 
     def __post_init__(self) -> None:
-        if self.is_panel == self.is_offline and self.is_panel:
+        if self.is_panel and self.is_offline:
             raise ConfigError(f"{KEY}: teacher_cache (or teacher_text) and panel are both set; choose one of them.")
         if self.offline is not None and not self.is_offline:
             raise ConfigError(f"{KEY}: offline is set, and neither teacher_cache nor teacher_text is.")

@@ -58,6 +58,7 @@ class AxolotlOutputs:
         self.dataset, self.temperature = load_rows(reference, split=split), temperature
         self._tokenizer, self._logprobs, self._messages = tokenizer, logprobs_field, messages_field
         _require_columns(self.dataset.column_names, logprobs_field, messages_field)
+        self._conversations = self.dataset.select_columns([messages_field])
         looked = range(0, len(self.dataset), max(1, len(self.dataset) // _ROWS))
         lists = {row: self._lists(row) for row in looked}
         self.listed = max(ids.shape[1] for ids, _ in lists.values())
@@ -103,7 +104,7 @@ class AxolotlOutputs:
         return Listed(ids, logprobs)
 
     def _rendered(self, row: int) -> list[int]:
-        messages = self.dataset[row][self._messages]
+        messages = self._conversations[row][self._messages]
         found = self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
         return list(found)
 
