@@ -25,7 +25,7 @@ WORKERS ?= 2
 ARGS ?=
 SECONDS ?= 600
 
-.PHONY: docs help install demo test test-all test-zero libaio test-vllm test-peers test-versions test-axolotl fuzz lint format \
+.PHONY: docs docs-version help install demo test test-all test-zero libaio test-vllm test-peers test-versions test-axolotl fuzz lint format \
 	types bench gpu wheel-test release-check release clean
 
 help: ## Show this list.
@@ -70,9 +70,16 @@ docs: $(DOCS_VENV)/.installed ## Build the documentation as a site in site/, off
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build $(ARGS)
 	@echo "site/index.html"
 
+# Each version is a directory of the branch gh-pages, and a list on every page leads from one to another; nothing is pushed.
+docs-version: $(DOCS_VENV)/.installed ## Add the documentation of a release to the branch gh-pages: make docs-version VERSION=0.2.0
+	@test -n "$(VERSION)" || { echo "Name the version: make docs-version VERSION=0.2.0"; exit 1; }
+	@PATH="$(abspath $(DOCS_VENV))/bin:$$PATH" DOCS_VERSIONS=mike NO_MKDOCS_2_WARNING=1 \
+		sh -c 'mike deploy --update-aliases $(ARGS) $(VERSION) latest && mike set-default latest'
+	@echo "The branch gh-pages has it; $(DOCS_VENV)/bin/mike serve shows it, and git push origin gh-pages publishes it."
+
 $(DOCS_VENV)/.installed: pyproject.toml
 	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
-	@$(DOCS_VENV)/bin/python -m pip install -qq --disable-pip-version-check "mkdocs-material>=9.7,<10" "mkdocstrings[python]>=1.0,<2"
+	@$(DOCS_VENV)/bin/python -m pip install -qq --disable-pip-version-check "mkdocs-material>=9.7,<10" "mkdocstrings[python]>=1.0,<2" "mike>=2.1,<3"
 	@touch $@
 
 lint: $(STAMP) ## Check style and types, as CI does.

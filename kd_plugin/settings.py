@@ -20,6 +20,9 @@ from kd_plugin.errors import ConfigError, nearest
 Class = TypeVar("Class", bound=type)
 Settings = TypeVar("Settings")
 Taker = TypeVar("Taker", bound=Callable[..., Any])
+_PLAIN: dict[Any, str] = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null",
+}  # fmt: skip
 
 
 def option(*, default: Any = MISSING, factory: Any = MISSING, help: str) -> Any:
@@ -99,6 +102,21 @@ def built(cls: type[Settings], fields: Mapping[str, Any]) -> Settings:
         if name not in known:
             raise ConfigError(f"Unknown setting {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
     return cls(**fields)
+
+
+def require_types(cls: type, given: Mapping[str, Any]) -> None:
+    """Refuse values that are not of the types of a dataclass's fields, where these are plain: numbers, text, booleans.
+
+    Raises:
+        ConfigError: names the field, what it takes, and what was found.
+    """
+    hints = get_type_hints(cls)
+    for name, value in given.items():
+        kinds = get_args(hints[name]) or (hints[name],)
+        fitting = (type(value), float) if type(value) is int else (type(value),)
+        if all(kind in _PLAIN for kind in kinds) and not set(fitting) & set(kinds):
+            expected = " or ".join(_PLAIN[kind] for kind in kinds)
+            raise ConfigError(f"{name}: expected {expected}, found {str(value)[:60]!r}.")
 
 
 def require_known(name: str, value: Any, known: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Draws architecture.svg from architecture.txt: boxes on a grid, and arrows between neighbours in a row.
+"""Draws NAME.svg from each NAME.txt: boxes on a grid, and arrows between neighbours in a row.
 
 Needs nothing but Python: ``python docs/images/draw.py``.
 """
@@ -9,6 +9,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 WIDTH, GAP, LINE, MARGIN = 176, 26, 17, 12
 COLUMNS = 5
+STYLE = (
+    "text{font:12px sans-serif;fill:#1f2328;text-anchor:middle}.t{font-weight:bold}.f{font-family:monospace}"
+    ".p{fill:#fff}.b{fill:#eef3fa;stroke:#57606a}.w{fill:#f6f1e4;stroke:#57606a}.a{stroke:#57606a;fill:none}"
+    ".h{fill:#57606a}@media (prefers-color-scheme:dark){text{fill:#e6edf3}.p{fill:#0d1117}"
+    ".b{fill:#13253d;stroke:#8b949e}.w{fill:#332b14;stroke:#8b949e}.a{stroke:#8b949e}.h{fill:#8b949e}}"
+)
 
 
 def read(text: str) -> tuple[dict[str, tuple[int, int, int, list[str]]], list[tuple[str, str]]]:
@@ -34,33 +40,29 @@ def draw(text: str) -> str:
     tops = {row: MARGIN + sum(heights[r] + GAP for r in rows if r < row) for row in rows}
     size = MARGIN * 2 + COLUMNS * WIDTH + (COLUMNS - 1) * GAP, MARGIN + sum(heights[r] + GAP for r in rows)
     found = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" font-family="sans-serif" '
-        'font-size="12">',
-        f'<rect width="{size[0]}" height="{size[1]}" fill="#ffffff"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}">',
+        f"<style>{STYLE}</style>",
+        f'<rect class="p" width="{size[0]}" height="{size[1]}"/>',
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
-        '<path d="M0 0L8 4L0 8z" fill="#334"/></marker></defs>',
+        '<path class="h" d="M0 0L8 4L0 8z"/></marker></defs>',
     ]
     left = {name: MARGIN + column * (WIDTH + GAP) for name, (column, _, _, _) in boxes.items()}
     for name, (_, row, width, lines) in boxes.items():
         across = width * WIDTH + (width - 1) * GAP
         found.append(
-            f'<rect x="{left[name]}" y="{tops[row]}" width="{across}" height="{heights[row]}" rx="6" '
-            f'fill="{"#eef3fa" if width == 1 else "#f6f1e4"}" stroke="#334"/>'
+            f'<rect class="{"b" if width == 1 else "w"}" x="{left[name]}" y="{tops[row]}" width="{across}" '
+            f'height="{heights[row]}" rx="6"/>'
         )
         for i, line in enumerate(lines):
-            style = 'font-weight="bold"' if i == 0 else 'font-family="monospace"' if "/" in line else ""
+            style = ' class="t"' if i == 0 else ' class="f"' if "/" in line else ""
             y = tops[row] + MARGIN + LINE * (i + 1) - 5
-            found.append(
-                f'<text x="{left[name] + across / 2:g}" y="{y}" text-anchor="middle" {style}>{escape(line)}</text>'
-            )
+            found.append(f'<text x="{left[name] + across / 2:g}" y="{y}"{style}>{escape(line)}</text>')
     for start, end in arrows:
         y = tops[boxes[start][1]] + heights[boxes[start][1]] / 2
-        found.append(
-            f'<path d="M{left[start] + WIDTH} {y:g}H{left[end] - 1}" stroke="#334" fill="none" marker-end="url(#tip)"/>'
-        )
+        found.append(f'<path class="a" d="M{left[start] + WIDTH} {y:g}H{left[end] - 1}" marker-end="url(#tip)"/>')
     return "\n".join([*found, "</svg>", ""])
 
 
 if __name__ == "__main__":
-    source = (HERE / "architecture.txt").read_text(encoding="utf-8")
-    (HERE / "architecture.svg").write_text(draw(source), encoding="utf-8")
+    for source in HERE.glob("*.txt"):
+        source.with_suffix(".svg").write_text(draw(source.read_text(encoding="utf-8")), encoding="utf-8")

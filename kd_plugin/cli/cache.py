@@ -335,7 +335,7 @@ def plot(found: Fidelity, path: str | Path, budget_bytes: float | None = None) -
                 axes.annotate(
                     m.name.split()[1], (m.bytes, getattr(m, measure)), textcoords="offset points",
                     xytext=(0, -7 if below else 7), ha="center", va="top" if below else "bottom", fontsize=8,
-                    color=axes.lines[-1].get_color(),
+                    color=axes.lines[-1].get_color(), bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
                 )  # fmt: skip
         axes.axhline(1.0, color="0.7", linewidth=0.8, zorder=0)
         if budget_bytes is not None:

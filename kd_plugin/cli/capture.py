@@ -64,6 +64,9 @@ class SourceSettings:
         default=False, help="Read the dataset twice as a stream, and never hold or download it whole."
     )
     dataset_name: str | None = option(default=None, help="Configuration of a hub dataset.")
+    dataset_text_field: str = option(
+        default="text", help="Column of plain text in rows without turns, as in SFTConfig."
+    )
     teacher_name: str = option(default="teacher", help="How lineage calls the teacher.")
     revision: str | None = option(default=None, help="Branch, tag or commit of the teacher.")
     license: str | None = option(
@@ -172,10 +175,10 @@ def main(argv: Sequence[str], append: bool = False) -> int:
 
 
 def rows_of(config: SourceSettings) -> Any:
-    """Return the rows that ``dataset`` or ``datasets`` names.
+    """Return the rows that ``dataset`` or ``datasets`` names, with plain text in the column ``text``.
 
     Raises:
-        ConfigError: both are given, or a mixture that cannot be.
+        ConfigError: both are given, a mixture that cannot be, or a column that is not there.
         DataError: a dataset cannot be read.
     """
     from kd_plugin.inputs import load_mixture, load_rows
@@ -183,8 +186,18 @@ def rows_of(config: SourceSettings) -> Any:
     if config.datasets and config.dataset:
         raise ConfigError("dataset and datasets are both set; choose one of them.")
     if config.datasets:
-        return load_mixture(config.datasets, streaming=config.streaming)
-    return load_rows(config.dataset, split=config.split, name=config.dataset_name, streaming=config.streaming)
+        rows = load_mixture(config.datasets, streaming=config.streaming)
+    else:
+        rows = load_rows(config.dataset, split=config.split, name=config.dataset_name, streaming=config.streaming)
+    field = config.dataset_text_field
+    if field == "text":
+        return rows
+    names = list(rows.column_names or next(iter(rows), {}))
+    if field not in names:
+        raise ConfigError(
+            f"dataset_text_field: no column {field!r} in the rows.{nearest(field, names)} They have {', '.join(names)}."
+        )
+    return (rows.remove_columns("text") if "text" in names else rows).rename_column(field, "text")
 
 
 def dropped_text(dropped: Mapping[str, int]) -> str:

@@ -1,34 +1,30 @@
 """``kd-plugin run RECIPE``: one YAML file from data to a checked student; what is done is not done again.
 
 Each stage is a command of this package with a configuration that is written beside the results, so that it can also be
-run by hand: a capture for each teacher, then offline KD, then the panel, then ``lineage verify``.
+run by hand: a capture for each teacher, then offline KD, then the panel, then an evaluation, then ``lineage verify``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kd_plugin.cli.capture import CaptureConfig, make_teacher, rows_of
+from kd_plugin.cli.evaluate import EvaluateConfig
 from kd_plugin.cli.parsing import parse_settings, typed_section
+from kd_plugin.cli.stages import Stage, Stages
 from kd_plugin.errors import ConfigError, LicenseRefusedError, UsageError, nearest
 from kd_plugin.inputs import YamlFile
 from kd_plugin.settings import option, settings
 
 _DESCRIPTION = """\
-Do all of a distillation that one YAML file describes: capture each teacher, train offline, train with the panel, verify
-the lineage of the student. The plan and the verdict on all terms come first. What is done is skipped, what was
-interrupted goes on. Each stage's own configuration lies in output_dir/recipe, and runs by hand with the same result.
+Do all of a distillation that one YAML file describes: capture each teacher, train offline, train with the panel,
+evaluate the student and verify its lineage. The plan, the memory that it takes and the verdict on all terms come first.
+What is done is skipped, what was interrupted goes on. Each stage's own configuration lies in output_dir/recipe, and
+runs by hand with the same result.
 
 example, recipe.yaml:
     output_dir: work
@@ -39,6 +35,7 @@ example, recipe.yaml:
     capture: {k: 64}                    # settings of `kd-plugin capture`
     offline: {learning_rate: 2.0e-5}    # settings of `kd-plugin offline`
     panel: {max_completion_length: 256} # settings of `kd-plugin panel`
+    evaluate: {tasks: tasks.yaml}       # settings of `kd-plugin evaluate`
     lineage: {use: {commercial: true}}
     launch: {processes: 8}
 
@@ -53,10 +50,11 @@ stage failed, 2 wrong usage, 130 interrupted.
 """
 _SET_HERE = {  # settings of a stage that the recipe sets, and where a user sets them instead
     "dataset": "data", "datasets": "data", "dataset_name": "data", "teacher": "teachers", "teacher_models": "teachers",
-    "teacher_cache": "teachers", "teacher_text": "teachers", "teachers": "teachers",
+    "teacher_cache": "teachers", "teacher_text": "teachers", "teachers": "teachers", "model": "student",
     "model_name_or_path": "student", "lineage": "lineage", "output_dir": "output_dir",
 }  # fmt: skip
-_DATA = ("dataset", "datasets", "split", "dataset_name", "streaming")
+_DATA = ("dataset", "datasets", "split", "dataset_name", "streaming", "dataset_text_field")
+_LICENSE = "license"  # of the data; a declaration, and no setting of a command
 _TEACHER = ("license", "revision", "dtype", "device")  # of a teacher, settings of its capture
 _ON_A_PANEL = ("weight", "kind", "signal", "max_tokens", "temperature", "guided")  # of a teacher, beside its capture's
 _LAUNCH = ("processes", "command")
@@ -75,95 +73,22 @@ class Recipe:
         help="Teachers by name: a path or hub id, or a mapping as in a panel block: model or url, license, weight.",
     )
     data: dict[str, Any] | None = option(
-        default=None, help="The rows: dataset or datasets, split, dataset_name, streaming, as `kd-plugin capture` has."
+        default=None,
+        help="The rows: dataset or datasets, split and so on, as `kd-plugin capture` has; and license, "
+        "own for files of yours, which then holds for every stage.",
     )
     capture: dict[str, Any] | None = option(default=None, help="Settings of `kd-plugin capture`, for every teacher.")
     offline: dict[str, Any] | None = option(default=None, help="Settings of `kd-plugin offline`; {} for its defaults.")
     panel: dict[str, Any] | None = option(default=None, help="Settings of `kd-plugin panel`; {} for its defaults.")
+    evaluate: dict[str, Any] | None = option(
+        default=None, help="Settings of `kd-plugin evaluate`, asked of the trained student: tasks, baseline."
+    )
     lineage: dict[str, Any] | str | None = option(
         default=None, help="Declarations of teachers, datasets and use, as a mapping or the path of a YAML file."
     )
     launch: dict[str, Any] | None = option(
         default=None, help="How training starts: processes on this machine, or command, such as `accelerate launch`."
     )
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One command of a recipe.
-
-    Attributes:
-        name: of the stage, and of its files.
-        command: of this package.
-        config: its settings.
-        result: directory that it fills.
-        launcher: words before ``-m kd_plugin``.
-    """
-
-    name: str
-    command: str
-    config: Mapping[str, Any]
-    result: Path
-    launcher: tuple[str, ...] = (sys.executable,)
-
-    def digest(self, data: str) -> str:
-        """Return what changes when its settings or the data do."""
-        return hashlib.sha256(json.dumps([self.config, data], sort_keys=True).encode()).hexdigest()
-
-
-class Stages:
-    """The stages of a recipe in a directory, and which of them are done.
-
-    Args:
-        recipe: what is asked for.
-        stages: what follows from it.
-        data: digest of the data's files.
-    """
-
-    def __init__(self, recipe: Recipe, stages: Sequence[Stage], data: str) -> None:
-        self.stages, self._data = stages, data
-        self._files = Path(recipe.output_dir) / "recipe"
-
-    def config_of(self, stage: Stage) -> Path:
-        """Return where a stage's settings are written."""
-        return self._files / f"{stage.name}.yaml"
-
-    def is_done(self, stage: Stage) -> bool:
-        """Return whether a stage was done with these settings and this data.
-
-        Raises:
-            ConfigError: it was done with others; names what changed.
-        """
-        mark = self._files / f"{stage.name}.done.json"
-        if not mark.is_file() or not stage.result.is_dir():
-            return False
-        before = json.loads(mark.read_text(encoding="utf-8"))
-        if before["digest"] == stage.digest(self._data):
-            return True
-        old, new = before["config"], json.loads(json.dumps(stage.config))
-        changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key)) or ["the data's files"]
-        raise ConfigError(
-            f"{stage.name} was done on {before['date']} with other settings ({', '.join(changed)}). Delete "
-            f"{stage.result} and what follows from it to do it again, or choose another output_dir."
-        )
-
-    def write(self) -> None:
-        """Write the settings of each stage."""
-        self._files.mkdir(parents=True, exist_ok=True)
-        for stage in self.stages:
-            text = yaml.safe_dump(dict(stage.config), sort_keys=False, allow_unicode=True)
-            self.config_of(stage).write_text(f"# kd-plugin {stage.command} --config {self.config_of(stage)}\n{text}")
-
-    def run(self, stage: Stage) -> int:
-        """Run a stage in a process of its own, resuming where it was interrupted, and return its exit code."""
-        words = [*stage.launcher, "-m", "kd_plugin", stage.command, "--config", str(self.config_of(stage))]
-        if stage.command != "capture" and any(stage.result.glob("checkpoint-*")):
-            words += ["--resume_from_checkpoint", "true"]
-        code = subprocess.run(words, check=False).returncode
-        if code == 0:
-            mark = {"digest": stage.digest(self._data), "config": stage.config, "date": str(datetime.now(UTC).date())}
-            (self._files / f"{stage.name}.done.json").write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
-        return code
 
 
 def main(argv: Sequence[str]) -> int:
@@ -175,12 +100,14 @@ def main(argv: Sequence[str]) -> int:
     given = parsed.file
     if given is None:
         raise UsageError("no recipe is named. Give its YAML file: kd-plugin run recipe.yaml", "kd-plugin run")
-    stages = Stages(recipe, stages_of(recipe, given), data_digest(recipe))
-    done = {stage.name: stages.is_done(stage) for stage in stages.stages}
+    stages = Stages(recipe.output_dir, stages_of(recipe, given))
+    done = stages.done()
     print(f"{given.path} -> {recipe.output_dir}")
     for stage in stages.stages:
         print(f"  {stage.name:<24}{'done before' if done[stage.name] else 'to do':<14}{stage.result}")
-    refused = _print_verdict(recipe, stages.stages)
+    if not all(done.values()):
+        _print_memory(recipe, [stage for stage in stages.stages if not done[stage.name]])
+    refused = _print_verdict(recipe, declarations(recipe))
     if refused or "dry_run" in parsed.flags:
         return int(refused)
     stages.write()
@@ -192,11 +119,12 @@ def main(argv: Sequence[str]) -> int:
         if code:
             print(f"{stage.name} ended with exit code {code}. Run the same command again to go on.", file=sys.stderr)
             return code
+    if stages.student is None:
+        return 0
     from kd_plugin.cli.lineage import main as lineage
 
-    student = stages.stages[-1].result
-    print(f"\n== kd-plugin lineage verify {student}", flush=True)
-    return lineage(["verify", str(student)]) if stages.stages[-1].command != "capture" else 0
+    print(f"\n== kd-plugin lineage verify {stages.student}", flush=True)
+    return lineage(["verify", str(stages.student)])
 
 
 def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
@@ -209,27 +137,37 @@ def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
     for name in ("output_dir", "student"):
         if not getattr(recipe, name):
             raise UsageError(f"{file.path}: {name} is not set.")
+    if isinstance(recipe.student, dict) and not recipe.student.get("model_name_or_path"):
+        raise UsageError(f"{file.where('student')}: student: model_name_or_path is not set.")
     if recipe.capture is None and recipe.offline is None and recipe.panel is None:
         raise UsageError(f"{file.path}: nothing to do; add a section capture, offline or panel.")
     if not recipe.teachers:
         raise UsageError(f"{file.path}: no teachers are named. Add teachers: {{NAME: {{model: PATH}}}}.")
     student = {"model_name_or_path": recipe.student} if isinstance(recipe.student, str) else dict(recipe.student)
-    place, shared = Path(recipe.output_dir), {} if recipe.lineage is None else {"lineage": recipe.lineage}
-    launcher, found = _launcher(recipe, file), []
+    place, declared = Path(recipe.output_dir), declarations(recipe)
+    shared = {} if declared is None else {"lineage": declared}
+    launcher, files, found = _launcher(recipe, file), data_digest(recipe), list[Stage]()
+
+    def add(name: str, command: str, config: Mapping[str, Any], launcher: tuple[str, ...] = (sys.executable,)) -> None:
+        result = place / ("text" if name == "capture-text" else name.replace("capture-", "cache-"))
+        config = {**config, "output_dir": str(result)}
+        found.append(Stage(name, command, config, result, files, launcher))
+
     data = {key: value for key, value in _section(recipe, file, "data").items() if value is not None}
     if _is_text(recipe):
-        config = {**data, "teachers": _writers(recipe), **_section(recipe, file, "capture"), **shared}
-        found.append(Stage("capture-text", "capture", {**config, "output_dir": str(place / "text")}, place / "text"))
+        add(
+            "capture-text",
+            "capture",
+            {**data, "teachers": _writers(recipe), **_section(recipe, file, "capture"), **shared},
+        )
     elif recipe.capture is not None or recipe.offline is not None:
         for name in recipe.teachers:
-            config = {**data, **_teacher(recipe, name), **_section(recipe, file, "capture"), **shared}
-            result = place / f"cache-{name}"
-            found.append(Stage(f"capture-{name}", "capture", {**config, "output_dir": str(result)}, result))
+            given = {**data, **_teacher(recipe, name), **_section(recipe, file, "capture")}
+            add(f"capture-{name}", "capture", {**given, **shared})
     start = student
     if recipe.offline is not None:
-        config = {**student, **_taught_by(recipe, found), "output_dir": str(place / "offline")}
-        config |= {**_section(recipe, file, "offline"), **shared}
-        found.append(Stage("offline", "offline", config, place / "offline", launcher))
+        given = {**_taught_by(recipe, found), **_section(recipe, file, "offline")}
+        add("offline", "offline", {**student, **given, **shared}, launcher)
         start = {**student, "model_name_or_path": str(place / "offline")}
     if recipe.panel is not None:
         rows = {"dataset": "dataset_name", "dataset_name": "dataset_config", "split": "dataset_train_split",
@@ -237,23 +175,71 @@ def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
         section = dict(_section(recipe, file, "panel"))
         teachers = {name: _on_panel(recipe, spec) for name, spec in recipe.teachers.items()}
         block = {"teachers": teachers, **(section.pop("panel", None) or {})}
-        config = {**start, **{rows.get(key, key): value for key, value in data.items()}, "panel": block}
-        config |= {"output_dir": str(place / "panel"), **section, **shared}
-        found.append(Stage("panel", "panel", config, place / "panel", launcher))
+        prompts = {rows.get(key, key): value for key, value in data.items() if key != "dataset_text_field"}
+        given = {**prompts, "panel": block, **section}
+        add("panel", "panel", {**start, **given, **shared}, launcher)
+    if recipe.evaluate is not None:
+        students = [stage.result for stage in found if stage.trains]
+        if not students:
+            raise ConfigError(f"{file.path}: evaluate asks the trained student; add a section offline or panel.")
+        files = _digest_of([recipe.evaluate.get("tasks")])
+        add("evaluate", "evaluate", {"model": str(students[-1]), **_section(recipe, file, "evaluate")})
     return found
+
+
+def declarations(recipe: Recipe) -> dict[str, Any] | str | None:
+    """Return what every stage declares: the section ``lineage``, and the license of the data's own files.
+
+    Raises:
+        ConfigError: the data has a license, and the declarations are a file of their own.
+    """
+    license = (recipe.data or {}).get(_LICENSE)
+    if license is None:
+        return recipe.lineage
+    if isinstance(recipe.lineage, str):
+        raise ConfigError(
+            f"data: license is set, and lineage is the file {recipe.lineage}. Say it there: datasets: "
+            f"[{{repo: FILE, license: {license}}}]; or write the declarations into the recipe."
+        )
+    declared = dict(recipe.lineage or {})
+    known = list(declared.get("datasets") or ())
+    named = {entry.get(key) for entry in known for key in ("repo", "name")}
+    own = [path.name for path in map(Path, _named(recipe)) if path.exists() and path.name not in named]
+    return {**declared, "datasets": [*known, *({"repo": name, "license": str(license)} for name in dict.fromkeys(own))]}
 
 
 def data_digest(recipe: Recipe) -> str:
     """Return a digest of the local files that the data names, so that other rows are seen; a hub id counts by name."""
-    from kd_plugin.lineage.hashing import sha256_file
+    return _digest_of(_named(recipe))
 
+
+def _named(recipe: Recipe) -> list[str]:
     data = recipe.data or {}
     named = [data.get("dataset"), *(part.get("path") for part in data.get("datasets") or ())]
+    return [str(one) for one in named if one]
+
+
+def _digest_of(named: Sequence[Any]) -> str:
+    from kd_plugin.lineage.hashing import sha256_file
+
     files = [Path(str(one)) for one in named if one]
     return ",".join(sha256_file(one) if one.is_file() else str(one) for one in files)
 
 
-def _print_verdict(recipe: Recipe, stages: Sequence[Stage]) -> bool:
+def _print_memory(recipe: Recipe, stages: Sequence[Stage]) -> None:
+    """Print what training takes on a GPU, one line a stage."""
+    from kd_plugin.cli.recipe_plan import memory_lines
+
+    gpus = int((recipe.launch or {}).get("processes", 1))
+    for line in memory_lines(stages, _student(recipe), gpus):
+        print(line)
+
+
+def _student(recipe: Recipe) -> str:
+    return recipe.student if isinstance(recipe.student, str) else str(recipe.student["model_name_or_path"])
+
+
+def _print_verdict(recipe: Recipe, declared: dict[str, Any] | str | None) -> bool:
     """Print what the terms of student, teachers and rows allow; return whether training would be refused."""
     from rich.console import Console
 
@@ -274,13 +260,12 @@ def _print_verdict(recipe: Recipe, stages: Sequence[Stage]) -> bool:
             for name in recipe.teachers or ()
         ]
         teachers, rows = map(make_teacher, configs), rows_of(configs[0]) if recipe.data else None
-    student = recipe.student if isinstance(recipe.student, str) else recipe.student["model_name_or_path"]
     run = RunLineage(
         method="recipe",
-        student=student_source(student),
+        student=student_source(_student(recipe)),
         teachers=[teacher.source for teacher in teachers],
         datasets=dataset_sources(rows),
-        config=recipe.lineage,
+        config=declared,
     )
     Console(highlight=False, soft_wrap=True).print(verdict_lines(run.verdict.to_json(), run.graph))
     try:
@@ -301,6 +286,8 @@ def _section(recipe: Recipe, file: YamlFile, name: str) -> dict[str, Any]:
         from kd_plugin.cli.text import TextCaptureConfig
 
         known = [TextCaptureConfig if _is_text(recipe) else CaptureConfig]
+    elif name == "evaluate":
+        known = [EvaluateConfig]
     else:
         from trl import ModelConfig
 
@@ -311,13 +298,13 @@ def _section(recipe: Recipe, file: YamlFile, name: str) -> dict[str, Any]:
         known = [config, ModelConfig, DataArguments]
     found = typed_section(file, name, known)
     for key in found:
-        if name == "data" and key not in _DATA:
-            raise UsageError(f"{file.where(name)}: data: unknown key {key!r}.{nearest(key, list(_DATA))}")
+        if name == "data" and key not in (*_DATA, _LICENSE):
+            raise UsageError(f"{file.where(name)}: data: unknown key {key!r}.{nearest(key, [*_DATA, _LICENSE])}")
         if name != "data" and key in _SET_HERE and not (name == "panel" and key == "panel"):
             raise UsageError(
                 f"{file.where(name)}: {name}: {key} is set by the recipe's {_SET_HERE[key]}; set it there."
             )
-    return found
+    return {key: value for key, value in found.items() if (name, key) != ("data", _LICENSE)}
 
 
 def _data(recipe: Recipe) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import sys
@@ -65,6 +66,8 @@ def show_next(console: Console, directory: Path, seconds: float, peak_gigabytes:
   See who taught it, under which terms:  kd-plugin lineage show {directory / PANEL}
 
 [bold]The same on your own data[/bold]
+  kd-plugin run recipe.yaml      one file from rows to a checked student; docs/recipe.md has one to start from
+  in Python:
   cache = capture(dataset, LocalTeacher("teacher"), "cache")                       # once
   OfflineKDTrainer(model="student", teacher_cache=cache, args=..., train_dataset=dataset).train()
   TeacherPanelTrainer(model="student", teacher_models={{"math": "a", "general": "b"}}, args=...,
@@ -171,6 +174,15 @@ def _be_quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    # Five runs learn from the same two sets of questions: what is said of those once is enough
+    said: set[str] = set()
+
+    def is_new(line: logging.LogRecord) -> bool:
+        new = line.getMessage() not in said
+        said.add(line.getMessage())
+        return new
+
+    logging.getLogger("kd_plugin.lineage.run").addFilter(is_new)
 
 
 def _use_threads(threads: int) -> None:

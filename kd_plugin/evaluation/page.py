@@ -55,7 +55,7 @@ def write_page(
 
 
 def _summary(evaluation: Evaluation, differences: Mapping[str, Estimate]) -> Iterator[str]:
-    yield "<table><tr><th>task<th>pass@1<th>of all k<th>questions x answers<th>unfinished"
+    yield "<table><tr><th>task<th>pass@1<th>pass@k<th>questions x answers<th>unfinished"
     yield "<th>difference</tr>" if differences else "</tr>"
     for name, result in evaluation.results.items():
         most = max(result.pass_at)
@@ -88,7 +88,8 @@ def _questions(path: Path, most: int, result: TaskResult) -> Iterator[str]:
     for row in order[:most]:
         answers = rows[row]
         asked = _asked(answers[0]["prompt"])
-        yield f"<details><summary>{sum(a['passed'] for a in answers)}/{len(answers)} · {row} · {escape(asked[:160])}"
+        right = sum(answer["passed"] for answer in answers)
+        yield f"<details><summary>{right} of {len(answers)} right · row {row} · {escape(asked[:160])}"
         yield f"</summary><pre>{escape(asked)}</pre>"
         for answer in answers:
             why = answer["why_not"] or ("" if answer["passed"] else "no text")

@@ -13,7 +13,7 @@ from kd_plugin.cache.targets import Generation
 from kd_plugin.capturing.rows import RowSource, open_rows
 from kd_plugin.errors import ConfigError, require_known_keys
 from kd_plugin.inputs import load_rows, read_yaml
-from kd_plugin.settings import option, settings
+from kd_plugin.settings import option, require_types, settings
 from kd_plugin.text.collecting import Plan
 from kd_plugin.verifying import Verifier, make_verifier
 
@@ -145,6 +145,7 @@ def load_tasks(given: Mapping[str, Any] | str | Path) -> list[Task]:
             raise ConfigError(f"{label}: `rows` is missing, the file of its questions.")
         try:
             require_task_name(str(name))
+            require_types(TaskSettings, {**content, **options})
             found.append(Task(str(name), TaskSettings(**{**content, **options})))
         except ConfigError as error:
             raise ConfigError(f"{label}: {error}") from error

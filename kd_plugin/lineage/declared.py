@@ -6,7 +6,7 @@ trains on it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,48 +59,51 @@ def shipped_student(config: LineageConfig, registry: Registry) -> Student:
     return Student(config.student.name, resolution.ids)
 
 
-def match_outputs(outputs: Sequence[Source], config: LineageConfig) -> tuple[list[Source], frozenset[str]]:
-    """Join declarations of teachers to the caches that hold their outputs.
+def match_outputs(outputs: Sequence[Source], config: LineageConfig) -> tuple[list[Source], frozenset[tuple[str, str]]]:
+    """Join declarations of teachers and datasets to the caches that hold their outputs.
 
     Returns:
-        The caches, as ``own`` where the user declares all that their record calls so; and the names so declared,
-        which are no further teachers of the run.
+        The caches, as ``own`` where the user declares all that their record calls so; and the kind and name of what
+        is so declared, which is no further teacher or dataset of the run.
 
     Raises:
         LineageError: a cache's record is malformed.
     """
+    says_own = {("model", name) for name, d in config.teachers.items() if d.license == OWN}
+    says_own |= {("dataset", n) for d in config.datasets if d.license == OWN for n in (d.repo, d.name) if n is not None}
     matched, answered = [], set()
     for source in outputs:
-        roles = _own_roles(source.record) if source.record is not None else set()
-        mine = {name for name in roles if (d := config.teachers.get(name)) is not None and d.license == OWN}
-        answered |= mine
-        matched.append(replace(source, license=OWN) if roles and mine == roles else source)
+        called = _called_own(source.record) if source.record is not None else set()
+        answered |= called & says_own
+        matched.append(replace(source, license=OWN) if called and called <= says_own else source)
     return matched, frozenset(answered)
 
 
-def _own_roles(record: Mapping[str, Any]) -> set[str]:
-    """Name the teachers of a cache's record that its writer calls own."""
+def _called_own(record: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """Name, by kind and name, the teachers and datasets of a cache's record that its writer calls own."""
     graph = Graph.from_json(record)
     made = [(edge, graph.nodes[edge.target]) for edge in graph.edges if edge.source in graph.nodes]
     return {
-        edge.role or node.name
+        (node.kind, edge.role or node.name)
         for edge, node in made
-        if graph.nodes[edge.source].kind == "teacher_outputs" and node.kind == "model" and OWN in node.licenses
+        if graph.nodes[edge.source].kind == "teacher_outputs"
+        and node.kind in ("model", "dataset")
+        and OWN in node.licenses
     }
 
 
 def match_teachers(
-    teachers: Sequence[Source], config: LineageConfig, answered: frozenset[str] = frozenset()
+    teachers: Sequence[Source], config: LineageConfig, answered: Collection[tuple[str, str]] = ()
 ) -> list[Declared]:
     """Join declarations to teachers by name; without any teacher, the declared ones are the teachers.
 
     Args:
         teachers: of the run.
         config: the declarations.
-        answered: names of declarations that speak of a cache's teachers.
+        answered: what speaks of a cache's sources, as :func:`match_outputs` returns it.
     """
     known = [t.name for t in teachers]
-    declared = {name: d for name, d in config.teachers.items() if name not in answered}
+    declared = {name: d for name, d in config.teachers.items() if ("model", name) not in answered}
     if not teachers:
         return [Declared.of(Source(name), declaration) for name, declaration in sorted(declared.items())]
     for name in declared:
@@ -114,8 +117,16 @@ def match_teachers(
     ]
 
 
-def match_datasets(datasets: Sequence[Source], config: LineageConfig) -> list[Declared]:
-    """Join declarations to datasets by name or hub id; the others are datasets of their own."""
+def match_datasets(
+    datasets: Sequence[Source], config: LineageConfig, answered: Collection[tuple[str, str]] = ()
+) -> list[Declared]:
+    """Join declarations to datasets by name or hub id; the others are datasets of their own.
+
+    Args:
+        datasets: of the run.
+        config: the declarations.
+        answered: what speaks of a cache's sources, as :func:`match_outputs` returns it.
+    """
     left = list(config.datasets)
     matched, in_memory = [], []
     for source in datasets:
@@ -126,6 +137,7 @@ def match_datasets(datasets: Sequence[Source], config: LineageConfig) -> list[De
             in_memory.append(source)
             continue
         matched.append(Declared.of(source, mine or Declaration()))
+    left = [d for d in left if not {("dataset", d.repo), ("dataset", d.name)} & {*answered}]
     for source in [one for one in in_memory if one.rows is not None]:  # what they say of themselves counts as well
         mine = left.pop(0) if left else Declaration()
         matched.append(Declared.of(replace(source, name=mine.name or mine.repo or source.name), mine))

@@ -29,9 +29,9 @@ EDGE_WORDS = {
 }
 _KINDS = {SELF: "this checkpoint", "model": "model", "dataset": "dataset", "teacher_outputs": "teacher's outputs",
           "checkpoint": "earlier checkpoint"}  # fmt: skip
-_WIDTH, _LINE, _PAD, _PORT = 260, 17, 10, 16  # of a box; height of a line; space around its text; between two edges
-_GAP_X, _GAP_Y, _MARGIN, _SWEEPS = 190, 26, 24, 8
-_READABLE = 0.6  # of its size a page shows it at least, and scrolls
+_WIDTH, _LINE, _PAD, _PORT = 254, 17, 10, 16  # of a box; height of a line; space around its text; between two edges
+_GAP_X, _GAP_Y, _MARGIN, _SWEEPS = 172, 26, 24, 8
+_READABLE = 0.57  # of its size a page shows it at least, and scrolls
 _STYLE = """
 .l{font:12px/1.4 system-ui,sans-serif;fill:#1f2328}.d{fill:#59636e}.b{stroke:#818b98;stroke-width:1}
 .e{fill:none;stroke:#818b98;stroke-width:1.3}.a{fill:#818b98}.w{font-size:11px;fill:#59636e;stroke:#fff;stroke-width:4px;
@@ -78,7 +78,7 @@ def graph_svg(record: Mapping[str, Any], name: str) -> str:
             )
             for i, line in enumerate(box.lines):
                 y = box.y + _PAD + 12 + i * _LINE
-                said = _text(line, 38)
+                said = _text(line, 35)
                 weight = ' font-weight="600"' if i == 0 else ' fill-opacity="0.85"'
                 parts.append(f'<text class="l" x="{box.x + _PAD:g}" y="{y:g}"{weight}>{said}</text>')
     legend, width = _legend(graph, bottom, bool(refused))
@@ -112,7 +112,7 @@ def graph_html(record: Mapping[str, Any], name: str) -> str:
             for d in owed
         )
         found = "".join(
-            f'<li class="bad"><b>{_text(f["severity"])}</b> {_text(f["clause"], 600)}. {_text(f["remedy"], 600)}</li>'
+            f'<li class="bad"><b>{_text(f["severity"])}</b> {_text(f["clause"], 600)}: {_text(f["remedy"], 600)}</li>'
             for f in effective["findings"]
             if f["node"] == node.id
         )
@@ -280,6 +280,7 @@ def _edges(
             step = boxes[node].height / (len(found) + 1)
             for i, (_, pair) in enumerate(sorted(found), 1):
                 ports[side, pair] = boxes[node].y + i * step
+    labels = []
     for pair, chain in chains.items():
         points = [(boxes[chain[0]].x + _WIDTH, ports["out", pair])]
         for one in chain[1:-1]:
@@ -293,7 +294,8 @@ def _edges(
         yield f'<path class="e" d="{path}" marker-end="url(#arrow)"/>'
         x, y = points[-1]
         said = _text(", ".join(words[pair]), 60)
-        yield f'<text class="l w" x="{x - 14:g}" y="{y - 4:g}" text-anchor="end">{said}</text>'
+        labels.append(f'<text class="l w" x="{x - 14:g}" y="{y - 4:g}" text-anchor="end">{said}</text>')
+    yield from labels  # over all lines
 
 
 def _legend(graph: Graph, top: float, refused: bool) -> tuple[list[str], float]:

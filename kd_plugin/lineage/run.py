@@ -85,10 +85,10 @@ class RunLineage:
         self.registry: Registry = registry_of(self.config)
         self.config_hash = config_hash
         self.student = Declared.of(student, self.config.student)
-        self.outputs, answered = match_outputs(outputs, self.config)
-        self.teachers = match_teachers(teachers, self.config, answered)
+        self.outputs, self._answered = match_outputs(outputs, self.config)
+        self.teachers = match_teachers(teachers, self.config, self._answered)
         self._given_datasets = not_cached(datasets, self.outputs)
-        self.datasets = match_datasets(self._given_datasets, self.config)
+        self.datasets = match_datasets(self._given_datasets, self.config, self._answered)
         self.resumed: Mapping[str, Any] | None = None
         self._resumed_name, self.changes = "", list[str]()
         # What teachers read and were asked by: views, those of captures among them, and templates
@@ -135,7 +135,7 @@ class RunLineage:
         new = [one for one in not_cached(datasets, self.outputs) if one.ref not in known]
         if new:
             self._given_datasets += new
-            self.datasets = match_datasets(self._given_datasets, self.config)
+            self.datasets = match_datasets(self._given_datasets, self.config, self._answered)
             self._rediscover()
         self.require_trainable()
 

@@ -50,7 +50,7 @@ main{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1
 section{border:1px solid var(--line);border-radius:6px;padding:12px;min-width:0}
 svg{width:100%;height:auto;display:block}
 text{font:11px system-ui,sans-serif;fill:var(--soft)}.g{stroke:var(--line);stroke-width:.7}
-.s{fill:none;stroke-width:1.8}
+.s{fill:none;stroke-width:1.8}@media(max-width:560px){text{font-size:17px}.s{stroke-width:2.6}}
 ul{list-style:none;display:flex;flex-wrap:wrap;gap:2px 14px;margin:4px 0 0;padding:0;font-size:13px;color:var(--soft)}
 li{overflow-wrap:anywhere}li i{display:inline-block;width:12px;height:3px;vertical-align:middle;margin-right:5px}
 li b{color:var(--ink);font-variant-numeric:tabular-nums}p{color:var(--soft)}
@@ -90,6 +90,8 @@ def read_logs(directory: str | Path) -> dict[str, list[tuple[float, float]]]:
                     continue
                 if math.isfinite(number) and not _ASIDE.fullmatch(key):
                     found.setdefault(key, []).append((step, number))
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"The logs in {place} cannot be read: {error}.") from error
     return {key: sorted(points) for key, points in found.items()}

@@ -77,7 +77,7 @@ class LengthAlarm:
         if factor and length * factor < start:
             found.append(f"responses shrank from {start:.1f} to {length:.1f} tokens")
         if self.settings.truncated and truncated >= self.settings.truncated:
-            found.append(f"{truncated:.0%} of responses are cut by the limit")
+            found.append(f"{truncated:.0%} of responses are truncated by the limit")
         if self.settings.repetition and repeated >= self.settings.repetition:
             found.append(f"{repeated:.0%} of 4-grams are repeated")
         if found:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -42,6 +43,24 @@ def test_help_imports_nothing_heavy():
     code += f"for path in {paths()}: assert main([*path, '--help']) == 0\nassert main(['--help']) == 0\n"
     done = python(code + f"print([m for m in {HEAVY} if m in sys.modules])")
     assert done.stdout.splitlines()[-1] == "[]", done.stdout[-300:] + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "most"),
+    [
+        (["-c", "import kd_plugin"], 0.1),
+        *[(["-m", "kd_plugin", *c, "--help"], 0.5) for c in ([], ["capture"], ["run"])],
+    ],
+    ids=str,
+)
+def test_importing_and_helping_take_no_time(words, most):
+    seconds = []
+    for _ in range(5):  # seconds of the processor, the least of five: other work beside it does not count
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *words], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < most, seconds
 
 
 @pytest.mark.parametrize("path", paths(), ids=" ".join)

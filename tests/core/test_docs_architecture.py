@@ -43,8 +43,10 @@ def test_the_picture_is_drawn_from_its_text(monkeypatch):
     monkeypatch.syspath_prepend(IMAGES)
     from draw import draw, read
 
+    for text in IMAGES.glob("*.txt"):
+        drawn = draw(text.read_text(encoding="utf-8"))
+        assert drawn == text.with_suffix(".svg").read_text(encoding="utf-8"), "run python docs/images/draw.py"
     source = (IMAGES / "architecture.txt").read_text(encoding="utf-8")
-    assert draw(source) == (IMAGES / "architecture.svg").read_text(encoding="utf-8"), "run python docs/images/draw.py"
     named = re.findall(
         r"[\w/]+/(?:\w+\.py)?", " ".join(line for *_, lines in read(source)[0].values() for line in lines)
     )

@@ -62,7 +62,7 @@ def test_it_rings_when_responses_grow_or_shrink_and_then_keeps_quiet_for_a_windo
 def test_it_rings_at_the_limit_and_at_repetition():
     alarm = LengthAlarm(AlarmSettings(truncated=0.5, repetition=0.3, window=1))
     assert ring(alarm, [5], truncated=0.4, repeated=0.2) == [None]
-    assert ring(alarm, [5], 0.5, 0.3) == ["50% of responses are cut by the limit; 30% of 4-grams are repeated"]
+    assert ring(alarm, [5], 0.5, 0.3) == ["50% of responses are truncated by the limit; 30% of 4-grams are repeated"]
 
 
 def test_a_resumed_alarm_rings_when_an_undisturbed_one_would():

@@ -2,19 +2,25 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset, load_dataset
 
 from kd_plugin.cache import TeacherCache
 from kd_plugin.cli import recipe as recipes
+from kd_plugin.cli import stages as running
+from kd_plugin.cli.capture import CaptureConfig, rows_of
 from kd_plugin.cli.main import main
 from kd_plugin.cli.parsing import parse_settings
+from kd_plugin.evaluation import load_evaluation
 from kd_plugin.lineage import load_record, verify
 from kd_plugin.text import load_text
 from tests.scripted_writer import Script, scripted_writer
 from tests.text_teachers import oracle
+from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +30,7 @@ def recipe(tmp_path, monkeypatch, student_dir, teacher_dir, other_teacher_dir):
     """Writes a recipe over two teachers and a mixture of two files, and returns its path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"prompt": "a1?", "answer": "1"}) + "\n")
     for name, columns in (("a", ("prompt", "completion")), ("b", ("question", "answer"))):
         rows = [dict(zip(columns, (f"{name}{i}?", f" {i}"), strict=True)) for i in range(8)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -50,11 +57,13 @@ def recipe(tmp_path, monkeypatch, student_dir, teacher_dir, other_teacher_dir):
 
 
 def test_from_data_to_a_checked_student_and_nothing_twice(recipe, capsys, monkeypatch):
-    path = recipe()
+    asked = {"completions": 1, "max_new_tokens": 4, "tasks": {"mine": {"rows": "asked.jsonl", "verify": "contains"}}}
+    path = recipe(evaluate={"tasks": asked})
     assert main(["run", path, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert re.findall(r"^  (\S+) +to do", said, re.M) == ["capture-one", "capture-two", "offline", "panel"]
+    assert re.findall(r"^  (\S+) +to do", said, re.M) == ["capture-one", "capture-two", "offline", "panel", "evaluate"]
     assert "decision" in said and not Path("work").exists()
+    assert len(re.findall(r"^  (?:offline|panel) +\d+ MiB with ZeRO-0.*; fits$", said, re.M)) == 2  # memory
 
     assert main(["run", path]) == 0
     assert len(TeacherCache("work/cache-one")) == len(TeacherCache("work/cache-two")) == 16
@@ -62,13 +71,17 @@ def test_from_data_to_a_checked_student_and_nothing_twice(recipe, capsys, monkey
     behind = json.dumps(load_record("work/panel")["lineage"] if "lineage" in load_record("work/panel") else
                         load_record("work/panel"))  # fmt: skip
     assert "a.jsonl" in behind and "b.jsonl" in behind
+    assert load_evaluation("work/evaluate").results["mine"].questions == 1
     offline = yaml.safe_load(Path("work/recipe/offline.yaml").read_text())
     assert offline["teacher_cache"] == {"work/cache-one": 2.0, "work/cache-two": 1.0}
 
-    monkeypatch.setattr(recipes.subprocess, "run", None)  # nothing may be started again
+    monkeypatch.setattr(running.subprocess, "run", None)  # nothing may be started again
     assert main(["run", path]) == 0
     assert "to do" not in capsys.readouterr().out.split("panel  ")[-1]
 
+    shutil.rmtree("work/cache-two")
+    assert main(["run", path]) == 2
+    assert "offline was done, and capture-two, on which it rests, is not there" in capsys.readouterr().err
     assert main(["run", recipe(capture={"k": 5})]) == 2
     assert "capture-one was done on" in (said := capsys.readouterr().err) and "(k)" in said
     Path("a.jsonl").write_text('{"prompt": "new", "completion": " row"}\n')
@@ -115,6 +128,61 @@ def test_teachers_that_write(recipe, student_dir, monkeypatch, capsys):
     assert "corrected_by" in record and "trained_on_outputs" in record
 
 
+def test_the_authors_word_on_the_data_holds_for_every_stage(recipe, capsys, teacher_dir):
+    few = {"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none"}
+    data = {"dataset": "a.jsonl", "license": "own"}
+    path = recipe(teachers={"one": teacher_dir}, data=data, offline=few, panel=None)
+    assert main(["run", path]) == 0, capsys.readouterr()
+    assert verify("work/offline").exit_code == 0
+    record = load_record("work/offline")
+    (rows,) = [node for node in record["nodes"] if node["kind"] == "dataset"]
+    assert [(one["where"], one["value"]) for one in rows["evidence"]] == [("declared", "own")]
+
+    alone = yaml.safe_load(Path("work/recipe/offline.yaml").read_text())
+    assert alone.pop("lineage") == {"datasets": [{"repo": "a.jsonl", "license": "own"}]}
+    Path("alone.yaml").write_text(yaml.safe_dump({**alone, "output_dir": "alone"}))
+    assert main(["offline", "--config", "alone.yaml"]) == 1  # a cache's word for its writer is not the user's
+    assert "refused by the terms" in capsys.readouterr().err
+
+
+def write(name, rows):
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def upper(row):
+    return {"prompt": row["prompt"].upper(), "completion": row["completion"]}
+
+
+@pytest.mark.parametrize("form", ["text field", "formatting", "saved", "stream", "hub"])
+def test_every_form_of_data_reaches_the_captures(recipe, form, monkeypatch):
+    rows = [{"prompt": f"q{i}?", "completion": f" {i}"} for i in range(4)]
+    write("rows.jsonl", rows)
+    saved = Dataset.from_list(rows)
+    saved.save_to_disk("saved")
+    write("plain.jsonl", [{"content": f"Text {i}.", "text": "another"} for i in range(4)])
+    monkeypatch.setattr("datasets.load_dataset", hub_of(saved) if form == "hub" else load_dataset)
+    data, first = {
+        "text field": ({"dataset": "plain.jsonl", "dataset_text_field": "content"}, {"text": "Text 0."}),
+        "formatting": ({"datasets": [{"path": "rows.jsonl", "formatting": f"{__name__}:upper"}]}, {"prompt": "Q0?"}),
+        "saved": ({"dataset": "saved"}, rows[0]),
+        "stream": ({"dataset": "rows.jsonl", "streaming": True}, rows[0]),
+        "hub": ({"dataset": "org/rows", "split": "train", "dataset_name": "small"}, rows[0]),
+    }[form]
+    capture = stages(recipe(data=data, offline=None, panel=None))[0]
+    found = next(iter(rows_of(CaptureConfig(**capture.config))))
+    assert {key: found[key] for key in first} == first
+
+
+def hub_of(rows):
+    """Stands in for the hub, which cannot be reached: one repository with one configuration and one split."""
+
+    def load(path, name=None, split=None, **_):
+        assert (path, name, split) == ("org/rows", "small", "train")
+        return rows
+
+    return load
+
+
 def test_a_section_that_is_left_out_is_a_stage_that_is_left_out(recipe, student_dir):
     assert [stage.name for stage in stages(recipe(offline=None, capture=None))] == ["panel"]
     (panel,) = stages(recipe(offline=None, capture=None))
@@ -127,6 +195,20 @@ def test_the_example_asks_for_every_stage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = stages(str(ROOT / "examples" / "recipe.yaml"))
     assert [stage.name for stage in found] == ["capture-expert", "offline", "panel"]
+
+
+def test_the_pages_first_recipe_is_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    (rows,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    first, every, *_ = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert every == (ROOT / "examples" / "recipe.yaml").read_text(encoding="utf-8").split("section.\n")[1]
+    Path("rows.jsonl").write_text(rows)
+    Path("first.yaml").write_text(first)
+    for seed, name in enumerate(("student-start", "models/smollm2-135m-instruct")):
+        save_tiny(tmp_path / "kd-plugin-demo" / name, seed=seed)
+    assert main(["run", "first.yaml", "--dry-run"]) == 0
+    assert "capture-smollm" in capsys.readouterr().out
 
 
 def test_how_training_is_launched(recipe):
@@ -155,6 +237,10 @@ def test_a_refused_teacher_stops_before_anything_runs(recipe, capsys, teacher_di
         ({"launch": {"proceses": 2}}, "launch: unknown key 'proceses'. Did you mean 'processes'"),
         ({"techers": {}}, r"line \d+: unknown key 'techers'. Did you mean 'teachers'"),
         ({"teachers": {"one": {"weight": 1.0}}}, "expected model, or url and more"),
+        ({"student": {"use_peft": True}}, r"line \d+: student: model_name_or_path is not set"),
+        ({"evaluate": {"taks": "x"}}, "evaluate: unknown key 'taks'. Did you mean 'tasks'"),
+        ({"evaluate": {"tasks": "x"}, "offline": None, "panel": None}, "evaluate asks the trained student"),
+        ({"data": {"dataset": "a.jsonl", "license": "own"}, "lineage": "x.yaml"}, "Say it there: datasets"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(recipe, capsys, changes, message):
