@@ -269,7 +269,7 @@ def _print_verdict(recipe: Recipe, declared: dict[str, Any] | str | None) -> boo
     )
     Console(highlight=False, soft_wrap=True).print(verdict_lines(run.verdict.to_json(), run.graph))
     try:
-        run.require_trainable()
+        run.require_trainable(shown=True)
     except LicenseRefusedError as error:
         print(f"kd-plugin run: {error}", file=sys.stderr)
         return True

@@ -189,18 +189,21 @@ class RunLineage:
         """The verdict under the declared facts, today. Reads files and declarations only."""
         return self._evaluated(self.graph, self.config.use, self._overrides_in_force)
 
-    def require_trainable(self) -> None:
+    def require_trainable(self, *, shown: bool = False) -> None:
         """Refuse to train where the terms of a source forbid it, or nothing is known of them.
 
         What does not forbid training, and stands in the way of distribution or should be known, is logged once as
         warnings.
+
+        Args:
+            shown: the caller has shown the findings, and nothing is logged.
 
         Raises:
             LicenseRefusedError: names every source, clause and piece of evidence, and the way out.
         """
         refuse(self.verdict.refusals, "Training is refused by the terms of its sources", self._remedy)
         for finding in self.verdict.findings:
-            if finding not in self._warned:
+            if finding not in self._warned and not shown:
                 logger.warning("license lineage: %s: %s", finding.severity, finding)
         self._warned |= set(self.verdict.findings)
 
