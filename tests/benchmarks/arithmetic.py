@@ -19,7 +19,7 @@ from kd_plugin.rollouts.in_process import InProcessEngine, Sampling
 from kd_plugin.teachers import LocalTeacher
 from tests.tiny import SPECIALS
 
-FAULTS = 2.6  # nats of a text behind faults, at which teachers are taken for equally good
+FAULTS = 3.2  # nats of a text behind faults, at which teachers are taken for equally good
 LONGEST = 32  # tokens of a response in the finest tokenizer
 
 
