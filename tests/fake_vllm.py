@@ -49,12 +49,16 @@ class Behaviour:
     forgets: object = None  # called with the name of each tensor that is loaded; True keeps the old one
     dies_at: int | None = None  # number of the completions request from which on it answers nothing
     adapters: dict = field(default_factory=dict)  # name to model
+    transfer: object = None  # a queue of tensors, in the place of NCCL
     per_token: float = 0.0  # seconds that each generated token takes; requests wait side by side
     script: object = None  # called with a prompt and a number of tokens, in the place of the model; returns ids
 
 
 class _Refused(Exception):
     pass
+
+
+_TRANSFERS = ("/init_weight_transfer_engine", "/start_weight_update", "/finish_weight_update")
 
 
 _NEUTRAL = {
@@ -227,6 +231,17 @@ def _reload(model, body, behaviour):
 
 
 @torch.no_grad()
+def _receive(model, body, behaviour):
+    """Take the weights that are sent, in the order in which they are described, as ``/update_weights`` does."""
+    told, parameters = body["update_info"], dict(model.named_parameters(remove_duplicate=False))
+    for name, dtype, shape in zip(told["names"], told["dtype_names"], told["shapes"], strict=True):
+        tensor = behaviour.transfer.get(timeout=20)
+        assert list(tensor.shape) == shape and str(tensor.dtype) == f"torch.{dtype}", name
+        if behaviour.forgets is None or not behaviour.forgets(name):
+            parameters[name].data.copy_(tensor)
+
+
+@torch.no_grad()
 def _pool(model, body, behaviour):
     """Return the body and the metadata that vLLM 0.32 answers with, for ``encoding_format: bytes``."""
     rows, task = body["input"], body.get("task") or behaviour.pooler.get("task")
@@ -317,6 +332,9 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0, host="127.0.0.1"):
                 there = behaviour.takes_adapters if "lora" in self.path else behaviour.takes_weights
                 self.send(405 if there else 404, {"detail": "Method Not Allowed" if there else "Not Found"})
                 return
+            if self.path == "/get_world_size":
+                self.send(200, {"world_size": 2})
+                return
             assert self.path == "/v1/models"
             listed = {"id": behaviour.name, "max_model_len": behaviour.max_model_len, "root": behaviour.root}
             adapters = [{"id": name, "parent": behaviour.name} for name in behaviour.adapters]
@@ -330,9 +348,15 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0, host="127.0.0.1"):
                 self.send(200, {"tokens": tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]})
             elif self.path == "/v1/load_lora_adapter":
                 self.load(_load_adapter, body)
+            elif self.path == "/v1/unload_lora_adapter" and body["lora_name"] in behaviour.adapters:
+                self.load(lambda *_: behaviour.adapters.pop(body["lora_name"]), body)
             elif self.path == "/collective_rpc" and behaviour.takes_weights:
                 self.load(_reload, body)
             elif self.path == "/reset_prefix_cache" and behaviour.takes_weights:
+                self.load(lambda *_: None, body)
+            elif self.path == "/update_weights" and behaviour.transfer is not None:
+                self.load(_receive, body)
+            elif self.path in _TRANSFERS and behaviour.transfer is not None:
                 self.load(lambda *_: None, body)
             elif self.path == "/pooling" and behaviour.runner == "pooling":
                 try:

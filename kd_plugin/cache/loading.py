@@ -40,7 +40,8 @@ class ResumableLoader:
         window_end: told the number of a batch in its epoch, returns that of the first one that belongs to a later
             optimizer step; asked when the batch is next, since a trainer may change its mind between epochs.
         served: told the number of an epoch's batches, returns how many of them are handed out.
-        look_ahead: is shown the batches of each window before the first one is handed out, and may change them.
+        look_ahead: is given an epoch's windows, a list of batches each, as they are fetched, and returns them in the
+            order in which they are handed out; it may fetch some before their turn, and change their batches.
         **options: of the inner ``DataLoader``, such as ``num_workers`` and ``pin_memory``.
     """
 
@@ -56,7 +57,7 @@ class ResumableLoader:
         world: int = 1,
         window_end: Callable[[int], int] = lambda batch: batch + 1,
         served: Callable[[int], int] = lambda batches: batches,
-        look_ahead: Callable[[list[Any]], None] = lambda window: None,
+        look_ahead: Callable[[Iterator[list[Any]]], Iterator[list[Any]]] = lambda windows: windows,
         **options: Any,
     ) -> None:
         self.dataset = dataset
@@ -97,13 +98,16 @@ class ResumableLoader:
         batches = self._batches()[start : len(self)]
         self._handed_out = start
         loader = DataLoader(self.dataset, batch_sampler=batches, collate_fn=self.collate_fn, **self._options)
-        rest = iter(loader)
-        # A resumed epoch may begin inside a window, whose first gradients are lost as Lightning loses them
-        while window := list(itertools.islice(rest, self._window_end(self._handed_out) - self._handed_out)):
-            self._look_ahead(window)
+        for window in self._look_ahead(self._windows(iter(loader), start)):
             for batch in window:
                 self._handed_out += 1
                 yield batch
+
+    def _windows(self, rest: Iterator[Any], fetched: int) -> Iterator[list[Any]]:
+        # A resumed epoch may begin inside a window, whose first gradients are lost as Lightning loses them
+        while window := list(itertools.islice(rest, self._window_end(fetched) - fetched)):
+            fetched += len(window)
+            yield window
 
     def _start(self) -> int:
         if self._resumed is None or self._resumed["epoch"] != self._epoch:

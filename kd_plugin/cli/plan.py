@@ -12,7 +12,9 @@ from typing import Any
 from kd_plugin.cli.parsing import as_yaml, parse_settings
 from kd_plugin.cli.plan_report import plot_peaks, print_engines, print_plan, print_text_bills
 from kd_plugin.errors import ConfigError, UsageError
-from kd_plugin.launch.configs import write_all
+from kd_plugin.launch.configs import training_arguments, write_all
+from kd_plugin.launch.jobs import write_jobs
+from kd_plugin.launch.parts import parts_of
 from kd_plugin.planner.architectures import architecture
 from kd_plugin.planner.cost import BreakEven, Option, TextBill, bills, break_even, options, recommended, text_bills
 from kd_plugin.planner.engines import Engines, best_split, engine_step
@@ -72,7 +74,8 @@ class PlanSettings:
         network: GB/s that reach a trainer's node from servers.
         disk: GB/s of the directory through which weights reach the engines.
         plot: PNG file for the chart of each layout's peak, part by part; needs the extra `plots`.
-        output: directory for the DeepSpeed JSON, Accelerate YAML, LightningCLI fragment and launch commands.
+        output: directory for the DeepSpeed JSON, Accelerate YAML, LightningCLI fragment and launch commands; with
+            engine_gpus also the Slurm script and the Kubernetes manifest that start engines, servers and trainers.
     """
 
     student: str = ""
@@ -145,10 +148,27 @@ def main(argv: Sequence[str]) -> int:
     if settings.plot is not None:
         plot_peaks(run, cluster, found, best, Path(settings.plot))
     if best is not None and settings.output is not None:
-        written = write_all(best.run, best.layout, cluster, Path(settings.output), settings.nvme_path)
+        written = _write(settings, best, cluster, beside)
         if "json" not in parsed.flags:
             print("Written: " + ", ".join(map(str, written)))
     return 0 if best is not None else EXIT_NOTHING_FITS
+
+
+def _write(settings: PlanSettings, best: Option, cluster: Cluster, beside: Engines | None) -> list[Path]:
+    """Write what launches the recommended layout; with engines beside it also what starts them and the servers."""
+    directory = Path(str(settings.output))
+    written = write_all(best.run, best.layout, cluster, directory, settings.nvme_path)
+    if beside is None:
+        return written
+    parts = parts_of(
+        best.run,
+        cluster,
+        beside,
+        lora_rank=settings.lora_rank,
+        deepspeed=str(directory / "deepspeed.json"),
+        arguments=training_arguments(best.run, best.layout),
+    )
+    return [*written, *write_jobs(parts, directory, directory)]
 
 
 def planned(settings: PlanSettings) -> tuple[PlannedRun, Cluster]:

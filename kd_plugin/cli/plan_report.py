@@ -140,10 +140,7 @@ def print_engines(best: Option, cluster: Cluster, beside: Engines) -> None:
         console.print(
             f"Shared as {split.student_gpus} and {split.server_gpus} the same GPUs give a step of {better:,.0f} s."
         )
-    console.print(
-        "Files that start all parts: integrations/slurm/panel_with_engines.sbatch and "
-        "integrations/kubernetes/panel_with_engines.yaml."
-    )
+    console.print("--output DIR also writes a Slurm script and a Kubernetes manifest that start all of these parts.")
 
 
 def print_text_bills(bills: Sequence[TextBill], corrected: float) -> None:

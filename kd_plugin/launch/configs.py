@@ -88,18 +88,24 @@ def lightning_fragment(layout: Layout, cluster: Cluster, deepspeed_file: str, ru
     }
 
 
+def training_arguments(run: PlannedRun, layout: Layout) -> str:
+    """Return the arguments of the training command that a plan decides."""
+    arguments = (
+        f"--per_device_train_batch_size {run.micro_batch} --gradient_accumulation_steps {run.accumulation} "
+        f"--gradient_checkpointing {str(layout.checkpointing).lower()}"
+    )
+    if run.method == "panel" and run.generates and layout.stage == 3 and not run.gather_for_generation:
+        arguments += " --ds3_gather_for_generation false"
+    if run.placed("sharded") and layout.stage < 3:
+        arguments += " --shard_teachers true"
+    return arguments
+
+
 def commands(run: PlannedRun, layout: Layout, cluster: Cluster, deepspeed_file: str, accelerate_file: str) -> str:
     """Return the launch commands as a commented shell script; ``train.yaml`` is the user's own settings."""
     method = run.method
     train = f"kd_plugin {method} --config train.yaml"
-    settings = (
-        f"--per_device_train_batch_size {run.micro_batch} --gradient_accumulation_steps {run.accumulation} "
-        f"--gradient_checkpointing {str(layout.checkpointing).lower()}"
-    )
-    if method == "panel" and layout.stage == 3 and not run.gather_for_generation:
-        settings += " --ds3_gather_for_generation false"
-    if run.placed("sharded") and layout.stage < 3:
-        settings += " --shard_teachers true"
+    settings = training_arguments(run, layout)
     several = cluster.nodes > 1
     where = ' --machine_rank "$NODE_RANK" --main_process_ip "$HEAD" --main_process_port 29500' if several else ""
     nodes = f" --nnodes {cluster.nodes}"

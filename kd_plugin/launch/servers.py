@@ -14,6 +14,7 @@ from kd_plugin.errors import KDError
 from kd_plugin.inputs import read_yaml
 from kd_plugin.panel.block import panel_from_block
 from kd_plugin.rollouts.engine_settings import EngineSettings, engine_settings
+from kd_plugin.rollouts.transfer import NEEDS as TRANSFER_NEEDS
 from kd_plugin.teachers.base import reach
 
 _VERSION = (0, 32)
@@ -22,6 +23,7 @@ _SECONDS = 10
 _NEEDS = {
     "adapter": ("/v1/load_lora_adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"),
     "reload": ("/collective_rpc", "VLLM_SERVER_DEV_MODE=1"),
+    "nccl": ("/init_weight_transfer_engine", TRANSFER_NEEDS),
 }
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.nn.utils.rnn import pad_sequence
 
 from kd_plugin.cache.joining import TARGET
@@ -19,6 +20,7 @@ from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.inputs import load_rows
 from kd_plugin.lightning.step import SAMPLES, WINDOW, WINDOW_TOKENS, served, window_end
+from kd_plugin.rollouts.ahead import Lookahead
 from kd_plugin.text.dataset import TrainingText
 from kd_plugin.vocab import Vocabulary
 
@@ -114,7 +116,7 @@ class KDDataModule(LightningDataModule):
             _as_columns if prompts else self._collator,
             # As Lightning does with its own loaders: the same batches in each epoch
             shuffle=self.hp.shuffle and not getattr(self.trainer, "overfit_batches", 0),
-            look_ahead=_attach_window if prompts else _count_window,
+            look_ahead=functools.partial(_attach, self.trainer) if prompts else _count_tokens,
             **self._windows(),
         )
 
@@ -180,11 +182,13 @@ class _TextCollator:
         }
 
 
-def _count_window(window: list[Any]) -> None:
+def _count_tokens(windows: Iterator[list[Any]]) -> Iterator[list[Any]]:
     """Tell each batch of a window how many tokens all of them score."""
-    tokens = sum(_scored(batch) for batch in window)
-    for batch in window:
-        batch[WINDOW_TOKENS] = tokens
+    for window in windows:
+        tokens = sum(_scored(batch) for batch in window)
+        for batch in window:
+            batch[WINDOW_TOKENS] = tokens
+        yield window
 
 
 def _scored(batch: Any) -> int:
@@ -193,12 +197,27 @@ def _scored(batch: Any) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
-def _attach_window(window: list[Any]) -> None:
-    """Show the first batch of a window all of its prompts: they are answered and scored together."""
-    number = next(_WINDOWS)
-    prompts = [dict(batch) for batch in window]
-    for place, batch in enumerate(window):
-        batch[WINDOW] = {"number": number, "place": place, "batches": prompts if place == 0 else None}
+def _attach(trainer: Trainer | None, windows: Iterator[list[Any]]) -> Iterator[list[Any]]:
+    """Show the first batch of a window all of its prompts, which are answered and scored together, and later ones'.
+
+    Later ones are those that a callback has answered ahead of their optimizer step, as soon as they are fetched.
+    """
+    further = max((getattr(one, "windows_ahead", 0) for one in getattr(trainer, "callbacks", ())), default=0)
+    ahead = Lookahead(further)
+    while True:
+        window, fetched = ahead.next(windows, lambda: next(windows, []))
+        if not window:
+            return
+        number = next(_WINDOWS)
+        first: dict[str, Any] = {"batches": _copies(window)}
+        first["fetched"] = [(steps, _copies(later)) for steps, later in fetched] if further else []
+        for place, batch in enumerate(window):
+            batch[WINDOW] = {"number": number, "place": place, **(first if place == 0 else {})}
+        yield window
+
+
+def _copies(window: list[Any]) -> list[dict[str, Any]]:
+    return [dict(batch) for batch in window]
 
 
 def _as_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

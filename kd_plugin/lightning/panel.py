@@ -13,12 +13,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kd_plugin.cache.loading import ResumableLoader
 from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.panel_host import (
     LightningHost,
     PanelObjective,
     StartKeeper,
+    begin_fetched,
     count_of,
     place_of,
     place_under_strategy,
@@ -109,11 +111,7 @@ class TeacherPanelCorrection(StudentCallback):
         self.panel_run = PanelRun(self.settings, teachers)
         self.panel = self.panel_run.panel
         engine = self.settings.engine_settings()
-        if engine is not None and engine.max_staleness:
-            raise ConfigError(
-                f"rollout_engine: max_staleness is {engine.max_staleness}, and Lightning's loader does not tell the "
-                "rows of coming steps. Set max_staleness: 0, or train with TRL or a transformers trainer."
-            )
+        self.windows_ahead = 0 if engine is None else engine.max_staleness
         if ce_weight < 0:
             raise ConfigError(f"ce_weight is {ce_weight}; expected a number of at least 0.")
         self.objective = PanelObjective(ce_weight)
@@ -207,6 +205,11 @@ class TeacherPanelCorrection(StudentCallback):
         require_whole_windows(trainer)
         self._panel_step.follow()
         loader: Any = trainer.train_dataloader
+        if self.windows_ahead and not isinstance(loader, ResumableLoader):
+            raise ConfigError(
+                f"rollout_engine: max_staleness is {self.windows_ahead}, and a {type(loader).__name__} does not tell "
+                "the rows of coming steps. Use KDDataModule(prompts=...), or set max_staleness: 0."
+            )
         dataset: Any = getattr(loader, "dataset", None)
         collate = getattr(loader, "collate_fn", None)
         if "prompt" in (getattr(dataset, "column_names", None) or ()):
@@ -219,6 +222,7 @@ class TeacherPanelCorrection(StudentCallback):
         require_mapping(batch, "prompt", _WAY_OUT)
         refuse_images(batch, "A batch")
         place, step, accumulate = place_of(batch), self._panel_step, trainer.accumulate_grad_batches
+        self._begin(trainer, batch)
         if step.is_warming_up:
             rows = getattr(trainer.train_dataloader, "batch_size", None) or count_of(batch)
             cached = step.warm_up(
@@ -229,7 +233,7 @@ class TeacherPanelCorrection(StudentCallback):
             return
         if place is not None and place in self._ahead:
             return
-        window = batch[WINDOW]["batches"] if place is not None else None
+        window = batch[WINDOW].get("batches") if place is not None else None
         batches = window or [batch]
         with trainer.precision_plugin.forward_context():
             scored = self._scored(pl_module, batches, trainer.global_step, batch_idx % accumulate)
@@ -370,6 +374,12 @@ class TeacherPanelCorrection(StudentCallback):
         rows = rows_of(batches, self.panel.columns)
         engine = own if self._server_engine is None else self._server_engine.seeded(seed, own)
         return self._panel_step.roll_out(rows, count_of(batches[0]), engine, draw=draw)
+
+    def _begin(self, trainer: Trainer, batch: Any) -> None:
+        """Have the responses of coming windows generated, where the batch brings their rows."""
+        if self.windows_ahead and "fetched" in batch[WINDOW]:
+            with trainer.precision_plugin.forward_context():
+                begin_fetched(self._server_engine, self._panel_step, batch, self.seed)
 
     def _next(self, batch: Any) -> Prepared:
         return self._ahead.pop(place_of(batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.batches import MicroBatch, StepLoss
 from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.warmup import WarmupBatch
+from kd_plugin.rollouts.ahead import begin_windows
+from kd_plugin.rollouts.server_engine import ServerEngine
 from kd_plugin.sharding.running import shard_for_inference, shard_with_fsdp2
 from kd_plugin.signals import OutputHead
 from kd_plugin.student.head import as_trained
@@ -208,6 +211,26 @@ def place_of(batch: Any) -> tuple[int, int] | None:
     """Return the number of a batch's window and its place in it; None where the loader tells neither."""
     told = batch.get(WINDOW)
     return None if told is None else (told["number"], told["place"])
+
+
+def begin_fetched(engine: ServerEngine, step: PanelStep, batch: Any, seed: int) -> None:
+    """Have the responses to windows generated that were fetched with this batch; a collective call.
+
+    Args:
+        engine: of the student.
+        step: of the panel.
+        batch: the first of its window.
+        seed: of the run.
+    """
+    most = engine.host.trainer.max_steps
+    steps = range(step.settings.warmup_cache_steps, sys.maxsize if most < 0 else most)
+    begin_windows(
+        engine,
+        batch[WINDOW]["fetched"],
+        lambda batches: step.responder.prompts(rows_of(batches)),
+        steps=steps,
+        seed=seed,
+    )
 
 
 class StartKeeper:

@@ -257,9 +257,11 @@ class StudentCallback(Callback):
         loss_name: how an error calls the loss.
         objective: what is minimised; its ``ce_weight`` is that of the module's own loss.
         student: attribute path of the student, where the module holds several models.
+        windows_ahead: optimizer steps whose rows the loader fetches before theirs.
     """
 
     brings_lineage = True
+    windows_ahead = 0
     loss_name: str
     objective: Any
 

@@ -16,7 +16,7 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.planner.run import Cluster, PlannedRun
 from kd_plugin.planner.time import StepTime
 
-_ENGINE = 8  # GPUs that hold one copy of the student, by tensor parallelism
+ENGINE_GPUS = 8  # GPUs that hold one copy of the student, by tensor parallelism
 _DECODING = 0.5  # share of the memory's bandwidth that decoding reaches
 _STATE = 2  # bytes of a value that a server sends
 
@@ -47,8 +47,10 @@ class Engines:
     staleness: int = 1
 
     def __post_init__(self) -> None:
-        if self.student_gpus < _ENGINE or self.student_gpus % _ENGINE:
-            raise ConfigError(f"engine_gpus is {self.student_gpus}; an engine has {_ENGINE}, so expected a multiple.")
+        if self.student_gpus < ENGINE_GPUS or self.student_gpus % ENGINE_GPUS:
+            raise ConfigError(
+                f"engine_gpus is {self.student_gpus}; an engine has {ENGINE_GPUS}, so expected a multiple."
+            )
         if self.server_gpus and not (self.active > 0 and self.width > 0):
             raise ConfigError(
                 "server_gpus is set: name the teacher's size with server_active (billions of parameters that a token "
@@ -106,13 +108,13 @@ def engine_step(run: PlannedRun, seconds: StepTime, cluster: Cluster, engines: E
     rows = run.rows_generated * cluster.ranks
     tokens = rows * (run.prompt_length + run.completion_length)
     weights = run.element * run.student.total
-    copies = engines.student_gpus // _ENGINE
+    copies = engines.student_gpus // ENGINE_GPUS
     # Decoding reads all weights and the keys and values of its rows for each token, and multiplies by them
     half = run.prompt_length + run.completion_length / 2
     cached = 2 * run.student.layers * run.student.kv_heads * run.student.head_dim * half * run.element
     each = rows / copies
-    read = (weights + cached * each) / (_ENGINE * cluster.memory_bandwidth * _DECODING)
-    multiplied = 2 * run.student.total * each / (_ENGINE * cluster.tflops * 1e12 * cluster.utilization)
+    read = (weights + cached * each) / (ENGINE_GPUS * cluster.memory_bandwidth * _DECODING)
+    multiplied = 2 * run.student.total * each / (ENGINE_GPUS * cluster.tflops * 1e12 * cluster.utilization)
     speed = max(engines.server_gpus, 1) * cluster.tflops * 1e12 * cluster.utilization
     return EngineStep(
         generate=run.completion_length * max(read, multiplied),
@@ -133,6 +135,7 @@ def best_split(run: PlannedRun, seconds: StepTime, cluster: Cluster, engines: En
     if not engines.server_gpus:
         return engines
     splits = [
-        replace(engines, student_gpus=some, server_gpus=beside - some) for some in range(_ENGINE, beside, _ENGINE)
+        replace(engines, student_gpus=some, server_gpus=beside - some)
+        for some in range(ENGINE_GPUS, beside, ENGINE_GPUS)
     ]
     return min(splits, key=lambda split: engine_step(run, seconds, cluster, split).total)

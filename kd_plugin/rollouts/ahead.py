@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from kd_plugin.rollouts.rows import mixed_seed
+from kd_plugin.rollouts.server_engine import ServerEngine
 
 
 class Lookahead:
@@ -43,3 +46,31 @@ class Lookahead:
             fetched.append((len(self._waiting), more))
             self._waiting.append(more)
         return (self._waiting.popleft() if self._waiting else []), fetched
+
+
+def begin_windows(
+    engine: ServerEngine,
+    fetched: Iterable[tuple[int, Any]],
+    prompts_of: Callable[[Any], Sequence[Sequence[int]]],
+    *,
+    steps: range,
+    seed: int,
+) -> None:
+    """Have the responses to windows that were fetched generated, by the weights of the present step from now on.
+
+    A collective call, since the weights are brought there first.
+
+    Args:
+        engine: generates.
+        fetched: how many steps each window is ahead, and its rows; see :meth:`Lookahead.next`.
+        prompts_of: returns token ids of each row's prompt.
+        steps: optimizer steps that will be made and whose rows the student responds to; of others nothing is begun.
+        seed: of the run.
+    """
+    host = engine.host
+    if host.step in steps:
+        engine.sync()
+    for ahead, rows in fetched:
+        number = host.step + ahead
+        if number in steps:
+            engine.begin(prompts_of(rows), mixed_seed(seed, number, host.rank))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.rollouts import Drawn
 from kd_plugin.rollouts.engine_settings import EngineSettings
 from kd_plugin.rollouts.in_process import Sampling
+from kd_plugin.rollouts.jobs import Job, sampling_arguments
 from kd_plugin.settings import values_of
 from kd_plugin.teachers.client import Client, RefusedRequest
 from kd_plugin.teachers.replies import Asking, Listed
@@ -23,25 +25,8 @@ from kd_plugin.teachers.served import Connection
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-_ADAPTER = "kd-plugin-policy"  # under which servers have the student's adapter
 _OF_ADAPTERS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora --max-lora-rank RANK"
 _OF_RELOADS = "VLLM_SERVER_DEV_MODE=1"
-_UNLIKELY = -100.0  # added to the logit of a row that is no token
-# What else `generate` may be told that vLLM has under the same name
-_SAME_NAMES = ("presence_penalty", "frequency_penalty", "min_tokens")
-
-
-@dataclass(frozen=True)
-class Job:
-    """A response to be generated.
-
-    Attributes:
-        prompt: token ids.
-        seed: of its draws.
-    """
-
-    prompt: tuple[int, ...]
-    seed: int
 
 
 class EnginePool:
@@ -58,32 +43,19 @@ class EnginePool:
         ConfigError: a setting of generation that a server does not have.
     """
 
+    on_each_rank = False
+
     def __init__(
         self, settings: EngineSettings, sampling: Sampling, end_tokens: Sequence[int], vocab_size: int, rows: int
     ) -> None:
-        unknown = set(sampling.generation_kwargs) - set(_SAME_NAMES)
-        if unknown:
-            raise ConfigError(
-                f"generation_kwargs has {', '.join(sorted(unknown))}, which servers do not take. They take "
-                f"{', '.join(_SAME_NAMES)} beside the fields of their own. Leave the others out, or generate in this "
-                "process."
-            )
         self.settings, self._sampling, self._rows = settings, sampling, rows
         self._asking = Asking("", None, 0, vocab_size)
-        self._fixed: dict[str, Any] = {
-            **sampling.generation_kwargs,
-            "min_p": sampling.min_p or 0.0,
-            "repetition_penalty": sampling.repetition_penalty,
-            # Ends are the run's, not those of the checkpoint on the server
-            "ignore_eos": True,
-            "stop_token_ids": list(end_tokens),
-        }
-        if rows > vocab_size:
-            self._fixed["logit_bias"] = {str(i): _UNLIKELY for i in range(vocab_size, rows)}
+        self._fixed = sampling_arguments(sampling, end_tokens, vocab_size, rows)
         self._clients = [
             Client(Connection(**{**values_of(Connection, vars(settings)), "url": url})) for url in settings.addresses
         ]
         self._names: dict[str, str] = {}  # of the student on each server
+        self._adapter = f"kd-plugin-{secrets.token_hex(4)}"  # its adapter there: another run must not replace it
         self._dead: set[str] = set()
         self._lock = threading.Lock()
         self.version = -1  # optimizer steps of the weights that the servers have
@@ -129,22 +101,33 @@ class EnginePool:
     def _load(self, client: Client, directory: str) -> None:
         adapter = self.settings.sync == "adapter"
         if client.root not in self._names:
-            self._names[client.root] = _ADAPTER if adapter else self._base(client)
+            self._names[client.root] = self._adapter if adapter else self._base(client)
         needs = _OF_ADAPTERS if adapter else _OF_RELOADS
         try:
             if adapter:
-                body = {"lora_name": _ADAPTER, "lora_path": directory, "load_inplace": True}
+                body = {"lora_name": self._adapter, "lora_path": directory, "load_inplace": True}
                 client.tell("/v1/load_lora_adapter", body)
-            else:
+                return
+            if self.settings.sync == "reload":  # by `nccl` they are there
                 body = {"method": "reload_weights", "kwargs": {"weights_path": directory}}
                 client.tell("/collective_rpc", body)
-                client.tell("/reset_prefix_cache", {})
+            client.tell("/reset_prefix_cache", {})
         except RefusedRequest as error:
             raise ConfigError(
                 f"{client.root} does not take the student's weights with sync={self.settings.sync!r}: status "
                 f"{error.status}, {error.says!r}. Start it with {needs}, vLLM 0.32 or later, and let it see "
                 f"{directory} under the same path."
             ) from error
+
+    def forget_adapter(self) -> None:
+        """Have the servers that live drop the student's adapter, if they have it; one that does not answer is left."""
+        for client in self._alive() if self.settings.sync == "adapter" else ():
+            if self._names.pop(client.root, None) is None:
+                continue
+            try:
+                client.tell("/v1/unload_lora_adapter", {"lora_name": self._adapter})
+            except ServerError as error:
+                logger.warning("%s keeps the student's adapter %s: %s", client.root, self._adapter, error)
 
     def _base(self, client: Client) -> str:
         """Return how a server calls the student; an adapter of an earlier run is no other model."""

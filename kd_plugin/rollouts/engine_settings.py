@@ -11,13 +11,8 @@ from kd_plugin.errors import ConfigError, require_known_keys
 from kd_plugin.inputs import read_yaml
 from kd_plugin.settings import option, require_known, settings
 
-SYNCS = ("adapter", "reload")
+SYNCS = ("adapter", "reload", "nccl")
 _DTYPES = (None, "float32", "bfloat16", "float16")
-NCCL = (
-    "sync='nccl' is not offered: vLLM's own weight transfer needs a GPU on both sides, and it was never run here. Use "
-    "sync='adapter' for a student that trains an adapter and 'reload' for others, through a directory that both see; "
-    "or TRL's own use_vllm=True, which transfers weights by NCCL."
-)
 
 
 @settings
@@ -25,18 +20,20 @@ class EngineSettings:
     """A rollout engine beside the trainer, in YAML ``rollout_engine``.
 
     Raises:
-        ConfigError: an unknown name, a value out of range, or no address.
+        ConfigError: an unknown name, a value out of range, or settings that contradict each other.
     """
 
     kind: str = option(default="vllm", help="What generates: 'vllm', servers that are started apart.")
-    url: str | None = option(default=None, help="Address of the server, `http://host:port`.")
+    url: str | None = option(
+        default=None, help="Address of the server, `http://host:port`; left out, vLLM generates in this process."
+    )
     urls: list[str] | None = option(
         default=None, help="Addresses of several, which share the rows of a batch; in the place of `url`."
     )
     sync: str = option(
         default="adapter",
         help="How weights get there: 'adapter' loads the adapter of a PEFT student from `directory`; 'reload' has all "
-        "weights read from it anew.",
+        "weights read from it anew; 'nccl' sends all weights from GPU to GPU, which was never run.",
     )
     directory: str | None = option(
         default=None,
@@ -48,7 +45,11 @@ class EngineSettings:
         help="Optimizer steps by which the weights that generate may be behind. 0 generates each batch with the "
         "weights that it trains; n lets the servers generate ahead while the trainer trains.",
     )
-    model: str | None = option(default=None, help="Name under which the servers list the student; none for the only.")
+    model: str | None = option(
+        default=None,
+        help="Name under which the servers list the student, none for the only one; without `url` the path of the "
+        "weights that vLLM starts from, none for the student's own.",
+    )
     dtype: str | None = option(
         default=None, help="dtype in which weights are sent; left out, that in which the student holds them."
     )
@@ -71,21 +72,27 @@ class EngineSettings:
     max_concurrency: int = option(default=64, help="Requests at a time to each server.")
     max_retries: int = option(default=3, help="Further attempts of a request before a server counts as dead.")
     api_key_env: str | None = option(default=None, help="Environment variable with the servers' key.")
+    options: dict[str, Any] | None = option(
+        default=None, help="Without `url`: further arguments of `vllm.LLM`, such as gpu_memory_utilization."
+    )
 
     def __post_init__(self) -> None:
         if self.kind != "vllm":
             require_known("rollout_engine: kind", self.kind, ("vllm",))
-        if self.sync == "nccl":
-            raise ConfigError(NCCL)
         require_known("rollout_engine: sync", self.sync, SYNCS)
         require_known("rollout_engine: on_mismatch", self.on_mismatch, ("stop", "transformers"))
         if self.dtype not in _DTYPES:
             require_known("rollout_engine: dtype", self.dtype, tuple(name for name in _DTYPES if name))
-        if (self.url is None) == (not self.urls):
+        if self.url is not None and self.urls:
+            raise ConfigError("rollout_engine: both url and urls are set; name the server, or the servers.")
+        if self.in_process and (self.max_staleness or self.sync == "nccl"):
             raise ConfigError(
-                f"rollout_engine: {'neither url nor urls is' if self.url is None else 'both url and urls are'} set; "
-                "name the server, or the servers, that generate. For vLLM in the trainer's own process use TRL's "
-                "use_vllm=True."
+                "rollout_engine without url: vLLM generates in this process, where max_staleness is 0 and sync is "
+                "adapter or reload. Name servers with url or urls for the rest."
+            )
+        if self.options and not self.in_process:
+            raise ConfigError(
+                "rollout_engine: options are those of vLLM in this process; servers are started with theirs."
             )
         for name, value, least in (
             ("max_staleness", self.max_staleness, 0),
@@ -99,9 +106,14 @@ class EngineSettings:
             raise ConfigError(f"rollout_engine: tolerance is {self.tolerance}; expected a positive number of nats.")
 
     @property
+    def in_process(self) -> bool:
+        """Whether vLLM generates in the trainer's own process."""
+        return self.url is None and not self.urls
+
+    @property
     def addresses(self) -> tuple[str, ...]:
-        """All servers."""
-        return tuple(self.urls or [str(self.url)])
+        """All servers; none where vLLM generates in this process."""
+        return () if self.in_process else tuple(self.urls or [str(self.url)])
 
 
 def engine_settings(block: Mapping[str, Any] | str | None) -> EngineSettings | None:

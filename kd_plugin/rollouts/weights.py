@@ -50,6 +50,29 @@ class AllWeights:
     def __init__(self, student: Any, dtype: torch.dtype | None = None) -> None:
         self._student, self._dtype = student, dtype
 
+    def layers(self) -> Iterator[dict[str, Tensor]]:
+        """Return the parameters by name, those of one layer together; whole until the next is asked for.
+
+        Gathers where the student is sharded, so all ranks go through it together.
+        """
+        for group in layer_by_layer(self._student):
+            with gathering([parameter for _, parameter in group]):
+                yield {name: whole_now(parameter).detach() for name, parameter in group}
+
+    def described(self) -> dict[str, list[Any]]:
+        """Return names, dtypes and whole shapes in the order of :meth:`layers`."""
+        pairs = [pair for group in layer_by_layer(self._student) for pair in group]
+        return {
+            "names": [name for name, _ in pairs],
+            "dtype_names": [str(self._dtype or parameter.dtype).removeprefix("torch.") for _, parameter in pairs],
+            "shapes": [list(getattr(parameter, "ds_shape", parameter.shape)) for _, parameter in pairs],
+        }
+
+    def on_device(self) -> Iterator[dict[str, Tensor]]:
+        """Return :meth:`layers` in the dtype that is sent."""
+        for layer in self.layers():
+            yield {name: tensor.to(self._dtype or tensor.dtype) for name, tensor in layer.items()}
+
     def write(self, directory: Path, *, here: bool) -> None:
         """Write the files, then the index that names them."""
         from safetensors.torch import save_file
@@ -57,12 +80,10 @@ class AllWeights:
         if here:
             directory.mkdir(parents=True, exist_ok=True)
         placed: dict[str, str] = {}
-        for number, group in enumerate(layer_by_layer(self._student)):
-            file = f"model-{number:05d}.safetensors"
-            with gathering([parameter for _, parameter in group]):
-                whole = {name: whole_now(parameter) for name, parameter in group}
-                kept = {name: _on_host(tensor, self._dtype) for name, tensor in whole.items()} if here else {}
+        for number, whole in enumerate(self.layers()):
             if here:
+                file = f"model-{number:05d}.safetensors"
+                kept = {name: _on_host(tensor, self._dtype) for name, tensor in whole.items()}
                 save_file(kept, directory / file, metadata={"format": "pt"})
                 placed |= dict.fromkeys(kept, file)
         if here:

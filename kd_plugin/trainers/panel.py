@@ -28,9 +28,9 @@ from kd_plugin.panel.sampling import (
 )
 from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.warmup import WarmupBatch
-from kd_plugin.rollouts.ahead import Lookahead
-from kd_plugin.rollouts.rows import mixed_seed
+from kd_plugin.rollouts.ahead import Lookahead, begin_windows
 from kd_plugin.rollouts.server_engine import ServerEngine
+from kd_plugin.sharding.running import through
 from kd_plugin.signals import OutputHead
 from kd_plugin.trainers.panel_host import (
     PanelStateCallback,
@@ -123,10 +123,10 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
                 raise ConfigError(self.panel_run.sharded_start.format("DeepSpeed and FSDP"))
             anchor = self.panel_run.anchor(self.accelerator.unwrap_model(self.model), self._vocabulary)
             place_under_accelerate(self, anchor.panel, self._vocabulary)
-        if self.is_fsdp_enabled and self.panel_settings.rollout_engine is not None:
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2 and self.panel_settings.rollout_engine is not None:
             raise ConfigError(
-                "rollout_engine under FSDP was never tried: whether the servers get all of the weights is not known. "
-                "Train under DDP or DeepSpeed, or let the student generate in this process."
+                "rollout_engine under FSDP1, whose flat parameters have no names to send. Use FSDP2: fsdp_config with "
+                "version: 2."
             )
         host = TrainerHost(self, metrics)
         student = self.accelerator.unwrap_model(self.model)
@@ -136,6 +136,8 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
             self._vocabulary,
             tokens["end_tokens"],
             output_dir=str(self.args.output_dir),
+            # A unit of FSDP2 gathers for its own forward pass alone
+            **({"inside": through(student, student)} if self.is_fsdp_enabled else {}),
         )
         self.panel_step = self.panel_run.step(
             host,
@@ -163,14 +165,16 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         if self._lookahead is None:
             self._lookahead = Lookahead(engine.settings.max_staleness)
         window, fetched = self._lookahead.next(iterator, fetch)
-        if window and not step.is_warming_up:
+        if window:
             self.model.train()  # an evaluation may have come before
-            engine.sync()
-        for ahead, batches in fetched:
-            number = step.host.step + ahead
-            if self.panel_settings.warmup_cache_steps <= number < self.state.max_steps:
-                prompts = step.responder.prompts(rows_of(batches))
-                engine.begin(prompts, mixed_seed(self.args.seed, number, step.host.rank))
+            steps = range(self.panel_settings.warmup_cache_steps, self.state.max_steps)
+            begin_windows(
+                engine,
+                fetched,
+                lambda batches: step.responder.prompts(rows_of(batches)),
+                steps=steps,
+                seed=self.args.seed,
+            )
         return window
 
     def replicated_teacher(self, model: nn.Module) -> nn.Module:
@@ -204,6 +208,14 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
                 self.server_engine.finish()
         self.panel_step.finish()
         return done
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the parent does; weights that were sent for it alone are deleted after it."""
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            if self.server_engine is not None and not self.is_in_train:  # type: ignore[attr-defined]
+                self.server_engine.finish()
 
     @property
     def kept_columns(self) -> tuple[str, ...]:

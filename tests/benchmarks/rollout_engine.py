@@ -69,7 +69,7 @@ def generation(url, model, tokenizer, prompts, tokens, rounds):
 
 
 def steps(url, model, prompts, tokens, rounds, where):
-    """Return median seconds of a step of ours, by the server, and of TRL's."""
+    """Return median seconds of a step of ours, by the server, and of TRL's, with as many tokens a row."""
     data = Dataset.from_dict({"prompt": list(prompts) * rounds})
     common = {
         **settings(where, max_steps=rounds, per_device_train_batch_size=len(prompts), learning_rate=1e-4),
@@ -78,8 +78,12 @@ def steps(url, model, prompts, tokens, rounds, where):
     engine = {"kind": "vllm", "url": url, "sync": "adapter", "tolerance": 0.25}
     found = {}
     for name, cls, config in (
-        ("ours", TeacherPanelTrainer, TeacherPanelConfig(rollout_engine=engine, **common)),
-        ("TRL", DistillationTrainer, DistillationConfig(**common)),
+        (
+            "ours",
+            TeacherPanelTrainer,
+            TeacherPanelConfig(rollout_engine=engine, generation_kwargs={"min_tokens": tokens}, **common),
+        ),
+        ("TRL", DistillationTrainer, DistillationConfig(generation_kwargs={"min_new_tokens": tokens}, **common)),
     ):
         student = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         clock = Steps()
@@ -98,6 +102,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=("generation", "steps"), help="one part of the two")
     arguments = parser.parse_args()
     model = str(Path(arguments.model).resolve())
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -106,19 +111,20 @@ def main() -> None:
     options = ("--max-model-len", "1024", "--enable-lora", "--max-lora-rank", "8")
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch, "log")
-        with VllmServer(model, log, "--max-model-len", "1024", dtype="bfloat16") as server:
-            rate = generation(server.url, model, tokenizer, prompts, arguments.tokens, arguments.rounds)
-        ratio = rate["server"] / rate["transformers"]
-        print(
-            f"{arguments.rows} rows of {arguments.tokens} tokens, bfloat16: server {rate['server']:.0f} tokens/s, ",
-            end="",
-        )
-        print(f"transformers {rate['transformers']:.0f}: {ratio:.2f} times as fast")
-        with VllmServer(model, log, *options) as server:
-            took = steps(server.url, model, prompts, arguments.tokens, arguments.rounds, Path(scratch, "out"))
-        print(
-            f"whole step, float32: ours {took['ours']:.2f} s, TRL {took['TRL']:.2f} s: {took['ours'] / took['TRL']:.2f}"
-        )
+        if arguments.only != "steps":
+            with VllmServer(model, log, "--max-model-len", "1024", dtype="bfloat16") as server:
+                rate = generation(server.url, model, tokenizer, prompts, arguments.tokens, arguments.rounds)
+            print(
+                f"{arguments.rows} rows of {arguments.tokens} tokens, bfloat16: server {rate['server']:.0f} tokens/s, "
+                f"transformers {rate['transformers']:.0f}: {rate['server'] / rate['transformers']:.2f} times as fast"
+            )
+        if arguments.only != "generation":
+            with VllmServer(model, log, *options) as server:
+                took = steps(server.url, model, prompts, arguments.tokens, arguments.rounds, Path(scratch, "out"))
+            print(
+                f"whole step, float32: ours {took['ours']:.2f} s, TRL {took['TRL']:.2f} s: "
+                f"{took['ours'] / took['TRL']:.2f}"
+            )
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def test_the_command_says_it(capsys):
     assert main([*COMMAND, "--server_gpus", "16", "--server_active", "37", "--server_width", "7168"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "With 8 GPUs of engines and 16 of servers beside 8 that train: generate" in text
-    assert "panel_with_engines.sbatch" in text
+    assert "--output DIR also writes a Slurm script and a Kubernetes manifest" in text
     assert main([*COMMAND, "--max_staleness", "0", "--json"]) == 0
     seconds = json.loads(capsys.readouterr().out)["engines"]["seconds"]
     assert seconds["score"] == 0 and seconds["total"] == pytest.approx(

@@ -96,7 +96,7 @@ def test_kubernetes_takes_the_engines():
         assert subprocess.run(["bash", "-n", "-c", commands[name]], check=False).returncode == 0
         if name != "trainer":
             assert pod["spec"]["hostname"] == name
-    assert "for server in hidden listed engine;" in commands["trainer"]
+    assert "for server in hidden.kd-plugin listed.kd-plugin engine.kd-plugin;" in commands["trainer"]
     assert FLAGS in " ".join(commands["hidden"].split())
     variables = {v["name"]: v["value"] for v in pods["trainer"]["spec"]["containers"][0]["env"]}
     assert variables["HEAD"] == f"trainer-0.{service['metadata']['name']}"

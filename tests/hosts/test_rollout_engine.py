@@ -116,6 +116,7 @@ def test_evaluation_and_resume_generate_by_the_weights_of_their_step(engine, tea
     own = plain(tmp_path / "b", untied_student_dir, teacher, None)
     own.model.load_state_dict(again.model.state_dict())
     assert evaluated["eval_loss"] == pytest.approx(own.evaluate(prompts(count=4))["eval_loss"], rel=1e-4)
+    assert not list((tmp_path / "a" / "rollout-engine").iterdir()), "an evaluation leaves no weights behind either"
 
 
 def test_behaviour_logprobs_and_versions_come_with_every_token(engine, teacher, untied_student_dir, tmp_path):
@@ -236,6 +237,37 @@ def test_when_no_server_is_left_what_was_learned_is_saved(engine, teacher, untie
     assert step > 0 and (tmp_path / f"checkpoint-{step}").is_dir()
 
 
+@pytest.mark.parametrize("sync", ["adapter", "reload"])
+def test_a_second_training_sends_its_own_weights(sync, engine, teacher, untied_student_dir, tmp_path):
+    """Its steps begin at 0 again, as those of the weights that the servers still have."""
+    url, behaviour = engine()
+    run = plain(tmp_path / "a", untied_student_dir, teacher, block(url, sync=sync), lora=sync == "adapter", max_steps=1)
+    own = plain(tmp_path / "b", untied_student_dir, teacher, None, lora=sync == "adapter", max_steps=1)
+    for trainer in (run, own):
+        trainer.train()
+        trainer.train()
+    assert_same(weights(run), weights(own), 1e-4)
+    path = "/v1/load_lora_adapter" if sync == "adapter" else "/collective_rpc"
+    assert [p for p, _, _ in behaviour.requests].count(path) == 2 and not behaviour.adapters
+
+
+def test_two_trainers_of_one_process_have_an_adapter_each(engine, teacher, untied_student_dir, tmp_path):
+    """They take turns on one server, and neither generates by the other's."""
+    url, _ = engine()
+    chosen, rows = block(url, sync="adapter"), prompts(count=4)
+    pair = [plain(tmp_path / name, untied_student_dir, teacher, chosen, lora=True) for name in "ab"]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in pair[1].model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    alone = plain(tmp_path / "c", untied_student_dir, teacher, None, lora=True)
+    expected = alone.evaluate(rows)["eval_loss"]
+    found = [pair[number].evaluate(rows)["eval_loss"] for number in (0, 1, 0)]
+    assert found[0] == pytest.approx(expected, rel=1e-4) and found[2] == found[0]
+    assert abs(found[1] - expected) > 1e-2, "the other is another"
+
+
 def test_an_adapter_of_an_earlier_run_is_no_other_student(engine, teacher, untied_student_dir, tmp_path):
     url, _ = engine()
     plain(tmp_path / "a", untied_student_dir, teacher, block(url, sync="adapter"), lora=True, max_steps=1).train()
@@ -262,10 +294,11 @@ def test_a_server_without_the_flags_is_refused_with_them(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sync": "nccl"}, "sync='nccl' is not offered"),
         ({"sync": "relod"}, "Did you mean 'reload'"),
         ({"urll": "x"}, "unknown key 'urll'"),
-        ({"url": None}, "neither url nor urls is set"),
+        ({"url": None, "max_staleness": 1}, "without url: vLLM generates in this process, where max_staleness is 0"),
+        ({"url": None, "sync": "nccl"}, "without url: .* sync is adapter or reload"),
+        ({"options": {"seed": 1}}, "options are those of vLLM in this process"),
         ({"urls": ["http://a"]}, "both url and urls are set"),
         ({"max_staleness": -1}, "max_staleness is -1"),
         ({"kind": "sglang"}, "expected one of vllm"),
@@ -290,6 +323,11 @@ def test_what_does_not_go_together_is_refused(teacher, student_dir, tmp_path):
         plain(tmp_path, student_dir, teacher, block("http://127.0.0.1:1", sync="adapter"))
     with pytest.raises(ConfigError, match="temperature 2"):
         trl(tmp_path, student_dir, teacher, chosen, estimator="sampled", top_k=0, temperature=2.0)
+
+
+def test_without_a_url_vllm_must_be_installed(teacher, untied_student_dir, tmp_path):
+    with pytest.raises(ConfigError, match=r"has no url, .* it is not installed here\. Name the servers"):
+        plain(tmp_path, untied_student_dir, teacher, {"kind": "vllm", "sync": "reload"})
 
 
 def test_yaml_takes_the_same_names(tmp_path):

@@ -111,8 +111,6 @@ def test_lightning_panel_callback(panel):
 @pytest.mark.parametrize("host", ["trl", "transformers", "lightning"])
 def test_a_rollout_engine(host, in_file, teacher_dir, tmp_path):
     block = {"kind": "vllm", "url": "http://HEAD:8000", "sync": "reload", "max_staleness": 2, "chunk": 64}
-    if host == "lightning":
-        block["max_staleness"] = 0  # its loader does not tell the rows of coming steps
     (tmp_path / "engine.yaml").write_text(yaml.safe_dump({"rollout_engine": block}))
     values = {
         "rollout_engine": str(tmp_path / "engine.yaml") if in_file else block,

@@ -231,10 +231,6 @@ WAYS = {
         everywhere(fields(rollout_engine={"url": "http://127.0.0.1:1"}, rollouts="interleaved")),
         "which a rollout_engine on a server cannot",
     ),
-    "`rollout_engine` with `max_staleness` above 0": (
-        everywhere(None, fields(rollout_engine={"url": "http://127.0.0.1:1", "max_staleness": 1})),
-        "does not tell the rows of coming steps",
-    ),
 }
 
 

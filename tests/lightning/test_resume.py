@@ -58,11 +58,26 @@ def test_each_epoch_has_an_order_of_its_own_and_every_row_once():
 
 def test_a_window_is_shown_whole_before_its_first_batch():
     seen = []
-    loader = ResumableLoader(
-        list(range(10)), list, 2, window_end=lambda batch: batch // 2 * 2 + 2, look_ahead=lambda w: seen.append(list(w))
-    )
-    assert rows_of(loader) == list(range(10))
+
+    def look(windows):
+        for window in windows:
+            seen.append(list(window))
+            yield window
+
+    rows, options = list(range(10)), {"window_end": lambda batch: batch // 2 * 2 + 2}
+    loader = ResumableLoader(rows, list, 2, **options, look_ahead=look)
+    assert rows_of(loader) == rows
     assert seen == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9]]]
+
+
+def test_what_was_fetched_before_its_turn_does_not_count_as_handed_out():
+    rows, options = list(range(10)), {"window_end": lambda batch: batch // 2 * 2 + 2}
+    loader = ResumableLoader(rows, list, 2, **options, look_ahead=lambda windows: iter(list(windows)))
+    handed_out = iter(loader)
+    assert [next(handed_out) for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    again = ResumableLoader(rows, list, 2, **options, look_ahead=lambda windows: iter(list(windows)))
+    again.load_state_dict(loader.state_dict())
+    assert rows_of(again) == [6, 7, 8, 9]
 
 
 def test_a_checkpoint_builds_the_module_with_every_setting(tmp_path, student_dir, cache):

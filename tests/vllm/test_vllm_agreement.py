@@ -13,7 +13,7 @@ from kd_plugin.teachers.agreement import distances
 from tests.core.cache_help import prompt_rows
 from tests.core.test_cache_server import assert_same
 from tests.vllm.server import VllmServer
-from tests.vllm.test_vllm import PROSE, TOLERANCE, local, pytestmark, smol  # noqa: F401 - fixtures and marks
+from tests.vllm.test_vllm import PROSE, TOLERANCE, pytestmark  # noqa: F401 - marks
 
 LIMITS = ("--max-model-len", "600", "--max-logprobs", "100")
 WRITE = Generation(n=2, max_new_tokens=24, temperature=0.8, top_p=0.95, keep_unfinished=True)
@@ -33,7 +33,7 @@ def prompts(count):
 
 
 @pytest.fixture(scope="module")
-def processed(smol, tmp_path_factory):  # noqa: F811
+def processed(smol, tmp_path_factory):
     log = tmp_path_factory.mktemp("vllm") / "processed.log"
     options = ("--logprobs-mode", "processed_logprobs", "--override-generation-config", json.dumps(OF_THE_CHECKPOINT))
     with VllmServer(smol, log, *LIMITS, *options) as server:
@@ -47,14 +47,14 @@ def test_processed_log_probabilities_are_refused_for_writing(processed, tmp_path
     assert not (tmp_path / "c").exists()
 
 
-def test_and_do_for_scoring(processed, local, tmp_path):  # noqa: F811
+def test_and_do_for_scoring(processed, local, tmp_path):
     options = {"targets": TopK(20), "progress": False}
     rows = [{"text": PROSE}, {"text": PROSE[40:]}]
     mine = capture(rows, processed, tmp_path / "s", **options)
     assert_same(mine, capture(rows, local, tmp_path / "l", **options), TOLERANCE)
 
 
-def test_logits_are_refused(smol, tmp_path):  # noqa: F811
+def test_logits_are_refused(smol, tmp_path):
     with VllmServer(smol, tmp_path / "logits.log", *LIMITS, "--logprobs-mode", "raw_logits") as server:
         teacher = ServerTeacher(server.url, repo=smol)
         with pytest.raises(ServerError, match="raw_logprobs") as error:
@@ -63,7 +63,7 @@ def test_logits_are_refused(smol, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_server_that_is_well_raises_no_alarm(smol, tmp_path, dtype):  # noqa: F811
+def test_a_server_that_is_well_raises_no_alarm(smol, tmp_path, dtype):
     """Under load, so that batches differ, and with settings of the checkpoint that must not show."""
     options = ("--override-generation-config", json.dumps(OF_THE_CHECKPOINT))
     with VllmServer(smol, tmp_path / "server.log", *LIMITS, *options, dtype=dtype) as server:

@@ -22,13 +22,13 @@ from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.hosts.runs import TOPICS, losses, prompts, settings
 from tests.lightning.help import Plain
 from tests.tiny import save_tiny
+from tests.vllm.greedy import compared_with_own, said
 from tests.vllm.server import VllmServer
-from tests.vllm.test_vllm import pytestmark, smol  # noqa: F401 - fixtures and marks
+from tests.vllm.test_vllm import pytestmark  # noqa: F401 - marks
 
 STEPS, TOKENS = 5, 24
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 OPTIONS = ("--enable-lora", "--max-lora-rank", "8", "--max-model-len", "512", "--max-logprobs", "8")
-LEAST_GAP = 2e-3  # nats between the two likeliest tokens, under which engines may choose either
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,31 +70,10 @@ def served(server):
 @pytest.fixture
 def compared(monkeypatch):
     """Let the student generate as well, with the same weights, whenever a server does; count tokens and differences."""
-    found = {"tokens": 0, "rows": 0, "ties": []}
-    generate = ServerEngine.generate
-
-    def both(self, prompts):
-        theirs = generate(self, prompts)
-        student = self._student
-        for prompt, one in zip(prompts, theirs, strict=True):
-            with torch.no_grad():
-                logits = student(input_ids=torch.tensor([[*prompt, *one.ids]])).logits[0, len(prompt) - 1 : -1]
-            logprobs = logits.log_softmax(-1)
-            own = logprobs.gather(1, torch.tensor(one.ids)[:, None])[:, 0]
-            gaps = logprobs.amax(1) - own
-            assert float(gaps.max()) < LEAST_GAP, f"step {self.host.step}: {float(gaps.max()):.4f} nats from greedy"
-            found["ties"] += [gap for gap in gaps.tolist() if gap > 0]
-            assert torch.tensor(one.logprobs) == pytest.approx(own, abs=1e-3)
-            found["tokens"] += len(one.ids)
-            found["rows"] += 1
-        return theirs
-
+    both, found = compared_with_own(ServerEngine.generate)
     monkeypatch.setattr(ServerEngine, "generate", both)
     yield found
-    print(
-        f"{found['rows']} rollouts of {found['tokens']} tokens in all are greedy by the student's own logits; "
-        f"{len(found['ties'])} tokens were ties within {LEAST_GAP} nats"
-    )
+    print(said(found))
 
 
 def block(url, sync, **options):
@@ -176,7 +155,7 @@ def test_five_steps_are_those_of_the_transformers_engine(host, sync, served, mod
     assert compared["rows"] == 4 * STEPS
 
 
-def test_a_real_models_adapter_follows_five_steps(smol, compared, tmp_path):  # noqa: F811
+def test_a_real_models_adapter_follows_five_steps(smol, compared, tmp_path):
     with VllmServer(smol, tmp_path / "log", *OPTIONS) as server:
         teacher = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32)
         torch.manual_seed(0)

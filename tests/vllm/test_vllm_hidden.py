@@ -21,21 +21,21 @@ from tests.core.panel_help import assert_same_gradients
 from tests.core.test_divergence_oracle import DIVERGENCES
 from tests.tiny import save_tiny
 from tests.vllm.server import VllmServer
-from tests.vllm.test_vllm import PROSE, assert_same_draws, local, pytestmark, rounding_of, smol  # noqa: F401 - fixtures and marks
+from tests.vllm.test_vllm import PROSE, assert_same_draws, pytestmark, rounding_of  # noqa: F401 - marks
 
 START = 8
 OPTIONS = ("--runner", "pooling", "--convert", "embed", "--pooler-config", POOLER)
 
 
 @pytest.fixture(scope="module")
-def url(smol, tmp_path_factory):  # noqa: F811
+def url(smol, tmp_path_factory):
     log = tmp_path_factory.mktemp("pooler") / "server.log"
     with VllmServer(smol, log, *OPTIONS, "--max-model-len", "600") as server:
         yield server.url
 
 
 @pytest.fixture(scope="module")
-def student(smol):  # noqa: F811
+def student(smol):
     model = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def loss_of(panel, scores, student, rows, divergence, temperature=1.0):
     return float(mean.detach()), torch.autograd.grad(mean, [hidden, head.weight])
 
 
-def test_the_signal_equals_that_of_the_local_teacher(url, smol, local):  # noqa: F811
+def test_the_signal_equals_that_of_the_local_teacher(url, smol, local):
     ids, mask, positions = batch(local.tokenizer)
     flat = torch.tensor([r * ids.shape[1] + START - 1 + c for r in range(2) for c in positions[r]])
     mine = ServerTeacher(url, "served", signal="hidden", repo=smol, server_dtype="float32").score(ids, mask, flat)
@@ -91,7 +91,7 @@ def test_the_signal_equals_that_of_the_local_teacher(url, smol, local):  # noqa:
 
 
 @pytest.mark.parametrize("combine", list(MODES))
-def test_losses_and_gradients_equal_the_local_panels(combine, url, smol, local, student):  # noqa: F811
+def test_losses_and_gradients_equal_the_local_panels(combine, url, smol, local, student):
     """All divergences, alone and beside a second teacher."""
     rows = batch(local.tokenizer)
     server = ServerTeacher(url, "served", signal="hidden", repo=smol, server_dtype="float32")
@@ -121,7 +121,7 @@ def student_copy(student):
     return LocalTeacher(other, tokenizer=tokenizer_source, license="apache-2.0")
 
 
-def test_sampled_targets_come_from_a_server(url, smol, local, tmp_path):  # noqa: F811
+def test_sampled_targets_come_from_a_server(url, smol, local, tmp_path):
     """The draws of an in-process capture, but for those on an edge between two tokens."""
     rows, options = [{"text": PROSE}, {"text": PROSE[::-1]}], {"targets": Sampled(50), "progress": False}
     server = ServerTeacher(url, "served", signal="hidden", repo=smol, server_dtype="float32")
@@ -136,12 +136,12 @@ def test_sampled_targets_come_from_a_server(url, smol, local, tmp_path):  # noqa
     assert mine.tokens > 200
 
 
-def test_a_large_checkpoint_is_judged_by_its_head_alone(url, smol, monkeypatch):  # noqa: F811
+def test_a_large_checkpoint_is_judged_by_its_head_alone(url, smol, monkeypatch):
     monkeypatch.setattr(hidden_states, "_RUN_BELOW", 0)
     ServerTeacher(url, "served", signal="hidden", repo=smol, server_dtype="float32").check()
 
 
-def test_limits_and_another_dtype_are_said(url, smol, tmp_path):  # noqa: F811
+def test_limits_and_another_dtype_are_said(url, smol, tmp_path):
     teacher = ServerTeacher(url, "served", signal="hidden", repo=smol, server_dtype="float32")
     with pytest.raises(DataError, match=r"takes 600\. Set max_length=600, or .* --max-model-len 601"):
         teacher.states([[5] * 601])
@@ -149,7 +149,7 @@ def test_limits_and_another_dtype_are_said(url, smol, tmp_path):  # noqa: F811
         ServerTeacher(url, "served", signal="hidden", repo=smol, server_dtype="bfloat16").check()
 
 
-def test_bfloat16_is_measured(smol, local, student, tmp_path):  # noqa: F811
+def test_bfloat16_is_measured(smol, local, student, tmp_path):
     """A server in bfloat16 against the teacher in float32 and in bfloat16 here."""
     rows = batch(local.tokenizer)
     with VllmServer(smol, tmp_path / "log", *OPTIONS, "--max-model-len", "600", dtype="bfloat16") as server:

@@ -10,7 +10,7 @@ from kd_plugin.panel import Estimator, TeacherPanel, panel_loss, score_rows
 from kd_plugin.panel.scoring import scored_positions
 from kd_plugin.signals import OutputHead
 from tests.core.panel_help import assert_same_gradients
-from tests.vllm.test_vllm import PROSE, local, pytestmark, smol, url  # noqa: F401 - fixtures and marks
+from tests.vllm.test_vllm import PROSE, pytestmark  # noqa: F401 - marks
 
 START = 8
 
@@ -41,7 +41,7 @@ def corrected(teacher, student, estimator, divergence):
     ("estimator", "divergence"),
     [("sampled", "reverse_kl"), ("topk_tail", "reverse_kl"), ("topk_tail", "forward_kl"), ("topk_tail", "jsd")],
 )
-def test_a_server_equals_the_local_teacher(estimator, divergence, smol, local, url):  # noqa: F811
+def test_a_server_equals_the_local_teacher(estimator, divergence, smol, local, url):
     student = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32)
     torch.manual_seed(0)
     with torch.no_grad():

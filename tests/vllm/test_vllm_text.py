@@ -20,11 +20,11 @@ from kd_plugin.text.teaching import Case
 from tests.core.injections import CLEAN, STEERING
 from tests.hosts.runs import settings
 from tests.tiny import save_tiny
-from tests.vllm.test_vllm import pytestmark, smol, url  # noqa: F401 - fixtures and marks
+from tests.vllm.test_vllm import pytestmark  # noqa: F401 - marks
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, smol, url):  # noqa: F811
+def run(tmp_path_factory, smol, url):
     """A student, its prompts, and the block of a panel of one text teacher."""
     directory = tmp_path_factory.mktemp("text")
     student = str(save_tiny(directory / "student"))
@@ -81,7 +81,7 @@ def test_lightning_from_yaml(run):
 HARMLESS = [f"That is what I found after {n} tries." for n in range(2, 32)]
 
 
-def test_injections_move_the_judge_no_more_than_harmless_words(url, smol):  # noqa: F811
+def test_injections_move_the_judge_no_more_than_harmless_words(url, smol):
     """The score of a wrong response with an attack in it, against that with as many sentences that say nothing."""
     judge = TextServerTeacher(url, "served", repo=smol, guided=True, max_tokens=96, name="judge")
     task, threshold = "What is 17 + 25?", CorrectionSettings().threshold

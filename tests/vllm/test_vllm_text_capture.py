@@ -13,13 +13,13 @@ from kd_plugin.lightning.cli import main as fit
 from kd_plugin.lineage import load_record
 from kd_plugin.text import Ask, LocalWriter, ServerWriter, in_order, load_text
 from tests.tiny import save_tiny
-from tests.vllm.test_vllm import pytestmark, smol, url  # noqa: F401 - fixtures and marks
+from tests.vllm.test_vllm import pytestmark  # noqa: F401 - marks
 
 PROMPTS = [{"prompt": f"What is {i} + {i}? Answer with a number.", "answer": str(2 * i)} for i in range(1, 9)]
 
 
 @pytest.fixture(scope="module")
-def text(smol, url, tmp_path_factory):  # noqa: F811
+def text(smol, url, tmp_path_factory):
     """What SmolLM2 wrote, by the command, from YAML."""
     place = tmp_path_factory.mktemp("text")
     (place / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)) + "\n")
@@ -43,7 +43,7 @@ def test_what_came_is_counted_as_the_server_counts(text):
 
 
 @pytest.mark.parametrize("api", ["chat", "completions"])
-def test_the_likeliest_text_is_that_of_the_model_in_this_process(smol, url, api):  # noqa: F811
+def test_the_likeliest_text_is_that_of_the_model_in_this_process(smol, url, api):
     """By chat both render the same template; by completions the server is given what it rendered."""
     how = Generation(max_new_tokens=24, temperature=0.0)
     local = LocalWriter(smol, license="apache-2.0", dtype="float32")

@@ -19,7 +19,7 @@ from tests.hosts.runs import losses, settings
 from tests.lightning.help import Plain, trainer
 from tests.tokenizers import byte_level
 from tests.vllm.server import VllmServer
-from tests.vllm.test_vllm import pytestmark, smol  # noqa: F401 - a fixture and marks
+from tests.vllm.test_vllm import pytestmark  # noqa: F401 - marks
 
 ROWS = [
     {"prompt": [{"role": "user", "content": f"{text}?"}]} for text in ("one plus two", "the sea", "a red bird", "why")
@@ -27,7 +27,7 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def places(smol, tmp_path_factory):  # noqa: F811
+def places(smol, tmp_path_factory):
     """SmolLM2 with two of its layers as student and with four as teacher; and a model of 500 tokens of its own."""
     place, tokenizer = tmp_path_factory.mktemp("views"), AutoTokenizer.from_pretrained(smol)
     for name, layers in (("student", 2), ("same", 4)):

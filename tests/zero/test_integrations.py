@@ -161,7 +161,7 @@ def test_slurm_panel_with_engines(run, untied_student_dir, teacher_dir, other_te
         "other": {"kind": "server", "url": "http://LISTED:8000", "repo": other_teacher_dir, "estimator": "topk_tail"},
     }
     ports = {f"{name}_PORT": str(free_port()) for name in ("ENGINE", "HIDDEN", "LISTED")}
-    models = {"STUDENT_MODEL": untied_student_dir, "HIDDEN_MODEL": teacher_dir, "LISTED_MODEL": other_teacher_dir}
+    models = {"ENGINE_MODEL": untied_student_dir, "HIDDEN_MODEL": teacher_dir, "LISTED_MODEL": other_teacher_dir}
     run(
         ["bash", str(FILES / "slurm" / "panel_with_engines.sbatch"), "train.yaml"],
         {**slurm(5), **ports, **models},

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from kd_plugin.rollouts.weights import layer_by_layer
 from tests.fake_vllm import Behaviour, fake_vllm
-from tests.tiny import tiny_llama
+from tests.tiny import save_tiny, tiny_llama
 from tests.zero.ranks import run_all
 
 GREEDY = {"top_k": 1, "gradient_checkpointing": False}
@@ -17,28 +17,35 @@ UNEVEN = {"given": True, "arguments": {**GREEDY, "on_policy_fraction": 0.3}}
 
 
 def job(student, teacher, out, stage, *, engine=None, lora=False, arguments=GREEDY, **more):
+    """A ZeRO stage, ``fsdp`` for FSDP2, or None for DDP."""
     told = {"method": "panel", "stage": stage, "rows": 2, "lora": lora, "teachers": {"t": teacher}, "steps": 3, **more}
+    if stage == "fsdp":
+        told |= {"stage": None, "fsdp": {"reshard_after_forward": True}}
     chosen = {} if engine is None else {"rollout_engine": engine}
     return told | {"student": student, "output_dir": str(out), "arguments": {**arguments, **chosen}}
 
 
 def run_apart(jobs, directory):
-    """Run the jobs with DeepSpeed in one start, and those without in another."""
-    parts = ({name: job for name, job in jobs.items() if (job["stage"] is None) == plain} for plain in (True, False))
-    found = [run_all(some, directory / str(number), timeout=900) for number, some in enumerate(parts)]
-    return found[0] | found[1]
+    """Run the jobs with DeepSpeed in one start, those with FSDP2 in another, and those with neither in a third."""
+    kinds: dict = {}
+    for name, one in jobs.items():
+        kinds.setdefault("fsdp" if one.get("fsdp") else "ddp" if one["stage"] is None else "zero", {})[name] = one
+    found: dict = {}
+    for kind, some in kinds.items():
+        found |= run_all(some, directory / kind, timeout=900)
+    return found
 
 
 @pytest.mark.zero
 def test_adapters_and_whole_weights_reach_a_server_from_shards(untied_student_dir, teacher_dir, tokenizer, tmp_path):
-    """Under DDP, ZeRO-2 and ZeRO-3; even and uneven batches: the losses of generation in process."""
+    """Under DDP, ZeRO-2, ZeRO-3 and FSDP2; even and uneven batches: the losses of generation in process."""
     with contextlib.ExitStack() as stack:
         jobs, own, behaviours = {}, {}, {}
         for sync in ("adapter", "reload"):  # which changes the base
             model = AutoModelForCausalLM.from_pretrained(untied_student_dir, dtype=torch.float32).eval()
             url, behaviours[sync] = stack.enter_context(fake_vllm(model, tokenizer, Behaviour()))
             engine = {"kind": "vllm", "url": url, "sync": sync, "chunk": 5}
-            for stage in (None, 2, 3):
+            for stage in (None, 2, 3, "fsdp"):
                 for name, more in (("even", {}), ("uneven", UNEVEN)):
                     if name == "uneven" and stage == 2:
                         continue
@@ -55,7 +62,35 @@ def test_adapters_and_whole_weights_reach_a_server_from_shards(untied_student_di
         assert reports[0]["steps"] == 3
     for sync, path in (("adapter", "/v1/load_lora_adapter"), ("reload", "/collective_rpc")):
         loads = [one for one, _, _ in behaviours[sync].requests if one == path]
-        assert len(loads) == 3 * 5, "one rank, once a step"
+        assert len(loads) == 3 * 7, "one rank, once a step"
+
+
+@pytest.mark.zero
+def test_a_sync_holds_a_layer_and_not_the_student(tokenizer, teacher_dir, tmp_path):
+    """Resident memory of two ranks under ZeRO-3, and under FSDP2, above that before the sync."""
+    student = save_tiny(tmp_path / "wide", hidden=512, layers=24, tied=False, scale=1.0)
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).eval()
+    layer = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
+    whole = sum(p.numel() * 4 for p in model.parameters())
+    # As a plan writes them: at most two layers whole in a forward pass
+    zero = {"stage3_prefetch_bucket_size": layer // 8, "stage3_max_live_parameters": layer // 2}
+    with fake_vllm(model, tokenizer, Behaviour()) as (url, _):
+        engine = {"kind": "vllm", "url": url, "sync": "reload"}
+        told = {"engine": engine, "watch_syncs": True, "steps": 3, "completion": 2}
+        jobs = {
+            "ZeRO-3": job(student, teacher_dir, tmp_path / "zero", 3, zero=zero, **told),
+            "FSDP2": job(student, teacher_dir, tmp_path / "fsdp", "fsdp", **told),
+        }
+        found = run_apart(jobs, tmp_path)
+    for name, ranks in found.items():
+        syncs = [sync for rank in ranks for sync in rank["syncs"]]
+        assert len(syncs) == 2 * 3
+        most = {part: max(sync[part] for sync in syncs) for part in ("write", "sync")}
+        print(
+            f"{name}: gathering and writing takes up to {most['write'] / 1e6:.0f} MB more on a rank, all of the sync "
+            f"{most['sync'] / 1e6:.0f} MB; a layer has {layer / 1e6:.1f} MB, the student {whole / 1e6:.0f} MB"
+        )
+        assert most["write"] < 0.25 * whole and most["sync"] < 0.5 * whole, name
 
 
 def test_no_more_than_a_layer_is_gathered_at_a_time():

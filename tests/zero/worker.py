@@ -9,7 +9,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +208,10 @@ def noting_gatherings() -> Iterator[list[list[int]]]:
 
 
 def train(job: dict, rank: int, counting) -> dict:
-    with noting_gatherings() as gatherings:
-        return {**run_job(job, rank, counting), "gatherings": gatherings}
+    from tests.zero.sync_memory import watching_syncs
+
+    with noting_gatherings() as gatherings, watching_syncs() if job.get("watch_syncs") else nullcontext() as syncs:
+        return {**run_job(job, rank, counting), "gatherings": gatherings, "syncs": syncs}
 
 
 def run_job(job: dict, rank: int, counting) -> dict:

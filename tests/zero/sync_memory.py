@@ -1,0 +1,69 @@
+"""How much memory a rank takes up while the student's weights are brought to the servers."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kd_plugin.rollouts.server_engine import ServerEngine
+from kd_plugin.rollouts.weights import AllWeights
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def resident() -> int:
+    """Return the resident bytes of this process."""
+    with open("/proc/self/statm") as told:
+        return int(told.read().split()[1]) * _PAGE
+
+
+class _Peak:
+    """The most bytes that were resident inside the block, above those at its beginning."""
+
+    def __enter__(self) -> _Peak:
+        gc.collect()
+        self.before = self.most = resident()
+        self._over = threading.Event()
+        self._watch = threading.Thread(target=self._look, daemon=True)
+        self._watch.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._watch.join()
+        self.bytes = self.most - self.before
+
+    def _look(self) -> None:
+        while not self._over.is_set():
+            self.most = max(self.most, resident())
+            time.sleep(0.001)
+
+
+@contextmanager
+def watching_syncs() -> Iterator[list[dict[str, int]]]:
+    """Yield a list with an entry for each sync: bytes above those before, of all of it and of gathering and writing."""
+    found: list[dict[str, int]] = []
+    sync, write = ServerEngine.sync, AllWeights.write
+
+    def watched(self):
+        if self._is_given_up or self.host.step == self.pool.version:
+            return
+        found.append({})
+        with _Peak() as peak:
+            sync(self)
+        found[-1]["sync"] = peak.bytes
+
+    def written(self, directory, *, here):
+        with _Peak() as peak:
+            write(self, directory, here=here)
+        found[-1]["write"] = peak.bytes
+
+    ServerEngine.sync, AllWeights.write = watched, written
+    try:
+        yield found
+    finally:
+        ServerEngine.sync, AllWeights.write = sync, write
