@@ -91,7 +91,7 @@ def _server(server: Server, parts: Parts) -> dict[str, Any]:
     environment = {"MODEL": server.model or f"/shared/models/{server.name}"}
     if server.says == "rollouts":
         environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    container = {
+    container: dict[str, Any] = {
         "name": "vllm",
         "image": "vllm/vllm-openai:v0.32.0",
         "command": ["bash", "-c"],

@@ -379,7 +379,8 @@ class TeacherPanelCorrection(StudentCallback):
         """Have the responses of coming windows generated, where the batch brings their rows."""
         if self.windows_ahead and "fetched" in batch[WINDOW]:
             with trainer.precision_plugin.forward_context():
-                begin_fetched(self._server_engine, self._panel_step, batch, self.seed)
+                assert self._server_engine is not None
+                begin_fetched(self._server_engine, self._panel_step, batch, self.seed, trainer.max_steps)
 
     def _next(self, batch: Any) -> Prepared:
         return self._ahead.pop(place_of(batch))

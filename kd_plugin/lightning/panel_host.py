@@ -213,7 +213,7 @@ def place_of(batch: Any) -> tuple[int, int] | None:
     return None if told is None else (told["number"], told["place"])
 
 
-def begin_fetched(engine: ServerEngine, step: PanelStep, batch: Any, seed: int) -> None:
+def begin_fetched(engine: ServerEngine, step: PanelStep, batch: Any, seed: int, max_steps: int) -> None:
     """Have the responses to windows generated that were fetched with this batch; a collective call.
 
     Args:
@@ -221,9 +221,9 @@ def begin_fetched(engine: ServerEngine, step: PanelStep, batch: Any, seed: int) 
         step: of the panel.
         batch: the first of its window.
         seed: of the run.
+        max_steps: of the run; -1 for no limit.
     """
-    most = engine.host.trainer.max_steps
-    steps = range(step.settings.warmup_cache_steps, sys.maxsize if most < 0 else most)
+    steps = range(step.settings.warmup_cache_steps, sys.maxsize if max_steps < 0 else max_steps)
     begin_windows(
         engine,
         batch[WINDOW]["fetched"],

@@ -218,6 +218,7 @@ class ServerEngine:
             _from_first_rank(None, host)
             try:
                 if self.settings.sync == "nccl":
+                    assert isinstance(self._weights, AllWeights)  # `weights_of` refuses an adapter
                     send_from_first(self._transfer, self._weights.described(), self._weights.on_device())
                 if host.rank == 0 or self.pool.on_each_rank:
                     apart = self._load(directory, version, mine)

@@ -24,7 +24,9 @@ def short_pauses(monkeypatch):
     monkeypatch.setattr(client, "_FIRST_PAUSE", 0.01)
 
 
-def fit(directory, student, teacher_dir, engine, lora=False, steps=3, lr=1e-2, data=None, resume=None, **options):
+def fit(
+    directory, student, teacher_dir, engine, lora=False, steps=3, lr=1e-2, data=None, resume=None, top_k=1, **options
+):
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     module = Plain(get_peft_model(model, LORA) if lora else model, lr=lr)
@@ -32,7 +34,7 @@ def fit(directory, student, teacher_dir, engine, lora=False, steps=3, lr=1e-2, d
         {"t": LocalTeacher(teacher_dir, dtype="float32")},
         tokenizer=LocalTeacher(student).tokenizer,
         rollout_engine=engine,
-        top_k=1,
+        top_k=top_k,
         max_completion_length=8,
         divergence="reverse_kl",
     )
@@ -131,7 +133,7 @@ def test_a_ready_module_generates_ahead_too(served, data, ages, untied_student_d
 
 def test_ahead_each_row_has_the_draws_of_its_own_step(served, data, ages, untied_student_dir, teacher_dir, tmp_path):
     """With a learning rate of 0 all weights are the same, so a run that is ahead has the synchronous run's losses."""
-    common = {"steps": 6, "lr": 0.0, "accumulate_grad_batches": 2, "top_k": 0, "temperature": 1.0}
+    common = {"steps": 6, "lr": 0.0, "accumulate_grad_batches": 2, "top_k": 0}
     engine = {"url": served[0], "sync": "reload", "chunk": 3}
     found = [
         fit(tmp_path / str(n), untied_student_dir, teacher_dir, engine | {"max_staleness": n}, data=data(), **common)
