@@ -280,7 +280,7 @@ def _in_process(student: Any, host: Any, *told: Any) -> InProcessVllm:
     adapts = getattr(student, "peft_config", {})
     return InProcessVllm(
         *told,
-        student=str(base.config._name_or_path),
+        student=str(base.name_or_path),
         dtype=base.dtype,
         lora_rank=max((config.r for config in adapts.values()), default=0),
         ranks=host.ranks,
