@@ -44,8 +44,8 @@ from kd_plugin.lineage.record import (
     sealed,
 )
 from kd_plugin.lineage.registry import Registry
-from kd_plugin.lineage.sources import Source, Terms
-from kd_plugin.lineage.verdict import NO_ADVICE, Finding, Override, Student, Verdict, in_force, refuse
+from kd_plugin.lineage.sources import Source, Terms, captured_views
+from kd_plugin.lineage.verdict import NO_ADVICE, Finding, Override, Verdict, in_force, refuse
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class RunLineage:
         self.resumed: Mapping[str, Any] | None = None
         self._resumed_name, self.changes = "", list[str]()
         # What teachers read and were asked by: views, those of captures among them, and templates
-        self.noted: dict[str, Mapping[str, Any]] = {"views": _captured_views(self.outputs)}
+        self.noted: dict[str, Mapping[str, Any]] = {"views": captured_views(self.outputs)}
         self.run_id: str = self.config.run.get("id") or uuid.uuid4().hex
         self.started: str = self.config.run.get("date") or datetime.now(UTC).date().isoformat()
         self._proofs = Proofs(may_wait=True)
@@ -279,9 +279,9 @@ class RunLineage:
         """Build the record of a checkpoint, before its files are placed."""
         graph = self._recorded_graph
         named = {i for node in graph.nodes.values() for i in (*node.licenses, *node.services)}
-        terms = {i: self.registry.terms[i] for i in sorted(named | set(self._student.declared_license))}
+        student = shipped_student(self.config, self.registry)
+        terms = {i: self.registry.terms[i] for i in sorted(named | set(student.declared_license))}
         verdict = self._evaluated(graph, self.config.use, self._overrides)
-        student = self._student
         record: dict[str, Any] = {
             "schema": SCHEMA,
             "disclaimer": NO_ADVICE,
@@ -333,10 +333,6 @@ class RunLineage:
         return self._graph_of(hashed)
 
     @property
-    def _student(self) -> Student:
-        return shipped_student(self.config, self.registry)
-
-    @property
     def _overrides(self) -> tuple[Override, ...]:
         """The user's exceptions and those that ancestors were made under."""
         inherited = [one for _, found in self._roots for one in found.overrides]
@@ -349,7 +345,8 @@ class RunLineage:
         return in_force(self._overrides, datetime.now(UTC).date().isoformat())
 
     def _evaluated(self, graph: Graph, facts: Mapping[str, bool], overrides: tuple[Override, ...]) -> Verdict:
-        verdict = evaluate(graph, self.registry.terms, facts, self._student, overrides, self.started)
+        student = shipped_student(self.config, self.registry)
+        verdict = evaluate(graph, self.registry.terms, facts, student, overrides, self.started)
         return shipping.settle(verdict, graph, self.registry.terms)
 
     def _discover(self) -> list[tuple[Edge, Found]]:
@@ -401,10 +398,3 @@ class RunLineage:
             **({"changes": list(self.changes)} if self.changes else {}),
             **{name: dict(entries) for name, entries in self.noted.items() if entries},
         }
-
-
-def _captured_views(outputs: Sequence[Source]) -> dict[str, Any]:
-    """Return how the teachers of caches read the rows, by the name of the cache, where they had a view."""
-    records = {one.name: (one.record or {}).get("outputs") for one in outputs}
-    views = {name: said.get("view") for name, said in records.items() if isinstance(said, Mapping)}
-    return {name: dict(view) for name, view in views.items() if isinstance(view, Mapping)}

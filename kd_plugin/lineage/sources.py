@@ -14,7 +14,7 @@ its writer's, until the user declares the checkpoint or the cache as ``own`` too
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -264,3 +264,10 @@ def _values(data: Mapping[str, Any], lists: tuple[str, ...], where: str) -> dict
             raise ConfigError(f"{where}: {key} must be {expected}, got {value!r}.")
         values[key] = tuple(value) if many else value
     return values
+
+
+def captured_views(outputs: Sequence[Source]) -> dict[str, Any]:
+    """Return how the teachers of caches read the rows, by the name of the cache, where they had a view."""
+    records = {one.name: (one.record or {}).get("outputs") for one in outputs}
+    views = {name: said.get("view") for name, said in records.items() if isinstance(said, Mapping)}
+    return {name: dict(view) for name, view in views.items() if isinstance(view, Mapping)}
