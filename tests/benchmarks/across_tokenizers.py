@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from kd_plugin.divergence import Divergence
+from kd_plugin.errors import DataError
 from kd_plugin.panel import Estimator, TeacherPanel, panel_loss, score_rows
 from kd_plugin.panel.roster import OwnTerms
 from kd_plugin.panel.scoring import RowScores, scored_positions
@@ -206,7 +207,11 @@ def main() -> None:
                 continue
             step = step_of(own, start, teachers, teacher, estimator)
             found = {"student": options.student, "teacher": teacher, "estimator": estimator, "seed": seed}
-            found |= run(step, asked, options.updates, seed)
+            try:
+                found |= run(step, asked, options.updates, seed)
+            except DataError as error:  # the student left what can be compared
+                print(json.dumps(found | {"stopped": str(error)}), flush=True)
+                continue
             print(json.dumps(found), flush=True)
             if options.work:
                 (options.work / name).write_text(json.dumps(found) + "\n")

@@ -81,7 +81,7 @@ def in_trl(models, where, panel, **fields):
     return host
 
 
-@pytest.mark.parametrize("estimator", ["topk_tail", "chunk_likelihood"])
+@pytest.mark.parametrize("estimator", ["topk_tail", "byte_marginals"])
 def test_the_three_hosts_take_the_same_steps(models, tmp_path, estimator):
     panel = block(models, estimator)
     trl = in_trl(models, tmp_path / "trl", panel, generation_kwargs=GREEDY)
