@@ -235,8 +235,9 @@ def check_pair(student, teacher, text, seed):
     check_groups(steps.teacher, len(teacher), seed + 1)
     assert steps.student.rows.tolist() == sorted(steps.student.rows.tolist())
     compared = len(set(steps.owner.tolist()))
-    # Nearly every token is compared somewhere, but where a tokenizer writes accents and letters as other bytes (NFC)
-    assert compared >= (0.3 if text == TEXTS["combining"] else 0.9) * len(ids), (text, compared, len(ids))
+    # Nearly every token is compared somewhere, but special ones, and letters that a tokenizer writes as others (NFC)
+    share = 0.3 if text in (TEXTS["combining"], TEXTS["marks"]) else 0.9
+    assert compared >= share * len(ids), (text, compared, len(ids))
 
 
 @pytest.mark.parametrize("teacher", SMALL)
