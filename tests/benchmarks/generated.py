@@ -22,6 +22,7 @@ from torch._dynamo import mark_dynamic
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import config as inductor
 from torch._inductor import scheduler
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -73,7 +74,17 @@ def _card() -> Iterator[None]:
 
 def code_of(function: Callable[..., Any], *tensors: Tensor | None, **static: Any) -> str:
     """Return what Inductor generates for an H100 from ``function`` over fake tensors on "cuda"."""
+    return code_and_inputs(function, *tensors, **static)[0]
+
+
+def code_and_inputs(function: Callable[..., Any], *tensors: Tensor | None, **static: Any) -> tuple[str, list[str]]:
+    """Return the same, and the names of the inputs of the code in their order, as Dynamo spells them."""
     found: list[str] = []
+    names: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        names.extend(node.name for node in graph.graph.nodes if node.op == "placeholder")
+        return compile_fx(graph, inputs)
 
     def stop(self: GraphLowering, *args: Any, **kwargs: Any) -> Any:
         wrapper, _ = self.codegen()
@@ -90,11 +101,11 @@ def code_of(function: Callable[..., Any], *tensors: Tensor | None, **static: Any
     with _card(), mock.patch.object(GraphLowering, "compile_to_module", stop), torch.no_grad(), settings:
         torch._dynamo.reset()
         try:
-            torch.compile(own, fullgraph=True)(*tensors, **static)
+            torch.compile(own, fullgraph=True, backend=backend)(*tensors, **static)
         except Exception:
             if not found:
                 raise
-    return found[0]
+    return found[0], names
 
 
 @contextmanager
