@@ -37,15 +37,18 @@ def run_apart(jobs, directory):
 
 
 @pytest.mark.zero
-def test_adapters_and_whole_weights_reach_a_server_from_shards(untied_student_dir, teacher_dir, tokenizer, tmp_path):
-    """Under DDP, ZeRO-2, ZeRO-3 and FSDP2; even and uneven batches: the losses of generation in process."""
+@pytest.mark.parametrize("stages", [(None, 2, 3), ("fsdp",)], ids=["DDP and ZeRO", "FSDP2"])
+def test_adapters_and_whole_weights_reach_a_server_from_shards(
+    stages, untied_student_dir, teacher_dir, tokenizer, tmp_path
+):
+    """Even and uneven batches: the losses of generation in process."""
     with contextlib.ExitStack() as stack:
         jobs, own, behaviours = {}, {}, {}
         for sync in ("adapter", "reload"):  # which changes the base
             model = AutoModelForCausalLM.from_pretrained(untied_student_dir, dtype=torch.float32).eval()
             url, behaviours[sync] = stack.enter_context(fake_vllm(model, tokenizer, Behaviour()))
             engine = {"kind": "vllm", "url": url, "sync": sync, "chunk": 5}
-            for stage in (None, 2, 3, "fsdp"):
+            for stage in stages:
                 for name, more in (("even", {}), ("uneven", UNEVEN)):
                     if name == "uneven" and stage == 2:
                         continue
@@ -62,7 +65,7 @@ def test_adapters_and_whole_weights_reach_a_server_from_shards(untied_student_di
         assert reports[0]["steps"] == 3
     for sync, path in (("adapter", "/v1/load_lora_adapter"), ("reload", "/collective_rpc")):
         loads = [one for one, _, _ in behaviours[sync].requests if one == path]
-        assert len(loads) == 3 * 7, "one rank, once a step"
+        assert len(loads) == 3 * len(jobs) // 2, "one rank, once a step"
 
 
 @pytest.mark.zero
