@@ -193,7 +193,10 @@ def steps_of(tokenizer, own, text, ended=True):
 
 
 def check_groups(covers, size, seed):
-    """Hold that groups of a row add up: each is the range of the next byte, down to the token itself."""
+    """Hold that groups of a row add up: each is the range of the next byte, down to the token itself.
+
+    To 1e-3 nats: up to 60,000 float32 are added one by one.
+    """
     draw = torch.Generator().manual_seed(seed)
     hidden, weight = (torch.randn(n, 8, generator=draw) for n in (len(covers.tokens), size))
     logits = hidden @ weight.T
@@ -203,14 +206,14 @@ def check_groups(covers, size, seed):
     )  # fmt: skip
     first, after = masses.first.log() + masses.top[:, None], masses.after.log() + masses.after_top[:, None]
     spoken = [i for i, text in enumerate(covers.table.texts) if text is not None or i == covers.table.end]
-    torch.testing.assert_close(first.logsumexp(1), logits[:, spoken].logsumexp(1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(first.logsumexp(1), logits[:, spoken].logsumexp(1), rtol=0, atol=1e-3)
     place = {
         key: e for e, key in enumerate(zip(covers.ranges.rows.tolist(), covers.ranges.depth.tolist(), strict=True))
     }
     for row in torch.nonzero(covers.known)[:, 0].tolist():
         token = int(covers.tokens[row])
         if token == covers.table.end:
-            torch.testing.assert_close(first[row, END], logits[row, token], rtol=0, atol=1e-4)
+            torch.testing.assert_close(first[row, END], logits[row, token], rtol=0, atol=1e-3)
             continue
         text = covers.table.texts[token]
         group = first[row, text[0]]
@@ -218,9 +221,9 @@ def check_groups(covers, size, seed):
             if (row, depth) not in place:
                 break
             here = after[place[row, depth]]
-            torch.testing.assert_close(group, here.logsumexp(0), rtol=0, atol=1e-4)
+            torch.testing.assert_close(group, here.logsumexp(0), rtol=0, atol=1e-3)
             if depth == len(text):
-                assert here[END] >= logits[row, token] - 1e-4
+                assert here[END] >= logits[row, token] - 1e-3
             else:
                 group = here[text[depth]]
 
