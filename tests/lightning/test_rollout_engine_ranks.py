@@ -22,7 +22,10 @@ def start(name, directory, jobs, ranks):
 
 
 @pytest.mark.zero
-def test_adapters_whole_weights_and_staleness_reach_a_server(untied_student_dir, teacher_dir, tokenizer, tmp_path):
+@pytest.mark.parametrize("name", ["ddp", "zero3", "fsdp2"])
+def test_adapters_whole_weights_and_staleness_reach_a_server(
+    name, untied_student_dir, teacher_dir, tokenizer, tmp_path
+):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     model = {"model": untied_student_dir, "teacher_models": {"t": teacher_dir}, "top_k": 1, "max_completion_length": 4}
     common = {"data": {"prompts": str(tmp_path / "prompts.jsonl")}, "saved": False}
@@ -30,25 +33,24 @@ def test_adapters_whole_weights_and_staleness_reach_a_server(untied_student_dir,
     alone = start(
         "single", tmp_path / "single", {sync: common | {"model": model, "own": own} for sync, own in kinds.items()}, 1
     )
-    for name in ("ddp", "zero3", "fsdp2"):
-        with contextlib.ExitStack() as stack:
-            jobs, loads = {}, {}
-            for sync, own in kinds.items():
-                if (name, sync) == ("zero3", "adapter"):
-                    continue  # tests/zero has it
-                served = AutoModelForCausalLM.from_pretrained(untied_student_dir, dtype=torch.float32).eval()
-                url, loads[sync] = stack.enter_context(fake_vllm(served, tokenizer, Behaviour()))
-                engine = {"url": url, "sync": sync, "chunk": 3, "directory": str(tmp_path / f"{name}-{sync}")}
-                jobs[sync] = common | {"model": model | {"rollout_engine": engine}, "own": own}
+    with contextlib.ExitStack() as stack:
+        jobs, loads = {}, {}
+        for sync, own in kinds.items():
+            if (name, sync) == ("zero3", "adapter"):
+                continue  # tests/zero has it
             served = AutoModelForCausalLM.from_pretrained(untied_student_dir, dtype=torch.float32).eval()
-            url, loads["ahead"] = stack.enter_context(fake_vllm(served, tokenizer, Behaviour()))
-            engine = {"url": url, "sync": "reload", "max_staleness": 2, "directory": str(tmp_path / f"{name}-ahead")}
-            jobs["ahead"] = common | {"model": model | {"rollout_engine": engine}, "own": "plain"}
-            found = start(name, tmp_path / name, jobs, 2)
-        for sync, losses in found.items():
-            path = "/v1/load_lora_adapter" if sync == "adapter" else "/collective_rpc"
-            assert [one for one, _, _ in loads[sync].requests].count(path) == 4, "one rank, once a step"
-            if sync == "ahead":
-                assert len(losses) == 4 and losses[0] == pytest.approx(alone["reload"][0], rel=1e-3)
-            else:
-                assert losses == pytest.approx(alone[sync], rel=1e-3), (name, sync)
+            url, loads[sync] = stack.enter_context(fake_vllm(served, tokenizer, Behaviour()))
+            engine = {"url": url, "sync": sync, "chunk": 3, "directory": str(tmp_path / f"{name}-{sync}")}
+            jobs[sync] = common | {"model": model | {"rollout_engine": engine}, "own": own}
+        served = AutoModelForCausalLM.from_pretrained(untied_student_dir, dtype=torch.float32).eval()
+        url, loads["ahead"] = stack.enter_context(fake_vllm(served, tokenizer, Behaviour()))
+        engine = {"url": url, "sync": "reload", "max_staleness": 2, "directory": str(tmp_path / f"{name}-ahead")}
+        jobs["ahead"] = common | {"model": model | {"rollout_engine": engine}, "own": "plain"}
+        found = start(name, tmp_path / name, jobs, 2)
+    for sync, losses in found.items():
+        path = "/v1/load_lora_adapter" if sync == "adapter" else "/collective_rpc"
+        assert [one for one, _, _ in loads[sync].requests].count(path) == 4, "one rank, once a step"
+        if sync == "ahead":
+            assert len(losses) == 4 and losses[0] == pytest.approx(alone["reload"][0], rel=1e-3)
+        else:
+            assert losses == pytest.approx(alone[sync], rel=1e-3), (name, sync)
