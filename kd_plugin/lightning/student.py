@@ -166,7 +166,8 @@ def engine_of(
 def inside_units(module: LightningModule, student: Any) -> Callable[..., Any]:
     """Return what runs a function inside the FSDP2 units of a student and around it, which gather for it."""
     base = student.get_base_model() if hasattr(student, "get_base_model") else student
-    run: Callable[..., Any] = through(base, base) if isinstance(base, FSDPModule) else called
+    is_unit = isinstance(base, FSDPModule)
+    run: Callable[..., Any] = through(base, base) if is_unit else called
     for unit in _units_around(module, student):
         run = functools.partial(through(unit, unit), run)
     return run
