@@ -22,7 +22,7 @@ FORMAT_VERSION = 3
 _MAX_UNITS = 10_000_000  # ten billion rows at the usual size; missing ones are listed one by one
 NOTHING_TO_SCORE = "nothing to score"
 # Left out where not used
-_LATER = ("generation", "filter", "assistant_only", "rendered_with", "rendered_at", "for_student", "view")
+_LATER = ("generation", "filter", "assistant_only", "rendered_with", "rendered_at", "for_student", "view", "written_by")
 POSITION_CONVENTION = "the target at position t is the distribution over token t+1"
 
 
@@ -52,6 +52,8 @@ class Settings:
         rendered_at: the time that the chat template printed, ISO 8601; None where it prints none.
         for_student: whether rows were rendered and tokenized by a student's tokenizer, which ``tokenizer``,
             ``chat_template`` and ``vocab_size`` then speak of, and not by the teacher's.
+        written_by: digest of a sample of the weights of the student that wrote the completions; None where the teacher
+            did, or they were given.
         view: how the teacher read them, as :attr:`~kd_plugin.views.view.View.identity` says; None for as they are.
     """
 
@@ -76,6 +78,7 @@ class Settings:
     rendered_at: str | None = None
     for_student: bool = False
     view: Mapping[str, Any] | None = None
+    written_by: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; settings that came later are left out where they are not used."""
@@ -99,7 +102,7 @@ class Settings:
     def scored(self) -> str:
         """Which tokens have a target, in words."""
         if self.generation is not None:
-            tokens = "what the teacher wrote"
+            tokens = "what the teacher wrote" if self.written_by is None else "what the student wrote"
         elif self.assistant_only:
             tokens = "the assistant's turns" + ("" if self.completion_only is False else ", in completions if any")
         elif self.completion_only is False:

@@ -34,6 +34,7 @@ from kd_plugin.lineage.sources import Source
 from kd_plugin.models import as_tokenizer
 from kd_plugin.settings import built, option, settings, takes
 from kd_plugin.teachers.base import reach, tokenizer_of
+from kd_plugin.teachers.local import LocalTeacher
 from kd_plugin.verifying import make_verifier, reference
 from kd_plugin.views.render import Reader
 from kd_plugin.views.view import OWN, View
@@ -96,6 +97,7 @@ class PreparedCapture:
         settings: of the cache, without the weights' digest and dtype.
         gate: what checks the terms of the teacher and of the rows.
         vocabulary: what the stored token ids mean.
+        writer: the student that generates; None where the teacher does, or nobody.
     """
 
     teacher: Any
@@ -103,6 +105,7 @@ class PreparedCapture:
     settings: Settings
     gate: CaptureGate
     vocabulary: Vocabulary
+    writer: LocalTeacher | None = None
 
     @property
     def lineage(self) -> Mapping[str, Any]:
@@ -150,6 +153,11 @@ class CaptureSettings(ScoringSettings):
     targets: Targets = option(default=TopK(64), help="What is kept of the distribution.")
     generate: Generation | None = option(
         default=None, help="Let the teacher generate the completions, so; None scores those that the rows hold."
+    )
+    by: Any = option(
+        default=None,
+        help="Who generates the completions in the place of the teacher, which scores them: a student, by its "
+        "directory or hub id, or a LocalTeacher of it. It reads and writes by its own tokenizer.",
     )
     chat_template: str | Callable[[Any], str | None] | None = option(
         default=None,
@@ -220,9 +228,11 @@ def capture(  # noqa: D417
     # What can be compared without the weights is compared before they are loaded.
     if (directory / "manifest.json").exists():
         unknown = read_manifest(directory).settings.rendered_at is None
-        require_same(directory, held, part, ("weights", "dtype", *(() if unknown else ignored)), append=append)
-    engine = open_engine(prepared.teacher, held, asked.batch_tokens)
-    held = replace(held, weights=engine.weights, dtype=engine.dtype)
+        require_same(
+            directory, held, part, ("weights", "dtype", "written_by", *(() if unknown else ignored)), append=append
+        )
+    engine = open_engine(prepared.teacher, held, asked.batch_tokens, prepared.writer)
+    held = replace(held, weights=engine.weights, dtype=engine.dtype, written_by=engine.written_by)
     store = Store.create_or_join(directory, held, [part], prepared.lineage, engine.describe(), append, ignored)
     engine.require_same(store.manifest.engine)
     keep_tokens(directory, prepared.vocabulary)
@@ -234,11 +244,13 @@ def capture(  # noqa: D417
 def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any = None) -> PreparedCapture:
     """Check what can be checked before the teacher's weights are loaded, and reach a server; see :func:`capture`."""
     require_teacher(teacher)
-    gate = CaptureGate([teacher.source], dataset, asked.lineage)
+    writer = _writer(asked)
+    written = [] if writer is None else [replace(writer.source, signal="text")]
+    gate = CaptureGate([teacher.source, *written], dataset, asked.lineage)
     if hasattr(teacher, "gate"):
         teacher.gate(partial(gate.admit, teacher.source.name))
     require_targets(teacher, asked.targets, asked.temperature)
-    if asked.generate is not None and teacher.capabilities.generates is None:
+    if asked.generate is not None and writer is None and teacher.capabilities.generates is None:
         raise ConfigError(
             f"Teacher {teacher.source.name!r} is {teacher.capabilities.kind} that generates nothing, so it writes no "
             "completions. Leave generate out and give rows that hold them, or use a model in this process or a server."
@@ -248,10 +260,13 @@ def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any =
     view = asked.view if asked.view is None or isinstance(asked.view, View) else View.from_block(asked.view, "view")
     if view is not None and view.tokenizer == OWN:
         raise ConfigError(f"The view of a capture says tokenizer: own. {_OTHER_TOKENIZER}")
-    if asked.student_tokenizer is not None:
+    read_by = asked.student_tokenizer
+    if read_by is None and writer is not None and tokenizer is None:
+        read_by = writer.tokenizer
+    if read_by is not None:
         if tokenizer is not None:
             raise ConfigError("tokenizer and student_tokenizer are both given; the student's reads the rows.")
-        tokenizer = as_tokenizer(asked.student_tokenizer)
+        tokenizer = as_tokenizer(read_by)
         student = Vocabulary.from_tokenizer(tokenizer)
         try:
             shared = student.shared_with(vocabulary)
@@ -284,7 +299,7 @@ def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any =
     tokenization = Tokenization(
         rendering, vocabulary.size, asked.max_length, asked.completion_only, asked.assistant_only
     )
-    if asked.student_tokenizer is not None or view is not None:
+    if read_by is not None or view is not None:
         reader = None
         if view is not None:
             reader = Reader(teacher.source.name, view, rendering, tokenizer_of(teacher), pad_token_id=0)
@@ -319,10 +334,24 @@ def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any =
         assistant_only=asked.assistant_only,
         rendered_with=fingerprint(template),
         rendered_at=rendered_at,
-        for_student=asked.student_tokenizer is not None,
+        for_student=read_by is not None,
         view=None if view is None else view.identity,
     )
-    return PreparedCapture(teacher, Job(rows, tokenization, kept).rendered_at(rendered_at), settings, gate, vocabulary)
+    job = Job(rows, tokenization, kept).rendered_at(rendered_at)
+    return PreparedCapture(teacher, job, settings, gate, vocabulary, writer)
+
+
+def _writer(asked: CaptureSettings) -> LocalTeacher | None:
+    """Return the student that generates, with nothing loaded.
+
+    Raises:
+        ConfigError: nothing is said of how.
+    """
+    if asked.by is None:
+        return None
+    if asked.generate is None:
+        raise ConfigError("by names who generates, and generate is not set. Give generate=Generation(...).")
+    return asked.by if hasattr(asked.by, "capabilities") else LocalTeacher(str(asked.by), name="student")
 
 
 def _template(tokenizer: Any, given: str | Callable[[Any], str | None] | None, assistant_only: bool) -> str | None:

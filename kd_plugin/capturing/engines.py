@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -36,6 +37,7 @@ class Engine(Protocol):
 
     weights: str | None
     dtype: str | None
+    written_by: str | None  # digest of a student that generates in the teacher's place
 
     def describe(self) -> dict[str, str]:
         """Return what the manifest records of it."""
@@ -122,16 +124,44 @@ def as_asked(teacher: Any, targets: Targets) -> Any:
     return teacher.listing(targets.cap if isinstance(targets, TopP) else getattr(targets, "k", "all"))
 
 
-def open_engine(teacher: Any, settings: Settings, batch_tokens: int) -> Engine:
-    """Load the teacher's weights, or ask its server what it serves.
+def open_engine(teacher: Any, settings: Settings, batch_tokens: int, writer: InProcessTeacher | None = None) -> Engine:
+    """Load the teacher's weights, or ask its server what it serves; load the student that writes in its place, if any.
 
     Raises:
         ServerError, VocabularyError, ConfigError: see :meth:`~kd_plugin.teachers.server.ServerTeacher.check`.
     """
+    if writer is not None:
+        return StudentWrites(open_engine(teacher, replace(settings, generation=None), batch_tokens), writer)
     generates = teacher.capabilities.generates
     if generates == "requests":
         return ServerEngine(teacher, settings)
     return ScoringEngine(teacher, batch_tokens) if generates is None else LocalEngine(teacher, batch_tokens)
+
+
+class StudentWrites:
+    """A student that generates, and the teacher that scores what it wrote: rollouts of one policy, scored once.
+
+    Args:
+        scoring: asks the teacher.
+        writer: the student; loaded here.
+    """
+
+    def __init__(self, scoring: Engine, writer: InProcessTeacher) -> None:
+        writer.stay_on(_own_accelerator())
+        self._scoring, self._writer = scoring, writer
+        self.weights, self.dtype, self.written_by = scoring.weights, scoring.dtype, weights_digest(writer.model)
+        self.describe, self.require_same = scoring.describe, scoring.require_same
+        self.batches, self.score = scoring.batches, scoring.score
+
+    def generate(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
+        """Let the student write one batch."""
+        return generate_locally(self._writer, requests, _generation(settings), settings.seed)
+
+
+def _own_accelerator() -> torch.device | None:
+    """Return this process's accelerator, if the machine has any."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if accelerator is None else torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 class ScoringEngine:
@@ -141,6 +171,8 @@ class ScoringEngine:
         teacher: it; is given tensors on the CPU.
         batch_tokens: tokens of a call, padding included.
     """
+
+    written_by: str | None = None
 
     def __init__(self, teacher: Teacher, batch_tokens: int) -> None:
         self._teacher, self._batch_tokens = teacher, batch_tokens
@@ -194,10 +226,7 @@ class LocalEngine(ScoringEngine):
     """
 
     def __init__(self, teacher: InProcessTeacher, batch_tokens: int) -> None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if accelerator is not None:
-            accelerator = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
-        teacher.stay_on(accelerator)  # an offloaded one too: no student is here to make room for
+        teacher.stay_on(_own_accelerator())  # an offloaded one too: no student is here to make room for
         self._model_teacher, self._teacher, self._batch_tokens = teacher, teacher, batch_tokens
         self._device = teacher.head.weight.device
         self.weights = weights_digest(teacher.model)
@@ -224,6 +253,8 @@ class ServerEngine:
         teacher: the way to it, as :func:`as_asked` returns it; asked here what it serves, if it was not before.
         settings: what is kept, and whether it generates.
     """
+
+    written_by: str | None = None
 
     def __init__(self, teacher: ServerTeacher, settings: Settings) -> None:
         self._teacher = teacher

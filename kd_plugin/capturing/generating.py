@@ -8,7 +8,7 @@ transformers' own ``generate``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from kd_plugin.cache.schema import Extracted, example_id
 from kd_plugin.cache.targets import Generation
 from kd_plugin.errors import ConfigError, NonFiniteError
+from kd_plugin.sharding.running import called
 from kd_plugin.teachers.base import end_tokens
 from kd_plugin.teachers.in_process import InProcessTeacher
 
@@ -71,28 +72,61 @@ class Completion:
     targets: Extracted | None = None
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Generator:
+    """A model in this process that generates.
+
+    Attributes:
+        model: a transformers model, PEFT-wrapped or not, in evaluation mode.
+        ends: ids at which a completion ends, at least one.
+        size: tokens of the vocabulary; rows of the head beyond it are padding.
+        device: where it computes.
+        run: runs a function inside what gathers the model's weights: ``run(function, *args, **kwargs)``.
+        together: whether every rank goes on until all are done, because each token needs the others' shards.
+    """
+
+    model: Any
+    ends: tuple[int, ...]
+    size: int
+    device: torch.device
+    run: Callable[..., Any] = called
+    together: bool = False
+
+
 def generate_locally(
     teacher: InProcessTeacher, requests: Sequence[Request], generation: Generation, seed: int
 ) -> list[Completion]:
-    """Generate one batch of completions with a teacher in this process.
-
-    Args:
-        teacher: the teacher.
-        requests: the batch; all are generated at once.
-        generation: how.
-        seed: of the random numbers.
+    """Generate one batch of completions with a teacher in this process; see :func:`generate_with`.
 
     Raises:
         ConfigError: the teacher's generation settings and tokenizer name no end token.
         NonFiniteError: the teacher's logits are not finite.
     """
-    from transformers import GenerationConfig, LogitsProcessorList
-
-    model = teacher.model
-    ends = sorted(end_tokens(teacher))
+    ends = tuple(sorted(end_tokens(teacher)))
     if not ends:
         raise ConfigError(f"Teacher {teacher.name!r} has no end token, so its completions never end. Set eos_token.")
+    generator = Generator(teacher.model, ends, teacher.vocabulary.size, teacher.head.weight.device)
+    return generate_with(generator, requests, generation, seed)
+
+
+@torch.no_grad()
+def generate_with(
+    generator: Generator, requests: Sequence[Request], generation: Generation, seed: int
+) -> list[Completion]:
+    """Generate one batch of completions; torch's own random numbers are neither used nor changed.
+
+    Args:
+        generator: the model.
+        requests: the batch; all are generated at once.
+        generation: how.
+        seed: of the random numbers.
+
+    Raises:
+        NonFiniteError: the model's logits are not finite.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    ends, device = generator.ends, generator.device
     width = max(len(request.prompt) for request in requests)
     ids = np.full((len(requests), width), ends[0], np.int64)
     attention = np.zeros((len(requests), width), np.int64)
@@ -100,7 +134,6 @@ def generate_locally(
         ids[row, width - len(request.prompt) :] = request.prompt
         attention[row, width - len(request.prompt) :] = 1
     longest = max(request.max_new_tokens for request in requests)
-    device = teacher.head.weight.device
     # Explicit, so that nothing of the checkpoint's own generation settings is mixed in.
     settings = GenerationConfig(
         max_new_tokens=longest,
@@ -109,12 +142,14 @@ def generate_locally(
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         use_cache=True,
-        eos_token_id=ends,
+        eos_token_id=list(ends),
         pad_token_id=ends[0],
     )
-    choose = _Choose(generation, teacher.vocabulary.size, width, _numbers(requests, generation, seed, longest), device)
-    generated = model.generate(  # type: ignore[operator]
-        torch.from_numpy(ids).to(device),
+    choose = _Choose(generation, generator.size, width, _numbers(requests, generation, seed, longest), device)
+    generated = generator.run(
+        generator.model.generate,
+        input_ids=torch.from_numpy(ids).to(device),
+        synced_gpus=generator.together,
         attention_mask=torch.from_numpy(attention).to(device),
         generation_config=settings,
         logits_processor=LogitsProcessorList([choose]),
@@ -189,6 +224,6 @@ class _Choose:
         """Refuse what was generated from logits that are NaN or infinite; waits for the device once."""
         if not bool(self._finite):
             raise NonFiniteError(
-                "The teacher's logits are NaN or infinite while it generates. Nothing of this unit was stored. Check "
-                "the teacher's weights, or run it in bfloat16 or float32 rather than float16."
+                "The model's logits are NaN or infinite while it generates. Nothing of this unit was stored. Check "
+                "its weights, or run it in bfloat16 or float32 rather than float16."
             )

@@ -64,7 +64,7 @@ def estimate(  # noqa: D417
     """
     asked = built(CaptureSettings, fields)
     prepared = prepare(dataset, teacher, asked, tokenizer)
-    engine = open_engine(prepared.teacher, prepared.settings, asked.batch_tokens)
+    engine = open_engine(prepared.teacher, prepared.settings, asked.batch_tokens, prepared.writer)
     if prepared.settings.generation is not None:
         return _written(prepared, engine)
     input_tokens = scored = rows = 0

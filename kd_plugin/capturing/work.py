@@ -205,7 +205,7 @@ def given_rows(unit: RowBatch) -> list[CapturedRow]:
 
 
 def generated_rows(unit: RowBatch) -> list[CapturedRow]:
-    """Let the teacher go on from the rows' prompts, and count in ``dropped`` the completions that are not kept."""
+    """Have the rows' prompts gone on from, and count in ``dropped`` the completions that are not kept."""
     job, engine, settings, dropped, bar = unit.job, unit.engine, unit.settings, unit.dropped, unit.bar
     generation = settings.generation
     assert generation is not None
@@ -217,7 +217,7 @@ def generated_rows(unit: RowBatch) -> list[CapturedRow]:
         room = generation.max_new_tokens
         if settings.max_length is not None:
             room = min(room, settings.max_length - len(prompt))
-        if room >= 1 and len(prompt):
+        if room >= 1 and len(prompt) and engine.written_by is None:  # a student goes on from what it reads itself
             prompt = job.tokenization.asked_of(prompt, row, f"row {number}")
         if room < 1 or not len(prompt):
             dropped[_TOO_LONG if room < 1 else NOTHING_TO_SCORE] += generation.n

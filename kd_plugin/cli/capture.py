@@ -67,6 +67,7 @@ class SourceSettings:
     dataset_text_field: str = option(
         default="text", help="Column of plain text in rows without turns, as in SFTConfig."
     )
+    limit: int | None = option(default=None, help="Capture the first so many rows alone.")
     teacher_name: str = option(default="teacher", help="How lineage calls the teacher.")
     revision: str | None = option(default=None, help="Branch, tag or commit of the teacher.")
     license: str | None = option(
@@ -83,6 +84,11 @@ class TeachingSettings(SourceSettings):
     """What is captured, from whom, and what is kept of it; see :class:`CaptureConfig`."""
 
     mode: str = option(default="score", help="score the completions that the dataset holds, or generate them.")
+    generate: dict[str, Any] | None = option(
+        default=None,
+        help="Let a student generate the completions, which the teacher scores, once: {by: STUDENT}, its directory or "
+        "hub id. Sets mode: generate.",
+    )
     completions: int = option(default=1, help="Completions that the teacher generates a prompt.")
     max_new_tokens: int = option(default=512, help="Tokens of a generated completion at most.")
     sampling_temperature: float = option(
@@ -150,6 +156,7 @@ def main(argv: Sequence[str], append: bool = False) -> int:
         **values_of(ScoringSettings, vars(config)),
         "targets": targets,
         "generate": generation,
+        "by": None if config.generate is None else config.generate["by"],
         "chat_template": make_template(config),
         "student_tokenizer": config.student_tokenizer,
         "view": config.view,
@@ -185,10 +192,14 @@ def rows_of(config: SourceSettings) -> Any:
 
     if config.datasets and config.dataset:
         raise ConfigError("dataset and datasets are both set; choose one of them.")
+    if config.limit is not None and config.limit < 1:
+        raise ConfigError(f"limit is {config.limit}; expected at least 1 row.")
     if config.datasets:
         rows = load_mixture(config.datasets, streaming=config.streaming)
     else:
         rows = load_rows(config.dataset, split=config.split, name=config.dataset_name, streaming=config.streaming)
+    if config.limit is not None:
+        rows = rows.take(config.limit) if config.streaming else rows.select(range(min(config.limit, len(rows))))
     field = config.dataset_text_field
     if field == "text":
         return rows
@@ -237,7 +248,12 @@ def make_generation(config: CaptureConfig) -> Generation | None:
     """
     from kd_plugin.cache import Generation
 
-    if config.mode == "generate":
+    if config.generate is not None and set(config.generate) != {"by"}:
+        raise ConfigError(
+            f"generate is {config.generate!r}; expected {{by: STUDENT}}. How it samples is said by completions, "
+            "max_new_tokens, sampling_temperature and so on."
+        )
+    if config.mode == "generate" or config.generate is not None:
         return Generation(
             n=config.completions,
             max_new_tokens=config.max_new_tokens,

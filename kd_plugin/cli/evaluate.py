@@ -39,6 +39,11 @@ class EvaluateConfig:
     tasks: Any = option(default=None, help="YAML file with the tasks; in a configuration also the mapping itself.")
     output_dir: str | None = option(default=None, help="Where answers and results are kept.")
     baseline: str | None = option(default=None, help="output_dir of another model's evaluation, to compare with.")
+    training: list[str] | None = option(
+        default=None,
+        help="Files or hub ids of what the model was trained on: questions that are in there, wholly or nearly, are "
+        "counted and listed, and the result without them is given too.",
+    )
     name: str = option(default="model", help="How results call the model; left out, by its directory or hub id.")
     dtype: str = option(default="auto", help="dtype of a model here.")
     device: str | None = option(
@@ -58,12 +63,18 @@ def main(argv: Sequence[str]) -> int:
     for name in ("model", "tasks", "output_dir"):
         if not getattr(config, name):
             raise UsageError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
-    from kd_plugin.evaluation import compare, evaluate, load_evaluation
+    from kd_plugin.evaluation import compare, evaluate, load_evaluation, load_tasks
+    from kd_plugin.evaluation.contamination import find_contaminated, without, write_contaminated
     from kd_plugin.evaluation.page import write_page
+    from kd_plugin.inputs import load_rows
 
     baseline = None if config.baseline is None else load_evaluation(config.baseline)
+    known = {}
+    if config.training:
+        known = find_contaminated(load_tasks(config.tasks), (row for one in config.training for row in load_rows(one)))
     writer = make_writer(config.model, _name(config), config, {}, "model")
     found = evaluate(writer, config.tasks, str(config.output_dir))
+    clean = without(found, known)
     differences = {} if baseline is None else compare(found, baseline)
     for name, result in found.results.items():
         most = max(result.pass_at)
@@ -74,10 +85,15 @@ def main(argv: Sequence[str]) -> int:
         if result.unfinished:
             words.append(f"{result.unfinished:.0%} unfinished")
         print(", ".join(words))
+        if known:
+            words = f"  {len(known[name])} of {result.questions} questions are in the training data"
+            print(words + (f"; without them pass@1 {clean[name].accuracy}" if name in clean else ""))
         if name in differences:
             gap = differences[name]
             sure = "a real difference" if gap.low > 0 or gap.high < 0 else "no difference that is sure"
             print(f"  less {baseline.model}: {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], {sure}")  # type: ignore[union-attr]
+    if any(known.values()):
+        print(f"Questions that were trained on: {write_contaminated(found.path, known)}")
     print(f"Answers to read: {write_page(found, differences)}")
     return 0
 

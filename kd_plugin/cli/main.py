@@ -69,6 +69,9 @@ COMMANDS = {
     "offline": Command("kd_plugin.cli.training:offline", "train a student on a teacher cache (extra: trl)", OFFLINE),
     "panel": Command("kd_plugin.cli.training:panel", "train a student with several teachers (extra: trl)", PANEL),
     "trace": Command("kd_plugin.cli.runs:trace", "show saved rollouts as one page, token by token", PANEL),
+    "pilot": Command(
+        "kd_plugin.cli.pilot:main", "which method for your task and your budget: short runs at equal cost", BEFORE
+    ),
     "plan": Command("kd_plugin.cli.plan:main", "whether a run fits, with which ZeRO stage, at which price", BEFORE),
     "doctor": Command("kd_plugin.cli.runs:doctor", "check a launch on all ranks before it trains", BEFORE),
     "report": Command("kd_plugin.cli.runs:report", "draw a run's logs as one page", AFTER),
@@ -78,6 +81,7 @@ COMMANDS = {
     "evaluate": Command(
         "kd_plugin.cli.evaluate:main", "how good a model is on your own questions, and how sure that is", AFTER
     ),
+    "ladder": Command("kd_plugin.cli.ladder:main", "the smallest student that is good enough, found from below", AFTER),
     "consolidate": Command(
         "kd_plugin.cli.runs:consolidate", "join a ZeRO checkpoint into one model (extra: deepspeed)", AFTER
     ),

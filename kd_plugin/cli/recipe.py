@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cli.capture import CaptureConfig, make_teacher, rows_of
+from kd_plugin.cli.capture import CaptureConfig
 from kd_plugin.cli.evaluate import EvaluateConfig
 from kd_plugin.cli.parsing import parse_settings, typed_section
 from kd_plugin.cli.stages import Stage, Stages
-from kd_plugin.errors import ConfigError, LicenseRefusedError, UsageError, nearest
+from kd_plugin.errors import ConfigError, UsageError, nearest
 from kd_plugin.inputs import YamlFile
 from kd_plugin.settings import option, settings
 
@@ -65,6 +65,9 @@ class Recipe:
     """What a recipe says; each section has the settings of the command of that name."""
 
     output_dir: str = option(default="", help="Directory of all results; made where it is not there.")
+    cache_dir: str | None = option(
+        default=None, help="Where captures are kept, so that several recipes share them; left out, output_dir."
+    )
     student: dict[str, Any] | str = option(
         default="", help="The student: a path or hub id, or a mapping with model_name_or_path and TRL's ModelConfig."
     )
@@ -100,14 +103,16 @@ def main(argv: Sequence[str]) -> int:
     given = parsed.file
     if given is None:
         raise UsageError("no recipe is named. Give its YAML file: kd-plugin run recipe.yaml", "kd-plugin run")
-    stages = Stages(recipe.output_dir, stages_of(recipe, given))
+    stages = Stages(recipe.output_dir, stages_of(recipe, given), recipe.cache_dir)
     done = stages.done()
     print(f"{given.path} -> {recipe.output_dir}")
     for stage in stages.stages:
         print(f"  {stage.name:<24}{'done before' if done[stage.name] else 'to do':<14}{stage.result}")
     if not all(done.values()):
         _print_memory(recipe, [stage for stage in stages.stages if not done[stage.name]])
-    refused = _print_verdict(recipe, declarations(recipe))
+    from kd_plugin.cli.recipe_terms import print_verdict
+
+    refused = print_verdict(recipe)
     if refused or "dry_run" in parsed.flags:
         return int(refused)
     stages.write()
@@ -149,20 +154,21 @@ def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
     launcher, files, found = _launcher(recipe, file), data_digest(recipe), list[Stage]()
 
     def add(name: str, command: str, config: Mapping[str, Any], launcher: tuple[str, ...] = (sys.executable,)) -> None:
-        result = place / ("text" if name == "capture-text" else name.replace("capture-", "cache-"))
+        where = Path(recipe.cache_dir) if command == "capture" and recipe.cache_dir else place
+        result = where / ("text" if name == "capture-text" else name.replace("capture-", "cache-"))
         config = {**config, "output_dir": str(result)}
         found.append(Stage(name, command, config, result, files, launcher))
 
     data = {key: value for key, value in _section(recipe, file, "data").items() if value is not None}
-    if _is_text(recipe):
+    if is_text(recipe):
         add(
             "capture-text",
             "capture",
-            {**data, "teachers": _writers(recipe), **_section(recipe, file, "capture"), **shared},
+            {**data, "teachers": writers_of(recipe), **_section(recipe, file, "capture"), **shared},
         )
     elif recipe.capture is not None or recipe.offline is not None:
         for name in recipe.teachers:
-            given = {**data, **_teacher(recipe, name), **_section(recipe, file, "capture")}
+            given = {**data, **teacher_of(recipe, name), **_section(recipe, file, "capture")}
             add(f"capture-{name}", "capture", {**given, **shared})
     start = student
     if recipe.offline is not None:
@@ -231,49 +237,13 @@ def _print_memory(recipe: Recipe, stages: Sequence[Stage]) -> None:
     from kd_plugin.cli.recipe_plan import memory_lines
 
     gpus = int((recipe.launch or {}).get("processes", 1))
-    for line in memory_lines(stages, _student(recipe), gpus):
+    for line in memory_lines(stages, student_of(recipe), gpus):
         print(line)
 
 
-def _student(recipe: Recipe) -> str:
+def student_of(recipe: Recipe) -> str:
+    """Return where the student is."""
     return recipe.student if isinstance(recipe.student, str) else str(recipe.student["model_name_or_path"])
-
-
-def _print_verdict(recipe: Recipe, declared: dict[str, Any] | str | None) -> bool:
-    """Print what the terms of student, teachers and rows allow; return whether training would be refused."""
-    from rich.console import Console
-
-    from kd_plugin.lineage import RunLineage
-    from kd_plugin.lineage.data import dataset_sources
-    from kd_plugin.lineage.show import verdict_lines
-    from kd_plugin.lineage.start import student_source
-
-    teachers: Any
-    if _is_text(recipe):
-        from kd_plugin.cli.text import TextCaptureConfig, make_writers
-
-        asked = TextCaptureConfig(**{"dataset": "", **_data(recipe), "teachers": _writers(recipe)})
-        teachers, rows = make_writers(asked), rows_of(asked) if recipe.data else None
-    else:
-        configs = [
-            CaptureConfig(**{"dataset": "", **_data(recipe), **_teacher(recipe, name)})
-            for name in recipe.teachers or ()
-        ]
-        teachers, rows = map(make_teacher, configs), rows_of(configs[0]) if recipe.data else None
-    run = RunLineage(
-        method="recipe",
-        student=student_source(_student(recipe)),
-        teachers=[teacher.source for teacher in teachers],
-        datasets=dataset_sources(rows),
-        config=declared,
-    )
-    Console(highlight=False, soft_wrap=True).print(verdict_lines(run.verdict.to_json(), run.graph))
-    try:
-        run.require_trainable(shown=True)
-    except LicenseRefusedError as error:
-        print(f"kd-plugin run: {error}", file=sys.stderr)
-        return True
-    return False
 
 
 def _section(recipe: Recipe, file: YamlFile, name: str) -> dict[str, Any]:
@@ -285,7 +255,7 @@ def _section(recipe: Recipe, file: YamlFile, name: str) -> dict[str, Any]:
     elif name == "capture":
         from kd_plugin.cli.text import TextCaptureConfig
 
-        known = [TextCaptureConfig if _is_text(recipe) else CaptureConfig]
+        known = [TextCaptureConfig if is_text(recipe) else CaptureConfig]
     elif name == "evaluate":
         known = [EvaluateConfig]
     else:
@@ -307,11 +277,12 @@ def _section(recipe: Recipe, file: YamlFile, name: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if (name, key) != ("data", _LICENSE)}
 
 
-def _data(recipe: Recipe) -> dict[str, Any]:
+def data_of(recipe: Recipe) -> dict[str, Any]:
+    """Return what a capture is told of the rows."""
     return {key: value for key, value in (recipe.data or {}).items() if key in _DATA}
 
 
-def _teacher(recipe: Recipe, name: str) -> dict[str, Any]:
+def teacher_of(recipe: Recipe, name: str) -> dict[str, Any]:
     """Return what a capture is told of a teacher."""
     given = (recipe.teachers or {})[name]
     spec = {"model": given} if isinstance(given, str) else dict(given)
@@ -325,11 +296,12 @@ def _teacher(recipe: Recipe, name: str) -> dict[str, Any]:
     return {"teacher": spec["model"], "teacher_name": name, **own}
 
 
-def _is_text(recipe: Recipe) -> bool:
+def is_text(recipe: Recipe) -> bool:
+    """Whether the captures store text."""
     return (recipe.capture or {}).get("targets") == "text"
 
 
-def _writers(recipe: Recipe) -> dict[str, Any]:
+def writers_of(recipe: Recipe) -> dict[str, Any]:
     """Return what a capture of text is told of its teachers."""
     specs = {n: {"model": one} if isinstance(one, str) else one for n, one in (recipe.teachers or {}).items()}
     return {n: {key: value for key, value in one.items() if key not in _ON_A_PANEL} for n, one in specs.items()}
@@ -337,14 +309,14 @@ def _writers(recipe: Recipe) -> dict[str, Any]:
 
 def _on_panel(recipe: Recipe, spec: Any) -> Any:
     """Return what a panel is told of a teacher: a server that wrote text corrects by text, if nothing else is said."""
-    if not (_is_text(recipe) and isinstance(spec, Mapping) and "url" in spec):
+    if not (is_text(recipe) and isinstance(spec, Mapping) and "url" in spec):
         return spec
     return {"kind": "server", "signal": "text", **{key: value for key, value in spec.items() if key != "api"}}
 
 
 def _taught_by(recipe: Recipe, captures: Sequence[Stage]) -> dict[str, Any]:
     """Return what offline training is told of what was captured."""
-    if _is_text(recipe):
+    if is_text(recipe):
         return {"teacher_text": str(captures[0].result), "kd_weight": 0.0, "ce_weight": 1.0}
     names = recipe.teachers or {}
     weights = {str(stage.result): _weight(recipe, name) for stage, name in zip(captures, names, strict=True)}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -54,11 +55,13 @@ class Stages:
     Args:
         output_dir: of the recipe.
         stages: in order.
+        cache_dir: where captures are kept that other recipes share; None where they are this one's own.
     """
 
-    def __init__(self, output_dir: str, stages: Sequence[Stage]) -> None:
+    def __init__(self, output_dir: str, stages: Sequence[Stage], cache_dir: str | None = None) -> None:
         self.stages = stages
         self._files = Path(output_dir) / "recipe"
+        self._shared = Path(cache_dir or output_dir) / "recipe"
 
     @property
     def student(self) -> Path | None:
@@ -107,16 +110,32 @@ class Stages:
             text = yaml.safe_dump(dict(stage.config), sort_keys=False, allow_unicode=True)
             self.config_of(stage).write_text(f"# kd-plugin {stage.command} --config {self.config_of(stage)}\n{text}")
 
-    def run(self, stage: Stage) -> int:
-        """Run a stage in a process of its own, resuming where it was interrupted, and return its exit code."""
-        words = [*stage.launcher, "-m", "kd_plugin", stage.command, "--config", str(self.config_of(stage))]
+    def seconds(self, stage: Stage) -> float:
+        """Return how long a stage that is done took, when it was run last."""
+        return float(json.loads(self._mark_of(stage).read_text(encoding="utf-8")).get("seconds", 0.0))
+
+    def run(self, stage: Stage, *, here: bool = False) -> int:
+        """Run a stage, resuming where it was interrupted, and return its exit code.
+
+        Args:
+            stage: the stage.
+            here: in this process, and not in one of its own.
+        """
+        began, words = time.perf_counter(), [stage.command, "--config", str(self.config_of(stage))]
         if stage.trains and any(stage.result.glob("checkpoint-*")):
             words += ["--resume_from_checkpoint", "true"]
-        code = subprocess.run(words, check=False).returncode
+        if here:
+            from kd_plugin.cli.main import main as command
+
+            code = command(words)
+        else:
+            code = subprocess.run([*stage.launcher, "-m", "kd_plugin", *words], check=False).returncode
         if code == 0:
             mark = {"digest": stage.digest, "config": stage.config, "date": str(datetime.now(UTC).date())}
+            mark["seconds"] = time.perf_counter() - began
+            self._shared.mkdir(parents=True, exist_ok=True)
             self._mark_of(stage).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
         return code
 
     def _mark_of(self, stage: Stage) -> Path:
-        return self._files / f"{stage.name}.done.json"
+        return (self._shared if stage.command == "capture" else self._files) / f"{stage.name}.done.json"

@@ -163,13 +163,21 @@ def _train(trainer_class: type, script: DataArguments, training: Any, model: Mod
         model=model.model_name_or_path,
         args=training,
         train_dataset=_rows(script, script.dataset_train_split),
-        eval_dataset=_rows(script, script.dataset_test_split) if training.eval_strategy != "no" else None,
+        eval_dataset=_held_out(script, training),
         peft_config=get_peft_config(model),
     )
     resume = training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("True", "true", True) else resume)
     trainer.save_model(training.output_dir)
     return str(training.output_dir)
+
+
+def _held_out(script: DataArguments, training: Any) -> Any:
+    """Load the rows that evaluations measure the loss on; with ``eval_tasks`` only where a split is named for it."""
+    default = next(f.default for f in dataclasses.fields(DataArguments) if f.name == "dataset_test_split")
+    if training.eval_strategy == "no" or (training.eval_tasks and script.dataset_test_split == default):
+        return None
+    return _rows(script, script.dataset_test_split)
 
 
 def _rows(script: DataArguments, split: str) -> Any:

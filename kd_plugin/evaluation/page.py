@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from kd_plugin.cache.files import publish, temporary_name
-from kd_plugin.evaluation.evaluate import RESPONSES, Evaluation, TaskResult
+from kd_plugin.evaluation.results import RESPONSES, Evaluation, TaskResult
 from kd_plugin.evaluation.statistics import Estimate
 
 PAGE = "page.html"

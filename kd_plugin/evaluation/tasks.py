@@ -12,6 +12,7 @@ from typing import Any
 from kd_plugin.cache.targets import Generation
 from kd_plugin.capturing.rows import RowSource, open_rows
 from kd_plugin.errors import ConfigError, require_known_keys
+from kd_plugin.evaluation.benchmarks import benchmark, benchmark_rows
 from kd_plugin.inputs import load_rows, read_yaml
 from kd_plugin.settings import option, require_types, settings
 from kd_plugin.text.collecting import Plan
@@ -29,13 +30,18 @@ class TaskSettings:
     """
 
     rows: str = option(
+        default="",
         help="Your own questions: a .jsonl, .json or .parquet file, a directory of `save_to_disk`, or a hub id; rows "
-        "with `prompt` (a text or messages) or `messages`."
+        "with `prompt` (a text or messages) or `messages`. Of a benchmark, a local copy of its file.",
+    )
+    benchmark: str | None = option(
+        default=None, help="A known set in the place of your own: aime24, math_500, gpqa or lcb (LiveCodeBench)."
     )
     verify: Any = option(
-        default="math_verify",
+        default=None,
         help="Which answers are right: exact, contains, math_verify, package.module:function, a mapping with kind "
-        "(also regex and tests) and its settings, or a list of which all must accept.",
+        "(also regex and tests) and its settings, or a list of which all must accept; left out, math_verify, or what "
+        "the benchmark needs.",
     )
     answer_column: str = option(default="answer", help="Column of the reference answer.")
     completions: int = option(default=4, help="Answers to each question; pass@1 is their mean.")
@@ -50,6 +56,8 @@ class TaskSettings:
     limit: int | None = option(default=None, help="Ask the first so many questions alone.")
 
     def __post_init__(self) -> None:
+        if self.benchmark is not None:
+            benchmark(self.benchmark)
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit is {self.limit}; expected at least 1.")
         if self.completions > 1 and self.sampling_temperature == 0:
@@ -83,11 +91,12 @@ class Task:
         """What says which answers are right.
 
         Raises:
-            ConfigError: none, or one that cannot be found.
+            ConfigError: one that cannot be found.
         """
-        found = make_verifier(self.settings.verify, self.settings.answer_column)
-        if found is None:
-            raise ConfigError(f"Task {self.name!r} has no verifier, so nothing says which answers are right.")
+        asked = self.settings
+        usual = "math_verify" if asked.benchmark is None else benchmark(asked.benchmark).verify
+        found = make_verifier(usual if asked.verify is None else asked.verify, asked.answer_column)
+        assert found is not None
         return found
 
     @cached_property
@@ -98,7 +107,10 @@ class Task:
             DataError: they cannot be read, or there are none.
         """
         asked = self.settings
-        rows = load_rows(asked.rows, split=asked.split, name=asked.dataset_name)
+        if asked.benchmark is not None:
+            rows = benchmark_rows(asked.benchmark, asked.rows or None)
+        else:
+            rows = load_rows(asked.rows, split=asked.split, name=asked.dataset_name)
         if asked.limit is not None:
             rows = rows.select(range(min(asked.limit, len(rows))))
         return open_rows(rows, _UNIT, self.verifier.columns)
@@ -107,7 +119,7 @@ class Task:
     def plan(self) -> Plan:
         """What is asked."""
         asked = self.settings
-        return Plan(self.questions, _UNIT, asked.generation, asked.seed, asked.system, self.verifier)
+        return Plan(self.questions, _UNIT, asked.generation, asked.seed, asked.system, self.verifier, draws_alike=True)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -141,8 +153,8 @@ def load_tasks(given: Mapping[str, Any] | str | Path) -> list[Task]:
         if not isinstance(options, Mapping):
             raise ConfigError(f"{label}: expected a file of questions, or a mapping with `rows`; found {own!r}.")
         require_known_keys(options, known, label)
-        if "rows" not in options and "rows" not in content:
-            raise ConfigError(f"{label}: `rows` is missing, the file of its questions.")
+        if not {"rows", "benchmark"} & {*options, *content}:
+            raise ConfigError(f"{label}: `rows` is missing, the file of its questions; or name a `benchmark`.")
         try:
             require_task_name(str(name))
             require_types(TaskSettings, {**content, **options})

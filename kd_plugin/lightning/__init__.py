@@ -2,11 +2,13 @@
 
 student.py finds the student and says what must hold · step.py adds the loss to what a training step returns ·
 offline.py and panel.py are the callbacks, panel_host.py the trainer as the on-policy step sees it · lineage.py follows
-every save · module.py, data.py and cli.py are for those who write YAML and no Python.
+every save · evaluation.py asks the user's own questions · module.py, data.py and cli.py are for those who write YAML
+and no Python.
 """
 
 from kd_plugin.launch.checkpoints import to_huggingface
 from kd_plugin.lightning.data import KDDataModule
+from kd_plugin.lightning.evaluation import NoRows, TaskEvaluation
 from kd_plugin.lightning.lineage import LicenseLineage
 from kd_plugin.lightning.module import OfflineKDModule, TeacherPanelModule
 from kd_plugin.lightning.offline import OfflineKD
@@ -15,8 +17,10 @@ from kd_plugin.lightning.panel import TeacherPanelCorrection
 __all__ = [
     "KDDataModule",
     "LicenseLineage",
+    "NoRows",
     "OfflineKD",
     "OfflineKDModule",
+    "TaskEvaluation",
     "TeacherPanelCorrection",
     "TeacherPanelModule",
     "to_huggingface",

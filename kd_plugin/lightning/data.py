@@ -19,6 +19,7 @@ from kd_plugin.cache.loading import CachedRowCollator, ResumableLoader
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.inputs import load_rows
+from kd_plugin.lightning.evaluation import NoRows
 from kd_plugin.lightning.step import SAMPLES, WINDOW, WINDOW_TOKENS, served, window_end
 from kd_plugin.rollouts.ahead import Lookahead
 from kd_plugin.text.dataset import TrainingText
@@ -120,11 +121,16 @@ class KDDataModule(LightningDataModule):
             **self._windows(),
         )
 
-    def val_dataloader(self) -> list[ResumableLoader]:
+    def val_dataloader(self) -> list[Any]:
         """Return the rows that are held out, and the prompts that are answered."""
         collate = _as_columns if self.hp.prompts is not None else self._collator
-        loaders = [] if self.validation is None else [self._loader(self.validation, collate)]
-        return loaders if self.samples is None else [*loaders, self._loader(self.samples, _as_samples)]
+        loaders: list[Any] = [] if self.validation is None else [self._loader(self.validation, collate)]
+        if self.samples is not None:
+            loaders.append(self._loader(self.samples, _as_samples))
+        module: Any = getattr(self.trainer, "lightning_module", None)
+        if not loaders and getattr(module, "hparams", {}).get("eval_tasks") is not None:
+            return [NoRows()]  # so that there is a validation at which they are answered
+        return loaders
 
     def _windows(self) -> dict[str, Any]:
         """Return what tells a loader where the trainer's accumulation windows end."""

@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, get_scheduler
 
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
+from kd_plugin.evaluation.in_loop import EvaluationSettings
+from kd_plugin.lightning.evaluation import TaskEvaluation
 from kd_plugin.lightning.offline import OfflineKD
 from kd_plugin.lightning.panel import TeacherPanelCorrection
 from kd_plugin.lightning.step import SAMPLES
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @settings
-class StudentSettings:
+class StudentSettings(EvaluationSettings):
     """The student; how it is loaded, adapted, optimized and sampled from at validation.
 
     Raises:
@@ -66,6 +68,7 @@ class StudentSettings:
     )
 
     def __post_init__(self) -> None:
+        EvaluationSettings.__post_init__(self)
         verifier(self.verify)
 
 
@@ -123,6 +126,11 @@ class StudentModule(LightningModule):
         mesh = self.device_mesh
         if mesh is not None:
             shard_with_fsdp2(model, mesh=mesh["data_parallel"])
+
+    def own_set(self) -> list[Callback]:
+        """Return what has the student answer ``eval_tasks`` at validation, where there are any."""
+        given = values_of(EvaluationSettings, self.hparams)
+        return [] if given["eval_tasks"] is None else [TaskEvaluation(**given)]
 
     def _adapted(self, model: Any) -> Any:
         from peft import LoraConfig, get_peft_model
@@ -237,11 +245,11 @@ class OfflineKDModule(StudentModule):
         cache = hp["cache"] or data.get("cache")
         if data.get("text") is not None:
             text = TrainingText.open(data["text"], OfflineSettings(**values_of(OfflineSettings, hp)), cache)
-            return [TeacherText(text, lineage=hp["lineage"])]
+            return [TeacherText(text, lineage=hp["lineage"]), *self.own_set()]
         if cache is None:
             raise ConfigError("No teacher cache is given: set model.cache or data.cache; or data.text.")
         self._kd = OfflineKD(cache, **values_of(OfflineCallbackSettings, hp))
-        return [self._kd]
+        return [self._kd, *self.own_set()]
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure the divergence, or the cross-entropy of a text, on held-out rows, and answer the samples."""
@@ -290,7 +298,7 @@ class TeacherPanelModule(StudentModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the callback that has the panel score the responses; Lightning attaches it."""
-        return [self._correction]
+        return [self._correction, *self.own_set()]
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Let the student generate on held-out prompts and the panel score them; answer the samples."""

@@ -27,6 +27,7 @@ _HUB_EXPRESSIONS = frozenset(
     )
 )  # fmt: skip
 _TAG = "distillation"
+_INDEX, _MEASURED = "model-index", "(kd-plugin)"
 _INITIALISED = ("resumed_from", "initialized_from", "adapter_of")
 _TEACHING = {"distilled_logits": "distributions", "trained_on_outputs": "text", "corrected_by": "corrections"}
 
@@ -69,6 +70,9 @@ def card_text(text: str, record: Mapping[str, Any]) -> str:
 def _with_record(text: str, front: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """Return front matter with the record's keys; other keys keep their very words, where those stand line by line."""
     own = own_keys(record)
+    index = _model_index(front.get(_INDEX), record)
+    if index is not None:
+        own[_INDEX] = index
     stale = [key for key in ("licence", "license_name", "license_link") if key not in own]
     wanted = {key: value for key, value in front.items() if key not in stale} | own
     written = with_keys(text, own, drop=stale, add_tag=_TAG)
@@ -105,6 +109,38 @@ def own_keys(record: Mapping[str, Any]) -> dict[str, Any]:
         "teachers": _teachers(graph),
     }
     return own
+
+
+def _model_index(given: Any, record: Mapping[str, Any]) -> Any:
+    """Return the hub's ``model-index`` with what was measured in the place of what an older record said, or None.
+
+    Args:
+        given: that of the card; entries of others stay.
+        record: the lineage.
+    """
+    kept = []
+    for model in given if isinstance(given, list) else []:
+        results = model.get("results") if isinstance(model, Mapping) else None
+        if not isinstance(results, list):
+            kept.append(model)
+            continue
+        others = [one for one in results if _MEASURED not in str(one)]
+        if others or not results:
+            kept.append({**model, "results": others})
+    results = []
+    for name, found in record.get("evaluation", {}).items():
+        share = found["pass@1"]
+        said = f"pass@1 [{share['low']:.3f}, {share['high']:.3f}], {share['questions']} questions {_MEASURED}"
+        results.append(
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"type": name, "name": name},
+                "metrics": [{"type": "accuracy", "value": round(share["value"], 4), "name": said}],
+            }
+        )
+    if results:
+        kept.append({"name": str(record["student"].get("name") or "student"), "results": results})
+    return kept if kept or given is not None else None
 
 
 def license_problem(text: str, record: Mapping[str, Any]) -> str | None:

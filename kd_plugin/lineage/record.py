@@ -99,6 +99,11 @@ def time_seal(digest: str, saved_at: str) -> str:
     return hashlib.sha256(f"{digest} {saved_at}".encode()).hexdigest()[:32]
 
 
+def link_to(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what a record says of the checkpoint before its own: the digest of ``record``, its step and its name."""
+    return {"digest": record["digest"], "step": record["checkpoint"]["step"], "name": name}
+
+
 def canonical(record: Mapping[str, Any]) -> bytes:
     """Return the record's canonical bytes."""
     return rfc8785.dumps(dict(record))

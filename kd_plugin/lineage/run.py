@@ -37,6 +37,7 @@ from kd_plugin.lineage.record import (
     copy_lineage,
     installed_versions,
     lineage_directory,
+    link_to,
     load_record,
     place_files,
     place_record,
@@ -93,6 +94,7 @@ class RunLineage:
         self._resumed_name, self.changes = "", list[str]()
         # What teachers read and were asked by: views, those of captures among them, and templates
         self.noted: dict[str, Mapping[str, Any]] = {"views": captured_views(self.outputs)}
+        self._measured: dict[int, Mapping[str, Any]] = {}  # by step
         self.run_id: str = self.config.run.get("id") or uuid.uuid4().hex
         self.started: str = self.config.run.get("date") or datetime.now(UTC).date().isoformat()
         self._proofs = Proofs(may_wait=True)
@@ -102,9 +104,7 @@ class RunLineage:
             self.resume(resume_from)
 
     def resume(self, checkpoint: str | Path) -> None:
-        """Go on with the run that wrote ``checkpoint``: keep its id and date, and chain to its digest.
-
-        An id or a date that the configuration fixes stands.
+        """Go on with the run that wrote ``checkpoint``: keep its id and date, or those configured, and chain to it.
 
         Raises:
             LineageError: the checkpoint's record is missing or damaged.
@@ -178,6 +178,10 @@ class RunLineage:
     def note_changes(self, changes: Sequence[str]) -> None:
         """Record that the run went on under other conditions than it began with, such as another panel."""
         self.changes += [change for change in changes if change not in self.changes]
+
+    def note_evaluation(self, step: int, tasks: Mapping[str, Any]) -> None:
+        """Record what the weights after ``step`` steps reached: by task ``pass@1`` and how it was asked."""
+        self._measured[step] = tasks
 
     @cached_property
     def graph(self) -> Graph:
@@ -287,6 +291,7 @@ class RunLineage:
             "disclaimer": NO_ADVICE,
             "run": self._run_section(),
             "checkpoint": {"step": step, "parent": self._parent(parent)},
+            **({"evaluation": self._measured[step]} if step in self._measured else {}),
             "subjects": [{"path": s.path, "sha256": s.sha256, "size": s.size} for s in subjects],
             **graph.to_json(),
             "terms": {i: entry.to_json() for i, entry in terms.items()},
@@ -379,12 +384,8 @@ class RunLineage:
 
     def _parent(self, parent: str | Path | None) -> dict[str, Any] | None:
         if parent is not None:
-            before, name = load_record(parent), Path(parent).resolve().name
-        elif self.resumed is not None:
-            before, name = dict(self.resumed), self._resumed_name
-        else:
-            return None
-        return {"digest": before["digest"], "step": before["checkpoint"]["step"], "name": name}
+            return link_to(load_record(parent), Path(parent).resolve().name)
+        return None if self.resumed is None else link_to(self.resumed, self._resumed_name)
 
     def _run_section(self) -> dict[str, Any]:
         run = self.config.run

@@ -147,6 +147,9 @@ class LicenseLineageCallback(TrainerCallback):
     ) -> None:
         """Wait for lineage that is being written; from now on the model speaks for itself as it is."""
         self._training = False
+        best = getattr(state, "best_global_step", None)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None and best:
+            self._step = best  # transformers has loaded those weights by now
         if self._carried is not None:
             self._carried.close(kwargs["model"])
         self._thread.wait()

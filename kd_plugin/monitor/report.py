@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from kd_plugin.errors import ConfigError
 
@@ -28,6 +29,8 @@ _CHARTS = (
     ("Disagreement of teachers", "share, or nats", r"disagreement(/.*)?|jensen_shannon/.*"),
     ("Entropy", "nats", r"(entropy/.*|entropy)"),
     ("Guards", "", r"alarm.*"),
+    ("Cost until an evaluation", "operations, seconds, money", r"(eval|val)[_/]cost[_/].*"),
+    ("Length of answers to the own set", "tokens", r"(eval|val)[_/].*[_/]tokens"),
     ("Evaluation", "", r"(eval|val|evaluate)[_/].*"),
     ("Reward and verification", "", r"(reward|verified|right).*"),
     ("Gradient norm", "", r"grad_norm"),
@@ -54,6 +57,8 @@ text{font:11px system-ui,sans-serif;fill:var(--soft)}.g{stroke:var(--line);strok
 ul{list-style:none;display:flex;flex-wrap:wrap;gap:2px 14px;margin:4px 0 0;padding:0;font-size:13px;color:var(--soft)}
 li{overflow-wrap:anywhere}li i{display:inline-block;width:12px;height:3px;vertical-align:middle;margin-right:5px}
 li b{color:var(--ink);font-variant-numeric:tabular-nums}p{color:var(--soft)}
+table{border-collapse:collapse;display:block;overflow-x:auto;font-size:14px}
+th,td{padding:3px 10px;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
 """
 
 
@@ -109,31 +114,57 @@ def report(logs: Series, title: str) -> str:
     for name, unit, pattern in _CHARTS:
         taken = {key: left.pop(key) for key in list(left) if re.fullmatch(pattern, key)}
         if taken:
-            sections.append(_section(name, unit, taken))
-    sections += [_section(key, "", {key: points}) for key, points in left.items()]
+            sections.append(section(name, unit, taken))
+    sections += [section(key, "", {key: points}) for key, points in left.items()]
     steps = max((points[-1][0] for points in logs.values()), default=0)
     said = f"{steps:g} steps. Each number after a name is its last value." if sections else "Nothing was logged yet."
+    return page(title, said, sections)
+
+
+def page(title: str, said: str, sections: Sequence[str]) -> str:
+    """Return a self-contained page.
+
+    Args:
+        title: its heading.
+        said: a sentence below it, as text.
+        sections: HTML, side by side where there is room.
+    """
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{_STYLE}</style></head>
-<body><h1>{escape(title)}</h1><p>{said}</p><main>{"".join(sections)}</main></body></html>
+<body><h1>{escape(title)}</h1><p>{escape(said)}</p><main>{"".join(sections)}</main></body></html>
 """
 
 
-def _section(name: str, unit: str, series: Series) -> str:
+def section(name: str, unit: str, series: Series, **drawn: Any) -> str:
+    """Return a chart with its heading and its legend; ``drawn`` as :func:`chart` takes it."""
     legend = "".join(
         f'<li><i style="background:{_COLOURS[i % len(_COLOURS)]}"></i>{escape(key)} <b>{points[-1][1]:.4g}</b></li>'
         for i, (key, points) in enumerate(series.items())
     )
     about = f" <span>{escape(unit)}</span>" if unit else ""
-    return f"<section><h2>{escape(name)}{about}</h2>{_chart(name, series)}<ul>{legend}</ul></section>"
+    return f"<section><h2>{escape(name)}{about}</h2>{chart(name, series, **drawn)}<ul>{legend}</ul></section>"
 
 
-def _chart(name: str, series: Series) -> str:
-    """Draw lines over the steps; one point alone is a dot."""
+def chart(
+    name: str,
+    series: Series,
+    *,
+    over: str = "steps",
+    bars: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> str:
+    """Draw lines as SVG; one point alone is a dot.
+
+    Args:
+        name: what is drawn.
+        series: by key its (x, y) points.
+        over: what x counts; steps are whole.
+        bars: by key the (lower, upper) ends of an interval at each of its points.
+    """
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
-    x_ticks, y_ticks = _ticks(min(xs), max(xs), 6, whole=True), _ticks(min(ys), max(ys), 5)
+    ys += [end for ends in (bars or {}).values() for pair in ends for end in pair]
+    x_ticks, y_ticks = _ticks(min(xs), max(xs), 6, within=True, whole=over == "steps"), _ticks(min(ys), max(ys), 5)
     x_low, x_high, y_low, y_high = min(xs), max(xs), min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
     wide, high = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
@@ -141,7 +172,7 @@ def _chart(name: str, series: Series) -> str:
         across = 0.5 if x_high == x_low else (x - x_low) / (x_high - x_low)
         return _LEFT + across * wide, _TOP + high - (y - y_low) / (y_high - y_low) * high
 
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(name)} over steps">']
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(name)} over {escape(over)}">']
     for tick in y_ticks:
         _, y = place(x_low, tick)
         parts.append(f'<path class="g" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
@@ -158,18 +189,21 @@ def _chart(name: str, series: Series) -> str:
             )
         else:
             parts.append(f'<circle cx="{spots[0][0]:.1f}" cy="{spots[0][1]:.1f}" r="3" fill="{colour}"/>')
+        for (x, _), (low, high) in zip(points, (bars or {}).get(key, ()), strict=False):
+            (across, bottom), (_, top) = place(x, low), place(x, high)
+            parts.append(f'<path class="s" stroke="{colour}" opacity=".6" d="M{across:.1f} {bottom:.1f}V{top:.1f}"/>')
     return "".join([*parts, "</svg>"])
 
 
-def _ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
-    """Return round numbers from below ``low`` to above ``high``; of steps, whole ones within."""
+def _ticks(low: float, high: float, most: int, *, within: bool = False, whole: bool = False) -> list[float]:
+    """Return round numbers from below ``low`` to above ``high``, or within them; of steps whole ones."""
     if high == low:
-        if whole:
+        if within:
             return [low]
         low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
     step = max(1.0, step) if whole else step
-    first, last = (math.ceil, math.floor) if whole else (math.floor, math.ceil)
+    first, last = (math.ceil, math.floor) if within else (math.floor, math.ceil)
     return [k * step for k in range(first(low / step), last(high / step) + 1)]

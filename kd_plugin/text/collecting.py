@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
@@ -48,6 +49,7 @@ class Plan:
         verifier: which answers are right, or None.
         vote: how the writers vote, or None.
         facts: columns of the rows that are kept beside the answers.
+        draws_alike: whether all writers have the same random numbers, so that a difference between two is more sure.
     """
 
     rows: RowSource
@@ -58,6 +60,7 @@ class Plan:
     verifier: Verifier | None = None
     vote: Vote | None = None
     facts: tuple[str, ...] = ()
+    draws_alike: bool = False
 
     @property
     def units(self) -> int:
@@ -95,7 +98,8 @@ class Plan:
 
     def ask(self, prompt: Prompt, slot: Slot) -> Ask:
         """Return the request for one text, with a seed of its own that no order of asking changes."""
-        digest = hashlib.sha256(f"{self.seed}/{slot.row}/{slot.writer}/{slot.sample}".encode()).digest()
+        writer = "" if self.draws_alike else slot.writer
+        digest = hashlib.sha256(f"{self.seed}/{slot.row}/{writer}/{slot.sample}".encode()).digest()
         return Ask(prompt, self.generation, int.from_bytes(digest[:4], "big") >> 1)
 
 
@@ -296,46 +300,17 @@ class Collection:
         verdicts = self._verdicts(unit, [(slot, answered[slot]) for slot in slots])
         lines = []
         for slot, verdict in zip(slots, verdicts, strict=True):
-            answer, row = answered[slot], unit.rows[slot.row - unit.first]
-            usage = _counted(answer)
-            lines.append(
-                {
-                    "row": slot.row,
-                    "sample": slot.sample,
-                    "teacher_name": slot.writer,
-                    "prompt": json.dumps(unit.prompts[slot.row - unit.first], ensure_ascii=False),
-                    "response": answer.text,
-                    "reasoning": answer.reasoning,
-                    "ended": answer.ended,
-                    "says": answer.says,
-                    "model_said": answer.model,
-                    "tokens_read": None if usage is None else usage.read,
-                    "tokens_written": None if usage is None else usage.written,
-                    "tokens_cached": None if usage is None else usage.cached,
-                    "passed": verdict.passed,
-                    "score": verdict.score,
-                    "why_not": verdict.reason,
-                    "facts": json.dumps({n: None if row.get(n) is None else str(row[n]) for n in self.plan.facts}),
-                }
-            )
+            offset = slot.row - unit.first
+            facts = {
+                n: None if unit.rows[offset].get(n) is None else str(unit.rows[offset][n]) for n in self.plan.facts
+            }
+            lines.append(answer_line(slot, unit.prompts[offset], answered[slot], verdict, facts))
         return pa.Table.from_pylist(lines, SCHEMA)
 
     def _verdicts(self, unit: _Unit, answers: list[tuple[Slot, Answer]]) -> list[Verdict]:
-        verifier, vote = self.plan.verifier, self.plan.vote
-
-        def verdict(one: tuple[Slot, Answer]) -> Verdict:
-            slot, answer = one
-            if answer.ended == REFUSED or not answer.text.strip():
-                return Verdict(False, 0.0, None)
-            if verifier is None:
-                return Verdict(True, 1.0)
-            return verifier.verify(answer.text, unit.rows[slot.row - unit.first], f"row {slot.row}")
-
-        if verifier is not None and verifier.waits:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                found = list(pool.map(verdict, answers))
-        else:
-            found = [verdict(one) for one in answers]
+        vote = self.plan.vote
+        given = [(answer, unit.rows[slot.row - unit.first], f"row {slot.row}") for slot, answer in answers]
+        found = verdicts_of(self.plan.verifier, given)
         if vote is None:
             return found
         for row in dict.fromkeys(slot.row for slot, _ in answers):
@@ -349,3 +324,49 @@ class Collection:
 
 def _counted(answer: Answer) -> Usage | None:
     return (answer.usage or Usage()) if answer.ended == REFUSED else answer.usage
+
+
+def verdicts_of(verifier: Verifier | None, answers: Sequence[tuple[Answer, Row, str]]) -> list[Verdict]:
+    """Verify answers, each with its row and the words by which messages call that.
+
+    A refused or empty answer is wrong. Without a verifier all others are right.
+
+    Raises:
+        DataError: the verifier itself failed.
+    """
+
+    def verdict(one: tuple[Answer, Row, str]) -> Verdict:
+        answer, row, where = one
+        if answer.ended == REFUSED or not answer.text.strip():
+            return Verdict(False, 0.0, None)
+        return Verdict(True, 1.0) if verifier is None else verifier.verify(answer.text, row, where)
+
+    if verifier is not None and verifier.waits:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(verdict, answers))
+    return [verdict(one) for one in answers]
+
+
+def answer_line(
+    slot: Slot, prompt: Prompt, answer: Answer, verdict: Verdict, facts: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Return an answer and its verdict as a row of :data:`~kd_plugin.text.store.SCHEMA`."""
+    usage = _counted(answer)
+    return {
+        "row": slot.row,
+        "sample": slot.sample,
+        "teacher_name": slot.writer,
+        "prompt": json.dumps(prompt, ensure_ascii=False),
+        "response": answer.text,
+        "reasoning": answer.reasoning,
+        "ended": answer.ended,
+        "says": answer.says,
+        "model_said": answer.model,
+        "tokens_read": None if usage is None else usage.read,
+        "tokens_written": None if usage is None else usage.written,
+        "tokens_cached": None if usage is None else usage.cached,
+        "passed": verdict.passed,
+        "score": verdict.score,
+        "why_not": verdict.reason,
+        "facts": json.dumps(facts),
+    }

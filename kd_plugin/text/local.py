@@ -8,8 +8,9 @@ from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kd_plugin.capturing.generating import Request, generate_locally
+from kd_plugin.capturing.generating import Completion, Request, generate_locally
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.teachers.local import LocalTeacher
@@ -70,33 +71,42 @@ class LocalWriter:
                 yield from zip((key for key, _ in group), self._write([ask for _, ask in group]), strict=True)
 
     def _write(self, asks: Sequence[Ask]) -> list[Answer]:
-        requests = []
-        for ask in asks:
-            prompt = self._tokens(ask)
-            requests.append(Request(prompt, f"text/{ask.seed}", ask.generation.max_new_tokens))
-        tokenizer, found = self._teacher.tokenizer, []
-        for request, done in zip(
-            requests, generate_locally(self._teacher, requests, asks[0].generation, seed=0), strict=True
-        ):
-            text, reasoning = split_reasoning(tokenizer.decode(done.ids, skip_special_tokens=True))
-            usage = Usage(len(request.prompt), len(done.ids))
-            found.append(Answer(text, reasoning, FINISHED if done.finished else TOO_LONG, usage))
-        return found
-
-    def _tokens(self, ask: Ask) -> Any:
         tokenizer = self._teacher.tokenizer
-        if isinstance(ask.prompt, str) and tokenizer.chat_template is None:
-            ids = tokenizer(ask.prompt)["input_ids"]
-        elif tokenizer.chat_template is None:
-            raise ConfigError(
-                f"Writer {self.name!r} has no chat template, and the prompt is a conversation. Use a tuned model, or "
-                "prompts that are texts."
-            )
-        else:
-            ids = tokenizer.apply_chat_template(
-                ask.messages, add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
-        return np.asarray(ids, dtype=np.int32)
+        requests = [request_of(tokenizer, ask, self.name) for ask in asks]
+        done = generate_locally(self._teacher, requests, asks[0].generation, seed=0)
+        return [answer_of(tokenizer, *one) for one in zip(requests, done, strict=True)]
+
+
+def prompt_tokens(tokenizer: Any, ask: Ask, name: str) -> NDArray[np.int32]:
+    """Return the (P,) token ids of what is asked, by the chat template where there is one.
+
+    Raises:
+        ConfigError: a conversation, and ``name``'s tokenizer has no chat template.
+    """
+    if isinstance(ask.prompt, str) and tokenizer.chat_template is None:
+        ids = tokenizer(ask.prompt)["input_ids"]
+    elif tokenizer.chat_template is None:
+        raise ConfigError(
+            f"Writer {name!r} has no chat template, and the prompt is a conversation. Use a tuned model, or prompts "
+            "that are texts."
+        )
+    else:
+        ids = tokenizer.apply_chat_template(ask.messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+    return np.asarray(ids, dtype=np.int32)
+
+
+def answer_of(tokenizer: Any, request: Request, done: Completion) -> Answer:
+    """Return what was generated as text, its reasoning apart."""
+    text, reasoning = split_reasoning(tokenizer.decode(done.ids, skip_special_tokens=True))
+    usage = Usage(len(request.prompt), len(done.ids))
+    return Answer(text, reasoning, FINISHED if done.finished else TOO_LONG, usage)
+
+
+def request_of(tokenizer: Any, ask: Ask, name: str) -> Request:
+    """Return the completion that answers ``ask``; raises as :func:`prompt_tokens`."""
+    return Request(prompt_tokens(tokenizer, ask, name), f"text/{ask.seed}", ask.generation.max_new_tokens)
 
 
 def _until_none(source: Iterator[tuple[Key, Ask] | None], most: int) -> Iterator[tuple[Key, Ask]]:

@@ -19,12 +19,14 @@ from kd_plugin.cache.training_rows import Joining, columns_of, with_labels
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.divergence.projection import require_finite
 from kd_plugin.errors import ConfigError, DataError
+from kd_plugin.evaluation.in_loop import EvaluationSettings, TasksInLoop
 from kd_plugin.limits import refuse_images, refuse_label_smoothing, refuse_prompt_learning, refuse_router_loss
 from kd_plugin.lineage.data import dataset_sources
 from kd_plugin.lineage.start import student_source
 from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage
 from kd_plugin.student.head import DistillationHead, evaluation_sums
 from kd_plugin.text.dataset import TrainingText
+from kd_plugin.trainers.evaluation import TaskEvaluationMixin
 from kd_plugin.trainers.run import (
     LineageSavingMixin,
     TokenMeanMixin,
@@ -36,7 +38,7 @@ from kd_plugin.trainers.run import (
 from kd_plugin.trainers.upstream import KeptColumnsMixin, shuffle_leanly
 
 
-class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
+class OfflineKDMixin(KeptColumnsMixin, TaskEvaluationMixin, TokenMeanMixin, LineageSavingMixin):
     """Makes of any ``transformers.Trainer`` one that fits its student to captured teacher outputs.
 
     Put it before the trainer that you have::
@@ -60,6 +62,7 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         teacher_text: in its place, the directory of a capture of text: the student is trained on what the teacher
             wrote, by cross-entropy, with any tokenizer; the loss and all else is your trainer's own.
         offline_settings: how the targets are fitted: the divergence, its temperature, its weight beside cross-entropy.
+        evaluation: your own questions that the student answers at each evaluation.
         lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
         train_dataset: a ``datasets.Dataset`` or stream of tokenized rows; left out, the rows of the cache or the text.
         eval_dataset: likewise, or a dictionary of them, joined to the same cache.
@@ -88,6 +91,7 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         teacher_cache: Caches | None = None,
         teacher_text: str | Path | None = None,
         offline_settings: OfflineSettings = OfflineSettings(),  # noqa: B008
+        evaluation: EvaluationSettings = EvaluationSettings(),  # noqa: B008
         lineage: Mapping[str, Any] | str | Path | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -98,6 +102,7 @@ class OfflineKDMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
     ) -> None:
         self.objective, self.allow_partial = offline_settings.objective(), offline_settings.allow_partial
         self.require_targets_used(args, kwargs.get("compute_loss_func"))
+        self.own_tasks = TasksInLoop.of(evaluation)
         if model is None or kwargs.get("model_init") is not None:
             raise ConfigError("Offline KD needs the student itself, for its lineage: pass model, not model_init.")
         refuse_prompt_learning(model, kwargs.get("peft_config"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kd_plugin.divergence import Divergence
 from kd_plugin.errors import ConfigError, ServerError
+from kd_plugin.evaluation.in_loop import EvaluationSettings, TasksInLoop
 from kd_plugin.limits import refuse_prompt_learning, refuse_router_loss
 from kd_plugin.lineage import RunLineage
 from kd_plugin.lineage.data import dataset_sources
@@ -32,6 +33,7 @@ from kd_plugin.rollouts.ahead import Lookahead, begin_windows
 from kd_plugin.rollouts.server_engine import ServerEngine
 from kd_plugin.sharding.running import through
 from kd_plugin.signals import OutputHead
+from kd_plugin.trainers.evaluation import TaskEvaluationMixin
 from kd_plugin.trainers.panel_host import (
     PanelStateCallback,
     TrainerHost,
@@ -55,7 +57,7 @@ from kd_plugin.vocab import Vocabulary
 _ROW = ("prompt", "teacher_id", "domain", "teacher_weights", "completion")
 
 
-class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
+class PanelHostMixin(KeptColumnsMixin, TaskEvaluationMixin, TokenMeanMixin, LineageSavingMixin):
     """What a transformers trainer is as the host of the panel's step, whoever generates for it.
 
     A trainer calls :meth:`gate_panel` before its parent's ``__init__`` and :meth:`join_panel` after it.
@@ -81,13 +83,16 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         processing_class: Any,
         peft_config: Any = None,
         declared: Any = None,
+        evaluation: EvaluationSettings = EvaluationSettings(),  # noqa: B008
     ) -> RunLineage:
         """Pass the license gate, and check all that can be checked before a student is loaded.
 
-        Arguments are the trainer's, but for ``run``, the panel, and ``declared``, what the user says of the lineage.
+        Arguments are the trainer's, but for ``run``, the panel, ``declared``, what the user says of the lineage, and
+        ``evaluation``, the questions that are answered at each evaluation.
         """
         self.panel_run, self.panel, self.divergence = run, run.panel, run.divergence
         self.panel_settings = run.settings
+        self.own_tasks = TasksInLoop.of(evaluation)
         refuse_prompt_learning(model, peft_config)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_rows(dataset, name, self.panel)
@@ -216,6 +221,18 @@ class PanelHostMixin(KeptColumnsMixin, TokenMeanMixin, LineageSavingMixin):
         finally:
             if self.server_engine is not None and not self.is_in_train:  # type: ignore[attr-defined]
                 self.server_engine.finish()
+
+    @property
+    def counted_teachers(self) -> Mapping[str, nn.Module]:
+        """Models of the teachers in this process, by name."""
+        models = {name: getattr(teacher, "model", None) for name, teacher in self.panel.teachers.items()}
+        return {name: model for name, model in models.items() if isinstance(model, nn.Module)}
+
+    @property
+    def spent(self) -> float:
+        """What the teachers' servers were paid so far, on this rank."""
+        usage = self.panel_step.economics.usage()
+        return sum(self.panel.prices[name].cost(one) for name, one in usage.items())
 
     @property
     def kept_columns(self) -> tuple[str, ...]:

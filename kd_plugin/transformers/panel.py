@@ -12,6 +12,7 @@ from torch import nn
 
 from kd_plugin.divergence import require_finite
 from kd_plugin.errors import ConfigError
+from kd_plugin.evaluation.in_loop import EvaluationSettings
 from kd_plugin.limits import refuse_images
 from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage
 from kd_plugin.monitor.run import PanelRun
@@ -46,6 +47,7 @@ class TeacherPanelMixin(PanelHostMixin):
         teacher_models: name to path, hub id, loaded model or teacher; or a ``TeacherPanel``. None takes those of
             ``panel_settings``.
         panel_settings: who is on the panel, how the student generates, and what watches over the run.
+        evaluation: your own questions that the student answers at each evaluation.
         lineage: a mapping, or a path to YAML, with the keys student, teachers, datasets, use, overrides and run.
         train_dataset: rows with ``prompt``, text or messages, and ``teacher_id`` (or ``domain``) where the panel has
             several teachers.
@@ -68,6 +70,7 @@ class TeacherPanelMixin(PanelHostMixin):
         *,
         teacher_models: Any = None,
         panel_settings: PanelSettings = PanelSettings(),  # noqa: B008
+        evaluation: EvaluationSettings = EvaluationSettings(),  # noqa: B008
         lineage: Mapping[str, Any] | str | Path | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -92,6 +95,7 @@ class TeacherPanelMixin(PanelHostMixin):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             declared=declared_lineage(callbacks) if lineage is None else lineage,
+            evaluation=evaluation,
         )
         self.panel_run.require_draws(model)
         super().__init__(

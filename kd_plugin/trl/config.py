@@ -12,6 +12,7 @@ from trl import SFTConfig
 
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
+from kd_plugin.evaluation.in_loop import EvaluationSettings
 from kd_plugin.limits import refuse_label_smoothing
 from kd_plugin.lineage.config import LineageSettings
 from kd_plugin.settings import mappings, mutable, part_of
@@ -44,7 +45,9 @@ def require_sft_loss(args: SFTConfig) -> None:
 
 
 @dataclass
-class OfflineKDConfig(mutable(OfflineSettings), mutable(LineageSettings), SFTConfig):  # type: ignore[misc]
+class OfflineKDConfig(  # type: ignore[misc]
+    mutable(OfflineSettings), mutable(EvaluationSettings), mutable(LineageSettings), SFTConfig
+):
     """What TRL's ``SFTConfig`` holds, and how the captured targets are fitted.
 
     Every inherited field keeps its meaning. The loss of a token is
@@ -55,7 +58,7 @@ class OfflineKDConfig(mutable(OfflineSettings), mutable(LineageSettings), SFTCon
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *SFTConfig._VALID_DICT_FIELDS,
-        *mappings(OfflineSettings, LineageSettings),
+        *mappings(OfflineSettings, EvaluationSettings, LineageSettings),
         "teacher_cache",
     ]
 

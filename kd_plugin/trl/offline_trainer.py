@@ -26,6 +26,8 @@ from kd_plugin.cache.joint import Caches, JointCache
 from kd_plugin.cache.templates import is_conversation, pinned, pinned_tokenizer
 from kd_plugin.cache.training_rows import CutIndex, Window, something_to_cut, why_not_found, with_labels
 from kd_plugin.errors import ConfigError
+from kd_plugin.evaluation.in_loop import EvaluationSettings
+from kd_plugin.settings import part_of
 from kd_plugin.trainers.offline import OfflineKDMixin
 from kd_plugin.trl.config import OfflineKDConfig, require_sft_loss
 from kd_plugin.trl.upstream import ASKED_BY, FUSED_HEAD, SummedLossMixin, TrlMetricsMixin
@@ -111,6 +113,7 @@ class OfflineKDTrainer(TrlMetricsMixin, OfflineKDMixin, SummedLossMixin):
             teacher_cache=args.teacher_cache if teacher_cache is None else teacher_cache,
             teacher_text=args.teacher_text if teacher_text is None else teacher_text,
             offline_settings=args.settings(),
+            evaluation=part_of(EvaluationSettings, args),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

@@ -8,6 +8,7 @@ from typing import ClassVar
 from trl import DistillationConfig
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.evaluation.in_loop import EvaluationSettings
 from kd_plugin.lineage.config import LineageSettings
 from kd_plugin.panel.settings import PanelSettings, RolloutSettings, TeacherSettings, WatchSettings
 from kd_plugin.settings import mappings, mutable, part_of
@@ -19,6 +20,7 @@ class TeacherPanelConfig(
     mutable(WatchSettings),  # type: ignore[misc]
     mutable(RolloutSettings),  # type: ignore[misc]
     mutable(TeacherSettings),  # type: ignore[misc]
+    mutable(EvaluationSettings),  # type: ignore[misc]
     mutable(LineageSettings),  # type: ignore[misc]
     DistillationConfig,
 ):
@@ -30,7 +32,7 @@ class TeacherPanelConfig(
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *DistillationConfig._VALID_DICT_FIELDS,
-        *mappings(WatchSettings, RolloutSettings, TeacherSettings, LineageSettings),
+        *mappings(WatchSettings, RolloutSettings, TeacherSettings, EvaluationSettings, LineageSettings),
     ]
 
     def __post_init__(self):

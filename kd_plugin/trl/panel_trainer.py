@@ -15,6 +15,7 @@ from trl.models import prepare_deepspeed
 
 from kd_plugin.divergence.projection import require_finite
 from kd_plugin.errors import ConfigError
+from kd_plugin.evaluation.in_loop import EvaluationSettings
 from kd_plugin.limits import refuse_images
 from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage
 from kd_plugin.monitor.run import PanelRun
@@ -23,6 +24,7 @@ from kd_plugin.panel.batches import Assigned, ScoredRollouts
 from kd_plugin.panel.sampling import sampled_teacher
 from kd_plugin.rollouts import Drawn, RolloutEngine
 from kd_plugin.rollouts.rows import Rollouts, as_responses, behaviour_logprobs, mixed_seed
+from kd_plugin.settings import part_of
 from kd_plugin.teachers import Teacher
 from kd_plugin.trainers.panel import PanelHostMixin
 from kd_plugin.trl.generation import TRLEngine, ask_for_logprobs, padded_logprobs, recorded, require_draws, share_evenly
@@ -98,6 +100,7 @@ class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
             processing_class=processing_class,
             peft_config=peft_config,
             declared=declared_lineage(callbacks),
+            evaluation=part_of(EvaluationSettings, args),
         )
         if tools and self.panel.text_teachers:
             raise ConfigError(

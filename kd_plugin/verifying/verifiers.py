@@ -191,9 +191,10 @@ def same_mathematics(response: str, answer: str) -> bool | str:
 
     # Its time limits are alarms, which only the main thread can set
     limit = 5 if threading.current_thread() is threading.main_thread() else None
-    gold = parse(answer, parsing_timeout=limit)
-    if not gold and not re.search(r"[^\W\d_]{2,} ", answer):  # bare LaTeX, or a symbol; words are no mathematics
-        gold = parse(f"${answer}$", parsing_timeout=limit)
+    # Bare LaTeX is marked as such: of 3\pi alone the number would be read. Words are no mathematics
+    bare = not re.search(r"\$|\\boxed|\\\[|\\\(|(?<![\\{\w])[^\W\d_]{2,} ", answer)
+    gold = parse(f"${answer}$", parsing_timeout=limit) if bare else []
+    gold = gold or parse(answer, parsing_timeout=limit)
     if not gold:
         return NO_MATHEMATICS
     found = parse(response, parsing_timeout=limit)

@@ -137,6 +137,7 @@ STUDENT = {
     "lora_r": 2, "lora_alpha": 3, "lora_dropout": 0.1, "lora_target_modules": ["q_proj"],
     "gradient_checkpointing": True, "learning_rate": 1e-3, "weight_decay": 0.1, "lr_scheduler_type": "cosine",
     "warmup_steps": 3, "sample_length": 5, "samples_shown": 6, "verify": "math",
+    "eval_tasks": "tasks.yaml", "eval_tasks_batch_size": 3,
 }  # fmt: skip
 
 

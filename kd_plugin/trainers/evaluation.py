@@ -1,0 +1,142 @@
+"""The user's own set at every evaluation of a transformers trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate.utils import gather_object
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from kd_plugin.evaluation.cost import Cost, CostMeter
+from kd_plugin.evaluation.in_loop import Learner, Ranks, TasksInLoop, metrics_of, recorded, unnoticed
+from kd_plugin.lineage.trainer_callback import lineage_callback
+from kd_plugin.student.head import load_tokenizer
+
+
+class TaskEvaluationMixin(Trainer):
+    """Has the student answer :attr:`own_tasks` whenever the trainer evaluates, with or without an ``eval_dataset``.
+
+    Each task's ``eval_NAME_accuracy`` and ``eval_NAME_accuracy_error`` are among the metrics of the evaluation, so that
+    ``metric_for_best_model`` and ``EarlyStoppingCallback`` can go by them; beside them is what the training has cost
+    until then. What was measured is in the lineage of the checkpoint of that step. Training stays as it is without, bit
+    for bit.
+    """
+
+    own_tasks: TasksInLoop | None = None
+    _prefix: str | None = None  # of the evaluation that is under way and is to have the tasks
+
+    def __init__(self, *positional: Any, **kwargs: Any) -> None:
+        self._meter, args = _Metering(self), kwargs.get("args")
+        alone = self.own_tasks is not None and args is not None and kwargs.get("eval_dataset") is None
+        if not alone:
+            super().__init__(*positional, **kwargs)
+            self._count()
+            return
+        # transformers 5.23 refuses a strategy without a dataset, and looks no more at it after that
+        strategy, args.eval_strategy = args.eval_strategy, "no"
+        try:
+            super().__init__(*positional, **kwargs)
+        finally:
+            args.eval_strategy = strategy
+        self.args.eval_strategy = strategy
+        self._count()
+
+    @property
+    def counted_teachers(self) -> Mapping[str, Any]:
+        """Models of the teachers in this process, by name, whose passes are a part of the cost."""
+        return {}
+
+    @property
+    def spent(self) -> float:
+        """What servers were paid so far."""
+        return 0.0
+
+    def _count(self) -> None:
+        if self.own_tasks is not None:
+            self.add_callback(self._meter)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate as the parent does, and have the tasks answered; a dataset that is given is evaluated alone."""
+        if self.own_tasks is None or eval_dataset is not None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        own: Any = self.eval_dataset
+        if own is not None and not isinstance(own, dict):
+            self._prefix = metric_key_prefix
+            try:
+                return super().evaluate(None, ignore_keys, metric_key_prefix)
+            finally:
+                self._prefix = None
+        found = super().evaluate(None, ignore_keys, metric_key_prefix) if own else {}
+        with unnoticed(self.model):  # logged as an evaluation
+            measured = self._measure(metric_key_prefix)
+            self.log(measured)
+        metrics = {**found, **measured}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a dataset as the parent does; the one of an evaluation comes with the tasks."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._prefix is not None:
+            output.metrics.update(self._measure(self._prefix))
+        return output
+
+    def _measure(self, prefix: str) -> dict[str, float]:
+        assert self.own_tasks is not None
+        with self._meter.paused():
+            return self._measured(self.own_tasks, prefix)
+
+    def _measured(self, tasks: TasksInLoop, prefix: str) -> dict[str, float]:
+        accelerator = self.accelerator
+        tokenizer: Any = self.processing_class
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        student = accelerator.unwrap_model(self.model_wrapped)
+        world = accelerator.num_processes
+        learner = Learner(
+            student,
+            load_tokenizer(student) if tokenizer is None else tokenizer,
+            accelerator.device,
+            sharded=world > 1 and (is_deepspeed_zero3_enabled() or self.is_fsdp_enabled),
+        )
+        found = tasks.measure(
+            learner,
+            Ranks(accelerator.process_index, world, gather_object if world > 1 else list),
+            cost=self._meter.read(),
+            output_dir=str(self.args.output_dir),
+            step=self.state.global_step,
+        )
+        callback = lineage_callback(self.callback_handler.callbacks)
+        if callback is not None and callback.run is not None:
+            callback.run.note_evaluation(self.state.global_step, recorded(found))
+        return metrics_of(found, prefix + "_{task}_{value}")
+
+
+class _Metering(TrainerCallback):
+    """Counts what a training costs, from its start; of a resumed one, from what its last evaluation had logged."""
+
+    def __init__(self, trainer: TaskEvaluationMixin) -> None:
+        self._trainer, self._meter, self._before = trainer, CostMeter(), Cost()
+        self.paused = self._meter.paused
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin."""
+        logged = [entry for entry in state.log_history if "eval_cost_seconds" in entry]
+        if logged and state.global_step:
+            self._before = Cost(**{name: logged[-1][f"eval_cost_{name}"] for name in vars(self._before)})
+        self._meter.attach(self._trainer.accelerator.unwrap_model(kwargs["model"]), self._trainer.counted_teachers)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End; what was counted stays."""
+        self._meter.detach()
+
+    def read(self) -> Cost:
+        """Return what this process has taken, and what was paid."""
+        return self._before + self._meter.read() + Cost(money=self._trainer.spent)

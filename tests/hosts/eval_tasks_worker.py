@@ -1,0 +1,21 @@
+"""One rank of an evaluation of a student's own tasks; leaves what was measured."""
+
+import json
+import sys
+from pathlib import Path
+
+from kd_plugin.sharding.gathering import close_process_group
+from tests.hosts.test_eval_tasks import offline
+
+
+def main(directory: str, student: str, cache: str) -> None:
+    tasks = json.loads(Path(directory, "tasks.json").read_text())
+    trainer = offline(Path(directory) / "run", student, cache, eval_tasks=tasks, eval_tasks_batch_size=4)
+    found = trainer.evaluate()
+    if trainer.accelerator.is_main_process:
+        Path(directory, "report.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    close_process_group()
