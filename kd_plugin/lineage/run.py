@@ -91,10 +91,9 @@ class RunLineage:
         self._given_datasets = not_cached(datasets, self.outputs)
         self.datasets = match_datasets(self._given_datasets, self.config, self._answered)
         self.resumed: Mapping[str, Any] | None = None
-        self._resumed_name, self.changes = "", list[str]()
+        self._resumed_name, self.changes, self._measured = "", list[str](), dict[int, Mapping[str, Any]]()
         # What teachers read and were asked by: views, those of captures among them, and templates
         self.noted: dict[str, Mapping[str, Any]] = {"views": captured_views(self.outputs)}
-        self._measured: dict[int, Mapping[str, Any]] = {}  # by step
         self.run_id: str = self.config.run.get("id") or uuid.uuid4().hex
         self.started: str = self.config.run.get("date") or datetime.now(UTC).date().isoformat()
         self._proofs = Proofs(may_wait=True)
