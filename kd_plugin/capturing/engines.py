@@ -149,9 +149,24 @@ class StudentWrites:
     def __init__(self, scoring: Engine, writer: InProcessTeacher) -> None:
         writer.stay_on(_own_accelerator())
         self._scoring, self._writer = scoring, writer
-        self.weights, self.dtype, self.written_by = scoring.weights, scoring.dtype, weights_digest(writer.model)
-        self.describe, self.require_same = scoring.describe, scoring.require_same
-        self.batches, self.score = scoring.batches, scoring.score
+        self.weights, self.dtype = scoring.weights, scoring.dtype
+        self.written_by: str | None = weights_digest(writer.model)
+
+    def describe(self) -> dict[str, str]:
+        """Return what the manifest records of the teacher."""
+        return self._scoring.describe()
+
+    def require_same(self, recorded: Mapping[str, str]) -> None:
+        """Refuse to go on with what another teacher began."""
+        self._scoring.require_same(recorded)
+
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Group as the teacher's engine does."""
+        return self._scoring.batches(lengths)
+
+    def score(self, examples: Sequence[Example], settings: Settings) -> list[Extracted]:
+        """Return each example's targets, by the teacher."""
+        return self._scoring.score(examples, settings)
 
     def generate(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
         """Let the student write one batch."""

@@ -86,8 +86,8 @@ def main(argv: Sequence[str]) -> int:
             words.append(f"{result.unfinished:.0%} unfinished")
         print(", ".join(words))
         if known:
-            words = f"  {len(known[name])} of {result.questions} questions are in the training data"
-            print(words + (f"; without them pass@1 {clean[name].accuracy}" if name in clean else ""))
+            among = f"  {len(known[name])} of {result.questions} questions are in the training data"
+            print(among + (f"; without them pass@1 {clean[name].accuracy}" if name in clean else ""))
         if name in differences:
             gap = differences[name]
             sure = "a real difference" if gap.low > 0 or gap.high < 0 else "no difference that is sure"

@@ -88,7 +88,7 @@ def rungs_of(given: Sequence[Any], recipe: Mapping[str, Any], output_dir: Path) 
     """
     found: list[Rung] = []
     for number, one in enumerate(given, 1):
-        spec = {"student": one} if isinstance(one, str) else one
+        spec: Any = {"student": one} if isinstance(one, str) else one
         where = f"rungs[{number - 1}]"
         if not isinstance(spec, Mapping) or not spec.get("student"):
             raise ConfigError(f"{where}: expected a student, its path or hub id, or a mapping with `student`.")

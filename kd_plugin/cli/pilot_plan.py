@@ -163,7 +163,8 @@ class Pilot:
 
     def _probe(self, method: Method) -> Trial:
         rows = self._batch("offline") * self.config.probe_steps if method.writes else 0
-        steps = Steps(*[self.config.probe_steps * int(present) for present in (method.offline, method.panel)], rows)
+        count = self.config.probe_steps
+        steps = Steps(count * int(method.offline), count * int(method.panel), rows)
         return Trial(method, min(self.config.learning_rates), self.config.scan_seed, steps, "probe")
 
     def _steps(self, method: Method, say: Say) -> Steps:

@@ -42,7 +42,9 @@ def sentence(pair: Comparison) -> str:
 
 
 def _cells(outcome: Outcome) -> list[tuple[str, ...]]:
-    rows = [("method", "accuracy, 95%", f"{outcome.unit} a run", "steps", "rows captured", "learning rate", "seeds")]
+    rows: list[tuple[str, ...]] = [
+        ("method", "accuracy, 95%", f"{outcome.unit} a run", "steps", "rows captured", "learning rate", "seeds")
+    ]
     for one in outcome.results:
         steps = " + ".join(str(count) for count in (one.steps.offline, one.steps.panel) if count)
         row = (one.method.name, str(one.accuracy), f"{one.cost:.3g}", steps, str(one.steps.rows or ""))

@@ -131,7 +131,11 @@ class Stages:
         else:
             code = subprocess.run([*stage.launcher, "-m", "kd_plugin", *words], check=False).returncode
         if code == 0:
-            mark = {"digest": stage.digest, "config": stage.config, "date": str(datetime.now(UTC).date())}
+            mark: dict[str, Any] = {
+                "digest": stage.digest,
+                "config": stage.config,
+                "date": str(datetime.now(UTC).date()),
+            }
             mark["seconds"] = time.perf_counter() - began
             self._shared.mkdir(parents=True, exist_ok=True)
             self._mark_of(stage).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")

@@ -131,7 +131,7 @@ def _with_local(manager: Any, found: Benchmark, local: str, directory: Path) -> 
     """Return lm-eval's task with a file in the place of the hub's dataset, as a file of its own form."""
     kind = "parquet" if local.endswith(".parquet") else "json"
     files = {"data_files": {found.split: str(Path(local).resolve())}}
-    content = {"include": str(manager.task_index[found.task].yaml_path), "task": f"{found.task}_local"}
+    content: dict[str, Any] = {"include": str(manager.task_index[found.task].yaml_path), "task": f"{found.task}_local"}
     content |= {"dataset_path": kind, "dataset_name": None, "dataset_kwargs": files}
     path = directory / "local.yaml"
     path.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML

@@ -120,8 +120,9 @@ class CostMeter:
 
 def operations(model: nn.Module) -> tuple[float, float]:
     """Return the floating-point operations of a token in a forward pass of ``model``, and in a backward pass."""
-    embedding: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embeddings, heads = (getattr(model, f"get_{one}_embeddings", None) for one in ("input", "output"))
+    embedding: Any = embeddings() if callable(embeddings) else None
+    head: Any = heads() if callable(heads) else None
     apart = embedding is not None and head is not None and embedding.weight is not head.weight
     left_out = {id(embedding.weight)} if apart else set()
     weights = [p for p in model.parameters() if id(p) not in left_out]

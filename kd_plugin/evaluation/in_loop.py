@@ -208,7 +208,7 @@ def metrics_of(evaluation: Evaluation, form: str) -> dict[str, float]:
         evaluation: what was measured.
         form: of a name, with places for ``task`` and ``value``: ``"eval_{task}_{value}"``.
     """
-    found = {}
+    found: dict[str, float] = {}
     for name, result in evaluation.results.items():
         values = {
             "accuracy": result.accuracy.value,

@@ -189,8 +189,8 @@ def chart(
             )
         else:
             parts.append(f'<circle cx="{spots[0][0]:.1f}" cy="{spots[0][1]:.1f}" r="3" fill="{colour}"/>')
-        for (x, _), (low, high) in zip(points, (bars or {}).get(key, ()), strict=False):
-            (across, bottom), (_, top) = place(x, low), place(x, high)
+        for (at, _), (least, most) in zip(points, (bars or {}).get(key, ()), strict=False):
+            (across, bottom), (_, top) = place(at, least), place(at, most)
             parts.append(f'<path class="s" stroke="{colour}" opacity=".6" d="M{across:.1f} {bottom:.1f}V{top:.1f}"/>')
     return "".join([*parts, "</svg>"])
 

@@ -29,8 +29,7 @@ class TaskEvaluationMixin(Trainer):
 
     def __init__(self, *positional: Any, **kwargs: Any) -> None:
         self._meter, args = _Metering(self), kwargs.get("args")
-        alone = self.own_tasks is not None and args is not None and kwargs.get("eval_dataset") is None
-        if not alone:
+        if self.own_tasks is None or args is None or kwargs.get("eval_dataset") is not None:
             super().__init__(*positional, **kwargs)
             self._count()
             return
@@ -75,7 +74,8 @@ class TaskEvaluationMixin(Trainer):
             measured = self._measure(metric_key_prefix)
             self.log(measured)
         metrics = {**found, **measured}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        trainer: Any = self
+        trainer.control = self.callback_handler.on_evaluate(self.args, self.state, trainer.control, metrics)
         return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -231,8 +231,7 @@ class PanelHostMixin(KeptColumnsMixin, TaskEvaluationMixin, TokenMeanMixin, Line
     @property
     def spent(self) -> float:
         """What the teachers' servers were paid so far, on this rank."""
-        usage = self.panel_step.economics.usage()
-        return sum(self.panel.prices[name].cost(one) for name, one in usage.items())
+        return self.panel_step.economics.totals(lambda local: local, torch.device("cpu")).spent
 
     @property
     def kept_columns(self) -> tuple[str, ...]:

@@ -45,8 +45,11 @@ def require_sft_loss(args: SFTConfig) -> None:
 
 
 @dataclass
-class OfflineKDConfig(  # type: ignore[misc]
-    mutable(OfflineSettings), mutable(EvaluationSettings), mutable(LineageSettings), SFTConfig
+class OfflineKDConfig(
+    mutable(OfflineSettings),  # type: ignore[misc]
+    mutable(EvaluationSettings),  # type: ignore[misc]
+    mutable(LineageSettings),  # type: ignore[misc]
+    SFTConfig,
 ):
     """What TRL's ``SFTConfig`` holds, and how the captured targets are fitted.
 
