@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,9 @@ def _section(recipe: Recipe, file: YamlFile, name: str) -> dict[str, Any]:
             raise UsageError(
                 f"{file.where(name)}: {name}: {key} is set by the recipe's {_SET_HERE[key]}; set it there."
             )
-    return {key: value for key, value in found.items() if (name, key) != ("data", _LICENSE)}
+    # As YAML writes them: transformers reads words such as `steps` into enumerations
+    plain = {key: value.value if isinstance(value, Enum) else value for key, value in found.items()}
+    return {key: value for key, value in plain.items() if (name, key) != ("data", _LICENSE)}
 
 
 def data_of(recipe: Recipe) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """One rank of an evaluation of a student's own tasks; leaves what was measured."""
 
 import json
-import sys
 from pathlib import Path
 
-from kd_plugin.sharding.gathering import close_process_group
+from tests.hosts.runs import work
 from tests.hosts.test_eval_tasks import offline
 
 
@@ -17,5 +16,4 @@ def main(directory: str, student: str, cache: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    close_process_group()
+    work(main)

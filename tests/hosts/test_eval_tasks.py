@@ -218,7 +218,7 @@ def test_a_model_index_of_the_users_own_stays(tasks, tmp_path, student_dir, cach
 def test_two_ranks_measure_what_one_does(tasks, tmp_path, student_dir, cache):
     expected = offline(tmp_path / "one", student_dir, cache.path, eval_tasks=tasks).evaluate()
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
-    launched("tests.hosts.eval_tasks_worker", 2, tmp_path, student_dir, cache.path)
+    launched("tests.hosts.eval_tasks_worker", 2, (tmp_path, student_dir, cache.path))
     found = json.loads((tmp_path / "report.json").read_text())
     places = [tmp_path / name / "evaluations" / "step-0" / "own" for name in ("one", "run")]
     assert shares_of(places[0]) == shares_of(places[1]) and len(shares_of(places[1])) == QUESTIONS

@@ -37,7 +37,8 @@ def pilot(tmp_path, monkeypatch, student_dir, teacher_dir):
             "output_dir": "pilot", "student": student_dir, "teachers": {"one": teacher_dir},
             "data": {"dataset": "rows.jsonl"}, "tasks": {"tasks": {"own": {**tasks, "sampling_temperature": 0.6}}},
             "methods": ["offline_student", "panel"], "budget": 3e8, "learning_rates": [1e-3, 1e-2], "seeds": [0, 1],
-            "evaluations": 2, "probe_steps": 2, "capture": {"k": 8, "max_new_tokens": 6}, "offline": SMALL,
+            "evaluations": 2, "probe_steps": 2, "offline": SMALL,
+            "capture": {"k": 8, "max_new_tokens": 6, "keep_unfinished": True},
             "panel": {**SMALL, "max_completion_length": 6}, **changes,
         }  # fmt: skip
         path = tmp_path / "pilot.yaml"

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -137,11 +138,13 @@ STUDENT = {
     "lora_r": 2, "lora_alpha": 3, "lora_dropout": 0.1, "lora_target_modules": ["q_proj"],
     "gradient_checkpointing": True, "learning_rate": 1e-3, "weight_decay": 0.1, "lr_scheduler_type": "cosine",
     "warmup_steps": 3, "sample_length": 5, "samples_shown": 6, "verify": "math",
-    "eval_tasks": "tasks.yaml", "eval_tasks_batch_size": 3,
+    "eval_tasks": {"tasks": {"own": {"rows": "own.jsonl", "verify": "exact"}}}, "eval_tasks_batch_size": 3,
 }  # fmt: skip
 
 
-def test_lightning_modules(panel, offline, cache):
+def test_lightning_modules(panel, offline, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.jsonl").write_text('{"prompt": "2 + 2 =", "answer": "4"}\n')
     student = complete(StudentSettings, STUDENT, set())
     given = {**panel, **student, "ce_weight": 0.3, "seed": 5, "lineage": LINEAGE}
     built = TeacherPanelModule("m", **given)
@@ -149,7 +152,8 @@ def test_lightning_modules(panel, offline, cache):
     assert (built._correction.objective.ce_weight, built._correction.lineage) == (0.3, LINEAGE)
     assert dict(built.hparams) == {"model": "m", **vars(PanelModuleSettings(**given))}
     module = OfflineKDModule("m", cache, **offline, **student, lineage=LINEAGE)
-    (callback,) = module.configure_callbacks()
+    callback, own_set = module.configure_callbacks()
+    assert [task.name for task in own_set.tasks.tasks] == ["own"]
     assert callback.objective == OfflineSettings(**offline).objective() and callback.lineage == LINEAGE
     assert {name: module.hparams[name] for name in STUDENT} == STUDENT
 
