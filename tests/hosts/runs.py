@@ -1,13 +1,10 @@
 """Short, deterministic training runs, and what they leave behind."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from kd_plugin.sharding.gathering import close_process_group
+from tests.lightning.launch import run_ranks
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 TOPICS = ["one plus two", "the sea", "a red bird", "what is time", "count to six", "say hello", "why rain", "odd"]
@@ -80,8 +78,8 @@ def launched(module: str, ranks: int, *jobs: Sequence[Any]) -> None:
 
     Args:
         module: of the tests; it ends with :func:`work`.
-        ranks: 1 does the jobs in this process; more are launched under torchrun, once for all jobs, because importing
-            torch and a trainer takes each process longer than most jobs.
+        ranks: 1 does the jobs in this process; more are started once for all jobs, because importing torch and a
+            trainer takes each process longer than most jobs.
         jobs: the arguments of ``main``, as text.
     """
     told = [list(map(str, job)) for job in jobs]
@@ -89,16 +87,7 @@ def launched(module: str, ranks: int, *jobs: Sequence[Any]) -> None:
         for arguments in told:
             import_module(module).main(*arguments)
         return
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
-        [*launch, "-m", module, json.dumps(told)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_ranks(module, [json.dumps(told)], ranks, timeout=300)
 
 
 def work(main: Callable[..., None]) -> None:

@@ -3,9 +3,6 @@
 import functools
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests import trl_vllm
 from tests.hosts.runs import losses, prompts, settings
+from tests.lightning.launch import run_ranks
 
 ROWS = 4
 
@@ -61,17 +59,8 @@ class TestRanks:
     @pytest.fixture(scope="class")
     def reports(self, tmp_path_factory, student_dir, teacher_dir):
         directory = tmp_path_factory.mktemp("ranks")
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        arguments = [str(directory), student_dir, teacher_dir, json.dumps(JOBS)]
-        done = subprocess.run(
-            [*launch, "-m", "tests.hosts.vllm_worker", *arguments],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-6000:]
+        arguments = [directory, student_dir, teacher_dir, json.dumps(JOBS)]
+        run_ranks("tests.hosts.vllm_worker", arguments, 2, timeout=300)
         return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
 
     @pytest.mark.parametrize("name", JOBS)
