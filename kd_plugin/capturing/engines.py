@@ -19,7 +19,7 @@ from kd_plugin.cache.manifest import Settings
 from kd_plugin.cache.schema import Example, Extracted
 from kd_plugin.cache.targets import Generation, Sampled, Targets, TopP
 from kd_plugin.capturing.extract import extract, from_list, from_logits
-from kd_plugin.capturing.generating import Completion, Request, generate_locally, uniforms
+from kd_plugin.capturing.generating import Completion, Request, StudentWrites, generate_locally, uniforms
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal
 from kd_plugin.teachers.agreement import ROUNDING, distances
@@ -131,46 +131,13 @@ def open_engine(teacher: Any, settings: Settings, batch_tokens: int, writer: InP
         ServerError, VocabularyError, ConfigError: see :meth:`~kd_plugin.teachers.server.ServerTeacher.check`.
     """
     if writer is not None:
-        return StudentWrites(open_engine(teacher, replace(settings, generation=None), batch_tokens), writer)
+        writer.stay_on(_own_accelerator())
+        scoring = open_engine(teacher, replace(settings, generation=None), batch_tokens)
+        return StudentWrites(scoring, writer, weights_digest(writer.model))
     generates = teacher.capabilities.generates
     if generates == "requests":
         return ServerEngine(teacher, settings)
     return ScoringEngine(teacher, batch_tokens) if generates is None else LocalEngine(teacher, batch_tokens)
-
-
-class StudentWrites:
-    """A student that generates, and the teacher that scores what it wrote: rollouts of one policy, scored once.
-
-    Args:
-        scoring: asks the teacher.
-        writer: the student; loaded here.
-    """
-
-    def __init__(self, scoring: Engine, writer: InProcessTeacher) -> None:
-        writer.stay_on(_own_accelerator())
-        self._scoring, self._writer = scoring, writer
-        self.weights, self.dtype = scoring.weights, scoring.dtype
-        self.written_by: str | None = weights_digest(writer.model)
-
-    def describe(self) -> dict[str, str]:
-        """Return what the manifest records of the teacher."""
-        return self._scoring.describe()
-
-    def require_same(self, recorded: Mapping[str, str]) -> None:
-        """Refuse to go on with what another teacher began."""
-        self._scoring.require_same(recorded)
-
-    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Group as the teacher's engine does."""
-        return self._scoring.batches(lengths)
-
-    def score(self, examples: Sequence[Example], settings: Settings) -> list[Extracted]:
-        """Return each example's targets, by the teacher."""
-        return self._scoring.score(examples, settings)
-
-    def generate(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
-        """Let the student write one batch."""
-        return generate_locally(self._writer, requests, _generation(settings), settings.seed)
 
 
 def _own_accelerator() -> torch.device | None:

@@ -8,21 +8,25 @@ transformers' own ``generate``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd_plugin.cache.schema import Extracted, example_id
+from kd_plugin.cache.manifest import Settings
+from kd_plugin.cache.schema import Example, Extracted, example_id
 from kd_plugin.cache.targets import Generation
 from kd_plugin.errors import ConfigError, NonFiniteError
 from kd_plugin.sharding.running import called
 from kd_plugin.teachers.base import end_tokens
 from kd_plugin.teachers.in_process import InProcessTeacher
+
+if TYPE_CHECKING:
+    from kd_plugin.capturing.engines import Engine
 
 
 def uniforms(seed: int, example_id: str, positions: int, draws: int) -> NDArray[np.float64]:
@@ -227,3 +231,39 @@ class _Choose:
                 "The model's logits are NaN or infinite while it generates. Nothing of this unit was stored. Check "
                 "its weights, or run it in bfloat16 or float32 rather than float16."
             )
+
+
+class StudentWrites:
+    """A student that generates, and the teacher that scores what it wrote: rollouts of one policy, scored once.
+
+    Args:
+        scoring: asks the teacher.
+        writer: the student.
+        digest: of its weights.
+    """
+
+    def __init__(self, scoring: Engine, writer: InProcessTeacher, digest: str) -> None:
+        self._scoring, self._writer = scoring, writer
+        self.weights, self.dtype = scoring.weights, scoring.dtype
+        self.written_by: str | None = digest
+
+    def describe(self) -> dict[str, str]:
+        """Return what the manifest records of the teacher."""
+        return self._scoring.describe()
+
+    def require_same(self, recorded: Mapping[str, str]) -> None:
+        """Refuse to go on with what another teacher began."""
+        self._scoring.require_same(recorded)
+
+    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Group as the teacher's engine does."""
+        return self._scoring.batches(lengths)
+
+    def score(self, examples: Sequence[Example], settings: Settings) -> list[Extracted]:
+        """Return each example's targets, by the teacher."""
+        return self._scoring.score(examples, settings)
+
+    def generate(self, requests: Sequence[Request], settings: Settings) -> list[Completion]:
+        """Let the student write one batch."""
+        assert settings.generation is not None
+        return generate_locally(self._writer, requests, settings.generation, settings.seed)
