@@ -1,6 +1,7 @@
 """Shared tiny models on disk; one set a session."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +30,14 @@ LONG = ("equivalence", "transformers", "lightning", "hosts")
 def pytest_collection_modifyitems(items):
     """Begin with the long rooms; `make test` has xdist keep this order."""
     items.sort(key=lambda item: not set(LONG) & set(item.path.parts))
+
+
+@pytest.fixture(autouse=True)
+def no_config_is_left():
+    """Have no test run under the DeepSpeed configuration of one before it: transformers keeps it for the process."""
+    yield
+    if "transformers.integrations.deepspeed" in sys.modules:
+        sys.modules["transformers.integrations.deepspeed"].unset_hf_deepspeed_config()
 
 
 @pytest.fixture(scope="session")

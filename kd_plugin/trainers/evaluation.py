@@ -78,9 +78,16 @@ class TaskEvaluationMixin(Trainer):
         trainer.control = self.callback_handler.on_evaluate(self.args, self.state, trainer.control, metrics)
         return metrics
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """Evaluate a dataset as the parent does; the one of an evaluation comes with the tasks."""
-        output = super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._prefix is not None:
             output.metrics.update(self._measure(self._prefix))
         return output

@@ -214,10 +214,12 @@ class PanelHostMixin(KeptColumnsMixin, TaskEvaluationMixin, TokenMeanMixin, Line
         self.panel_step.finish()
         return done
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> Any:
         """Evaluate as the parent does; weights that were sent for it alone are deleted after it."""
         try:
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             if self.server_engine is not None and not self.is_in_train:  # type: ignore[attr-defined]
                 self.server_engine.finish()

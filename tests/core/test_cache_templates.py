@@ -17,7 +17,7 @@ from tests.clock import set_today
 from tests.core.cache_help import shards_of
 from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
 
-MONDAY, TUESDAY = "2026-11-30T23:59:58", "2026-12-01T00:00:03"
+MONDAY, TUESDAY = "2026-08-31T23:59:58", "2026-09-01T00:00:03"
 DATED = "Today is {{ strftime_now('%d %b %Y') }}.\n" + CHAT_TEMPLATE
 CHATS = [
     {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"}]}
@@ -88,7 +88,7 @@ def test_named_templates_are_all_pinned():
     fixed = pinned_tokenizer(tokenizer_with(named), MONDAY)
     for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
         text = fixed.apply_chat_template(CHATS[0]["messages"], tools=tools, tokenize=False)
-        assert "Today is 30 Nov 2026" in text and text.startswith("tools") == bool(tools)
+        assert "Today is 31 Aug 2026" in text and text.startswith("tools") == bool(tools)
 
 
 @pytest.mark.parametrize(
@@ -122,13 +122,13 @@ def test_the_date_stands_in_the_manifest_and_holds_for_whoever_goes_on(teacher_d
     set_today(monkeypatch, TUESDAY)
     resumed = capture(CHATS, teacher, begun.path, **options)
     assert shards_of(resumed.path) == shards_of(whole.path)
-    assert all(text.startswith("Today is 30 Nov 2026") for text in texts(resumed))
+    assert all(text.startswith("Today is 31 Aug 2026") for text in texts(resumed))
     more = capture([{"messages": CHATS[0]["messages"] * 2}], teacher, begun.path, append=True, **options)
-    assert len(more) == 7 and texts(more)[-1].startswith("Today is 30 Nov 2026")
+    assert len(more) == 7 and texts(more)[-1].startswith("Today is 31 Aug 2026")
     other = capture(CHATS, teacher, tmp_path / "other", **options)
-    assert texts(other)[0].startswith("Today is 01 Dec 2026")
-    with pytest.raises(ConfigError, match="rendered_at: '2026-11-30T23:59:58' against '2026-12-01T00:00:00'"):
-        capture(CHATS, teacher, begun.path, date="2026-12-01", **options)
+    assert texts(other)[0].startswith("Today is 01 Sep 2026")
+    with pytest.raises(ConfigError, match="rendered_at: '2026-08-31T23:59:58' against '2026-09-01T00:00:00'"):
+        capture(CHATS, teacher, begun.path, date="2026-09-01", **options)
     found = whole.teacher_index(whole.dated(teacher.tokenizer).apply_chat_template(CHATS[0]["messages"])["input_ids"])
     assert found == whole.dataset()[0]["teacher_index"]
 
@@ -168,7 +168,7 @@ def test_workers_that_begin_on_both_sides_of_midnight_render_one_date(teacher_di
     set_today(monkeypatch, TUESDAY)
     cache = capture(CHATS, teacher, directory, **options)
     assert cache.manifest.settings.rendered_at == MONDAY
-    assert all(text.startswith("Today is 30 Nov 2026") for text in texts(cache))
+    assert all(text.startswith("Today is 31 Aug 2026") for text in texts(cache))
 
 
 def test_rows_that_nothing_is_rendered_for_have_no_date(teacher_dir, tmp_path):

@@ -89,7 +89,8 @@ def test_the_block_of_the_docs(block, teacher_dir):
 def test_the_page_of_each_estimator_shows_a_panel_that_is_defined(name, block, teacher_dir):
     panel = block_of(f"estimators/{name}.md", block, teacher_dir)
     require_defined_panel(panel, panel.divergence, 1.0)
-    assert panel.estimator.name == name
+    own = [terms.estimator.name for terms in panel.own.values() if terms.estimator]
+    assert name in (own or [panel.estimator.name])
 
 
 def test_from_a_file(block, tmp_path):

@@ -83,7 +83,7 @@ def test_caches_of_different_days(tmp_path, monkeypatch, teacher_dir, student_di
     set_today(monkeypatch, TUESDAY)
     other = make(tmp_path / "c", teacher_dir, DATED)
     rows, tokenizer = Dataset.from_list(CHATS), tokenizer_with(DATED)
-    with pytest.raises(ConfigError, match=r"others into each of the teacher caches: .*/a 2026-11-30.*date=\.\.\."):
+    with pytest.raises(ConfigError, match=r"others into each of the teacher caches: .*/a 2026-08-31.*date=\.\.\."):
         build(tmp_path / "run", [first, other], student_dir, tokenizer, rows)
     joined = build(tmp_path / "run", [first, same], student_dir, tokenizer, rows).train_dataset
     assert all(max(row) >= 0 for row in joined["teacher_index_1"])
