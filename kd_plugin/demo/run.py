@@ -8,7 +8,8 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def run_demo(config: DemoConfig, console: Console, *, fresh: bool = False) -> in
     require_writable(Path(config.output_dir))
     _be_quiet()
     _use_threads(config.threads)
-    with DemoState(config, fresh=fresh) as state:
+    with DemoState(config, fresh=fresh) as state, _said_once():
         if state.resumed:
             console.print(f"Going on in {state.directory}; --fresh starts again.", highlight=False)
         stage = _open(config, state, console)
@@ -174,7 +175,11 @@ def _be_quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # Five runs learn from the same two sets of questions: what is said of those once is enough
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Log each finding on the terms once: five runs learn from the same two sets of questions."""
     said: set[str] = set()
 
     def is_new(line: logging.LogRecord) -> bool:
@@ -182,7 +187,12 @@ def _be_quiet() -> None:
         said.add(line.getMessage())
         return new
 
-    logging.getLogger("kd_plugin.lineage.run").addFilter(is_new)
+    lines = logging.getLogger("kd_plugin.lineage.run")
+    lines.addFilter(is_new)
+    try:
+        yield
+    finally:
+        lines.removeFilter(is_new)
 
 
 def _use_threads(threads: int) -> None:
