@@ -172,7 +172,7 @@ def test_a_dead_server_ends_in_one_error_after_what_is_under_way(served):
     script.faults = [None, None, 503]
     with pytest.raises(ServerError, match="gave no answer in 1 attempt"):
         answered.extend(k for k, _ in ServerWriter(url, max_concurrency=3, max_retries=0).answers(enumerate(asks(50))))
-    assert answered == [0, 1] or answered == [1, 0]
+    assert len(set(answered)) == len(answered) == 2 and set(answered) < {0, 1, 2}  # requests come in any order
     assert len(script.log) == 3
 
 
