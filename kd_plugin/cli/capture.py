@@ -136,7 +136,7 @@ def main(argv: Sequence[str], append: bool = False) -> int:
         return capture_text(argv)
     parsed = parse_settings(
         CaptureConfig,
-        ["--dry_run" if argument == "--dry-run" else argument for argument in argv],
+        argv,
         command="cache append" if append else "capture",
         description=_DESCRIPTION,
         flags={"dry_run": "Count rows, tokens, bytes and hours from a few batches; store nothing."},

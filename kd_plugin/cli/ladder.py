@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.errors import ConfigError, KDError, UsageError
+from kd_plugin.errors import ConfigError, KDError
 from kd_plugin.settings import option, settings
 
 _DESCRIPTION = """\
@@ -73,18 +73,15 @@ class LadderConfig:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with ``argv`` and return its exit code."""
-    from kd_plugin.cli.parsing import as_yaml, parse_settings
+    from kd_plugin.cli.parsing import as_yaml, parse_settings, require_set
 
-    words = ["--dry_run" if argument == "--dry-run" else argument for argument in argv]
     flags = {"dry_run": "Print size, plan, cost and terms of every rung; train nothing."}
-    parsed = parse_settings(LadderConfig, words, command="ladder", description=_DESCRIPTION, flags=flags)
+    parsed = parse_settings(LadderConfig, argv, command="ladder", description=_DESCRIPTION, flags=flags)
     config = parsed.settings
     if parsed.print_only:
         print(as_yaml(config))
         return 0
-    for name in ("output_dir", "rungs", "recipe", "tasks", "bar"):
-        if not getattr(config, name):
-            raise UsageError(f"{name} is not set. Give `{name}:` in the --config file.", "kd-plugin ladder")
+    require_set(config, ("output_dir", "rungs", "recipe", "tasks", "bar"), "ladder")
     return run(config, dry="dry_run" in parsed.flags)
 
 

@@ -221,6 +221,17 @@ def parse_settings(
     return Parsed(settings=filled, flags=asked, print_only=print_only, file=given.file)
 
 
+def require_set(settings: Any, names: Sequence[str], command: str) -> None:
+    """Refuse settings without what a command cannot do without.
+
+    Raises:
+        UsageError: one of ``names`` is not set.
+    """
+    for name in names:
+        if not getattr(settings, name):
+            raise UsageError(f"{name} is not set. Give `{name}:` in the --config file.", f"kd-plugin {command}")
+
+
 def add_config(parser: Parser, printed: bool = True) -> None:
     """Add ``--config``, and what prints the settings."""
     said = "a YAML file with these settings; without a file: print them as YAML" if printed else ""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.errors import ConfigError, UsageError
+from kd_plugin.errors import ConfigError
 from kd_plugin.settings import option, require_known, settings
 
 _DESCRIPTION = """\
@@ -157,18 +157,15 @@ class State:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with ``argv`` and return its exit code."""
-    from kd_plugin.cli.parsing import as_yaml, parse_settings
+    from kd_plugin.cli.parsing import as_yaml, parse_settings, require_set
 
-    words = ["--dry_run" if argument == "--dry-run" else argument for argument in argv]
     flags = {"dry_run": "Print the methods, the number of runs and the verdict on all terms; run nothing."}
-    parsed = parse_settings(PilotConfig, words, command="pilot", description=_DESCRIPTION, flags=flags)
+    parsed = parse_settings(PilotConfig, argv, command="pilot", description=_DESCRIPTION, flags=flags)
     config = parsed.settings
     if parsed.print_only:
         print(as_yaml(config))
         return 0
-    for name in ("output_dir", "student", "teachers", "data", "tasks", "budget"):
-        if not getattr(config, name):
-            raise UsageError(f"{name} is not set. Give `{name}:` in the --config file.", "kd-plugin pilot")
+    require_set(config, ("output_dir", "student", "teachers", "data", "tasks", "budget"), "pilot")
     from kd_plugin.cli.pilot_plan import Pilot
     from kd_plugin.cli.pilot_report import write_report
     from kd_plugin.evaluation.tasks import load_tasks

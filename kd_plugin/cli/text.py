@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
     parsed = parse_settings(
         TextCaptureConfig,
-        ["--dry_run" if argument == "--dry-run" else argument for argument in argv],
+        argv,
         command="capture",
         description=_DESCRIPTION,
         flags={"dry_run": "Say how many texts are asked for and what they cost at most; ask nobody."},

@@ -60,7 +60,35 @@ class Prepared:
     taught: int | None = None
 
 
-class DistillingStep:
+class ReplacedStep:
+    """Takes the place of a module's ``training_step`` until :meth:`remove`.
+
+    Args:
+        trainer: the trainer.
+        module: whose step is wrapped.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self.trainer, self.module = trainer, module
+        self._inner, self._had_own = module.training_step, "training_step" in module.__dict__
+        self._divide_twice = divide_once(trainer)
+        step = functools.wraps(self._inner)(lambda batch, *rest: self(batch, *rest))
+        module.training_step = step  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Give the module its own step back."""
+        self._divide_twice()
+        if self._had_own:
+            self.module.training_step = self._inner  # type: ignore[method-assign]
+        else:
+            del self.module.training_step
+
+    def __call__(self, batch: Any, *rest: Any) -> Any:
+        """Return the module's output with the loss that is trained on."""
+        raise NotImplementedError
+
+
+class DistillingStep(ReplacedStep):
     """Takes the place of a module's ``training_step`` until :meth:`remove`.
 
     The loss is ``ce_weight`` times the module's own loss plus the divergence. The divergence, and the loss that the
@@ -84,25 +112,11 @@ class DistillingStep:
         prepare: Callable[[Any], Prepared],
         report: Callable[[Call, Tensor], None],
     ) -> None:
-        self.trainer = trainer
-        self.module = module
+        super().__init__(trainer, module)
         self.forward = forward
         self._prepare = prepare
         self._report = report
-        self._inner = module.training_step
-        self._had_own = "training_step" in module.__dict__
-        self._divide_twice = divide_once(trainer)
         self._joint = True
-        step = functools.wraps(self._inner)(lambda batch, *rest: self(batch, *rest))
-        module.training_step = step  # type: ignore[method-assign]
-
-    def remove(self) -> None:
-        """Give the module its own step back."""
-        self._divide_twice()
-        if self._had_own:
-            self.module.training_step = self._inner  # type: ignore[method-assign]
-        else:
-            del self.module.training_step
 
     def __call__(self, batch: Any, *rest: Any) -> Any:
         """Run the module's step on ``batch`` and return its output with the loss that is trained on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from kd_plugin.lightning.lineage import declared_lineage, lineage_of
 from kd_plugin.lightning.step import (
     WINDOW_TOKENS,
+    ReplacedStep,
     StudentCallback,
     divisor,
     require_mapping,
@@ -22,7 +22,6 @@ from kd_plugin.lightning.step import (
     without,
 )
 from kd_plugin.lightning.student import loss_of
-from kd_plugin.lightning.upstream import divide_once
 from kd_plugin.lineage.start import start_run, student_source
 from kd_plugin.student.head import find_student
 from kd_plugin.text.dataset import TrainingText
@@ -89,23 +88,8 @@ class TeacherText(StudentCallback):
         self._checked = True
 
 
-class _WeighedStep:
-    """Takes the place of a module's ``training_step`` until :meth:`remove`."""
-
-    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
-        self.trainer, self.module = trainer, module
-        self._inner, self._had_own = module.training_step, "training_step" in module.__dict__
-        self._divide_twice = divide_once(trainer)
-        step = functools.wraps(self._inner)(lambda batch, *rest: self(batch, *rest))
-        module.training_step = step  # type: ignore[method-assign]
-
-    def remove(self) -> None:
-        """Give the module its own step back."""
-        self._divide_twice()
-        if self._had_own:
-            self.module.training_step = self._inner  # type: ignore[method-assign]
-        else:
-            del self.module.training_step
+class _WeighedStep(ReplacedStep):
+    """Weighs the module's own loss until :meth:`remove`."""
 
     def __call__(self, batch: Any, *rest: Any) -> Any:
         """Return the module's output, its loss weighed by the batch's share of the window's tokens."""

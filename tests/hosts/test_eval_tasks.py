@@ -5,8 +5,10 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+import trl
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainingArguments
 
 from kd_plugin.cache import TopK
@@ -155,6 +157,38 @@ def test_it_measures_what_the_command_measures_of_the_checkpoint(tasks, tmp_path
     assert logged["eval_own_accuracy"] == kept.results["own"].accuracy.value
     assert logged["eval_own_accuracy_error"] == kept.results["own"].accuracy.error
     assert "7 x 2" in write_page(kept).read_text()
+
+
+@pytest.mark.parametrize("variant", ["padded", "untied", "softcapped"])
+def test_questions_of_several_turns_by_a_real_template(variant, tmp_path, variant_dir, cache):
+    """In the loop and by the command questions and answers are those of Qwen3's template."""
+    turns = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "two?"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nit is 2"},
+    ]
+    rows = [{"messages": [*turns, {"role": "user", "content": f"and {i}?"}], "answer": i % 2} for i in range(QUESTIONS)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"rows": str(tmp_path / "own.jsonl"), "verify": "tests.hosts.test_eval_tasks:vowel", "max_new_tokens": 12}
+    tasks = {"completions": 2, "tasks": {"own": own}}
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    trainer = OfflineKDTrainer(
+        model=AutoModelForCausalLM.from_pretrained(variant_dir(variant), attn_implementation="eager"),
+        args=OfflineKDConfig(**settings(tmp_path / "run", eval_tasks=tasks, save_strategy="steps", save_steps=5)),
+        train_dataset=ROWS,
+        teacher_cache=cache,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.evaluate()
+    model = LocalWriter(str(tmp_path / "run" / "checkpoint-5"), dtype="float32", license="mit")
+    apart = evaluate(model, tasks, tmp_path / "apart", progress=False).path
+    kept = tmp_path / "run" / "evaluations" / "step-5"
+    found, expected = (pq.read_table(place / "own" / "responses.parquet").to_pylist() for place in (kept, apart))
+    assert [one["response"] for one in found] == [one["response"] for one in expected]
+    assert len(found) == 2 * QUESTIONS and len({one["response"] for one in found}) > 2
+    assert [one["prompt"] for one in found] == [one["prompt"] for one in expected]
 
 
 def scripted(monkeypatch, *shares):
