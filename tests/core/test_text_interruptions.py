@@ -119,15 +119,14 @@ def processes():
 
 
 def journaled(out):
-    """Slots whose answers are on the disk."""
-    found = set()
-    for path in sorted((out / "answers").glob("unit-*")):
-        if path.suffix == ".jsonl":
-            lines = path.read_bytes().rpartition(b"\n")[0].splitlines()
-            found |= {tuple(json.loads(line)["slot"].values()) for line in lines}
-        else:
-            columns = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
-            found |= {(r["row"], r["teacher_name"], r["sample"]) for r in columns}
+    """Slots whose answers are on the disk; a file that a kill cut short still has its temporary name, and is none."""
+    found, folder = set(), out / "answers"
+    for path in folder.glob("unit-*.jsonl"):
+        lines = path.read_bytes().rpartition(b"\n")[0].splitlines()
+        found |= {tuple(json.loads(line)["slot"].values()) for line in lines}
+    for path in folder.glob("unit-*.parquet"):
+        columns = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+        found |= {(r["row"], r["teacher_name"], r["sample"]) for r in columns}
     return found
 
 
