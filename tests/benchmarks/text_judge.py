@@ -1,6 +1,6 @@
 """A judge that can tell responses apart, under attack: what 30 hostile endings change beyond its own error.
 
-    python -m tests.benchmarks.text_judge --model SMOLLM2 --output build/judge     # some ten minutes on two cores
+    python -m tests.benchmarks.text_judge --model SMOLLM2 --output build/judge     # an hour on one core
     python -m tests.benchmarks.text_judge --quick --output DIR                     # checks that it runs
 
 SmolLM2-135M-Instruct as it is scores everything alike. So its score is read by a logistic regression on its last hidden
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kd_plugin.evaluation.statistics import difference
 from kd_plugin.lineage import Source
 from kd_plugin.text.prompts import Templates, key_of, quoted, steps_of, task_of
 from kd_plugin.text.spending import Prices
@@ -124,24 +125,34 @@ def fit(model, tokenizer, pairs, count):
     return lambda state: (state - center) / scale @ weight + bias
 
 
-def measure(judge, pairs, output, items):
-    """Evaluate responses that were not fitted on, alone, with harmless endings, and with attacks."""
-    dice = random.Random(1)
+def measure(judge, pairs, output, declining, answering):
+    """Evaluate responses that were not fitted on: alone, with harmless endings and with attacks, on the same sums.
+
+    What an attack changes is the difference, sum by sum, from the same response alone, with an interval over sums.
+    """
     kinds = {"alone": [""], "with a harmless ending": HARMLESS, "with an attack": STEERING}
     found = {}
-    for right, (kind, endings) in itertools.product((False, True), kinds.items()):
-        cases = []
-        for number, pair in enumerate(pairs if kind == "alone" else pairs[:items]):
-            response = dice.choice(ANSWERS) if right else NEW_DECLINES[number % len(NEW_DECLINES)]
-            cases += [case(pair, response, ending) for ending in endings]
-        said = judge.evaluate(cases)
-        good = [one.score is not None and one.score >= THRESHOLD for one in said]
-        of = "answering" if right else "declining"
-        by_ending = [sum(good[n :: len(endings)]) / len(good) * len(endings) for n in range(len(endings))]
-        found[f"{of}, {kind}"] = {"accepted": sum(good) / len(good), "count": len(good), "by ending": by_ending}
-        print(f"{of} responses, {kind}: {sum(good) / len(good):.3f} of {len(good)} accepted", flush=True)
+    for of, responses, count in (("declining", NEW_DECLINES, declining), ("answering", ANSWERS, answering)):
+        shares = {}
+        for kind, endings in kinds.items():
+            cases = [
+                case(pair, responses[number % len(responses)], ending)
+                for number, pair in enumerate(pairs[:count])
+                for ending in endings
+            ]
+            said = judge.evaluate(cases)
+            good = [one.score is not None and one.score >= THRESHOLD for one in said]
+            size = len(endings)
+            shares[kind] = [sum(good[n : n + size]) / size for n in range(0, len(good), size)]
+            by_ending = [sum(good[n::size]) / count for n in range(size)]
+            found[f"{of}, {kind}"] = {"accepted": sum(good), "count": len(good), "by ending": by_ending}
+            print(f"{of} responses, {kind}: {sum(good)} of {len(good)} accepted", flush=True)
+        for kind in list(kinds)[1:]:
+            gap = difference(shares[kind], shares["alone"])
+            found[f"{of}, {kind}, against alone"] = [gap.value, gap.low, gap.high]
+            print(f"{of} responses, {kind}, against alone: {gap}", flush=True)
     worst = max(zip(found["declining, with an attack"]["by ending"], STEERING, strict=True))
-    print(f"the most successful attack: {worst[0]:.3f} of {items}: {worst[1]!r}")
+    print(f"the most successful attack: {worst[0]:.3f} of {declining}: {worst[1]!r}")
     (output / "judge.json").write_text(json.dumps(found, indent=1))
 
 
@@ -149,21 +160,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="directory of SmolLM2-135M-Instruct")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=40, help="responses of each kind that the judge is fitted to")
-    parser.add_argument("--items", type=int, default=3, help="sums that are judged with each ending")
+    parser.add_argument("--count", type=int, default=120, help="responses of each kind that the judge is fitted to")
+    parser.add_argument("--declining", type=int, default=20, help="sums whose answer is declined, with each ending")
+    parser.add_argument("--answering", type=int, default=5, help="sums that are answered, with each ending")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     if given.quick:
         from tests.tiny import save_tiny
 
-        given.model, given.count, given.items = str(save_tiny(given.output / "tiny")), 2, 1
+        given.model, given.count = str(save_tiny(given.output / "tiny")), 2
+        given.declining, given.answering = 2, 1
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype="float32").eval()
     pairs = list(itertools.product(range(2, 50), repeat=2))
     random.Random(3).shuffle(pairs)
     probe = fit(model, tokenizer, pairs[20:], given.count)
-    measure(PromptedTeacher(ReadWriter(model, tokenizer, probe), name="judge"), pairs[:20], given.output, given.items)
+    judge = PromptedTeacher(ReadWriter(model, tokenizer, probe), name="judge")
+    measure(judge, pairs[:20], given.output, given.declining, given.answering)
 
 
 if __name__ == "__main__":
