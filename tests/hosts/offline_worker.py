@@ -16,13 +16,18 @@ def main(directory: str, cache: str, student: str, rows_a_rank: str, *options: s
     chosen = {"packing": True, "max_length": 64} if "packed" in options else {}
     if "partial" in options:  # captured at completions, trained at every token
         chosen = {"completion_only_loss": False, "allow_partial": True}
+    targets = {"teacher_cache": cache}
+    if "text" in options:  # `cache` is a capture of text
+        targets = {"teacher_text": cache}
+    else:
+        chosen["ce_weight"] = 0.3
     trainer = OfflineKDTrainer(
         model=AutoModelForCausalLM.from_pretrained(student),
         args=OfflineKDConfig(
-            **settings(out / "run", per_device_train_batch_size=int(rows_a_rank), max_steps=4, ce_weight=0.3, **chosen)
+            **settings(out / "run", per_device_train_batch_size=int(rows_a_rank), max_steps=4, **chosen)
         ),
         train_dataset=TeacherCache(cache).dataset().to_iterable_dataset() if "streamed" in options else None,
-        teacher_cache=cache,
+        **targets,
         processing_class=byte_tokenizer(),
     )
     trainer.train()
