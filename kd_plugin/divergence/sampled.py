@@ -17,6 +17,7 @@ Shape suffixes: N positions, R positions of a tile, V tokens, H hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,7 @@ def fused_sampled_divergence(
     behaviour_logprobs: Tensor | None = None,
     ratio_bounds: tuple[float, float] = (0.5, 2.0),
     shared: SharedTokens | None = None,
-    chunks: Tensor | None = None,
+    chunks: Sequence[int] | None = None,
     matching: Matching | None = None,
     _rows: int | None = None,
 ) -> SampledLoss:
@@ -115,8 +116,9 @@ def fused_sampled_divergence(
         shared: where the teacher has another vocabulary, what both share. A token that is not shared stands for the
             rest as one outcome, and its ``teacher_logprobs`` is the log of the teacher's mass there. Where the teacher
             has no such token it adds nothing: the loss estimates the divergence given that the token is a shared one.
-        chunks: (N,) int64 number of the chunk that a position belongs to; those of one chunk follow one another and
-            have one weight. Their ``teacher_logprobs`` count by their sum. None for a chunk a position.
+        chunks: how many positions each chunk has, one after another, N in all; those of one chunk have one weight.
+            Their ``teacher_logprobs`` count by their sum. None for a chunk a position. Numbers of the host, so that
+            no tile waits for the device.
         matching: compare the chunks' likelihoods in this way, in the place of the policy gradient.
 
     Returns:
@@ -127,12 +129,14 @@ def fused_sampled_divergence(
         NonFiniteError: on CPU only, the loss is NaN or infinite; see ``require_finite``.
     """
     require_hidden(student_hidden, temperature)
-    given = {"tokens": tokens, "teacher_logprobs": teacher_logprobs, "weights": weights, "chunks": chunks}
+    given = {"tokens": tokens, "teacher_logprobs": teacher_logprobs, "weights": weights}
     for name, tensor in {**given, "behaviour_logprobs": behaviour_logprobs}.items():
         if tensor is not None and tensor.shape != (student_hidden.shape[0],):
             raise ConfigError(
                 f"{name} has shape {tuple(tensor.shape)}; expected ({student_hidden.shape[0]},), one a position."
             )
+    if chunks is not None and sum(chunks) != len(student_hidden):
+        raise ConfigError(f"chunks have {sum(chunks)} positions in all; expected {len(student_hidden)}.")
     inputs = (student_hidden, student_head.weight, student_head.bias)
     plan = _SampledPlan(
         student_head, tokens, teacher_logprobs, weights, behaviour_logprobs, ratio_bounds, shared, chunks, matching,
@@ -156,7 +160,7 @@ class _SampledPlan:
     behaviour: Tensor | None
     ratio_bounds: tuple[float, float]
     shared: SharedTokens | None
-    chunks: Tensor | None
+    chunks: Sequence[int] | None
     matching: Matching | None
     temperature: float
     needs: tuple[bool, bool, bool]
@@ -192,8 +196,10 @@ def _sampled_pass(
     count, device, statistics = hidden_NH.shape[0], hidden_NH.device, plan.statistics
     dtype, need_grad = plan.autocast or hidden_NH.dtype, any(plan.needs)
     rows = min(plan.rows or chunk_rows(student.weight.shape[0], device), max(count, 1))
-    parts = list(tiles(count, rows)) if plan.chunks is None else _whole_chunks(plan.chunks, rows)
-    rows = max([rows, *(part.stop - part.start for part in parts)])
+    cut = [(part, _Chunks(None, device)) for part in tiles(count, rows)]
+    if plan.chunks is not None:
+        cut = [(part, _Chunks(sizes, device)) for part, sizes in _whole_chunks(plan.chunks, rows)]
+    rows = max([rows, *(part.stop - part.start for part, _ in cut)])
     workspace = Workspace(rows, student.weight.shape[0], device)
     project = Projector(student, "student", workspace, dtype, statistics, plan.temperature, keep_slope=need_grad)
     gradient = StudentGradient(hidden_NH, weight, bias, project, plan.needs, statistics)
@@ -207,7 +213,7 @@ def _sampled_pass(
     used_N = weights_N != 0
     teacher_N = torch.where(used_N, plan.teacher_logprobs.detach().to(device, statistics), 0.0)
     values_N, logprobs_N, entropy_N = (torch.zeros_like(weights_N) for _ in range(3))
-    for part in parts:
+    for part, chunks in cut:
         hidden_RH = without_unused(hidden_NH.detach()[part].to(dtype), used_N[part].unsqueeze(-1))
         logq_RV = project(hidden_RH)
         logq_RV.sub_(logq_RV.logsumexp(-1, keepdim=True))
@@ -219,7 +225,6 @@ def _sampled_pass(
         logprobs_N[part] = torch.where(used_N[part], logprob_R, 0.0)
         q_RV = torch.exp(logq_RV, out=workspace.get("q", logq_RV.shape[0], statistics))
         entropy_N[part] = torch.where(used_N[part], logq_RV.mul_(q_RV).sum(-1).neg_(), 0.0)
-        chunks = _Chunks(None if plan.chunks is None else plan.chunks[part].to(device))
         values_N[part], slope_R = _compared(logprobs_N[part], teacher_N[part], chunks, plan.matching)
         if need_grad:
             factor_R = weights_N[part] * slope_R * project.multiplier
@@ -238,10 +243,11 @@ def _sampled_pass(
 class _Chunks:
     """Sums over the chunks of a tile, given back to each of their positions."""
 
-    def __init__(self, chunk_R: Tensor | None) -> None:
+    def __init__(self, sizes: Sequence[int] | None, device: torch.device) -> None:
         self._number_R = None
-        if chunk_R is not None:
-            self._number_R = torch.unique_consecutive(chunk_R, return_inverse=True)[1]
+        if sizes is not None:
+            number_R = torch.tensor([number for number, size in enumerate(sizes) for _ in range(size)])
+            self._number_R = number_R.to(device, non_blocking=True)
 
     def sums(self, values_R: Tensor) -> Tensor:
         if self._number_R is None:
@@ -269,16 +275,21 @@ def _or_else(logprob_R: Tensor) -> Tensor:
     return torch.stack([kept_R, torch.log(-torch.expm1(kept_R))], -1)
 
 
-def _whole_chunks(chunk_N: Tensor, rows: int) -> list[slice]:
-    """Cut positions into tiles of about ``rows``, never inside a chunk; one of a longer chunk is as long as that."""
-    _, lengths = torch.unique_consecutive(chunk_N, return_counts=True)
-    parts, start, stop = [], 0, 0
-    for length in lengths.tolist():
-        if stop + length - start > rows and stop > start:
-            parts.append(slice(start, stop))
-            start = stop
-        stop += length
-    return [*parts, slice(start, stop)] if stop > start else parts
+def _whole_chunks(sizes: Sequence[int], rows: int) -> list[tuple[slice, list[int]]]:
+    """Cut positions into tiles of about ``rows``, never inside a chunk, each with the sizes of its chunks.
+
+    A tile of a longer chunk is as long as that.
+    """
+    parts: list[tuple[slice, list[int]]] = []
+    start = stop = 0
+    inside: list[int] = []
+    for size in sizes:
+        if stop + size - start > rows and inside:
+            parts.append((slice(start, stop), inside))
+            start, inside = stop, []
+        stop += size
+        inside.append(size)
+    return [*parts, (slice(start, stop), inside)] if inside else parts
 
 
 class _Outcomes:

@@ -246,7 +246,7 @@ class _Run:
                     continue
                 where = self._indices(group.positions)
                 if isinstance(term.signal, ChunkSignal):
-                    chunks: Tensor | None = term.signal.places.chunks
+                    chunks: Sequence[int] | None = term.signal.places.sizes
                     said, weights = term.signal.chunk_logprobs(temperature, term.teacher), term.weights
                 else:
                     said, is_known = self._sampled(term.signal, group.positions, temperature, term.teacher)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -162,6 +163,7 @@ def chunk_signal(
         torch.tensor(alignment.student_bytes[at] >= alignment.teacher_bytes[inside], device=device),
         tuple(texts[teacher_begins[i] : b] if c >= 0 else b"" for i, b, c in zip(inside, begins, chunks, strict=True)),
         int(kept.sum()),
+        tuple(len(list(alike)) for _, alike in groupby(chunks.tolist())),
     )
     tokens = torch.tensor(np.asarray(alignment.tokens, np.int64)[asked], device=device)
     belongs = torch.tensor(_number_of(number, teacher_chunks)[asked], device=device)

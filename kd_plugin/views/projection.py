@@ -44,6 +44,7 @@ class Places:
         covers: (n,) bool, whether the student's token reaches to the end of that token or beyond.
         prefixes: the bytes between the beginning of that token and the position.
         count: k, the number of chunks.
+        sizes: how many positions in a row are of one chunk, or of none; n in all.
     """
 
     chunks: Tensor
@@ -51,6 +52,7 @@ class Places:
     covers: Tensor
     prefixes: tuple[bytes, ...]
     count: int
+    sizes: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -72,6 +74,7 @@ class Places:
             torch.cat([one.covers for one in places]),
             tuple(prefix for one in places for prefix in one.prefixes),
             sum(one.count for one in places),
+            tuple(size for one in places for size in one.sizes),
         )
 
 

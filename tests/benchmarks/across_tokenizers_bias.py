@@ -65,9 +65,8 @@ def bias(seeds: int = 20, letters: int = 3, pairs: int = 2) -> str:
                 else:
                     tau = float(name.split()[-1]) if "tau" in name else None
                     matching = None if tau is None else Matching(Divergence(), tau)
-                    chunks = torch.arange(2 * pairs) // 2
                     loss = fused_sampled_divergence(
-                        leaf, head, torch.tensor(text), said, chunks=chunks, matching=matching
+                        leaf, head, torch.tensor(text), said, chunks=[2] * pairs, matching=matching
                     ).loss_sum
                 gradient = torch.zeros_like(expected).index_add_(
                     0, torch.tensor(places), *torch.autograd.grad(loss, leaf)

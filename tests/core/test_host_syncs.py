@@ -12,18 +12,25 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_plugin import TeacherPanel
+from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.modes import MODES
+from kd_plugin.panel import panel_loss
 from kd_plugin.panel import step as step_module
 from kd_plugin.panel.anchor import Anchor
 from kd_plugin.panel.estimators import Estimator
+from kd_plugin.panel.roster import OwnTerms
+from kd_plugin.panel.scoring import scored_positions
 from kd_plugin.rollouts.rows import assembled
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.text.correction import CorrectionSettings
+from kd_plugin.views import View
 from kd_plugin.vocab import Vocabulary
 from tests.core.test_collectives import PROMPTS, RESPONSES, step_of
+from tests.core.test_views_chunks import scored
 from tests.text_teachers import ScriptedTeacher
 from tests.tiny import byte_tokenizer, tiny_llama
+from tests.tokenizers import byte_level
 
 VOCABULARY = Vocabulary.from_tokenizer(byte_tokenizer())
 # Operators that need a value on the host, or size their result by values
@@ -135,6 +142,25 @@ def test_the_loss_of_a_micro_batch_reads_nothing(combine, estimator, tmp_path):
             loss.loss_sum.backward()
         assert loss.tokens == batch.tokens and hidden.grad.abs().sum() > 0
     assert step.read()["divergence/start"] > 0
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "chunk_likelihood"])
+def test_the_loss_of_a_teacher_with_tokens_of_its_own_reads_nothing(estimator, monkeypatch):
+    """Chunks are cut where text says, which the host knows; tiles are never cut inside one."""
+    tokenizer, own = byte_tokenizer(), byte_level()
+    teacher = LocalTeacher(tiny_llama(2, 48, vocab_size=len(own), tied=False), tokenizer=own)
+    panel = TeacherPanel(
+        {"t": teacher}, estimator=Estimator(estimator), own={"t": OwnTerms(view=View(tokenizer="own"))}
+    )
+    batch, scores = scored(panel, tokenizer)
+    where = scored_positions(scores, batch.input_ids.shape[1] - batch.completion_start, torch.device("cpu"))
+    tokens = batch.input_ids[:, batch.completion_start :].reshape(-1).index_select(0, where)
+    hidden, weight = torch.randn(len(where), 32, requires_grad=True), torch.randn(len(tokenizer), 32)
+    monkeypatch.setattr("kd_plugin.divergence.sampled.chunk_rows", lambda *args: 7)
+    with no_reads():
+        loss = panel_loss(panel, scores, hidden, OutputHead(weight), tokens, divergence=Divergence("reverse_kl"))
+        loss.loss_sum.backward()
+    assert hidden.grad.abs().sum() > 0
 
 
 def test_a_preference_reads_nothing_and_its_margin_is_the_mean_over_all_pairs(tmp_path, monkeypatch):
