@@ -62,7 +62,7 @@ FIRST, OFFLINE, PANEL, BEFORE, AFTER = (
 )
 COMMANDS = {
     "demo": Command("kd_plugin.demo:main", "distil a small real model both ways, and verify its lineage", FIRST),
-    "run": Command("kd_plugin.cli.recipe:main", "do all of a distillation that one YAML file describes", FIRST),
+    "run": Command("kd_plugin.cli.recipe.command:main", "do all of a distillation that one YAML file describes", FIRST),
     "completion": Command("kd_plugin.cli.described:completion", "complete commands and options in your shell", FIRST),
     "capture": Command("kd_plugin.cli.capture:main", "store a teacher's outputs once, as a teacher cache", OFFLINE),
     "cache": Command("kd_plugin.cli.cache:main", "inspect, verify, extend and join teacher caches", OFFLINE),
@@ -70,7 +70,7 @@ COMMANDS = {
     "panel": Command("kd_plugin.cli.training:panel", "train a student with several teachers (extra: trl)", PANEL),
     "trace": Command("kd_plugin.cli.runs:trace", "show saved rollouts as one page, token by token", PANEL),
     "pilot": Command(
-        "kd_plugin.cli.pilot:main", "which method for your task and your budget: short runs at equal cost", BEFORE
+        "kd_plugin.cli.evaluation:pilot", "which method for your task and your budget: short runs at equal cost", BEFORE
     ),
     "plan": Command("kd_plugin.cli.plan:main", "whether a run fits, with which ZeRO stage, at which price", BEFORE),
     "doctor": Command("kd_plugin.cli.runs:doctor", "check a launch on all ranks before it trains", BEFORE),
@@ -79,9 +79,11 @@ COMMANDS = {
         "kd_plugin.cli.lineage:main", "show and verify who taught a checkpoint, and its terms", AFTER, 1
     ),
     "evaluate": Command(
-        "kd_plugin.cli.evaluate:main", "how good a model is on your own questions, and how sure that is", AFTER
+        "kd_plugin.cli.evaluation:evaluate", "how good a model is on your own questions, and how sure that is", AFTER
     ),
-    "ladder": Command("kd_plugin.cli.ladder:main", "the smallest student that is good enough, found from below", AFTER),
+    "ladder": Command(
+        "kd_plugin.cli.evaluation:ladder", "the smallest student that is good enough, found from below", AFTER
+    ),
     "consolidate": Command(
         "kd_plugin.cli.runs:consolidate", "join a ZeRO checkpoint into one model (extra: deepspeed)", AFTER
     ),

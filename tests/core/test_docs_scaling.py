@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kd_plugin.cli.parsing import parse_settings
-from kd_plugin.cli.plan import PlanSettings, planned
+from kd_plugin.planner.settings import PlanSettings, planned
 from kd_plugin.planner.time import traffic
 
 PAGE = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()

@@ -106,10 +106,10 @@ ORDER = (
     ("views",),
     ("capturing",),
     ("text", "importing"),
-    ("panel", "evaluation"),
+    ("panel",),
     ("monitor",),
     ("planner",),
-    ("launch",),
+    ("evaluation", "launch"),
 )
 LINE = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
 

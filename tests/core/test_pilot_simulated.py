@@ -6,13 +6,12 @@ import zlib
 import numpy as np
 import pytest
 
-from kd_plugin.cli import pilot_plan
-from kd_plugin.cli.pilot import PilotConfig, State
-from kd_plugin.cli.pilot_plan import Pilot
-from kd_plugin.cli.pilot_report import write_report
-from kd_plugin.cli.pilot_runs import Point, in_unit
 from kd_plugin.errors import ConfigError
 from kd_plugin.evaluation.cost import Cost
+from kd_plugin.evaluation.pilot.report import as_plain, write_report
+from kd_plugin.evaluation.pilot.run import Pilot
+from kd_plugin.evaluation.pilot.settings import PilotConfig, State
+from kd_plugin.evaluation.pilot.trials import Point, in_unit
 
 ROW, OFFLINE_STEP, PANEL_STEP = 2.0, 3.0, 7.0
 
@@ -56,7 +55,7 @@ def piloted(tmp_path, monkeypatch, skills, number, **changes):
         tasks={"tasks": {"a": "b"}}, methods=list(skills), offline={"per_device_train_batch_size": 2},
         **{"budget": 2000.0, **changes},
     )  # fmt: skip
-    pilot = Pilot(config, State.of(config))
+    pilot = Pilot(config, State.of(config), recipes=None)
     pilot.runs = SimulatedRuns(skills, number)
     return pilot.run(lambda words: None), pilot
 
@@ -111,6 +110,6 @@ def test_an_interrupted_pilot_keeps_what_it_decided(tmp_path, monkeypatch):
     first, _ = piloted(tmp_path, monkeypatch, {"panel": 0.0}, 0)
     again, pilot = piloted(tmp_path, monkeypatch, {"panel": 0.0}, 0)
     assert {trial.kind for trial in pilot.runs.ran} == {"final"}  # no probe and no scan again
-    assert pilot_plan.as_plain(first) == pilot_plan.as_plain(again)
+    assert as_plain(first) == as_plain(again)
     with pytest.raises(ConfigError, match="holds a pilot with other settings"):
         piloted(tmp_path, monkeypatch, {"panel": 0.0}, 0, budget=3000.0)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import yaml
 
-from kd_plugin.cli.ladder_runs import Rung, climb
 from kd_plugin.cli.main import main
+from kd_plugin.evaluation.ladder import Rung, climb
 from kd_plugin.evaluation.results import Evaluation, TaskResult
 from kd_plugin.evaluation.statistics import rate
 from kd_plugin.lineage import verify

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from kd_plugin.cli.main import main
-from kd_plugin.cli.pilot_plan import choose
-from kd_plugin.cli.pilot_runs import METHODS
 from kd_plugin.evaluation import load_evaluation
 from kd_plugin.evaluation.decisions import Comparison
+from kd_plugin.evaluation.pilot.run import choose
+from kd_plugin.evaluation.pilot.trials import METHODS
 from kd_plugin.evaluation.statistics import Estimate
 from kd_plugin.lineage import verify
 from tests.scripted_writer import Script, scripted_writer
@@ -154,8 +154,8 @@ def pair(first, second, chance, gap=0.2):
     ],
 )
 def test_what_is_chosen_and_why(pairs, winner, words):
-    from kd_plugin.cli.pilot_plan import Result
-    from kd_plugin.cli.pilot_runs import Steps
+    from kd_plugin.evaluation.pilot.report import Result
+    from kd_plugin.evaluation.pilot.trials import Steps
 
     reached = {"offline_teacher": 0.3, "offline_student": 0.4, "panel": 0.5}
     results = [

@@ -10,11 +10,11 @@ import yaml
 from datasets import Dataset, load_dataset
 
 from kd_plugin.cache import TeacherCache
-from kd_plugin.cli import recipe as recipes
-from kd_plugin.cli import stages as running
 from kd_plugin.cli.capture import CaptureConfig, rows_of
 from kd_plugin.cli.main import main
 from kd_plugin.cli.parsing import parse_settings
+from kd_plugin.cli.recipe import sections
+from kd_plugin.cli.recipe import stages as running
 from kd_plugin.evaluation import load_evaluation
 from kd_plugin.lineage import load_record, verify
 from kd_plugin.text import load_text
@@ -90,8 +90,8 @@ def test_from_data_to_a_checked_student_and_nothing_twice(recipe, capsys, monkey
 
 
 def stages(path):
-    parsed = parse_settings(recipes.Recipe, ["--config", path], command="run", description="")
-    return recipes.stages_of(parsed.settings, parsed.file)
+    parsed = parse_settings(sections.Recipe, ["--config", path], command="run", description="")
+    return sections.stages_of(parsed.settings, parsed.file)
 
 
 def test_teachers_that_write(recipe, student_dir, monkeypatch, capsys):

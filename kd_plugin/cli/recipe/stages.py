@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.evaluation.recipes import TRAINING
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Stage:
     @property
     def trains(self) -> bool:
         """Whether its result is a student."""
-        return self.command in ("offline", "panel")
+        return self.command in TRAINING
 
     @property
     def digest(self) -> str:

@@ -1,26 +1,20 @@
-"""The runs of a pilot: which methods there are, the recipe of each run, what it cost and what it reached."""
+"""The trials of a pilot: which methods there are, the recipe of each run, what it cost and what it reached."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from kd_plugin.cache.manifest import read_manifest
-from kd_plugin.cli.parsing import parse_settings
-from kd_plugin.cli.recipe import Recipe, stages_of
-from kd_plugin.cli.stages import Stage, Stages
-from kd_plugin.errors import ConfigError, KDError
+from kd_plugin.errors import KDError
 from kd_plugin.evaluation.cost import Cost
 from kd_plugin.evaluation.in_loop import EVALUATIONS
+from kd_plugin.evaluation.recipes import Done, Recipes, shape_of, student_path
 from kd_plugin.evaluation.results import Evaluation, load_evaluation, shares_of
-from kd_plugin.planner.architectures import architecture
 
 _QUIET = {"report_to": "none", "disable_tqdm": True, "save_total_limit": 1}
 
@@ -156,11 +150,6 @@ class Sections:
     lineage: Any = None
     launch: Any = None
 
-    @property
-    def student_path(self) -> str:
-        """Where the student is."""
-        return str(self.student["model_name_or_path"] if isinstance(self.student, Mapping) else self.student)
-
     def recipe(self, trial: Trial) -> dict[str, Any]:
         """Return the recipe of a run, as ``kd-plugin run`` takes it."""
         method, steps = trial.method, trial.steps
@@ -185,7 +174,7 @@ class Sections:
     def capturing(self, method: Method) -> dict[str, Any]:
         """Return a capture's settings for a method: who writes."""
         if method.writes == "student":
-            return {"keep_unfinished": True, **self.capture, "generate": {"by": self.student_path}}
+            return {"keep_unfinished": True, **self.capture, "generate": {"by": student_path(self.student)}}
         return {"mode": "generate", **self.capture}
 
     def _training(self, trial: Trial, steps: int) -> dict[str, Any]:
@@ -204,26 +193,15 @@ class Runs:
 
     Args:
         sections: what they have in common.
+        recipes: runs their recipes.
     """
 
-    def __init__(self, sections: Sections) -> None:
-        self.sections = sections
+    def __init__(self, sections: Sections, recipes: Recipes) -> None:
+        self.sections, self._recipes = sections, recipes
 
-    def stages(self, trial: Trial) -> tuple[Recipe, Stages]:
-        """Write the recipe of a trial, and return it with its stages; nothing is run.
-
-        Raises:
-            ConfigError: a setting is wrong.
-        """
-        content = self.sections.recipe(trial)
-        place = Path(content["output_dir"])
-        place.mkdir(parents=True, exist_ok=True)
-        path = place / "recipe.yaml"
-        path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        parsed = parse_settings(Recipe, ["--config", str(path)], command="run", description="")
-        assert parsed.file is not None
-        recipe = parsed.settings
-        return recipe, Stages(recipe.output_dir, stages_of(recipe, parsed.file), recipe.cache_dir)
+    def refused(self, trial: Trial) -> bool:
+        """Print what the terms of a trial allow; return whether its training would be refused."""
+        return self._recipes.refused(self.sections.recipe(trial))
 
     def run(self, trial: Trial) -> list[Point]:
         """Run what is left of a trial; return its evaluations, each with what it had cost, in order.
@@ -231,31 +209,22 @@ class Runs:
         Raises:
             KDError: a stage failed; its words are in ``log.txt`` of the run.
         """
-        recipe, stages = self.stages(trial)
-        log = Path(recipe.output_dir) / "log.txt"
-        done = stages.done()
-        left = [stage for stage in stages.stages if not done[stage.name]]
-        if left:
-            stages.write()
-        for stage in left:
-            with _written_to(log):
-                code = stages.run(stage, here=recipe.launch is None and not torch.cuda.is_available())
-            if code:
-                last = " ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-4:])
-                raise KDError(f"{trial.name}: {stage.name} ended with exit code {code}: {last[-600:]} All of it: {log}")
-        return self._points(trial, stages)
+        return self._points(trial, self._done(trial))
 
     def captured(self, trial: Trial) -> Cost | None:
         """Return what the captures of a trial that was run took; None where it has none."""
-        _, stages = self.stages(trial)
-        found = [self._captured(trial.method, one, stages) for one in stages.stages if one.command == "capture"]
+        found = [self._captured(trial.method, one) for one in self._done(trial) if one.command == "capture"]
         return sum(found, Cost()) if found else None
 
-    def _points(self, trial: Trial, stages: Stages) -> list[Point]:
+    def _done(self, trial: Trial) -> list[Done]:
+        recipe = self.sections.recipe(trial)
+        return self._recipes.run(recipe, Path(recipe["output_dir"]) / "log.txt")
+
+    def _points(self, trial: Trial, stages: Sequence[Done]) -> list[Point]:
         found, before = [], Cost()
-        for stage in stages.stages:
+        for stage in stages:
             if stage.command == "capture":
-                before += self._captured(trial.method, stage, stages)
+                before += self._captured(trial.method, stage)
                 continue
             steps = int(stage.config["max_steps"])
             places = [(int(p.name.removeprefix("step-")), p) for p in (stage.result / EVALUATIONS).glob("step-*")]
@@ -266,28 +235,21 @@ class Runs:
             before = found[-1].cost
         return found
 
-    def _captured(self, method: Method, stage: Stage, stages: Stages) -> Cost:
+    def _captured(self, method: Method, stage: Done) -> Cost:
         """Return what a capture took: who writes reads and writes each token once, and the teacher scores each once."""
         tokens = sum(unit.input_tokens for unit in read_manifest(stage.result).units)
-        teacher, student = stage.config["teacher"], self.sections.student_path
+        teacher, student = stage.config["teacher"], student_path(self.sections.student)
         scored = _pass_of(teacher) * tokens
         written = _pass_of(student if method.writes == "student" else teacher) * tokens
-        seconds = stages.seconds(stage)
         if method.writes == "student":
-            return Cost(written, scored, seconds)
-        return Cost(0.0, scored + written, seconds)
+            return Cost(written, scored, stage.seconds)
+        return Cost(0.0, scored + written, stage.seconds)
 
 
 def _pass_of(model: Any) -> float:
     """Return the operations of a token in a forward pass, by the model's configuration; 0 where it is unknown."""
-    name = model.get("repo") if isinstance(model, Mapping) else model
-    if not name:
-        return 0.0
-    try:
-        found = architecture(str(name))
-    except (ConfigError, OSError):
-        return 0.0
-    return 2.0 * (found.total - (0 if found.tied else found.head_numel))
+    shape = shape_of(model.get("repo") if isinstance(model, Mapping) else model)
+    return 0.0 if shape is None else 2.0 * (shape.total - (0 if shape.tied else shape.head_numel))
 
 
 def _one_question(tasks: Any) -> Any:
@@ -299,23 +261,6 @@ def _one_question(tasks: Any) -> Any:
         **content,
         "tasks": {n: {**({"rows": one} if isinstance(one, str) else one), **few} for n, one in own.items()},
     }
-
-
-@contextlib.contextmanager
-def _written_to(log: Path) -> Iterator[None]:
-    """Write what this process and its children print into a file, whichever way they print."""
-    with log.open("a", encoding="utf-8") as file:
-        kept = [os.dup(number) for number in (1, 2)]
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-        try:
-            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                yield
-        finally:
-            file.flush()
-            for number, old in zip((1, 2), kept, strict=True):
-                os.dup2(old, number)
-                os.close(old)
 
 
 def in_unit(cost: Cost, unit: str, price_per_hour: float) -> float:

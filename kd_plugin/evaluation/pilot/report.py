@@ -3,16 +3,66 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from kd_plugin.cli.pilot_plan import Outcome, as_plain
 from kd_plugin.evaluation.decisions import Comparison
+from kd_plugin.evaluation.pilot.trials import Method, Steps
+from kd_plugin.evaluation.statistics import Estimate
 from kd_plugin.monitor.report import page, section
 
 WINNER, REPORT, OUTCOME = "winner.yaml", "report.html", "outcome.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a method reached.
+
+    Attributes:
+        method: which.
+        learning_rate: chosen for it by the scan.
+        steps: how long it trained.
+        curve: (cost, accuracy) at each evaluation, means over the seeds.
+        cost: of a run, mean over the seeds, in the unit.
+        accuracy: at the end, over questions and seeds.
+        seeds: how many.
+    """
+
+    method: Method
+    learning_rate: float
+    steps: Steps
+    curve: tuple[tuple[float, Estimate], ...]
+    cost: float
+    accuracy: Estimate
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pilot found.
+
+    Attributes:
+        results: of each method, the simplest first.
+        pairs: every two of them compared.
+        winner: the method to take.
+        why: why it, in a sentence.
+        recipe: the winner's, for ``kd-plugin run``.
+        unit: of costs.
+        budget: of a run.
+    """
+
+    results: tuple[Result, ...]
+    pairs: tuple[Comparison, ...]
+    winner: Method
+    why: str
+    recipe: Mapping[str, Any]
+    unit: str
+    budget: float
 
 
 def write_report(outcome: Outcome, directory: Path) -> str:
@@ -72,3 +122,25 @@ def _page(outcome: Outcome) -> str:
         f"<section><h2>Which differences are real</h2>{differences}</section>",
     ]
     return page("Pilot", f"Take {outcome.winner.name}: {outcome.why}.", parts)
+
+
+def as_plain(outcome: Outcome) -> dict[str, Any]:
+    """Return an outcome as plain values, for ``outcome.json``."""
+    return {
+        "unit": outcome.unit,
+        "budget": outcome.budget,
+        "winner": outcome.winner.name,
+        "why": outcome.why,
+        "methods": {
+            one.method.name: {
+                "accuracy": asdict(one.accuracy),
+                "cost": one.cost,
+                "learning_rate": one.learning_rate,
+                "steps": asdict(one.steps),
+                "seeds": one.seeds,
+                "curve": [[cost, asdict(found)] for cost, found in one.curve],
+            }
+            for one in outcome.results
+        },
+        "differences": [{**asdict(pair), "real": pair.real} for pair in outcome.pairs],
+    }

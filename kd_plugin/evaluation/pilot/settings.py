@@ -1,45 +1,19 @@
-"""``kd-plugin pilot``: which method for this task and this budget? Short runs at equal cost say it."""
+"""Settings of a pilot, and what it decided so far, kept beside its runs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.evaluation.pilot.trials import METHODS
 from kd_plugin.settings import option, require_known, settings
 
-_DESCRIPTION = """\
-Train the student briefly by each method, at equal cost, and say which is best for your task: offline KD on what the
-teacher wrote, offline KD on what the student wrote, the panel, a warm-up and then the panel, and correction by text
-where a teacher has signal: text. Learning rates are scanned for each of them alike. It ends with accuracy against cost
-as a table and as report.html, says which differences are real, and writes winner.yaml for `kd-plugin run`. Run the same
-command again to go on after an interruption.
-
-example, pilot.yaml:
-    output_dir: pilot
-    student: STUDENT
-    teachers: {expert: {model: TEACHER}}
-    data: {dataset: rows.jsonl}            # rows with prompt
-    tasks: tasks.yaml                      # your own questions, as `kd-plugin evaluate` takes them
-    unit: flops                            # or seconds, or money with price_per_hour
-    budget: 1.0e+15                        # of each run: the student's and the teachers' operations
-    learning_rates: [1.0e-5, 3.0e-5, 1.0e-4]
-    seeds: [0, 1, 2]
-    capture: {k: 64, max_new_tokens: 256}  # settings of `kd-plugin capture`, and so on
-    offline: {per_device_train_batch_size: 8}
-    panel: {max_completion_length: 256}
-
-  kd-plugin pilot --config pilot.yaml --dry-run
-  kd-plugin pilot --config pilot.yaml
-
-Exit codes: 0 done, 1 refused or a run failed (what is done is kept), 2 a setting is wrong, 130 interrupted.
-"""
 _UNITS = ("flops", "seconds", "money")
 _GROWS = ("output_dir", "methods", "seeds")  # may change when a pilot goes on
 
@@ -90,8 +64,6 @@ class PilotConfig:
     launch: dict[str, Any] | None = option(default=None, help="How training starts, as in `kd-plugin run`.")
 
     def __post_init__(self) -> None:
-        from kd_plugin.cli.pilot_runs import METHODS
-
         require_known("unit", self.unit, _UNITS)
         for name in self.methods or ():
             require_known("method", name, list(METHODS))
@@ -153,33 +125,6 @@ class State:
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path"}
         made.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         made.replace(self.path)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command with ``argv`` and return its exit code."""
-    from kd_plugin.cli.parsing import as_yaml, parse_settings, require_set
-
-    flags = {"dry_run": "Print the methods, the number of runs and the verdict on all terms; run nothing."}
-    parsed = parse_settings(PilotConfig, argv, command="pilot", description=_DESCRIPTION, flags=flags)
-    config = parsed.settings
-    if parsed.print_only:
-        print(as_yaml(config))
-        return 0
-    require_set(config, ("output_dir", "student", "teachers", "data", "tasks", "budget"), "pilot")
-    from kd_plugin.cli.pilot_plan import Pilot
-    from kd_plugin.cli.pilot_report import write_report
-    from kd_plugin.evaluation.tasks import load_tasks
-
-    for task in load_tasks(config.tasks):
-        _ = task.plan  # what is wrong with the questions shows before anything is trained
-    pilot = Pilot(config, State.of(config))
-    print(pilot.plan(), flush=True)
-    refused = pilot.refused()
-    if refused or "dry_run" in parsed.flags:
-        return int(refused)
-    outcome = pilot.run(lambda words: print(words, file=sys.stderr, flush=True))
-    print(write_report(outcome, Path(config.output_dir)))
-    return 0
 
 
 def teachers_by_kind(teachers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

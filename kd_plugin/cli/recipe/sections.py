@@ -1,8 +1,4 @@
-"""``kd-plugin run RECIPE``: one YAML file from data to a checked student; what is done is not done again.
-
-Each stage is a command of this package with a configuration that is written beside the results, so that it can also be
-run by hand: a capture for each teacher, then offline KD, then the panel, then an evaluation, then ``lineage verify``.
-"""
+"""The sections of a recipe, and the stages that they ask for: commands of this package, each with its settings."""
 
 from __future__ import annotations
 
@@ -14,41 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.cli.capture import CaptureConfig
-from kd_plugin.cli.evaluate import EvaluateConfig
-from kd_plugin.cli.parsing import parse_settings, typed_section
-from kd_plugin.cli.stages import Stage, Stages
+from kd_plugin.cli.evaluation import EvaluateConfig
+from kd_plugin.cli.parsing import typed_section
+from kd_plugin.cli.recipe.stages import Stage
 from kd_plugin.errors import ConfigError, UsageError, nearest
 from kd_plugin.inputs import YamlFile
 from kd_plugin.settings import option, settings
 
-_DESCRIPTION = """\
-Do all of a distillation that one YAML file describes: capture each teacher, train offline, train with the panel,
-evaluate the student and verify its lineage. The plan, the memory that it takes and the verdict on all terms come first.
-What is done is skipped, what was interrupted goes on. Each stage's own configuration lies in output_dir/recipe, and
-runs by hand with the same result.
-
-example, recipe.yaml:
-    output_dir: work
-    student: {model_name_or_path: STUDENT}
-    teachers:
-      math: {model: TEACHER}
-    data: {dataset: rows.jsonl}         # rows with prompt and completion; or datasets: [...], a mixture
-    capture: {k: 64}                    # settings of `kd-plugin capture`
-    offline: {learning_rate: 2.0e-5}    # settings of `kd-plugin offline`
-    panel: {max_completion_length: 256} # settings of `kd-plugin panel`
-    evaluate: {tasks: tasks.yaml}       # settings of `kd-plugin evaluate`
-    lineage: {use: {commercial: true}}
-    launch: {processes: 8}
-
-  kd-plugin run recipe.yaml --dry-run
-  kd-plugin run recipe.yaml
-
-With `targets: text` in capture all teachers write into one dataset, on which the student trains by cross-entropy; on
-the panel their servers then correct by text.
-
-A section that is left out is a stage that is left out; capture belongs to offline. Exit codes: 0 done, 1 refused or a
-stage failed, 2 wrong usage, 130 interrupted.
-"""
 _SET_HERE = {  # settings of a stage that the recipe sets, and where a user sets them instead
     "dataset": "data", "datasets": "data", "dataset_name": "data", "teacher": "teachers", "teacher_models": "teachers",
     "teacher_cache": "teachers", "teacher_text": "teachers", "teachers": "teachers", "model": "student",
@@ -93,44 +61,6 @@ class Recipe:
     launch: dict[str, Any] | None = option(
         default=None, help="How training starts: processes on this machine, or command, such as `accelerate launch`."
     )
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run ``kd-plugin run ARGV`` and return its exit code."""
-    words = ["--config", *argv] if argv and not argv[0].startswith("-") else list(argv)
-    flags = {"dry_run": "Print the plan and the verdict on all terms; run nothing."}
-    parsed = parse_settings(Recipe, words, command="run", description=_DESCRIPTION, flags=flags)
-    recipe = parsed.settings
-    given = parsed.file
-    if given is None:
-        raise UsageError("no recipe is named. Give its YAML file: kd-plugin run recipe.yaml", "kd-plugin run")
-    stages = Stages(recipe.output_dir, stages_of(recipe, given), recipe.cache_dir)
-    done = stages.done()
-    print(f"{given.path} -> {recipe.output_dir}")
-    for stage in stages.stages:
-        print(f"  {stage.name:<24}{'done before' if done[stage.name] else 'to do':<14}{stage.result}")
-    if not all(done.values()):
-        _print_memory(recipe, [stage for stage in stages.stages if not done[stage.name]])
-    from kd_plugin.cli.recipe_terms import print_verdict
-
-    refused = print_verdict(recipe)
-    if refused or "dry_run" in parsed.flags:
-        return int(refused)
-    stages.write()
-    for stage in stages.stages:
-        if done[stage.name]:
-            continue
-        print(f"\n== {stage.name}: kd-plugin {stage.command} --config {stages.config_of(stage)}", flush=True)
-        code = stages.run(stage)
-        if code:
-            print(f"{stage.name} ended with exit code {code}. Run the same command again to go on.", file=sys.stderr)
-            return code
-    if stages.student is None:
-        return 0
-    from kd_plugin.cli.lineage import main as lineage
-
-    print(f"\n== kd-plugin lineage verify {stages.student}", flush=True)
-    return lineage(["verify", str(stages.student)])
 
 
 def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
@@ -231,15 +161,6 @@ def _digest_of(named: Sequence[Any]) -> str:
 
     files = [Path(str(one)) for one in named if one]
     return ",".join(sha256_file(one) if one.is_file() else str(one) for one in files)
-
-
-def _print_memory(recipe: Recipe, stages: Sequence[Stage]) -> None:
-    """Print what training takes on a GPU, one line a stage."""
-    from kd_plugin.cli.recipe_plan import memory_lines
-
-    gpus = int((recipe.launch or {}).get("processes", 1))
-    for line in memory_lines(stages, student_of(recipe), gpus):
-        print(line)
 
 
 def student_of(recipe: Recipe) -> str:

@@ -4,67 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from kd_plugin.cli.pilot import PilotConfig, State, teachers_by_kind
-from kd_plugin.cli.pilot_runs import METHODS, Method, Point, Runs, Sections, Steps, Trial, in_unit, scores_of
-from kd_plugin.cli.recipe_terms import print_verdict
 from kd_plugin.errors import ConfigError
 from kd_plugin.evaluation.decisions import Comparison, accuracy, compare_all
-from kd_plugin.evaluation.statistics import Estimate
+from kd_plugin.evaluation.pilot.report import Outcome, Result
+from kd_plugin.evaluation.pilot.settings import PilotConfig, State, teachers_by_kind
+from kd_plugin.evaluation.pilot.trials import METHODS, Method, Point, Runs, Sections, Steps, Trial, in_unit, scores_of
+from kd_plugin.evaluation.recipes import Recipes
 from kd_plugin.inputs import load_mixture, load_rows
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a method reached.
-
-    Attributes:
-        method: which.
-        learning_rate: chosen for it by the scan.
-        steps: how long it trained.
-        curve: (cost, accuracy) at each evaluation, means over the seeds.
-        cost: of a run, mean over the seeds, in the unit.
-        accuracy: at the end, over questions and seeds.
-        seeds: how many.
-    """
-
-    method: Method
-    learning_rate: float
-    steps: Steps
-    curve: tuple[tuple[float, Estimate], ...]
-    cost: float
-    accuracy: Estimate
-    seeds: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a pilot found.
-
-    Attributes:
-        results: of each method, the simplest first.
-        pairs: every two of them compared.
-        winner: the method to take.
-        why: why it, in a sentence.
-        recipe: the winner's, for ``kd-plugin run``.
-        unit: of costs.
-        budget: of a run.
-    """
-
-    results: tuple[Result, ...]
-    pairs: tuple[Comparison, ...]
-    winner: Method
-    why: str
-    recipe: Mapping[str, Any]
-    unit: str
-    budget: float
 
 
 class Pilot:
@@ -73,12 +26,13 @@ class Pilot:
     Args:
         config: its settings.
         state: what it decided before it was interrupted.
+        recipes: runs its recipes.
 
     Raises:
         ConfigError: no method is left for these teachers.
     """
 
-    def __init__(self, config: PilotConfig, state: State) -> None:
+    def __init__(self, config: PilotConfig, state: State, recipes: Recipes) -> None:
         self.config, self.state = config, state
         teachers, text = teachers_by_kind(config.teachers or {})
         self.methods = _applicable(config.methods, teachers, text)
@@ -96,13 +50,12 @@ class Pilot:
             config.lineage,
             config.launch,
         )
-        self.runs = Runs(self.sections)
+        self.runs = Runs(self.sections, recipes)
 
     def refused(self) -> bool:
         """Print the verdict on the terms of student, teachers and rows; return whether training would be refused."""
         by_teachers = {method.text: method for method in self.methods}
-        checked = [self.runs.stages(self._probe(method)) for method in by_teachers.values()]
-        return any([print_verdict(recipe) for recipe, _ in checked])
+        return any([self.runs.refused(self._probe(method)) for method in by_teachers.values()])
 
     def plan(self) -> str:
         """Return what will be run, as text."""
@@ -287,25 +240,3 @@ def _applicable(
     if not chosen:
         raise ConfigError("No method is left to try: name teachers, and methods that they allow.")
     return chosen
-
-
-def as_plain(outcome: Outcome) -> dict[str, Any]:
-    """Return an outcome as plain values, for ``outcome.json``."""
-    return {
-        "unit": outcome.unit,
-        "budget": outcome.budget,
-        "winner": outcome.winner.name,
-        "why": outcome.why,
-        "methods": {
-            one.method.name: {
-                "accuracy": asdict(one.accuracy),
-                "cost": one.cost,
-                "learning_rate": one.learning_rate,
-                "steps": asdict(one.steps),
-                "seeds": one.seeds,
-                "curve": [[cost, asdict(found)] for cost, found in one.curve],
-            }
-            for one in outcome.results
-        },
-        "differences": [{**asdict(pair), "real": pair.real} for pair in outcome.pairs],
-    }

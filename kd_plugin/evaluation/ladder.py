@@ -1,4 +1,4 @@
-"""The rungs of a ladder: their recipes, plans and terms before the first is trained, the climb, and the report."""
+"""The smallest student that is good enough: rungs, plans and terms first, then the climb, and the report."""
 
 from __future__ import annotations
 
@@ -10,19 +10,57 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from kd_plugin.cli.parsing import parse_settings
-from kd_plugin.cli.plan import PlanSettings, planned
-from kd_plugin.cli.recipe import Recipe, stages_of
-from kd_plugin.cli.stages import Stages
-from kd_plugin.errors import ConfigError, require_known_keys
+from kd_plugin.errors import ConfigError, KDError, require_known_keys
+from kd_plugin.evaluation.evaluate import evaluate
+from kd_plugin.evaluation.recipes import Recipes, shape_of, student_path
 from kd_plugin.evaluation.results import Evaluation
+from kd_plugin.evaluation.tasks import load_tasks
+from kd_plugin.inputs import read_yaml
 from kd_plugin.monitor.report import page, section
-from kd_plugin.planner.architectures import architecture
 from kd_plugin.planner.cost import bills, options, recommended
+from kd_plugin.planner.settings import PlanSettings, planned
+from kd_plugin.settings import option, settings
+from kd_plugin.text import LocalWriter
 
 _OWN = ("student", "name", "offline", "panel", "lineage")
+
+
+@settings
+class LadderConfig:
+    """Settings of a ladder.
+
+    Raises:
+        ConfigError: a bar that is no accuracy.
+    """
+
+    output_dir: str = option(default="", help="Directory of all rungs and of the report.")
+    rungs: list[Any] | None = option(
+        default=None,
+        help="Students from small to large: a path or hub id; or a mapping with student, and name, offline, panel or "
+        "lineage in the place of the recipe's.",
+    )
+    recipe: dict[str, Any] | str = option(
+        default="", help="How each rung is trained: a recipe of `kd-plugin run`, such as a pilot's winner.yaml."
+    )
+    tasks: dict[str, Any] | str = option(
+        default="", help="Your own questions: a file of tasks as `kd-plugin evaluate` takes it, or its mapping."
+    )
+    bar: dict[str, float] | float | None = option(
+        default=None, help="Accuracy that is asked for: one number for every task, or a mapping from tasks to numbers."
+    )
+    plan: dict[str, Any] | None = option(
+        default=None, help="Machines and rows of the plan that is shown for each rung: settings of `kd-plugin plan`."
+    )
+    price_per_hour: float = option(default=0.0, help="Of this machine, by which the report counts what was spent.")
+    skip_blocked: bool = option(
+        default=False, help="Climb past rungs that the terms forbid, in the place of stopping before the first."
+    )
+
+    def __post_init__(self) -> None:
+        bars = self.bar.values() if isinstance(self.bar, Mapping) else [self.bar]
+        for one in bars:
+            if one is not None and not 0 < one <= 1:
+                raise ConfigError(f"bar is {one}; expected an accuracy above 0 and at most 1.")
 
 
 @dataclass(frozen=True)
@@ -46,20 +84,6 @@ class Rung:
         """Its directory."""
         return Path(self.recipe["output_dir"])
 
-    def stages(self) -> tuple[Recipe, Stages]:
-        """Write its recipe, and return it with its stages; nothing is run.
-
-        Raises:
-            ConfigError: a setting is wrong.
-        """
-        self.place.mkdir(parents=True, exist_ok=True)
-        path = self.place / "recipe.yaml"
-        path.write_text(yaml.safe_dump(dict(self.recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        parsed = parse_settings(Recipe, ["--config", str(path)], command="run", description="")
-        assert parsed.file is not None
-        recipe = parsed.settings
-        return recipe, Stages(recipe.output_dir, stages_of(recipe, parsed.file), recipe.cache_dir)
-
 
 @dataclass(frozen=True)
 class Climbed:
@@ -78,6 +102,63 @@ class Climbed:
     holds: bool
 
 
+class Ladder:
+    """A ladder.
+
+    Args:
+        config: its settings.
+        recipes: runs the recipes of its rungs.
+
+    Raises:
+        ConfigError: a setting is wrong, or a question.
+    """
+
+    def __init__(self, config: LadderConfig, recipes: Recipes) -> None:
+        self.config, self._recipes = config, recipes
+        recipe = config.recipe if isinstance(config.recipe, Mapping) else read_yaml(config.recipe)
+        tasks = load_tasks(config.tasks)
+        self.bars = _bars(config.bar, [task.name for task in tasks])
+        for task in tasks:
+            _ = task.plan  # what is wrong with the questions shows before anything is trained
+        self.rungs = rungs_of(config.rungs or [], recipe, Path(config.output_dir))
+
+    def forbidden(self) -> list[str]:
+        """Print the plan of each rung and the verdict on its terms; return the rungs that these forbid."""
+        found = []
+        for rung in self.rungs:
+            print(plan_line(rung, self.config.plan or {}))
+            if self._recipes.refused(rung.recipe):
+                found.append(rung.name)
+        return found
+
+    def run(self, without: Sequence[str], say: Callable[[str], None]) -> tuple[bool, str]:
+        """Climb, and write the report; return whether a rung meets the bar, and what people are told.
+
+        Args:
+            without: rungs that are left out.
+            say: is told what was found at each rung.
+
+        Raises:
+            KDError: a stage failed, or no rung is left.
+        """
+        able = [rung for rung in self.rungs if rung.name not in without]
+        if not able:
+            raise KDError("The terms forbid every rung.")
+
+        def train(rung: Rung) -> float:
+            shared = rung is not able[0] and "cache_dir" in rung.recipe  # the first rung has paid for captures
+            stages = self._recipes.run(rung.recipe)
+            return sum(one.seconds for one in stages if one.command != "capture" or not shared)
+
+        def measure(rung: Rung) -> Evaluation:
+            student = next(one.result for one in reversed(self._recipes.run(rung.recipe)) if one.trains)
+            return evaluate(LocalWriter(str(student), name=rung.name), self.config.tasks, rung.place / "evaluation")
+
+        climbed = climb(able, self.bars, train, measure, say)
+        place = Path(self.config.output_dir)
+        return climbed[-1].holds, write_report(climbed, able, self.bars, self.config.price_per_hour, place)
+
+
 def rungs_of(given: Sequence[Any], recipe: Mapping[str, Any], output_dir: Path) -> list[Rung]:
     """Return the rungs, each with the recipe in which its student stands.
 
@@ -94,8 +175,8 @@ def rungs_of(given: Sequence[Any], recipe: Mapping[str, Any], output_dir: Path) 
             raise ConfigError(f"{where}: expected a student, its path or hub id, or a mapping with `student`.")
         require_known_keys(spec, _OWN, where)
         student = spec["student"]
-        path = student["model_name_or_path"] if isinstance(student, Mapping) else student
-        name = str(spec.get("name") or f"{number}-{Path(str(path)).name}")
+        path = student_path(student)
+        name = str(spec.get("name") or f"{number}-{Path(path).name}")
         content = copy.deepcopy(dict(recipe))
         content |= {"student": student, "output_dir": str(output_dir / name)}
         for key in ("offline", "panel"):
@@ -105,7 +186,7 @@ def rungs_of(given: Sequence[Any], recipe: Mapping[str, Any], output_dir: Path) 
             content["lineage"] = spec["lineage"]
         capture = content.get("capture") or {}
         if isinstance(capture.get("generate"), Mapping):
-            capture["generate"] = {"by": str(path)}
+            capture["generate"] = {"by": path}
             content.pop("cache_dir", None)
         else:
             content["cache_dir"] = content.get("cache_dir") or str(output_dir / "captures")
@@ -123,12 +204,12 @@ def plan_line(rung: Rung, plan: Mapping[str, Any]) -> str:
     known = [field.name for field in fields(PlanSettings)]
     require_known_keys(plan, known, "plan")
     method = "panel" if rung.recipe.get("panel") is not None else "offline"
-    path = rung.student["model_name_or_path"] if isinstance(rung.student, Mapping) else rung.student
+    path = student_path(rung.student)
     teachers = [one.get("model") if isinstance(one, Mapping) else one for one in rung.recipe["teachers"].values()]
     here = [f"{one}:sharded" for one in teachers if one and _size(one) is not None]
     if method == "panel" and not here:
         here = [f"{path}:server"]  # some server, which takes no GPU of these
-    given = {"student": str(path), "method": method, "teachers": here, **plan}
+    given = {"student": path, "method": method, "teachers": here, **plan}
     run, cluster = planned(PlanSettings(**given))
     best = recommended(options(run, cluster))
     size = (
@@ -239,8 +320,20 @@ def _page(
     return page("Ladder", verdict, [*parts, f"<section><h2>Rungs</h2><table>{table}</table></section>"])
 
 
+def _bars(given: Any, names: Sequence[str]) -> dict[str, float]:
+    """Return by task the accuracy that is asked for.
+
+    Raises:
+        ConfigError: a bar of a task that is not there.
+    """
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(names, float(given))
+    for name in given:
+        if name not in names:
+            raise ConfigError(f"bar: there is no task {name!r}; expected one of {', '.join(names)}.")
+    return {str(name): float(value) for name, value in given.items()}
+
+
 def _size(model: Any) -> int | None:
-    try:
-        return architecture(str(model)).total
-    except (ConfigError, OSError):
-        return None
+    shape = shape_of(model)
+    return None if shape is None else shape.total
