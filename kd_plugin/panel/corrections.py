@@ -159,7 +159,7 @@ class Corrector:
         self.asked = CorrectingPanel(panel.text_teachers, panel.text, panel.prices, economics.budget)
         self.vocabulary, self.end_tokens, self.pad_token_id = vocabulary, tuple(end_tokens), pad_token_id
         self.max_length, self.rounds = max_length, rounds
-        self.stopped, self._begun = False, False
+        self.stopped, self._begun, self._warned = False, False, False
 
     def correct(
         self,
@@ -284,6 +284,13 @@ class Corrector:
             raise failure
         if failed:
             raise ServerError(f"Too few text teachers can be reached on {int(failed)} other rank(s); see their log.")
+        if unusable_all and not accepted_all and not self._warned and self.host.rank == 0:
+            self._warned = True
+            logger.warning(
+                "None of the %d corrections of this batch can be trained on: each has more tokens than "
+                "max_completion_length (%s), or a token that the student lacks. Raise max_completion_length.",
+                *(unusable_all, self.max_length),
+            )
         noted = {
             "text/corrected": written / max(asked, 1),
             "text/accepted": accepted_all / max(asked, 1),

@@ -81,6 +81,14 @@ def test_no_correction_still_has_a_loss(tmp_path, student_dir):
     assert all(torch.equal(before[k], v) for k, v in weights(run).items())
 
 
+def test_corrections_that_are_all_too_long_are_said_once(tmp_path, student_dir, caplog):
+    run = trainer(tmp_path, student_dir, {"t": ScriptedTeacher()}, max_completion_length=5, max_steps=3)
+    run.train()
+    assert run.state.log_history[0]["text/unusable"] == 1.0
+    said = [record.message for record in caplog.records if "can be trained on" in record.message]
+    assert len(said) == 1 and "max_completion_length (5)" in said[0]
+
+
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
