@@ -12,8 +12,8 @@ from kd_plugin.cli.parsing import as_yaml, parse_settings
 from kd_plugin.cli.plan_report import plot_peaks, print_engines, print_plan, print_text_bills
 from kd_plugin.errors import ConfigError
 from kd_plugin.launch.configs import training_arguments, write_all
-from kd_plugin.launch.jobs import write_jobs
-from kd_plugin.launch.parts import parts_of
+from kd_plugin.launch.jobs.parts import parts_of
+from kd_plugin.launch.jobs.write import write_jobs
 from kd_plugin.planner.cost import BreakEven, Option, TextBill, bills, break_even, options, recommended, text_bills
 from kd_plugin.planner.engines import Engines, best_split, engine_step
 from kd_plugin.planner.run import Cluster, Pair, PlannedRun, pairs

@@ -3,9 +3,8 @@
 spec.py names the divergences and modes.py the ways to combine teachers; reference.py computes one from full logits, the
 oracle of the others. fused.py is the loss of a panel without ever holding full logits; sparse.py is the loss of the
 tokens that a cache or a server kept, listed.py what is known of them; sampled.py is that of the sampled token alone.
-folding.py compares vocabularies that share a part, byte_marginals.py those of two tokenizers, by the sums of
-byte_masses.py. projection.py and tiles.py are inner parts of all. objective.py is
-offline KD's loss of a batch.
+projection.py, tiles.py and gradient.py are inner parts of all; compiled/ does the work on tiles by functions that a
+compiler fuses. across/ compares different vocabularies. objective.py is offline KD's loss of a batch.
 """
 
 from kd_plugin.divergence.fused import PanelGroup, PanelLoss, TeacherTerm, fused_panel_divergence

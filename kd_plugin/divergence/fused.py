@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_plugin.divergence.compiled import CompiledTiles
-from kd_plugin.divergence.first_use import compiles
-from kd_plugin.divergence.folding import Comparisons, require_shared_rows
+from kd_plugin.divergence.across.folding import Comparisons, require_shared_rows
+from kd_plugin.divergence.compiled.first_use import compiles
+from kd_plugin.divergence.compiled.tiles import CompiledTiles
 from kd_plugin.divergence.gradient import StudentGradient, kept_rows
 from kd_plugin.divergence.modes import MODES, PanelGroup, TeacherTerm, check_groups, head_identity, merged_by_head
 from kd_plugin.divergence.projection import (

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence.folding import Folding
+from kd_plugin.divergence.across.folding import Folding
 from kd_plugin.divergence.projection import (
     Projector,
     Workspace,

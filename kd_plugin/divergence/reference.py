@@ -54,7 +54,7 @@ def divergence_from_logits(
         divergence: which divergence.
         temperature: divides both logits; the result is not multiplied by its square.
         shared: what both vocabularies share, where they differ: D is over the shared tokens and all others as one
-            outcome, or given that the token is a shared one; see :mod:`kd_plugin.divergence.folding`.
+            outcome, or given that the token is a shared one; see :mod:`kd_plugin.divergence.across.folding`.
 
     Returns:
         (N,) nats, in the dtype of the logits.

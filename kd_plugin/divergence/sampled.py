@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_plugin.divergence.folding import Folding
+from kd_plugin.divergence.across.folding import Folding
 from kd_plugin.divergence.gradient import StudentGradient
 from kd_plugin.divergence.projection import (
     Projector,

@@ -1,6 +1,6 @@
 """The elementwise part of the panel loss, on one chunk of logits at a time, step by step in reused buffers.
 
-``compiled.py`` does the same by functions that a compiler fuses, where that pays.
+``compiled/`` does the same by functions that a compiler fuses, where that pays.
 
 For every divergence the gradient in the student's logits z is q·(a − ⟨q, a⟩), with a per teacher and summed over
 teachers before it is applied, so that a further teacher costs one projection and a few passes:

@@ -13,8 +13,8 @@ import requests
 from kd_plugin.errors import KDError
 from kd_plugin.inputs import read_yaml
 from kd_plugin.panel.block import panel_from_block
-from kd_plugin.rollouts.engine_settings import EngineSettings, engine_settings
-from kd_plugin.rollouts.transfer import NEEDS as TRANSFER_NEEDS
+from kd_plugin.rollouts.vllm.settings import EngineSettings, engine_settings
+from kd_plugin.rollouts.vllm.transfer import NEEDS as TRANSFER_NEEDS
 from kd_plugin.teachers.base import reach
 
 _VERSION = (0, 32)

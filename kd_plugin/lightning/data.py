@@ -21,7 +21,7 @@ from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.inputs import load_rows
 from kd_plugin.lightning.evaluation import NoRows
 from kd_plugin.lightning.step import SAMPLES, WINDOW, WINDOW_TOKENS, served, window_end
-from kd_plugin.rollouts.ahead import Lookahead
+from kd_plugin.rollouts.vllm.ahead import Lookahead
 from kd_plugin.text.dataset import TrainingText
 from kd_plugin.vocab import Vocabulary
 

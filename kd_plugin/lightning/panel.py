@@ -55,7 +55,7 @@ from kd_plugin.panel.sampling import (
 from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.rollouts.in_process import Sampling, pad_token
 from kd_plugin.rollouts.rows import mixed_seed
-from kd_plugin.rollouts.server_engine import ServerEngine
+from kd_plugin.rollouts.vllm.engine import ServerEngine
 from kd_plugin.settings import built, takes
 from kd_plugin.student.forward import Call, DistillingForward
 from kd_plugin.student.head import as_trained, config_of, find_student, load_tokenizer, student_rows

@@ -22,8 +22,8 @@ from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.batches import MicroBatch, StepLoss
 from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.warmup import WarmupBatch
-from kd_plugin.rollouts.ahead import begin_windows
-from kd_plugin.rollouts.server_engine import ServerEngine
+from kd_plugin.rollouts.vllm.ahead import begin_windows
+from kd_plugin.rollouts.vllm.engine import ServerEngine
 from kd_plugin.sharding.running import shard_for_inference, shard_with_fsdp2
 from kd_plugin.signals import OutputHead
 from kd_plugin.student.head import as_trained

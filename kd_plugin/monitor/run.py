@@ -18,7 +18,6 @@ from kd_plugin.panel.batches import Host
 from kd_plugin.panel.block import panel_from
 from kd_plugin.panel.checks import require_correctable, require_defined_panel, require_fitting_student
 from kd_plugin.panel.identity import ResumeState
-from kd_plugin.panel.preference import SHARDED_REFERENCE
 from kd_plugin.panel.sampling import (
     completed,
     own_generation_config,
@@ -27,10 +26,11 @@ from kd_plugin.panel.sampling import (
     require_whole_distribution,
 )
 from kd_plugin.panel.step import PanelStep
+from kd_plugin.panel.text.preference import SHARDED_REFERENCE
 from kd_plugin.panel.viewing import require_viewable
 from kd_plugin.panel.warmup import warmup_objective
 from kd_plugin.rollouts.in_process import Sampling
-from kd_plugin.rollouts.server_engine import ServerEngine
+from kd_plugin.rollouts.vllm.engine import ServerEngine
 from kd_plugin.teachers.base import adopt_source
 from kd_plugin.text.prompts import Templates
 from kd_plugin.text.rounds import ROUNDS, RoundWriter
@@ -192,7 +192,7 @@ class PanelRun:
             student: unwrapped.
             vocabulary: of the run.
             end_tokens: ids that end a response.
-            **options: the other arguments of :class:`~kd_plugin.rollouts.server_engine.ServerEngine`.
+            **options: the other arguments of :class:`~kd_plugin.rollouts.vllm.engine.ServerEngine`.
 
         Raises:
             ConfigError: see there.

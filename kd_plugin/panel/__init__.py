@@ -4,8 +4,8 @@
 divergence is estimated and what is defined, ``checks`` what must hold before a run. ``step`` is the on-policy step over
 a ``Host``, which ``batches`` declares beside what passes through: ``responding`` has the student respond, alone or with
 the panel, ``scoring`` asks the teachers, ``loss`` makes one loss of what they said. ``warmup`` fits caches first,
-``anchor`` holds the student near its start, ``corrections`` are rows of text, ``preference`` compares them with the
-responses. ``identity`` says whether a resumed run is under the same panel.
+``anchor`` holds the student near its start, ``text`` is what teachers that write and verifiers give. ``identity`` says
+whether a resumed run is under the same panel.
 """
 
 from kd_plugin.divergence.modes import Combine

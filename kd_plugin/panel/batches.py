@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from kd_plugin.panel.corrections import Corrections
 from kd_plugin.panel.roster import Assignment
 from kd_plugin.panel.scoring import RowScores, scored_positions
+from kd_plugin.panel.text.corrections import Corrections
 from kd_plugin.rollouts.rows import Response, Rollouts, by_length, left_aligned
 from kd_plugin.signals import OutputHead
 

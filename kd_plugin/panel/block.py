@@ -15,8 +15,8 @@ from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, nearest, require_known_keys
 from kd_plugin.inputs import read_yaml
 from kd_plugin.panel.estimators import Estimator
-from kd_plugin.panel.reward import Reward
 from kd_plugin.panel.roster import OwnTerms, TeacherPanel
+from kd_plugin.panel.text.reward import Reward
 from kd_plugin.teachers import KINDS, AdapterTeacher, LocalTeacher
 from kd_plugin.text import TEXT_KINDS
 from kd_plugin.text.correction import correction_settings
@@ -57,8 +57,8 @@ def panel_from_block(block: Mapping[str, Any] | str | Path, where: str = "panel"
     ``base``, ``url``, ``cache``, ``placement`` and so on. A base is ``student``, a path, the name of a local teacher,
     or a mapping with the arguments of ``LocalTeacher``. With ``signal: text`` a teacher evaluates and corrects by text,
     as ``text`` says (:class:`~kd_plugin.text.correction.CorrectionSettings`). Any teacher may have ``prices``,
-    ``{read: X, written: Y}`` of a million tokens. ``reward`` (:meth:`~kd_plugin.panel.reward.Reward.described`) weighs
-    the divergence by a verifier's verdict.
+    ``{read: X, written: Y}`` of a million tokens. ``reward``
+    (:meth:`~kd_plugin.panel.text.reward.Reward.described`) weighs the divergence by a verifier's verdict.
 
     Args:
         block: the block, or a YAML file that holds it.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence.byte_marginals import fused_byte_divergence
+from kd_plugin.divergence.across.byte_marginals import fused_byte_divergence
 from kd_plugin.divergence.fused import fused_panel_divergence
 from kd_plugin.divergence.listed import (
     listed_from,

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kd_plugin.divergence.projection import exact_logits
 from kd_plugin.panel.batches import Assigned, Host
-from kd_plugin.panel.corrections import recorded_responses
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import Signal, score_rows
+from kd_plugin.panel.text.corrections import recorded_responses
 from kd_plugin.rollouts import Drawn, RolloutEngine
 from kd_plugin.rollouts.in_process import interleave
 from kd_plugin.rollouts.rows import (

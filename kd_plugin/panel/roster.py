@@ -16,7 +16,7 @@ from kd_plugin.divergence.projection import require_temperature
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, DataError, nearest
 from kd_plugin.panel.estimators import Estimator
-from kd_plugin.panel.reward import Reward
+from kd_plugin.panel.text.reward import Reward
 from kd_plugin.panel.weights import Weights, row_weights
 from kd_plugin.settings import require_known
 from kd_plugin.signals import OutputHead

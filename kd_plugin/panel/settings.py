@@ -12,7 +12,7 @@ from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.weights import Schedule, as_schedule
 from kd_plugin.rollouts.decoding import Draws
-from kd_plugin.rollouts.engine_settings import EngineSettings, engine_settings
+from kd_plugin.rollouts.vllm.settings import EngineSettings, engine_settings
 from kd_plugin.settings import option, require_known, settings
 
 AlarmAction = Literal["warn", "lower_learning_rate", "stop"]

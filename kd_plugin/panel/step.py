@@ -25,14 +25,14 @@ from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.panel.anchor import Anchor
 from kd_plugin.panel.batches import Assigned, Host, MicroBatch, RunningMean, ScoredRollouts, StepLoss, Watch
-from kd_plugin.panel.corrections import Corrections, Corrector
-from kd_plugin.panel.economics import Economics
 from kd_plugin.panel.loss import panel_loss
-from kd_plugin.panel.preference import preference_loss
 from kd_plugin.panel.responding import Responder
-from kd_plugin.panel.reward import weighed_rows
 from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.panel.scoring import RowScores, score_rows
+from kd_plugin.panel.text.corrections import Corrections, Corrector
+from kd_plugin.panel.text.economics import Economics
+from kd_plugin.panel.text.preference import preference_loss
+from kd_plugin.panel.text.reward import weighed_rows
 from kd_plugin.panel.viewing import coverage, readers_of
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
 from kd_plugin.rollouts import Drawn, RolloutEngine

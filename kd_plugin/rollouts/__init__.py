@@ -1,10 +1,7 @@
 """Rollout engines: who generates the responses that teachers score, with which weights.
 
-in_process.py is the engine over transformers, decoding.py its loop. server_engine.py has vLLM generate:
-engine_settings.py declares how, jobs.py says what, engine_pool.py asks servers and vllm_in_process.py vLLM in this
-process; weights.py takes the student's weights there through files and transfer.py by NCCL, and parity.py sees whether
-they arrived. ahead.py has later steps generated meanwhile. rows.py says who fills a row, where its response ends,
-which tokens count and how rows are padded.
+in_process.py is the engine over transformers, decoding.py its loop; vllm/ has vLLM generate. rows.py says who fills a
+row, where its response ends, which tokens count and how rows are padded.
 """
 
 from __future__ import annotations

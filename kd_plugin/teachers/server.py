@@ -16,7 +16,7 @@ from kd_plugin.signals import SparseSignal
 from kd_plugin.teachers.agreement import Reference, Repeats, floored, require_same_prefixes
 from kd_plugin.teachers.base import Capabilities, Gives
 from kd_plugin.teachers.handshake import Greeting, require_raw, shake_hands
-from kd_plugin.teachers.hidden_server import HiddenServerTeacher
+from kd_plugin.teachers.hidden.server import HiddenServerTeacher
 from kd_plugin.teachers.replies import Asking, Listed, ServerCompletion
 from kd_plugin.teachers.served import Connection, ServedModel
 
@@ -27,7 +27,7 @@ _LISTED = 64  # tokens a position, unless told
 class ServerTeacher(ServedModel):
     """A model on a vLLM server, asked by token ids for ``prompt_logprobs``, or for its last hidden states.
 
-    With ``signal="hidden"`` this makes a :class:`~kd_plugin.teachers.hidden_server.HiddenServerTeacher`, which gives
+    With ``signal="hidden"`` this makes a :class:`~kd_plugin.teachers.hidden.server.HiddenServerTeacher`, which gives
     the whole distribution: see there. What follows is of the listed tokens.
 
     Nothing is sent until :meth:`check` or the first score, so that the license gate can refuse it before. Then the

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence.byte_marginals import ByteSteps
+from kd_plugin.divergence.across.byte_marginals import ByteSteps
 from kd_plugin.divergence.listed import logprobs_of
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal

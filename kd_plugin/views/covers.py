@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kd_plugin.divergence.byte_marginals import ByteSteps, Covers
-from kd_plugin.divergence.byte_masses import Ranges, SortedTokens
+from kd_plugin.divergence.across.byte_marginals import ByteSteps, Covers
+from kd_plugin.divergence.across.byte_masses import Ranges, SortedTokens
 from kd_plugin.views.tokens import Ints
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence.byte_masses import SortedTokens
+from kd_plugin.divergence.across.byte_masses import SortedTokens
 from kd_plugin.divergence.listed import listed_from, with_sampled_token
 from kd_plugin.errors import DataError
 from kd_plugin.signals import HiddenSignal, SparseSignal

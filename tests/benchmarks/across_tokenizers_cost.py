@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence
-from kd_plugin.divergence.byte_marginals import fused_byte_divergence
+from kd_plugin.divergence.across.byte_marginals import fused_byte_divergence
 from kd_plugin.signals import HiddenSignal, OutputHead
 from kd_plugin.views.align import align
 from kd_plugin.views.chunks import asked_positions, chunk_signal

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence import Divergence, passes
+from kd_plugin.divergence import Divergence
+from kd_plugin.divergence.compiled import passes
 from tests.benchmarks import generated
 
 ROWS, VOCAB = 3, 2100  # blocks of 512 and a part of one

@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kd_plugin.divergence import compiled, projection
+from kd_plugin.divergence import projection
+from kd_plugin.divergence.compiled import tiles as compiled
 from kd_plugin.divergence.fused import Plan, panel_pass
 from kd_plugin.divergence.modes import PanelGroup, TeacherTerm
 from kd_plugin.divergence.spec import Divergence

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from kd_plugin.demo.prompts import GENERAL, questions
-from kd_plugin.rollouts.engine_pool import EnginePool, Job
-from kd_plugin.rollouts.engine_settings import EngineSettings
 from kd_plugin.rollouts.in_process import InProcessEngine, Sampling
+from kd_plugin.rollouts.vllm.pool import EnginePool, Job
+from kd_plugin.rollouts.vllm.settings import EngineSettings
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.hosts.runs import settings
 from tests.vllm.server import VllmServer

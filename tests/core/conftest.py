@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from kd_plugin import LocalTeacher
-from kd_plugin.divergence import compiled, first_use
+from kd_plugin.divergence.compiled import first_use
+from kd_plugin.divergence.compiled import tiles as compiled
 from kd_plugin.teachers import client
 from tests.core.text_help import right
 from tests.fake_vllm import fake_vllm

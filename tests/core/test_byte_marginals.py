@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kd_plugin.divergence import Divergence
-from kd_plugin.divergence.byte_marginals import fused_byte_divergence
-from kd_plugin.divergence.byte_masses import END, SortedTokens, byte_masses
+from kd_plugin.divergence.across.byte_marginals import fused_byte_divergence
+from kd_plugin.divergence.across.byte_masses import END, SortedTokens, byte_masses
 from kd_plugin.divergence.reference import from_logprobs
 from kd_plugin.errors import ConfigError
 from kd_plugin.panel import Estimator, TeacherPanel

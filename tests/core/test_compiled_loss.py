@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, compiled, first_use, fused, fused_panel_divergence
+from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused, fused_panel_divergence
+from kd_plugin.divergence.compiled import first_use
+from kd_plugin.divergence.compiled import tiles as compiled
 from kd_plugin.divergence.modes import MODES
 from kd_plugin.divergence.reference import divergence_from_logits
 from kd_plugin.errors import ConfigError

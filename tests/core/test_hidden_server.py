@@ -14,8 +14,9 @@ from kd_plugin.errors import ConfigError, DataError, LicenseRefusedError, NonFin
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.block import panel_from_block
 from kd_plugin.signals import HiddenSignal
-from kd_plugin.teachers import Teacher, checkpoint_head, client, hidden_states
-from kd_plugin.teachers.checkpoint_head import Checkpoint
+from kd_plugin.teachers import Teacher, client
+from kd_plugin.teachers.hidden import head, states
+from kd_plugin.teachers.hidden.head import Checkpoint
 from tests.core.cache_help import files_of, prompt_rows, shards_of
 from tests.core.panel_help import assert_same_gradients, corrected, rows
 from tests.core.test_divergence_oracle import DIVERGENCES, ids_of
@@ -195,7 +196,7 @@ def test_another_model_behind_the_server_is_refused(tokenizer, teacher_dir, othe
 
 def test_a_large_checkpoint_is_judged_by_a_text_alone(pooled, teacher_dir, monkeypatch):
     """Random weights find no text likelier than chance: as if the states were of another model."""
-    monkeypatch.setattr(hidden_states, "_RUN_BELOW", 0)
+    monkeypatch.setattr(states, "_RUN_BELOW", 0)
     with pytest.raises(ConfigError, match=r"a plain text costs \d+\.\d nats per token .* 5\.6 would be chance"):
         of(pooled[0], teacher_dir).check()
 
@@ -256,7 +257,7 @@ def test_limits_and_padding(pooled, teacher_dir, batch):
 
 
 def test_nothing_is_read_or_sent_before_the_gate(tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint_head.Checkpoint, "head", lambda *_: pytest.fail("the head was read"))
+    monkeypatch.setattr(head.Checkpoint, "head", lambda *_: pytest.fail("the head was read"))
     monkeypatch.setattr(client.Client, "_once", lambda *_: pytest.fail("a request was sent"))
     teacher = ServerTeacher("https://api.openai.com/v1", "gpt-4o", signal="hidden", tokenizer=tokenizer)
     with pytest.raises(LicenseRefusedError):
@@ -322,7 +323,7 @@ def test_a_capture_goes_on_only_with_the_same_weights(pooled, local, teacher_dir
     (tmp_path / "c" / "units" / "000001.json").unlink(missing_ok=True)
     before = files_of(tmp_path / "c")
     twin = tiny_llama(seed=7, hidden=48, tied=False)
-    monkeypatch.setattr(hidden_states, "_require_checkpoint", lambda *_: None)  # a large one, which is not run here
+    monkeypatch.setattr(states, "_require_checkpoint", lambda *_: None)  # a large one, which is not run here
     pooled[1].replica = lambda _: twin
     with pytest.raises(ConfigError, match="other log-probabilities than the one that began this capture"):
         capture(prompt_rows(4), of(pooled[0], teacher_dir), tmp_path / "c", **options)

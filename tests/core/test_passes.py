@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_plugin.divergence import Divergence, passes
+from kd_plugin.divergence import Divergence
+from kd_plugin.divergence.compiled import passes
 from tests.benchmarks import generated
 from tests.benchmarks.passes import cost, ligers, ours, rows, trls
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kd_plugin.teachers.hidden_states import FLAGS
+from kd_plugin.teachers.hidden.states import FLAGS
 
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "integrations"

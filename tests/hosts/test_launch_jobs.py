@@ -12,13 +12,13 @@ import yaml
 
 from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError
-from kd_plugin.launch.jobs import EXAMPLE, KUBERNETES, SLURM, write_jobs
-from kd_plugin.launch.parts import parts_of
+from kd_plugin.launch.jobs.parts import parts_of
+from kd_plugin.launch.jobs.write import EXAMPLE, KUBERNETES, SLURM, write_jobs
 from kd_plugin.planner.architectures import architecture
 from kd_plugin.planner.engines import Engines
 from kd_plugin.planner.run import Cluster, PlannedRun, parse_teacher
-from kd_plugin.rollouts.engine_settings import engine_settings
-from kd_plugin.teachers.hidden_states import FLAGS
+from kd_plugin.rollouts.vllm.settings import engine_settings
+from kd_plugin.teachers.hidden.states import FLAGS
 from tests.zero.cluster import install
 
 FILES = Path(__file__).parents[2] / "integrations"
@@ -84,7 +84,7 @@ def started(command, environment, directory):
 
 
 def test_the_examples_are_what_a_plan_writes(tmp_path):
-    """After a change: python -m kd_plugin.launch.jobs integrations"""
+    """After a change: python -m kd_plugin.launch.jobs.write integrations"""
     shipped = ("integrations/slurm", "integrations/kubernetes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)

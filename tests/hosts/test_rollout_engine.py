@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.panel.settings import PanelSettings
-from kd_plugin.rollouts import server_engine
+from kd_plugin.rollouts.vllm import engine as server_engine
 from kd_plugin.teachers import LocalTeacher, client
 from kd_plugin.transformers import TeacherPanelMixin
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer

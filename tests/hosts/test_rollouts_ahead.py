@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.rollouts.ahead import Lookahead
-from kd_plugin.rollouts.server_engine import ServerEngine
+from kd_plugin.rollouts.vllm.ahead import Lookahead
+from kd_plugin.rollouts.vllm.engine import ServerEngine
 from kd_plugin.teachers import LocalTeacher, client
 from tests.fake_vllm import Behaviour, fake_vllm
 from tests.hosts.runs import assert_same, losses, prompts, weights

@@ -22,7 +22,7 @@ from kd_plugin.lightning import OfflineKD, OfflineKDModule, TeacherPanelCorrecti
 from kd_plugin.lightning.cli import KDCommand
 from kd_plugin.lightning.module import PanelModuleSettings, StudentSettings
 from kd_plugin.panel.settings import PanelSettings
-from kd_plugin.rollouts.engine_settings import EngineSettings
+from kd_plugin.rollouts.vllm.settings import EngineSettings
 from kd_plugin.settings import values_of
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.transformers import OfflineKDMixin, TeacherPanelMixin

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kd_plugin.errors import ConfigError, ServerError
-from kd_plugin.rollouts import server_engine, transfer
+from kd_plugin.rollouts.vllm import engine as server_engine
+from kd_plugin.rollouts.vllm import transfer
 from kd_plugin.teachers import LocalTeacher
 from tests.fake_vllm import Behaviour, fake_vllm
 from tests.hosts.runs import assert_same, losses, weights

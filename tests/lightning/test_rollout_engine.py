@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.lightning import KDDataModule, TeacherPanelCorrection, TeacherPanelModule
-from kd_plugin.rollouts.server_engine import ServerEngine
+from kd_plugin.rollouts.vllm.engine import ServerEngine
 from kd_plugin.teachers import LocalTeacher, client
 from tests.fake_vllm import Behaviour, fake_vllm
 from tests.hosts.runs import LORA, TOPICS

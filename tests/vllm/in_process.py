@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from kd_plugin.errors import ServerError
-from kd_plugin.rollouts.server_engine import ServerEngine
+from kd_plugin.rollouts.vllm.engine import ServerEngine
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.hosts.runs import losses, prompts, settings

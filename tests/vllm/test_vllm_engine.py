@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from kd_plugin.errors import ServerError
 from kd_plugin.lightning import TeacherPanelCorrection
-from kd_plugin.rollouts.engine_pool import EnginePool
-from kd_plugin.rollouts.server_engine import ServerEngine
-from kd_plugin.rollouts.weights import AdapterWeights, AllWeights
+from kd_plugin.rollouts.vllm.engine import ServerEngine
+from kd_plugin.rollouts.vllm.pool import EnginePool
+from kd_plugin.rollouts.vllm.weights import AdapterWeights, AllWeights
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.hosts.runs import TOPICS, losses, prompts, settings

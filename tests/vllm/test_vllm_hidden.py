@@ -15,8 +15,8 @@ from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel import TeacherPanel, panel_loss, score_rows
 from kd_plugin.panel.scoring import scored_positions
 from kd_plugin.signals import OutputHead
-from kd_plugin.teachers import hidden_states
-from kd_plugin.teachers.hidden_states import FLAGS, POOLER
+from kd_plugin.teachers.hidden import states as hidden_states
+from kd_plugin.teachers.hidden.states import FLAGS, POOLER
 from tests.core.panel_help import assert_same_gradients
 from tests.core.test_divergence_oracle import DIVERGENCES
 from tests.tiny import save_tiny

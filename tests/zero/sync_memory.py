@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kd_plugin.rollouts.server_engine import ServerEngine
-from kd_plugin.rollouts.weights import AllWeights
+from kd_plugin.rollouts.vllm.engine import ServerEngine
+from kd_plugin.rollouts.vllm.weights import AllWeights
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kd_plugin.rollouts.weights import layer_by_layer
+from kd_plugin.rollouts.vllm.weights import layer_by_layer
 from tests.fake_vllm import Behaviour, fake_vllm
 from tests.tiny import save_tiny, tiny_llama
 from tests.zero.ranks import run_all

@@ -19,16 +19,16 @@ import torch
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.rollouts import Drawn
-from kd_plugin.rollouts.engine_settings import EngineSettings
 from kd_plugin.rollouts.in_process import Sampling
-from kd_plugin.rollouts.jobs import Job, sampling_arguments, vllm_rank
+from kd_plugin.rollouts.vllm.jobs import Job, sampling_arguments, vllm_rank
+from kd_plugin.rollouts.vllm.settings import EngineSettings
 from kd_plugin.teachers.replies import Listed, read_entries
 
 HERE = "this process"
 
 
 class InProcessVllm:
-    """One engine, with what :class:`~kd_plugin.rollouts.engine_pool.EnginePool` has for a ``ServerEngine``.
+    """One engine, with what :class:`~kd_plugin.rollouts.vllm.pool.EnginePool` has for a ``ServerEngine``.
 
     Args:
         settings: of the engine.

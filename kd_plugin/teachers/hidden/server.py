@@ -22,8 +22,8 @@ from kd_plugin.settings import built, require_known, takes
 from kd_plugin.sharding.gathering import is_sharded
 from kd_plugin.signals import HiddenSignal, OutputHead
 from kd_plugin.teachers.base import Capabilities
-from kd_plugin.teachers.checkpoint_head import Checkpoint, HeldHead
-from kd_plugin.teachers.hidden_states import DTYPES, PATH, HiddenGreeting, shake_hands_with_pooler
+from kd_plugin.teachers.hidden.head import Checkpoint, HeldHead
+from kd_plugin.teachers.hidden.states import DTYPES, PATH, HiddenGreeting, shake_hands_with_pooler
 from kd_plugin.teachers.in_process import Placement
 from kd_plugin.teachers.served import Connection, ServedModel
 
@@ -40,7 +40,7 @@ class HiddenServerTeacher(ServedModel):
     the dtype that the server computes in.
 
     Nothing is sent and nothing read until :meth:`check`, the first score or :meth:`place`. Then the server's states of
-    a few tokens are compared with the checkpoint: see :mod:`kd_plugin.teachers.hidden_states`.
+    a few tokens are compared with the checkpoint: see :mod:`kd_plugin.teachers.hidden.states`.
 
     Args:
         repo: directory or hub id of the weights that are served, in safetensors; None takes ``model``. The output head
@@ -137,7 +137,7 @@ class HiddenServerTeacher(ServedModel):
 
         Raises:
             LicenseRefusedError, ServerError, VocabularyError, ConfigError: see
-                :func:`~kd_plugin.teachers.hidden_states.shake_hands_with_pooler`.
+                :func:`~kd_plugin.teachers.hidden.states.shake_hands_with_pooler`.
         """
         return self._greet().served
 

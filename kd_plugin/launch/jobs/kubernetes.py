@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from kd_plugin.launch.parts import Parts, Server
+from kd_plugin.launch.jobs.parts import Parts, Server
 
 _APP = "kd-plugin"
 _HEADER = """\

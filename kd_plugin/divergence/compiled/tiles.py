@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence import passes
+from kd_plugin.divergence.compiled import passes
 from kd_plugin.divergence.projection import Workspace
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError

@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence.compiled import CompiledTiles
+from kd_plugin.divergence.compiled.tiles import CompiledTiles
 from kd_plugin.divergence.projection import Workspace
 from kd_plugin.divergence.tiles import Tiles
 from kd_plugin.errors import ConfigError

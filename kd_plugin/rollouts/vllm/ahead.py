@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kd_plugin.rollouts.rows import mixed_seed
-from kd_plugin.rollouts.server_engine import ServerEngine
+from kd_plugin.rollouts.vllm.engine import ServerEngine
 
 
 class Lookahead:

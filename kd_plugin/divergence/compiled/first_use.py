@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence.compiled import compilable, forced, wanted
+from kd_plugin.divergence.compiled.tiles import compilable, forced, wanted
 from kd_plugin.divergence.modes import PanelGroup, TeacherTerm
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kd_plugin.errors import DataError, ServerError
-from kd_plugin.panel.economics import Economics
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.panel.scoring import RowScores
+from kd_plugin.panel.text.economics import Economics
 from kd_plugin.rollouts.rows import Response, Rollouts, assembled, row_spans, until_end
 from kd_plugin.signals import TextSignal
 from kd_plugin.text.correcting import CorrectingPanel

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.rollouts import Drawn
-from kd_plugin.rollouts.engine_settings import EngineSettings
 from kd_plugin.rollouts.in_process import Sampling
-from kd_plugin.rollouts.jobs import Job, sampling_arguments
+from kd_plugin.rollouts.vllm.jobs import Job, sampling_arguments
+from kd_plugin.rollouts.vllm.settings import EngineSettings
 from kd_plugin.settings import values_of
 from kd_plugin.teachers.client import Client, RefusedRequest
 from kd_plugin.teachers.replies import Asking, Listed

@@ -20,14 +20,14 @@ from torch import Tensor
 from kd_plugin.errors import ConfigError, KDError, ServerError
 from kd_plugin.models import output_rows
 from kd_plugin.rollouts import Drawn, Propose, RolloutEngine
-from kd_plugin.rollouts.engine_pool import EnginePool, describe
-from kd_plugin.rollouts.engine_settings import EngineSettings
 from kd_plugin.rollouts.in_process import Sampling
-from kd_plugin.rollouts.jobs import Job
-from kd_plugin.rollouts.parity import LISTED, Parity, Probe, explanation, own_logprobs, rms
-from kd_plugin.rollouts.transfer import Transfer, send_from_first
-from kd_plugin.rollouts.vllm_in_process import InProcessVllm
-from kd_plugin.rollouts.weights import AdapterWeights, AllWeights, remove
+from kd_plugin.rollouts.vllm.in_process import InProcessVllm
+from kd_plugin.rollouts.vllm.jobs import Job
+from kd_plugin.rollouts.vllm.parity import LISTED, Parity, Probe, explanation, own_logprobs, rms
+from kd_plugin.rollouts.vllm.pool import EnginePool, describe
+from kd_plugin.rollouts.vllm.settings import EngineSettings
+from kd_plugin.rollouts.vllm.transfer import Transfer, send_from_first
+from kd_plugin.rollouts.vllm.weights import AdapterWeights, AllWeights, remove
 from kd_plugin.sharding.running import called
 from kd_plugin.teachers.replies import Listed
 from kd_plugin.vocab import Vocabulary

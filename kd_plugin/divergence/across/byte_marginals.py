@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_plugin.divergence.byte_masses import END, SYMBOLS, Masses, Ranges, SortedTokens, byte_masses
+from kd_plugin.divergence.across.byte_masses import END, SYMBOLS, Masses, Ranges, SortedTokens, byte_masses
 from kd_plugin.divergence.projection import (
     autocast_dtype,
     needs_gradient,

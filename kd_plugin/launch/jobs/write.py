@@ -1,7 +1,7 @@
 """Files that start the parts of a panel on a cluster in order, check their health and stop them together.
 
 slurm.py and kubernetes.py write one file each of the same parts. The examples in ``integrations/`` are those of
-``EXAMPLE``, and are made anew by ``python -m kd_plugin.launch.jobs integrations``.
+``EXAMPLE``, and are made anew by ``python -m kd_plugin.launch.jobs.write integrations``.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kd_plugin.launch.kubernetes import manifest
-from kd_plugin.launch.parts import Parts, Server
-from kd_plugin.launch.slurm import script
+from kd_plugin.launch.jobs.kubernetes import manifest
+from kd_plugin.launch.jobs.parts import Parts, Server
+from kd_plugin.launch.jobs.slurm import script
 
 SLURM, KUBERNETES = "panel_with_engines.sbatch", "panel_with_engines.yaml"
 EXAMPLE = Parts((Server("hidden", "hidden"), Server("listed", "listed"), Server("engine", "rollouts")), trainers=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kd_plugin.launch.parts import Parts, Server
+from kd_plugin.launch.jobs.parts import Parts, Server
 
 _FILE = """\
 #!/bin/bash
