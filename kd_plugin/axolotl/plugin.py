@@ -9,7 +9,7 @@ from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, Field
 
-from kd_plugin.axolotl.settings import KEY, settings_of
+from kd_plugin.axolotl.settings import KEY, evaluating, settings_of
 from kd_plugin.lineage.trainer_callback import LicenseLineageCallback
 
 
@@ -22,7 +22,7 @@ class KDArgs(BaseModel):
 
 
 class KDPlugin(BasePlugin):
-    """Offline KD, a panel of teachers, or lineage alone, as the key ``kd_plugin`` of the configuration says."""
+    """Offline KD, a panel, or lineage and evaluation alone, as the key ``kd_plugin`` of the configuration says."""
 
     def register(self, cfg: Any) -> None:
         """Check the settings, before Axolotl loads anything; raises ConfigError."""
@@ -44,12 +44,18 @@ class KDPlugin(BasePlugin):
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
         """Return Axolotl's trainer with what the configuration asks for before it."""
-        from kd_plugin.axolotl.trainers import offline_trainer, panel_trainer
+        from kd_plugin.axolotl.trainers import evaluated_trainer, offline_trainer, panel_trainer
 
         asked = settings_of(cfg)
         if asked.is_offline:
             return offline_trainer(asked)
-        return panel_trainer(asked) if asked.is_panel else None
+        if asked.is_panel:
+            return panel_trainer(asked)
+        return None if asked.eval_tasks is None else evaluated_trainer(asked)
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+        """Return when the trainer evaluates, where it has questions of the user's own to ask."""
+        return None if settings_of(cfg).eval_tasks is None else evaluating(cfg)
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
         """Follow a run that is not distilled; the trainers of the others bring the callback along."""

@@ -8,10 +8,11 @@ from typing import Any
 from kd_plugin.cache.joint import JointCache
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
+from kd_plugin.evaluation.in_loop import EvaluationSettings
 from kd_plugin.inputs import MIXTURE, load_mixture, load_rows
 from kd_plugin.lineage.config import LineageSettings
 from kd_plugin.panel.settings import PanelSettings
-from kd_plugin.settings import built, option, settings
+from kd_plugin.settings import built, option, part_of, settings
 
 KEY = "kd_plugin"
 _OTHER_ROWS = {
@@ -23,8 +24,8 @@ _OTHER_ROWS = {
 
 
 @settings
-class AxolotlSettings(LineageSettings):
-    """What is distilled in an Axolotl run; with `lineage` alone, the run is followed and nothing is distilled."""
+class AxolotlSettings(EvaluationSettings, LineageSettings):
+    """What is distilled in an Axolotl run; without a teacher the run is followed and evaluated, and not distilled."""
 
     teacher_cache: dict[str, float] | str | None = option(
         default=None, help="Offline KD: directory of a teacher cache, or a mapping from several to their weights."
@@ -42,6 +43,7 @@ class AxolotlSettings(LineageSettings):
     eval_prompts: list[dict[str, Any]] | str | None = option(default=None, help="Likewise, to evaluate on.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.is_panel and self.is_offline:
             raise ConfigError(f"{KEY}: teacher_cache (or teacher_text) and panel are both set; choose one of them.")
         if self.offline is not None and not self.is_offline:
@@ -71,6 +73,10 @@ class AxolotlSettings(LineageSettings):
         """Return what decides an on-policy step; raises ConfigError for an unknown name or a value out of range."""
         return built(PanelSettings, self.panel or {})
 
+    def evaluation(self) -> EvaluationSettings:
+        """Return the user's own questions, which the student answers at each evaluation."""
+        return part_of(EvaluationSettings, self)
+
     def rows(self) -> tuple[Any, Any]:
         """Return the rows to train and to evaluate on: a panel's prompts, or the rows of the cache and None."""
         if self.is_panel:
@@ -90,6 +96,8 @@ def settings_of(cfg: Mapping[str, Any]) -> AxolotlSettings:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{KEY}: expected a mapping, got {given!r:.60}.")
     made = built(AxolotlSettings, {str(name): _plain(value) for name, value in given.items() if value is not None})
+    if made.eval_tasks is not None:
+        evaluating(cfg)
     if made.is_offline or made.is_panel:
         for name, why in _OTHER_ROWS.items():
             if cfg.get(name):
@@ -97,6 +105,22 @@ def settings_of(cfg: Mapping[str, Any]) -> AxolotlSettings:
         if cfg.get("rl"):
             raise ConfigError(f"rl: {cfg['rl']} and {KEY} each have a trainer of their own; leave one of them out.")
     return made
+
+
+def evaluating(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return when a trainer with tasks evaluates, as its arguments; Axolotl leaves that out where no rows are held out.
+
+    Raises:
+        ConfigError: the configuration does not say when.
+    """
+    steps, strategy, each = (cfg.get(name) for name in ("eval_steps", "eval_strategy", "evals_per_epoch"))
+    if not steps and each:
+        steps = 1 / (each * (cfg.get("num_epochs") or 1))
+    if strategy == "no" or not (steps or strategy):
+        raise ConfigError(f"{KEY}: eval_tasks are answered when the trainer evaluates; set eval_steps beside {KEY}.")
+    when = {"eval_strategy": "steps", "eval_steps": steps} if steps else {"eval_strategy": strategy}
+    best = {"load_best_model_at_end": True} if cfg.get("load_best_model_at_end") else {}
+    return {**when, "eval_on_start": True, **best}
 
 
 def _loaded(named: Any) -> Any:

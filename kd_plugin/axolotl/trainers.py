@@ -7,7 +7,7 @@ from typing import Any
 from axolotl.core.trainers import AxolotlTrainer
 
 from kd_plugin.axolotl.settings import AxolotlSettings
-from kd_plugin.transformers import OfflineKDMixin, TeacherPanelMixin
+from kd_plugin.transformers import OfflineKDMixin, TaskEvaluationMixin, TeacherPanelMixin
 
 
 def offline_trainer(asked: AxolotlSettings) -> type[AxolotlTrainer]:
@@ -22,6 +22,7 @@ def offline_trainer(asked: AxolotlSettings) -> type[AxolotlTrainer]:
                 teacher_cache=asked.teacher_cache,
                 teacher_text=asked.teacher_text,
                 offline_settings=asked.offline_settings(),
+                evaluation=asked.evaluation(),
                 lineage=asked.lineage,
                 **kwargs,
             )
@@ -38,6 +39,22 @@ def panel_trainer(asked: AxolotlSettings) -> type[AxolotlTrainer]:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs |= {"data_collator": None, "eval_data_collator": list}  # rows stay rows until they are rendered
-            super().__init__(*args, panel_settings=asked.panel_settings(), lineage=asked.lineage, **kwargs)
+            super().__init__(
+                *args,
+                panel_settings=asked.panel_settings(),
+                evaluation=asked.evaluation(),
+                lineage=asked.lineage,
+                **kwargs,
+            )
 
     return AxolotlTeacherPanelTrainer
+
+
+def evaluated_trainer(asked: AxolotlSettings) -> type[AxolotlTrainer]:
+    """Return a trainer that distils nothing, and whose student answers the user's own questions."""
+
+    class AxolotlEvaluatedTrainer(TaskEvaluationMixin, AxolotlTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, evaluation=asked.evaluation(), **kwargs)
+
+    return AxolotlEvaluatedTrainer

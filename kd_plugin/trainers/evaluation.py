@@ -10,7 +10,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from kd_plugin.evaluation.cost import Cost, CostMeter
-from kd_plugin.evaluation.in_loop import Learner, Ranks, TasksInLoop, metrics_of, recorded, unnoticed
+from kd_plugin.evaluation.in_loop import (
+    EvaluationSettings,
+    Learner,
+    Ranks,
+    TasksInLoop,
+    metrics_of,
+    recorded,
+    unnoticed,
+)
 from kd_plugin.lineage.trainer_callback import lineage_callback
 from kd_plugin.student.head import load_tokenizer
 
@@ -22,12 +30,29 @@ class TaskEvaluationMixin(Trainer):
     ``metric_for_best_model`` and ``EarlyStoppingCallback`` can go by them; beside them is what the training has cost
     until then. What was measured is in the lineage of the checkpoint of that step. Training stays as it is without, bit
     for bit.
+
+    The mixins that distil bring it along. Before any other transformers trainer it evaluates that one's student::
+
+        class MyEvaluatedTrainer(TaskEvaluationMixin, MyTrainer): ...
+
+        trainer = MyEvaluatedTrainer(model=model, args=args, evaluation=EvaluationSettings(eval_tasks="tasks.yaml"))
+
+    Args:
+        *positional: of your trainer.
+        evaluation: the questions; left out, there are none, or those that a subclass has set.
+        **kwargs: of your trainer.
+
+    Raises:
+        ConfigError: a task is wrong.
+        DataError: its questions cannot be read.
     """
 
     own_tasks: TasksInLoop | None = None
     _prefix: str | None = None  # of the evaluation that is under way and is to have the tasks
 
-    def __init__(self, *positional: Any, **kwargs: Any) -> None:
+    def __init__(self, *positional: Any, evaluation: EvaluationSettings | None = None, **kwargs: Any) -> None:
+        if evaluation is not None:
+            self.own_tasks = TasksInLoop.of(evaluation)
         self._meter, args = _Metering(self), kwargs.get("args")
         if self.own_tasks is None or args is None or kwargs.get("eval_dataset") is not None:
             super().__init__(*positional, **kwargs)

@@ -7,6 +7,7 @@ from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.evaluation.in_loop import EvaluationSettings
 from kd_plugin.lineage.trainer_callback import LicenseLineageCallback
 from kd_plugin.panel.settings import PanelSettings
+from kd_plugin.trainers.evaluation import TaskEvaluationMixin
 from kd_plugin.trainers.offline import OfflineKDMixin
 from kd_plugin.transformers.panel import TeacherPanelMixin
 
@@ -16,5 +17,6 @@ __all__ = [
     "OfflineKDMixin",
     "OfflineSettings",
     "PanelSettings",
+    "TaskEvaluationMixin",
     "TeacherPanelMixin",
 ]

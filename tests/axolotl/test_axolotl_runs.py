@@ -47,6 +47,28 @@ def example(name, student_dir, tmp_path, **under):
     return {**found, **SMALL, "base_model": str(student_dir), "output_dir": str(tmp_path / "out")}
 
 
+def asked(tmp_path, configuration):
+    """The configuration with two questions that are asked at each step, and nothing held out."""
+    rows = tmp_path / "own.jsonl"
+    Dataset.from_list([{"prompt": row["prompt"], "answer": row["completion"].strip()} for row in ROWS[:2]]).to_json(
+        rows
+    )
+    own = {"rows": str(rows), "verify": "exact", "max_new_tokens": 4}
+    configuration["kd_plugin"] |= {"eval_tasks": {"tasks": {"own": own}}}
+    return configuration | {"eval_steps": 1}
+
+
+def measured(configuration):
+    """At which steps the questions were answered; the result is in the lineage of the checkpoint of the last."""
+    place = Path(configuration["output_dir"]) / "checkpoint-2"
+    record = json.loads((place / "lineage.json").read_text())
+    assert record["evaluation"]["own"]["answers"] == 2
+    state = json.loads((place / "trainer_state.json").read_text())
+    entries = [entry for entry in state["log_history"] if "eval_own_accuracy" in entry]
+    assert all(0 <= entry["eval_own_accuracy"] <= 1 for entry in entries)
+    return [entry["step"] for entry in entries]
+
+
 def kinds_of(directory):
     assert verify(directory).exit_code == 0, verify(directory).problems
     record = json.loads((directory / "lineage.json").read_text())
@@ -61,9 +83,13 @@ def cache(teacher_dir, tmp_path_factory):
 
 
 def test_offline_kd_trains_on_the_rows_of_its_cache(student_dir, cache, tmp_path):
-    configuration = example("offline.yaml", student_dir, tmp_path, teacher_cache=str(cache))
+    configuration = asked(tmp_path, example("offline.yaml", student_dir, tmp_path, teacher_cache=str(cache)))
+    configuration |= {"load_best_model_at_end": True, "metric_for_best_model": "own_accuracy", "save_steps": 1}
     logged, _ = train(tmp_path, configuration)
     assert len(logged) == 2 and all(0 < entry["loss"] < 20 for entry in logged)
+    assert measured(configuration) == [0, 1, 2]
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] and state["best_metric"] == 0
     for directory in (tmp_path / "out" / "checkpoint-2", tmp_path / "out"):
         assert "distilled" in " ".join(kinds_of(directory))
 
@@ -104,13 +130,14 @@ def test_a_panel_trains_on_policy(student_dir, teacher_dir, other_teacher_dir, t
         "divergence": "reverse_kl",
         "max_completion_length": 8,
     }
-    configuration = example("panel.yaml", student_dir, tmp_path, prompts=str(prompts), panel=panel)
+    configuration = asked(tmp_path, example("panel.yaml", student_dir, tmp_path, prompts=str(prompts), panel=panel))
     logged, _ = train(tmp_path, configuration)
+    assert measured(configuration) == [0, 1, 2]
     assert len(logged) == 2 and all(entry["loss"] > 0 for entry in logged)
     assert kinds_of(tmp_path / "out")
 
 
-def test_lineage_alone_follows_a_run_that_is_not_distilled(student_dir, tmp_path):
+def test_lineage_and_evaluation_alone_follow_a_run_that_is_not_distilled(student_dir, tmp_path):
     Dataset.from_list([{"text": f"{row['prompt']}{row['completion']}"} for row in ROWS]).to_json(tmp_path / "t.jsonl")
     configuration = {
         **SMALL,
@@ -123,6 +150,7 @@ def test_lineage_alone_follows_a_run_that_is_not_distilled(student_dir, tmp_path
         "learning_rate": 1e-4,
         "output_dir": str(tmp_path / "out"),
     }
-    train(tmp_path, configuration)
+    train(tmp_path, asked(tmp_path, configuration))
+    assert measured(configuration) == [0, 1, 2]
     for directory in (tmp_path / "out" / "checkpoint-2", tmp_path / "out"):
         assert kinds_of(directory)

@@ -2,9 +2,10 @@ import dataclasses
 
 import pytest
 
-from kd_plugin.axolotl.settings import settings_of
+from kd_plugin.axolotl.settings import evaluating, settings_of
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
+from kd_plugin.evaluation import EvaluationSettings
 from kd_plugin.panel.settings import PanelSettings
 
 REFUSED = [
@@ -19,6 +20,13 @@ REFUSED = [
     ({"kd_plugin": "cache"}, "expected a mapping"),
     ({"kd_plugin": {"teacher_cache": "c"}, "sample_packing": True}, "sample_packing"),
     ({"kd_plugin": {"teacher_cache": "c"}, "rl": "dpo"}, "a trainer of their own"),
+    ({"kd_plugin": {"eval_taks": "t.yaml"}}, "Did you mean 'eval_tasks'"),
+    ({"kd_plugin": {"eval_tasks": "t.yaml"}}, "set eval_steps beside kd_plugin"),
+    ({"kd_plugin": {"eval_tasks": "t.yaml"}, "eval_strategy": "no"}, "set eval_steps beside kd_plugin"),
+    (
+        {"kd_plugin": {"eval_tasks": "t.yaml", "eval_tasks_batch_size": 0}, "eval_steps": 5},
+        "eval_tasks_batch_size is 0",
+    ),
 ]
 
 
@@ -41,3 +49,23 @@ def test_without_a_teacher_the_run_is_followed_and_packing_is_free():
     asked = settings_of({"kd_plugin": {"lineage": {"use": {"distribute": True}}}, "sample_packing": True})
     assert not asked.is_offline and not asked.is_panel and asked.lineage == {"use": {"distribute": True}}
     assert settings_of({}).lineage is None
+
+
+@pytest.mark.parametrize(
+    ("beside", "expected"),
+    [
+        ({"eval_steps": 20}, {"eval_strategy": "steps", "eval_steps": 20}),
+        ({"eval_strategy": "epoch"}, {"eval_strategy": "epoch"}),
+        ({"evals_per_epoch": 4, "num_epochs": 2}, {"eval_strategy": "steps", "eval_steps": 0.125}),
+        (
+            {"eval_steps": 20, "load_best_model_at_end": True},
+            {"eval_strategy": "steps", "eval_steps": 20, "load_best_model_at_end": True},
+        ),
+    ],
+    ids=str,
+)
+def test_questions_are_asked_when_the_configuration_says(beside, expected):
+    tasks = {"tasks": {"own": {"rows": "own.jsonl", "verify": "exact"}}}
+    cfg = {"kd_plugin": {"eval_tasks": tasks, "eval_tasks_batch_size": 3}, **beside}
+    assert settings_of(cfg).evaluation() == EvaluationSettings(tasks, 3)
+    assert evaluating(cfg) == {**expected, "eval_on_start": True}

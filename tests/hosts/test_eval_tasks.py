@@ -9,7 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import trl
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 from kd_plugin.cache import TopK
 from kd_plugin.capturing import capture
@@ -21,7 +27,7 @@ from kd_plugin.evaluation.results import shares_of
 from kd_plugin.lineage.record import load_record
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.text import LocalWriter
-from kd_plugin.transformers import OfflineKDMixin, PanelSettings, TeacherPanelMixin
+from kd_plugin.transformers import OfflineKDMixin, PanelSettings, TaskEvaluationMixin, TeacherPanelMixin
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig, TeacherPanelTrainer
 from tests.hosts.runs import launched, prompts, settings, weights
 from tests.hosts.test_parents_features import ROWS
@@ -107,10 +113,27 @@ def plain_panel(directory, student_dir, teacher_dir, eval_tasks=None, **kwargs):
     )
 
 
+def not_distilled(directory, student_dir, cache, eval_tasks=None, **kwargs):
+    cls = type("Evaluated", (TaskEvaluationMixin, Trainer), {})
+    from tests.transformers.help import tokenized
+
+    return cls(
+        model=with_dropout(student_dir),
+        args=TrainingArguments(**settings(directory, **kwargs)),
+        train_dataset=tokenized([dict(row) for row in ROWS]),
+        evaluation=EvaluationSettings(eval_tasks=eval_tasks),
+        processing_class=byte_tokenizer(),
+        data_collator=DataCollatorForSeq2Seq(byte_tokenizer()),
+    )
+
+
 IN_LOOP = {"eval_strategy": "steps", "eval_steps": 1}
 
 
-@pytest.mark.parametrize("host", [offline, panel, plain_offline, plain_panel], ids=lambda host: host.__name__)
+HOSTS = (offline, panel, plain_offline, plain_panel, not_distilled)
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
 def test_training_does_not_notice(host, tasks, tmp_path, student_dir, teacher_dir, cache):
     """Dropout is on, batches are shuffled, the panel's student samples; and the weights are equal to the last bit."""
     found = []
