@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
     merge.add_argument("output_dir", type=Path, help="a new directory")
     merge.add_argument("caches", type=Path, nargs="+")
     merge.add_argument("--weights", type=float, nargs="+", help="of several teachers' caches; equal if left out")
+    for name in ("fidelity", "append", "import"):  # which were looked for above, and an error lists
+        commands.add_parser(name, add_help=False)
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         return _info(arguments.directory, arguments.json)
@@ -76,13 +79,17 @@ def import_command(argv: Sequence[str]) -> int:
     from kd_plugin.importing import import_outputs
     from kd_plugin.importing.run import ImportSettings
 
-    places = [word for word in argv[:2] if not word.startswith("-")]
+    places = list(takewhile(lambda word: not word.startswith("-"), argv[:2]))
+    unplaced = UsageError("name what is read, then a new directory, then settings: SOURCE OUTPUT --teacher MODEL",
+                          "kd-plugin cache import")  # fmt: skip
+    if len(places) < 2 and any(not word.startswith("-") for word in argv):
+        raise unplaced
     parsed = parse_settings(ImportSettings, argv[len(places) :], command="cache import", description=_IMPORT)
     if parsed.print_only:
         print(as_yaml(parsed.settings))
         return 0
     if len(places) < 2:
-        raise UsageError("Name what is read and a new directory: kd-plugin cache import SOURCE OUTPUT --teacher MODEL")
+        raise unplaced
     values = {f.name: getattr(parsed.settings, f.name) for f in fields(parsed.settings)}
     cache = import_outputs(*places, **values)
     print(f"{cache.path}: {len(cache)} examples, {cache.tokens} targets.")
