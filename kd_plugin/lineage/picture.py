@@ -1,8 +1,10 @@
 """The lineage as a picture: one self-contained SVG, one HTML page with the terms at each node, or Mermaid text.
 
-networkx, which torch brings, says which node is how deep. The order within a depth is by barycenters, with a stand-in
-in every column that an edge passes, so that no edge runs through a box. A library that does all of it needs Graphviz
-or a wheel that older clusters cannot install.
+networkx, which torch brings, says which node is in which column. The order within a column is by barycenters, with a
+stand-in in every column that an edge passes, so that no edge runs through a box. These forty lines are ours because no
+library that orders columns can be required here (November 2026). Graphviz is a program; igraph and OGDF are under the
+GPL; grandalf is under the GPL or the EPL, with no release since January 2023; fast-sugiyama, under MIT, has wheels for
+glibc 2.34 and newer alone, where torch's take 2.28, so that it would keep the package off older clusters.
 """
 
 from __future__ import annotations
@@ -188,14 +190,10 @@ def _columns(
 
     digraph = networkx.DiGraph(list(words))
     digraph.add_node(SELF)
-    reached = {SELF, *networkx.descendants(digraph, SELF)}
-    depth = dict.fromkeys(reached, 0)
-    for node in networkx.topological_sort(digraph.subgraph(reached)):
-        for target in digraph.successors(node):
-            depth[target] = max(depth[target], depth[node] + 1)
-    columns: list[list[str]] = [[] for _ in range(max(depth.values()) + 1)]
-    for node in [SELF, *(node_id for node_id in graph.nodes if node_id in depth)]:
-        columns[depth[node]].append(node)
+    reached = digraph.subgraph({SELF, *networkx.descendants(digraph, SELF)})
+    number = {node: i for i, node in enumerate([SELF, *graph.nodes])}
+    columns = [sorted(column, key=number.__getitem__) for column in networkx.topological_generations(reached)]
+    depth = {node: x for x, column in enumerate(columns) for node in column}
     chains = {}
     for source, target in words:
         if source in depth:
