@@ -254,15 +254,15 @@ class YamlFile:
     def place(self, message: str, aside: Collection[str] = ()) -> str | None:
         """Return ``FILE, line N`` of what an error is about, as far as its text tells; None if it does not.
 
-        That is the innermost key that the message puts into quotes or before a colon, or that it begins with; else a
-        value that it quotes.
+        That is the innermost key that the message puts into quotes or before a colon, or that it begins with; else one
+        of several words that it mentions; else a value that it quotes.
 
         Args:
             message: of the error.
             aside: settings that do not count, since the command line had them.
         """
         nodes = {key: node for key, node in self.nodes.items() if key not in aside}
-        for tells, of_keys in ((_names, True), (_quotes, False), (_repeats, False)):
+        for tells, of_keys in ((_names, True), (_mentions, True), (_quotes, False), (_repeats, False)):
             for key, node in nodes.items():
                 own = tells(message, key if of_keys else _text(node))
                 found = _line_within(node, message, tells, of_keys) or (self.lines[key] if own else None)
@@ -273,8 +273,11 @@ class YamlFile:
 
 def _names(message: str, key: str) -> bool:
     word = re.escape(key)
-    loose = rf"|(?<![\w.]){word}(?!\w)" if "_" in key else ""
-    return bool(re.search(rf"'{word}'|^{word}(?![\w.])|(?<!\w){word}[:=]{loose}", message))
+    return bool(re.search(rf"'{word}'|^{word}(?![\w.])|(?<!\w){word}[:=]", message))
+
+
+def _mentions(message: str, key: str) -> bool:
+    return "_" in key and bool(re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", message))
 
 
 def _quotes(message: str, value: str) -> bool:

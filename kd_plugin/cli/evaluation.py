@@ -187,7 +187,7 @@ def pilot(argv: Sequence[str]) -> int:
 
 def ladder(argv: Sequence[str]) -> int:
     """Run ``kd-plugin ladder`` with ``argv`` and return its exit code."""
-    from kd_plugin.cli.parsing import as_yaml, parse_settings, require_set
+    from kd_plugin.cli.parsing import as_yaml, naming, parse_settings, require_set
     from kd_plugin.evaluation.ladder import Ladder, LadderConfig
 
     flags = {"dry_run": "Print size, plan, cost and terms of every rung; train nothing."}
@@ -200,7 +200,8 @@ def ladder(argv: Sequence[str]) -> int:
     from kd_plugin.cli.recipe.command import WrittenRecipes
 
     ladder = Ladder(config, WrittenRecipes())
-    forbidden = ladder.forbidden()
+    with naming(config.recipe):
+        forbidden = ladder.forbidden()
     sys.stdout.flush()
     if forbidden and not config.skip_blocked:
         print(

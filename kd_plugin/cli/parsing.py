@@ -10,10 +10,11 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, get_origin, get_type_hints
 
 import yaml
@@ -295,6 +296,46 @@ def place_of(message: str) -> str:
     """Return ``"FILE, line N: "`` of the setting that an error of the running command is about; empty if none is."""
     given = _GIVEN.get()
     return "" if given is None else given.place(message)
+
+
+@contextmanager
+def for_the_user(path: Path) -> Iterator[None]:
+    """Let errors about a file that a command wrote for the user be about the settings that the user gave.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ConfigError: in the place of one that names the file.
+    """
+    given = _GIVEN.get()
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(re.sub(rf"{re.escape(str(path))}(, line \d+)?: ", "", str(error))) from error
+    finally:
+        _GIVEN.set(given)
+
+
+@contextmanager
+def naming(named: Any) -> Iterator[None]:
+    """Let an error about a setting say where it stands in another file, if a user named one for it.
+
+    Args:
+        named: path of a YAML file, or settings that stand in the command's own file.
+
+    Raises:
+        UsageError: in the place of a ConfigError about something in that file.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except ConfigError as error:
+        place = YamlFile.read(named).place(str(error)) if isinstance(named, str) else None
+        if place is None:
+            raise
+        raise UsageError(f"{place}: {error}") from error
 
 
 def as_yaml(settings: Any) -> str:

@@ -126,6 +126,7 @@ class Ladder:
         """Print the plan of each rung and the verdict on its terms; return the rungs that these forbid."""
         found = []
         for rung in self.rungs:
+            self._recipes.check(rung.recipe)
             print(plan_line(rung, self.config.plan or {}))
             if self._recipes.refused(rung.recipe):
                 found.append(rung.name)

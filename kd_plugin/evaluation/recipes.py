@@ -38,6 +38,10 @@ class Done:
 class Recipes(Protocol):
     """Runs recipes as ``kd-plugin run`` takes them, each in its ``output_dir``."""
 
+    def check(self, recipe: Mapping[str, Any]) -> None:
+        """Refuse a recipe with a setting that is wrong; raises ConfigError."""
+        ...
+
     def refused(self, recipe: Mapping[str, Any]) -> bool:
         """Print what the terms of student, teachers and rows allow; return whether training would be refused.
 

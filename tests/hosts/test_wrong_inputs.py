@@ -4,9 +4,13 @@ import json
 
 import pytest
 
-from kd_plugin.cli.main import main
+from kd_plugin.cli.main import COMMANDS, main
 
-ROW = {"prompt": "a?", "completion": " b"}
+ROW = {"prompt": "a?", "completion": " b", "answer": "b"}
+TASKS = "tasks: {tasks: {mine: {rows: DATA, verify: exact}}}\n"
+RUN = "output_dir: x\nstudent: MODEL\nteachers: {a: {model: MODEL}}\ndata: {dataset: DATA}\n"
+PILOT = f"{RUN}budget: 1e9\n{TASKS}"
+LADDER = f"output_dir: x\nrungs: [MODEL]\nbar: 0.5\n{TASKS}"
 # Command, the YAML of --config (None for none), what the message must say. FILE stands for the YAML file, DIR for an
 # empty directory, DATA for a small dataset, MODEL for a model.
 WRONG = [
@@ -90,6 +94,32 @@ WRONG = [
     ("evaluate --model MODEL --tasks FILE --output_dir DIR", "tasks:\n  mine: {rows: DATA, completions: many}", "many"),
     ("evaluate --model MODEL --tasks FILE --output_dir DIR", "tasks:\n  mine: {rows: DATA, verify: exacd}", "exacd",
      "exact"),
+    ("run FILE", f"{RUN}offline: {{divergence: klm}}", "FILE, line 5", "'klm'", "forward_kl"),
+    ("run FILE", f"{RUN}offline: {{}}\npanel:\n  temperature: -1", "FILE, line 7: temperature is -1.0", "positive"),
+    ("run FILE", f"{RUN}panel:\n  panel: {{combin: route}}", "FILE, line 6: panel: unknown key 'combin'", "'combine'"),
+    ("pilot", None, "output_dir is not set"),
+    ("pilot --bugdet 3", None, "unknown option --bugdet", "Did you mean '--budget'"),
+    ("pilot --config FILE", "studnet: x", "FILE, line 1: unknown key 'studnet'", "Did you mean 'student'"),
+    ("pilot --config FILE", "student: x\nbudget: lots", "FILE, line 2: budget: expected a number, found 'lots'"),
+    ("pilot --config FILE", "student: x\nunit: hours", "FILE, line 2", "unit 'hours'", "flops, seconds, money"),
+    ("pilot --config FILE", "student: x\nmethods: [ofline]", "FILE, line 2", "'ofline'", "offline_teacher"),
+    ("pilot --config FILE", "seeds: [0, one]", "FILE, line 1: seeds[1]: expected a whole number, found 'one'"),
+    ("pilot --config FILE", f"{PILOT}methods: [text_correction]", "FILE, line 7: methods: ", "signal: text"),
+    ("pilot --config FILE", f"{PILOT}offline:\n  learning_rat: 1", "FILE, line 8: offline: unknown key",
+     "Did you mean 'learning_rate'"),
+    ("pilot --config FILE", f"{PILOT}panel: {{divergence: klm}}", "FILE, line 7", "'klm'", "reverse_kl"),
+    ("ladder", None, "output_dir is not set"),
+    ("ladder --config FILE", "rung: x", "FILE, line 1: unknown key 'rung'", "Did you mean 'rungs'"),
+    ("ladder --config FILE", "bar: 80", "FILE, line 1: bar is 80.0; expected an accuracy above 0 and at most 1"),
+    ("ladder --config FILE", f"{LADDER}recipe: missing.yaml", "missing.yaml: there is no such file"),
+    ("ladder --config FILE", f"{LADDER}recipe: {{techers: {{}}}}", "FILE, line 5: unknown key 'techers'", "'teachers'"),
+    ("ladder --config FILE", f"{LADDER}recipe: {{teachers: {{a: MODEL}}, offline: {{ce_wight: 1}}}}",
+     "FILE, line 5: offline: unknown key 'ce_wight'", "Did you mean 'ce_weight'"),
+    ("ladder --config FILE", f"{LADDER}recipe: {{teachers: {{a: MODEL}}, offline: {{}}}}\nplan: {{node: 2}}",
+     "FILE, line 6: plan: unknown key 'node'", "Did you mean 'nodes'"),
+    ("cache import DIR", None, "SOURCE OUTPUT --teacher"),
+    ("cache import --format axolotl DIR DIR", None, "SOURCE OUTPUT --teacher"),
+    ("cache extract DIR", None, "unknown 'extract'", "merge, fidelity, append, import"),
     ("report DIR -o page.html", None, "DIR holds no logs", "trainer_state.json"),
     ("panel --teacher_models {t: --model_name_or_path MODEL", None, "--teacher_models", "YAML"),
     ("offlin", None, "Did you mean 'offline'"),
@@ -122,5 +152,16 @@ def test_wrong_input(command, content, says, tmp_path, capsys, monkeypatch, stud
         assert placed(said) in message, message
 
 
-def test_there_are_forty():
-    assert len(WRONG) >= 40 and len({command.split()[0] for command, *_ in WRONG}) >= 11
+def test_the_recipe_of_a_ladder_in_a_file_of_its_own(tmp_path, capsys, monkeypatch, student_dir):
+    """The message names that file and its line, not the one that names it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
+    (tmp_path / "winner.yaml").write_text(f"teachers: {{a: {student_dir}}}\noffline:\n  ce_wight: 1\n")
+    given = f"{LADDER}recipe: winner.yaml\n".replace("MODEL", str(student_dir)).replace("DATA", "rows.jsonl")
+    (tmp_path / "ladder.yaml").write_text(given)
+    assert main(["ladder", "--config", "ladder.yaml"]) == 2
+    assert "kd-plugin ladder: winner.yaml, line 3: offline: unknown key 'ce_wight'" in capsys.readouterr().err
+
+
+def test_there_are_forty_over_all_commands():
+    assert len(WRONG) >= 40 and {command.split()[0] for command, *_ in WRONG} >= set(COMMANDS)

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from kd_plugin.cli.parsing import parse_settings
+from kd_plugin.cli.parsing import for_the_user, parse_settings
 from kd_plugin.cli.recipe.sections import Recipe, stages_of, student_of
 from kd_plugin.cli.recipe.stages import Stages
 from kd_plugin.errors import KDError, UsageError
@@ -97,6 +97,10 @@ class WrittenRecipes:
     One that says nothing of how it is launched is run in this process where no GPU is, which saves the imports.
     """
 
+    def check(self, recipe: Mapping[str, Any]) -> None:
+        """Refuse a recipe with a setting that is wrong."""
+        _written(recipe)
+
     def refused(self, recipe: Mapping[str, Any]) -> bool:
         """Print what the terms of a recipe allow; return whether its training would be refused."""
         from kd_plugin.cli.recipe.plan import print_verdict
@@ -138,10 +142,11 @@ def _written(content: Mapping[str, Any]) -> tuple[Recipe, Stages]:
     place.mkdir(parents=True, exist_ok=True)
     path = place / "recipe.yaml"
     path.write_text(yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    parsed = parse_settings(Recipe, ["--config", str(path)], command="run", description="")
-    assert parsed.file is not None
-    recipe = parsed.settings
-    return recipe, Stages(recipe.output_dir, stages_of(recipe, parsed.file), recipe.cache_dir)
+    with for_the_user(path):
+        parsed = parse_settings(Recipe, ["--config", str(path)], command="run", description="")
+        assert parsed.file is not None
+        recipe = parsed.settings
+        return recipe, Stages(recipe.output_dir, stages_of(recipe, parsed.file), recipe.cache_dir)
 
 
 @contextlib.contextmanager

@@ -133,7 +133,7 @@ def print_verdict(recipe: Recipe) -> bool:
     try:
         run.require_trainable(shown=True)
     except LicenseRefusedError as error:
-        print(f"kd-plugin run: {error}", file=sys.stderr)
+        print(f"kd-plugin: {error}", file=sys.stderr)
         return True
     return False
 

@@ -14,8 +14,9 @@ from kd_plugin.cli.evaluation import EvaluateConfig
 from kd_plugin.cli.parsing import typed_section
 from kd_plugin.cli.recipe.stages import Stage
 from kd_plugin.errors import ConfigError, UsageError, nearest
+from kd_plugin.evaluation.recipes import TRAINING
 from kd_plugin.inputs import YamlFile
-from kd_plugin.settings import option, settings
+from kd_plugin.settings import option, settings, values_of
 
 _SET_HERE = {  # settings of a stage that the recipe sets, and where a user sets them instead
     "dataset": "data", "datasets": "data", "dataset_name": "data", "teacher": "teachers", "teacher_models": "teachers",
@@ -68,7 +69,7 @@ def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
 
     Raises:
         UsageError: an unknown key of a section, or a value of another type: names file, line and key.
-        ConfigError: a section that is missing, or a setting that another section has.
+        ConfigError: a section that is missing, a setting that another section has, or a value that training refuses.
     """
     for name in ("output_dir", "student"):
         if not getattr(recipe, name):
@@ -85,6 +86,8 @@ def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
     launcher, files, found = _launcher(recipe, file), data_digest(recipe), list[Stage]()
 
     def add(name: str, command: str, config: Mapping[str, Any], launcher: tuple[str, ...] = (sys.executable,)) -> None:
+        if command in TRAINING:
+            _require_trainable(command, config)
         where = Path(recipe.cache_dir) if command == "capture" and recipe.cache_dir else place
         result = where / ("text" if name == "capture-text" else name.replace("capture-", "cache-"))
         config = {**config, "output_dir": str(result)}
@@ -250,6 +253,23 @@ def _taught_by(recipe: Recipe, captures: Sequence[Stage]) -> dict[str, Any]:
 def _weight(recipe: Recipe, name: str) -> float:
     given = (recipe.teachers or {})[name]
     return float(given.get("weight", 1.0)) if isinstance(given, Mapping) else 1.0
+
+
+def _require_trainable(command: str, config: Mapping[str, Any]) -> None:
+    """Refuse values that the training would refuse, before a capture has taken hours; no weights are loaded.
+
+    Raises:
+        ConfigError: a value out of range, an unknown name, or a panel that cannot be.
+    """
+    from kd_plugin.divergence.objective import OfflineSettings
+    from kd_plugin.panel.block import panel_from_block
+    from kd_plugin.panel.settings import PanelSettings
+
+    settings: type = OfflineSettings if command == "offline" else PanelSettings
+    settings(**values_of(settings, config))
+    teachers = (config.get("panel") or {}).get("teachers") or {}
+    if command == "panel" and not any("cache" in one for one in teachers.values() if isinstance(one, Mapping)):
+        panel_from_block(config["panel"])  # a cache may be captured by then
 
 
 def _launcher(recipe: Recipe, file: YamlFile) -> tuple[str, ...]:
