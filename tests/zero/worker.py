@@ -97,21 +97,26 @@ def build_panel(job: dict, args: dict):
     count = job.get("prompts", 48)
     columns = {}
     if job.get("routing"):
-        names = list(job["teachers"])
+        names = list(job["teachers"] if "teachers" in job else args["panel"]["teachers"])
         chooser = random.Random(job["routing"])
         # Long runs of one teacher, so that some ranks hold no row for another
         columns["teacher_id"] = [chooser.choice(names) for _ in range(count)]
-        args.setdefault("combine", "route")
-    else:
-        args.setdefault("combine", "weighted_kl")
+    if "panel" not in args:
+        args.setdefault("combine", "route" if job.get("routing") else "weighted_kl")
     if job.get("given"):  # what the dataset answers, which is the same on any number of ranks
         columns["completion"] = [f" {'ab' * (i * 7 % 11)}c" for i in range(count)]
         args.setdefault("on_policy_fraction", 0.0)
     if job.get("text") is not None:
         columns["answer"] = [f"answer {i % 8}" for i in range(count)]
-    data: Dataset = prompts(count=count, **columns)
+    kind = "plain"
+    if job.get("hints"):  # conversations with a column that a view shows its teacher
+        kind = "conversational"
+        columns["hint"] = [f"It is {'so ' * (i * 5 % 7)}." for i in range(count)]
+        if job.get("given"):
+            columns["completion"] = [[{"role": "assistant", "content": text}] for text in columns["completion"]]
+    data: Dataset = prompts(kind, count, **columns)
     config = TeacherPanelConfig(max_completion_length=job.get("completion", 8), temperature=1.0, **args)
-    teachers: Any = {name: teacher(name, told) for name, told in job["teachers"].items()}
+    teachers: Any = {name: teacher(name, told) for name, told in job.get("teachers", {}).items()} or None
     if job.get("text") is not None:
         text = {"t": ScriptedTeacher(score=lambda case: float(case.row["answer"] not in job["wrong"]))}
         settings = CorrectionSettings(accept="teacher", **job["text"])
@@ -123,7 +128,7 @@ def build_panel(job: dict, args: dict):
         config = TeacherPanelConfig(max_completion_length=job.get("completion", 8), temperature=1.0, **args)
     return TeacherPanelTrainer(
         model=job["student"],
-        teacher_models=teachers,
+        teacher_models=teachers,  # or args["panel"], a block as in YAML
         args=config,
         train_dataset=data,
         peft_config=LORA if job.get("lora") else None,
