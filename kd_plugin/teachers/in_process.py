@@ -7,6 +7,7 @@ through module trees of their own.
 from __future__ import annotations
 
 import copy
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -151,6 +152,8 @@ def with_plain_head(model: nn.Module) -> Any:
 
 def is_tuner(module: nn.Module) -> bool:
     """Whether a module is a layer that PEFT put around another."""
+    if "peft" not in sys.modules:  # then nothing made one
+        return False
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 

@@ -6,11 +6,10 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -32,6 +31,9 @@ from kd_plugin.trainers.offline import OfflineKDMixin
 from kd_plugin.trl.config import OfflineKDConfig, require_sft_loss
 from kd_plugin.trl.upstream import ASKED_BY, FUSED_HEAD, SummedLossMixin, TrlMetricsMixin
 from kd_plugin.upstream import reference_of
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
 
 
 class OfflineKDTrainer(TrlMetricsMixin, OfflineKDMixin, SummedLossMixin):

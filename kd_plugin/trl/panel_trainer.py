@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DistillationTrainer
@@ -31,6 +30,9 @@ from kd_plugin.trl.generation import TRLEngine, ask_for_logprobs, padded_logprob
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.upstream import EpochSampler, TrlMetricsMixin
 from kd_plugin.upstream import reference_of
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
 
 
 class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):

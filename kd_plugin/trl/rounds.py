@@ -16,10 +16,9 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.inputs import load_rows
@@ -30,6 +29,9 @@ from kd_plugin.sharding.gathering import most_of_any_rank
 from kd_plugin.text.rounds import ROUNDS
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.panel_trainer import TeacherPanelTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
 # What a panel that is passed whole says itself
@@ -172,5 +174,7 @@ def _rows_of(dataset: Any, number: int, args: TeacherPanelConfig, ranks: int) ->
 
 def _loaded(directory: Path, args: TeacherPanelConfig) -> Any:
     """Return a student with its adapter, which goes on training."""
+    from peft import AutoPeftModelForCausalLM
+
     options = {k: v for k, v in (args.model_init_kwargs or {}).items() if v is not None}
     return AutoPeftModelForCausalLM.from_pretrained(str(directory), is_trainable=True, **options)

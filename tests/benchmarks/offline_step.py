@@ -33,7 +33,6 @@ from kd_plugin.cache.store import Store
 from kd_plugin.lineage import Source, outputs_record
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
 from kd_plugin.vocab import Vocabulary
-from tests.hosts.runs import settings
 from tests.tiny import byte_tokenizer
 
 SIDES = {"sft": None, "top-64": TopK(64), "50 draws": Sampled(50)}
@@ -98,10 +97,11 @@ def trainer(side: str, arguments: argparse.Namespace, scratch: Path) -> tuple[An
     """Return a side's trainer, and the rows of its batch."""
     tokenizer = byte_tokenizer() if arguments.quick else AutoTokenizer.from_pretrained(arguments.model)
     texts = rows(arguments, tokenizer)
-    common = settings(
-        scratch / side, per_device_train_batch_size=arguments.rows, max_length=None, shuffle_dataset=False,
-        gradient_checkpointing=False,
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "output_dir": str(scratch / side), "per_device_train_batch_size": arguments.rows, "learning_rate": 1e-3,
+        "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "max_length": None, "shuffle_dataset": False,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
     data = Dataset.from_list([{"input_ids": ids.tolist()} for ids in texts])
     model = student(arguments, tokenizer)
     targets = SIDES[side]

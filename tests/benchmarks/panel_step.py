@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import DistillationConfig, DistillationTrainer
 
@@ -191,6 +190,8 @@ def routed(options, scratch: Path) -> None:
 
 
 def save_adapter(model: str, directory: Path, seed: int) -> str:
+    from peft import LoraConfig, get_peft_model  # the GPU pack, which takes parts of this, has no need of it
+
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     peft = get_peft_model(base, LoraConfig(r=16, target_modules=LINEAR, task_type="CAUSAL_LM"))

@@ -95,9 +95,9 @@ def test_a_teacher_without_mass_at_some_tokens(form, divergence):
     assert_gradients(found.loss_sum, oracle, [hidden, weight])
 
 
-@passes
+@pytest.mark.parametrize("form", ["plain", "passes"], indirect=True)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=ids_of)
-@pytest.mark.parametrize("shift", [0.0, 500.0, -500.0])
+@pytest.mark.parametrize("shift", [0.0, 3e4, -3e4])
 def test_large_logits(form, divergence, shift):
     """Logits of size 100, and a teacher's far from 0: the same in float64, and no overflow in float32."""
     hidden, weight = leaves()
@@ -110,16 +110,15 @@ def test_large_logits(form, divergence, shift):
     oracle = divergence_from_logits(own.logits(hidden), head.logits(signal.hidden), divergence).sum()
     assert found.loss_sum.item() == pytest.approx(oracle.item(), rel=1e-9)
     got, expected = (torch.autograd.grad(value, [hidden, weight]) for value in (found.loss_sum, oracle))
-    for a, b in zip(got, expected, strict=True):  # by the norm: where q is almost 1, what is left of a sum is tiny
-        assert (a - b).norm() < 1e-9 * b.norm() + 1e-11
+    for a, b in zip(got, expected, strict=True):  # sums of up to 1e4, whose last digit is 2e-12
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     narrow = HiddenSignal(signal.hidden.float(), OutputHead(head.weight.float(), head.bias.float()))
-    single = fused_panel_divergence(
-        hidden.float(),
-        OutputHead(weight.float(), logit_scale=30.0),
-        [PanelGroup(None, (TeacherTerm(narrow),))],
-        divergence,
-    )
-    assert single.loss_sum.item() == pytest.approx(oracle.item(), rel=1e-3)
+    groups, leaf = [PanelGroup(None, (TeacherTerm(narrow),))], hidden.float().detach().requires_grad_()
+    single = fused_panel_divergence(leaf, OutputHead(weight.float(), logit_scale=30.0), groups, divergence).loss_sum
+    assert single.item() == pytest.approx(oracle.item(), rel=1e-3)
+    if expected[0].norm() > 1e-3:  # else the models agree on one token, and what is left is rounding
+        (grad,) = torch.autograd.grad(single, leaf)
+        assert (grad - expected[0]).norm() < 5e-3 * expected[0].norm()
 
 
 @passes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence, fused_sparse_divergence
-from kd_plugin.divergence.sampled import fused_sampled_divergence
+from kd_plugin.divergence.sampled import Matching, fused_sampled_divergence
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 from tests.gpu.report import Place, Table, form
 
@@ -90,10 +90,29 @@ def cached(inputs: Inputs, head: OutputHead, hidden: Tensor) -> Tensor:
     return fused_sparse_divergence(hidden, head, target, divergence, labels=inputs.tokens, ce_weight=0.5).loss_sum
 
 
+def drawn(inputs: Inputs, head: OutputHead, hidden: Tensor) -> Tensor:
+    """The loss of cached draws: the listed tokens were drawn so often."""
+    counts = torch.arange(1, 9, device=hidden.device).expand(len(hidden), 8)
+    logprobs = (counts.to(inputs.weights.dtype) / 36).log()
+    target = SparseSignal(inputs.listed, logprobs, torch.full_like(inputs.weights, -math.inf), counts)
+    return fused_sparse_divergence(hidden, head, target, Divergence("forward_kl"), weights=inputs.weights).loss_sum
+
+
 def sampled(inputs: Inputs, head: OutputHead, hidden: Tensor) -> Tensor:
     """The loss of the sampled token."""
     teacher = torch.full_like(inputs.weights, math.log(1e-3))
     return fused_sampled_divergence(hidden, head, inputs.tokens, teacher, weights=inputs.weights).loss_sum
+
+
+def chunked(matching: Matching | None) -> Loss:
+    """Return the loss of chunks of sampled tokens, of a teacher that cuts text in other places."""
+
+    def loss(inputs: Inputs, head: OutputHead, hidden: Tensor) -> Tensor:
+        teacher = torch.full_like(inputs.weights, -3.0)
+        sizes = [3] * (len(hidden) // 3) + [1] * (len(hidden) % 3)
+        return fused_sampled_divergence(hidden, head, inputs.tokens, teacher, chunks=sizes, matching=matching).loss_sum
+
+    return loss
 
 
 def losses() -> dict[str, Loss]:
@@ -103,7 +122,10 @@ def losses() -> dict[str, Loss]:
         for teachers, combining in ((1, "weighted_kl"), (3, "weighted_kl"), (3, "mixture"), (3, "confidence")):
             found[f"{divergence.name}, {combining}, {teachers}"] = panel(divergence, teachers, combining)
         found[f"{divergence.name}, routed, 3"] = panel(divergence, 1, "weighted_kl", routed=True)
-    return {**found, "cached targets and labels": cached, "sampled token": sampled}
+    others = {"cached targets and labels": cached, "cached draws": drawn, "sampled token": sampled}
+    others["chunks of sampled tokens"] = chunked(None)
+    others["likelihoods of chunks"] = chunked(Matching(Divergence("reverse_kl"), tau=5.0))
+    return {**found, **others}
 
 
 def computed(loss: Loss, inputs: Inputs, head_settings: dict[str, float]) -> list[Tensor]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_panel_divergence
+from kd_plugin.divergence.objective import OfflineObjective
 from kd_plugin.panel import TeacherPanel, score_rows
+from kd_plugin.panel.step import PanelStep
 from kd_plugin.planner.architectures import architecture
 from kd_plugin.planner.memory import loss_workspace
 from kd_plugin.planner.run import PlannedRun, PlannedTeacher
@@ -18,30 +22,78 @@ from kd_plugin.signals import HiddenSignal, OutputHead
 from kd_plugin.teachers import LocalTeacher
 from tests.gpu.correctness import HEADS, Inputs, computed, losses
 from tests.gpu.report import GIB, Place, Table, added_peak, form, seconds, wait
-from tests.gpu.steps import SHAPES, TINY, save
+from tests.gpu.steps import SHAPES, TINY, offline_step, on_policy_step, save
 
 
 def synchronisation(place: Place) -> Table:
-    """Forward and backward of every loss must not wait for the device, after its first use."""
+    """Forward and backward of every loss must not wait for the device, after its first use; nor the step's."""
     table = Table("No waiting for the device", ("loss", "waits"))
     n, vocab, width = place.pick((301, 4099, 256), (13, 1031, 16))  # type: ignore[misc]
     inputs = Inputs.draw(torch.bfloat16, n, vocab, width).to(place.device, torch.bfloat16)
     for name, loss in losses().items():
-        waits = "no"
         with form(compiled=place.is_gpu):
             computed(loss, inputs, HEADS["plain"])
-            if place.is_gpu:
-                torch.cuda.set_sync_debug_mode("error")
-            try:
-                computed(loss, inputs, HEADS["plain"])
-            except RuntimeError as error:
-                waits = str(error).splitlines()[0][:120]
-                table.failed.append(f"{name} waits for the device: {waits}")
-            finally:
-                if place.is_gpu:
-                    torch.cuda.set_sync_debug_mode("default")
-        table.rows.append((name, waits))
+            waits = waiting(place, lambda loss=loss: computed(loss, inputs, HEADS["plain"]))  # type: ignore[misc]
+        _note(table, name, waits)
+    with tempfile.TemporaryDirectory() as directory, form(compiled=place.is_gpu):
+        scratch = Path(directory)
+        name, shape = next(iter((SHAPES if place.is_gpu else TINY).items()))
+        model = save(scratch / "model", shape, int(place.pick(32_000, 300)), 0, place)  # type: ignore[call-overload]
+        for kind, owner in (("on-policy", PanelStep), ("offline", OfflineObjective)):
+            found = _waits_in_step(place, kind, owner, model, scratch)
+            _note(table, f"a micro-batch of the {kind} step, {name}: the loss and the whole backward pass", found)
     return table
+
+
+def waiting(place: Place, work: Callable[[], object]) -> str:
+    """Do ``work``, and say what in it waits for the device; "no" where nothing does."""
+    if place.is_gpu:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return str(error).splitlines()[0][:120]
+    finally:
+        if place.is_gpu:
+            torch.cuda.set_sync_debug_mode("default")
+    return "no"
+
+
+def _note(table: Table, name: str, waits: str) -> None:
+    table.rows.append((name, waits))
+    if waits != "no":
+        table.failed.append(f"{name} waits for the device: {waits}")
+
+
+def _waits_in_step(place: Place, kind: str, owner: type, model: str, scratch: Path) -> str:
+    """Run two steps of a trainer; in the second its loss and its backward pass may not wait.
+
+    What the student's own forward pass does, and generation, belong to transformers, and wait.
+    """
+    step, trainer = (on_policy_step if kind == "on-policy" else offline_step)(place, model, scratch / kind)
+    step()
+    found: list[str] = []
+
+    def watched(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            results: list[object] = []
+            found.append(waiting(place, lambda: results.append(function(*args, **kwargs))))
+            return results[0] if results else function(*args, **kwargs)
+
+        return call
+
+    backward = watched(trainer.accelerator.backward)
+    with (
+        mock.patch.object(owner, "loss", watched(owner.loss)),
+        mock.patch.object(  # type: ignore[attr-defined]
+            trainer.accelerator, "backward", backward
+        ),
+    ):
+        step()
+    assert len(found) >= 2, f"the {kind} step went another way: {found}"
+    return next((one for one in found if one != "no"), "no")
 
 
 def offloading(place: Place) -> Table:

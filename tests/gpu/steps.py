@@ -32,6 +32,9 @@ SHAPES = {
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
 }
+UNSHUFFLED: dict[str, Any] = {
+    "max_length": None, "shuffle_dataset": False, "model_init_kwargs": {"dtype": "float32"},
+}  # fmt: skip
 TINY = {"tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}}
 
 
@@ -88,22 +91,35 @@ def alternate(place: Place, table: Table, labels: tuple[object, ...], steps: dic
         table.rows.append((*labels, side, f"{1e3 * median[side]:.0f}", of_trl, f"{added_peak(place, step):.2f}"))
 
 
+def prompts() -> Dataset:
+    return Dataset.from_dict({"prompt": [f"Say something about the number {i}." for i in range(32)]})
+
+
+def on_policy_trainer(place: Place, model: str, scratch: Path, rows: int, own: dict[str, Any]) -> TeacherPanelTrainer:
+    """A panel of one teacher, which the student's own weights are."""
+    return TeacherPanelTrainer(
+        model=model, teacher_models={"t": LocalTeacher(model, dtype="bfloat16", name="t")},
+        train_dataset=prompts(),
+        args=TeacherPanelConfig(**common(scratch, place, rows), **own, combine="weighted_kl"),
+    )  # fmt: skip
+
+
+def writing(tokens: int) -> dict[str, Any]:
+    """What both sides' configurations say of a response, and of the student's weights."""
+    return {"max_completion_length": tokens, "generation_kwargs": {"min_new_tokens": tokens}, "beta": 1.0,
+            "model_init_kwargs": {"dtype": "float32"}}  # fmt: skip
+
+
 def on_policy(place: Place, table: Table, name: str, model: str, scratch: Path) -> None:
     """A step of TeacherPanelTrainer with one teacher, and of DistillationTrainer."""
     rows, tokens = place.pick((8, 128), (2, 4))  # type: ignore[misc]
-    data = Dataset.from_dict({"prompt": [f"Say something about the number {i}." for i in range(32)]})
-    own = {"max_completion_length": tokens, "generation_kwargs": {"min_new_tokens": tokens}, "beta": 1.0,
-           "model_init_kwargs": {"dtype": "float32"}}  # fmt: skip
+    data, own = prompts(), writing(tokens)
     theirs = DistillationTrainer(
         model=model, teacher_model=model, train_dataset=data,
         args=DistillationConfig(**common(scratch / "trl", place, rows), **own,
                                 teacher_model_init_kwargs={"dtype": "bfloat16"}),
     )  # fmt: skip
-    mine = TeacherPanelTrainer(
-        model=model, teacher_models={"t": LocalTeacher(model, dtype="bfloat16", name="t")},
-        train_dataset=data,
-        args=TeacherPanelConfig(**common(scratch / "ours", place, rows), **own, combine="weighted_kl"),
-    )  # fmt: skip
+    mine = on_policy_trainer(place, model, scratch / "ours", rows, own)
     sides = {
         "TRL": Side(theirs, "trl.trainer.distillation_trainer", "_chunked_divergence_loss"),
         "ours": Side(mine, *OURS),
@@ -118,33 +134,56 @@ def on_policy(place: Place, table: Table, name: str, model: str, scratch: Path) 
         )
 
 
+def on_policy_step(place: Place, model: str, scratch: Path) -> tuple[Callable[[], None], Any]:
+    """Return an on-policy step of few tokens, and its trainer."""
+    rows, tokens = place.pick((4, 16), (2, 4))  # type: ignore[misc]
+    side = Side(on_policy_trainer(place, model, scratch, rows, writing(tokens)), *OURS)
+    batch = [dict(row) for row in prompts().select(range(rows))]
+    return lambda: side.step(batch, 0), side.trainer
+
+
+def offline_trainer(place: Place, model: str, scratch: Path, rows: int, texts: Any) -> OfflineKDTrainer:
+    """Trains on the 64 likeliest tokens of some other model, which a cache holds."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    return OfflineKDTrainer(
+        model, OfflineKDConfig(**common(scratch / "kd", place, rows), **UNSHUFFLED, lineage=OWN),
+        train_dataset=as_rows(texts), processing_class=tokenizer,
+        teacher_cache=cache(scratch / "cache", TopK(64), texts, tokenizer),
+    )  # fmt: skip
+
+
+def as_rows(texts: Any) -> Dataset:
+    return Dataset.from_list([{"input_ids": ids.tolist()} for ids in texts])
+
+
+def supervised(trainer: Any, rows: int) -> None:
+    """One step of a trainer over given texts, without its optimizer."""
+    trainer.model.zero_grad(set_to_none=True)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
+    count = (batch["labels"][:, 1:] != -100).sum()
+    trainer.training_step(trainer.model, batch, num_items_in_batch=count)
+
+
 def offline(place: Place, table: Table, name: str, model: str, scratch: Path) -> None:
     """A step of OfflineKDTrainer on cached targets, and of SFTTrainer, without the optimizer."""
     rows, length = place.pick((8, 512), (2, 16))  # type: ignore[misc]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     texts = token_rows(argparse.Namespace(rows=rows, length=length), tokenizer)
-    data = Dataset.from_list([{"input_ids": ids.tolist()} for ids in texts])
-    own = {"max_length": None, "shuffle_dataset": False, "model_init_kwargs": {"dtype": "float32"}}
-    stored = cache(scratch / "cache", TopK(64), texts, tokenizer)
-    trainers = {
-        "TRL": SFTTrainer(
-            model, SFTConfig(**common(scratch / "sft", place, rows), **own), train_dataset=data,
-            processing_class=tokenizer,
-        ),
-        "ours": OfflineKDTrainer(
-            model, OfflineKDConfig(**common(scratch / "kd", place, rows), **own, lineage=OWN), train_dataset=data,
-            processing_class=tokenizer, teacher_cache=stored,
-        ),
-    }  # fmt: skip
-
-    def step(trainer: Any) -> None:
-        trainer.model.zero_grad(set_to_none=True)
-        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(rows)])
-        count = (batch["labels"][:, 1:] != -100).sum()
-        trainer.training_step(trainer.model, batch, num_items_in_batch=count)
-
-    steps = {side: lambda t=trainer: step(t) for side, trainer in trainers.items()}
+    theirs = SFTTrainer(
+        model, SFTConfig(**common(scratch / "sft", place, rows), **UNSHUFFLED), train_dataset=as_rows(texts),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainers = {"TRL": theirs, "ours": offline_trainer(place, model, scratch, rows, texts)}
+    steps = {side: lambda t=trainer: supervised(t, rows) for side, trainer in trainers.items()}
     alternate(place, table, (name, f"offline, {rows} x {length}"), steps)
+
+
+def offline_step(place: Place, model: str, scratch: Path) -> tuple[Callable[[], None], Any]:
+    """Return an offline step of few tokens, and its trainer."""
+    rows, length = place.pick((4, 64), (2, 16))  # type: ignore[misc]
+    texts = token_rows(argparse.Namespace(rows=rows, length=length), PreTrainedTokenizerFast.from_pretrained(model))
+    trainer = offline_trainer(place, model, scratch, rows, texts)
+    return lambda: supervised(trainer, rows), trainer
 
 
 def run(place: Place) -> Table:

@@ -48,16 +48,20 @@ def kl_statistics(
     """
     found = [_moments(piece) for piece in _pieces(teacher_RV)]
     top_R1, log_mass_R1, share_Rn = _joined(found)
-    sums = []
-    for student, teacher, (_, _, e, _) in zip(_pieces(student_RV), _pieces(teacher_RV), found, strict=True):
-        weight = (student - student_lse_R1.unsqueeze(-1)).exp() if of_student else e
-        gap = student - teacher if of_student else teacher - student
+    lse_R1, sums, masses = top_R1 + log_mass_R1, [], []
+    for student, (_, below, e, mass) in zip(_pieces(student_RV), found, strict=True):
+        logq = student - student_lse_R1.unsqueeze(-1)
+        weight = logq.exp() if of_student else e
+        gap = logq - below if of_student else below - logq
         sums.append(torch.where(weight == 0.0, 0.0, weight * gap).sum(-1))
-    sum_Rn, lse_R1 = torch.cat(sums, 1), top_R1 + log_mass_R1
+        masses.append(weight.sum(-1) if of_student else mass)
+    # What a block's logits are below its largest one is known to more digits than they are themselves
+    shift_Rn = torch.cat([torch.where(largest == -math.inf, lse_R1, largest) for largest, _, _, _ in found], 1) - lse_R1
+    sum_Rn, mass_Rn = torch.cat(sums, 1), torch.cat(masses, 1)
     if of_student:
-        return lse_R1, sum_Rn.sum(-1) + (lse_R1 - student_lse_R1).squeeze(1)
-    mean_R = (sum_Rn * share_Rn).sum(-1) / log_mass_R1.exp().squeeze(1)
-    return lse_R1, mean_R + (student_lse_R1 - lse_R1).squeeze(1)
+        # Over the sum of the weights as they were rounded, so that what one token has alone falls away in the gradient
+        return lse_R1, (sum_Rn - mass_Rn * shift_Rn).sum(-1) / mass_Rn.sum(-1)
+    return lse_R1, ((sum_Rn + mass_Rn * shift_Rn) * share_Rn).sum(-1) / log_mass_R1.exp().squeeze(1)
 
 
 def compared(

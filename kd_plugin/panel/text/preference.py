@@ -68,10 +68,11 @@ def preference_loss(
     ends = list(itertools.accumulate(len(one.positions) for one in batch.scores))
     spans = [slice(end - len(one.positions), end) for end, one in zip(ends, batch.scores, strict=True)]
     rows = [row for pair in batch.pairs for row in pair]
-    where = torch.cat([torch.arange(spans[row].start, spans[row].stop) for row in rows]).to(hidden.device)
+    where = torch.cat([torch.arange(spans[row].start, spans[row].stop) for row in rows])
+    where = where.to(hidden.device, non_blocking=True)
     counts = [len(batch.scores[row].positions) for row in rows]
     owners = [number for number, count in enumerate(counts) for _ in range(count)]  # which row each token is of
-    owner = torch.tensor(owners, dtype=torch.int64).to(hidden.device)
+    owner = torch.tensor(owners, dtype=torch.int64).to(hidden.device, non_blocking=True)
     chosen, target = hidden.index_select(0, where), tokens.index_select(0, where)
     once = torch.ones(len(target), device=hidden.device)
     certain = TextSignal(target, once).as_list()
@@ -80,10 +81,9 @@ def preference_loss(
         start = torch.cat([_start(batch, row, tokens[spans[row]]) for row in rows])
         ratios = torch.zeros(len(rows), dtype=own.dtype, device=own.device).index_add_(0, owner, own - start.to(own))
         margins = beta * (ratios[0::2] - ratios[1::2])
-        size = torch.tensor([a + b for a, b in zip(counts[0::2], counts[1::2], strict=True)]).to(own)
-        weight = torch.tensor(
-            [text_weight(panel, batch.scores[a].assignment, step) for a, _ in batch.pairs], device=own.device
-        ).to(own)
+        size = torch.tensor([a + b for a, b in zip(counts[0::2], counts[1::2], strict=True)])
+        weight = torch.tensor([text_weight(panel, batch.scores[a].assignment, step) for a, _ in batch.pairs])
+        size, weight = (one.to(own, non_blocking=True) for one in (size, weight))
         value = (weight * size * torch.nn.functional.softplus(-margins)).sum()
         slope = weight * size * beta * torch.sigmoid(-margins)
         by_token = torch.stack([slope, -slope], dim=1).flatten()[owner]
