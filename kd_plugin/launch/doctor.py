@@ -41,11 +41,12 @@ class LaunchSettings:
         servers: base URLs of vLLM servers that every rank must reach.
         training: YAML of the training, whose rollout engines and teachers' servers are asked for versions, flags and
             parity with the checkpoints; how fast hidden states come is measured.
-        server_rate: GB/s that each server of hidden states must deliver; 0 asks for none.
+        server_rate: GB/s at which each server of hidden states must compute and send them; 0 asks for none.
         memory_gib: free memory that each rank needs, as the plan says; 0 asks for none.
         disk_gib: free disk that ``output_dir`` needs.
-        plan: what ``kd-plugin plan --json`` printed; the peak of its recommendation stands for ``memory_gib``, and
-            three checkpoints of the student, with gradients' and optimizer's states, for ``disk_gib``, where those
+        plan: what ``kd-plugin plan --json`` printed; the peak of its recommendation stands for ``memory_gib``, three
+            checkpoints of the student, with gradients' and optimizer's states, for ``disk_gib``, and with servers the
+            hidden states of a step over the seconds that it scores and transfers for ``server_rate``, where those
             are 0.
     """
 
@@ -73,12 +74,20 @@ def with_plan(settings: LaunchSettings) -> LaunchSettings:
         best = next(option for option in plan["options"] if option["name"] == plan["recommended"])
         memory = best["memory"]["peak"] / 1024**3
         disk = 3 * (2 * plan["student"]["parameters"] + 12 * plan["student"]["trainable"]) / 1024**3
+        rate, beside = 0.0, plan.get("engines")
+        if beside and beside["hidden_state_bytes"]:
+            rate = beside["hidden_state_bytes"] / (beside["seconds"]["score"] + beside["seconds"]["transfer"]) / 1e9
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise ConfigError(
             f"{settings.plan} is no plan that fits: {type(error).__name__} {error}. Write one with `kd-plugin plan ... "
             "--json > plan.json`."
         ) from error
-    return replace(settings, memory_gib=settings.memory_gib or memory, disk_gib=settings.disk_gib or disk)
+    return replace(
+        settings,
+        memory_gib=settings.memory_gib or memory,
+        disk_gib=settings.disk_gib or disk,
+        server_rate=settings.server_rate or rate,
+    )
 
 
 def check_launch(settings: LaunchSettings) -> list[str]:

@@ -1,48 +1,39 @@
 """Whether the servers that a run's YAML names are there and what it needs: versions, flags, parity, bytes a second.
 
-Nothing is trained or loaded but what a handshake compares; the weights of an engine are left as they are.
+Nothing is trained, and of weights only small checkpoints are loaded, to be compared.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from pathlib import Path
-
-import requests
+from typing import Any
 
 from kd_plugin.errors import KDError
 from kd_plugin.inputs import read_yaml
+from kd_plugin.launch.engines import Student, base_problems, engine_problems
 from kd_plugin.panel.block import panel_from_block
 from kd_plugin.rollouts.vllm.settings import EngineSettings, engine_settings
-from kd_plugin.rollouts.vllm.transfer import NEEDS as TRANSFER_NEEDS
 from kd_plugin.teachers.base import reach
-
-_VERSION = (0, 32)
-_SECONDS = 10
-# What each way to take weights there needs, and the route that a server has only with it
-_NEEDS = {
-    "adapter": ("/v1/load_lora_adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"),
-    "reload": ("/collective_rpc", "VLLM_SERVER_DEV_MODE=1"),
-    "nccl": ("/init_weight_transfer_engine", TRANSFER_NEEDS),
-}
 
 
 def server_problems(training: str | Path, least_rate: float = 0.0) -> tuple[list[str], list[str]]:
     """Ask the engines and the teachers' servers of a run's YAML.
 
     Args:
-        training: with ``panel``, ``rollout_engine`` or both, as a training takes it.
+        training: with ``panel``, ``rollout_engine`` or both, as a training in TRL or in Lightning takes it.
         least_rate: bytes a second that each server of hidden states must deliver; 0 measures and asks for none.
 
     Returns:
         The problems, each with its way out, and what was measured.
     """
-    content = read_yaml(Path(training))
+    content = _settings_of(read_yaml(Path(training)))
     problems: list[str] = []
     notes: list[str] = []
     try:
         engine = engine_settings(content.get("rollout_engine"))
-        problems += [] if engine is None else engine_problems(engine)
+        if engine is not None:
+            problems, notes = _of_engines(engine, Student.of(content))
         panel = panel_from_block(content["panel"]) if content.get("panel") else None
     except KDError as error:
         return [*problems, str(error)], notes
@@ -64,21 +55,19 @@ def server_problems(training: str | Path, least_rate: float = 0.0) -> tuple[list
     return problems, notes
 
 
-def engine_problems(engine: EngineSettings) -> list[str]:
-    """Check that each engine answers, is recent enough, and has the route that takes weights."""
-    route, flags = _NEEDS[engine.sync]
-    found = []
-    for url in engine.addresses:
-        root = url.rstrip("/").removesuffix("/v1")
-        try:
-            told = str(requests.get(f"{root}/version", timeout=_SECONDS).json()["version"])
-            status = requests.get(root + route, timeout=_SECONDS).status_code
-        except (requests.RequestException, ValueError, KeyError) as error:
-            found.append(f"the rollout engine {url} does not answer as vLLM does: {type(error).__name__}")
-            continue
-        version = tuple(int(part) for part in re.findall(r"\d+", told)[:2])
-        if version < _VERSION:
-            found.append(f"the rollout engine {url} is vLLM {told}; 0.32 or later is needed")
-        if status == 404:  # a route that is there refuses GET with 405
-            found.append(f"the rollout engine {url} takes no weights by sync: {engine.sync}; start it with {flags}")
-    return found
+def _settings_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings of a panel: in TRL's YAML at the top, in Lightning's those of the module."""
+    module = content.get("model")
+    if not isinstance(module, Mapping):
+        return content
+    own = module.get("init_args", module)
+    return own if isinstance(own, Mapping) else {}
+
+
+def _of_engines(engine: EngineSettings, student: Student | None) -> tuple[list[str], list[str]]:
+    problems = engine_problems(engine)
+    if problems or not engine.addresses:
+        return problems, []
+    if student is None:
+        return [], ["the YAML names no student (model_name_or_path), so what the rollout engines serve is not compared"]
+    return base_problems(engine, student)

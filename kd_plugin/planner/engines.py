@@ -120,10 +120,16 @@ def engine_step(run: PlannedRun, seconds: StepTime, cluster: Cluster, engines: E
         generate=run.completion_length * max(read, multiplied),
         sync=weights * 2 / engines.disk,
         score=2 * engines.active * tokens / speed if engines.server_gpus else 0.0,
-        transfer=tokens * engines.width * _STATE / (engines.network * cluster.nodes) if engines.server_gpus else 0.0,
+        transfer=hidden_state_bytes(run, cluster, engines) / (engines.network * cluster.nodes),
         train=seconds.train + seconds.score + seconds.communicate + seconds.offload,
         staleness=engines.staleness,
     )
+
+
+def hidden_state_bytes(run: PlannedRun, cluster: Cluster, engines: Engines) -> float:
+    """Return the bytes of hidden states that a step takes from a teacher's servers; 0 without servers."""
+    tokens = run.rows_generated * cluster.ranks * (run.prompt_length + run.completion_length)
+    return float(tokens * engines.width * _STATE) if engines.server_gpus else 0.0
 
 
 def best_split(run: PlannedRun, seconds: StepTime, cluster: Cluster, engines: Engines) -> Engines:

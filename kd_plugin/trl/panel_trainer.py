@@ -109,6 +109,11 @@ class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
                 "A text teacher corrects what the student wrote, and with tools a part of a response is a tool's. "
                 "Leave tools out, or have teachers that give distributions."
             )
+        if tools and args.rollout_engine is not None and (name := sampled_teacher(self.panel)):
+            raise ConfigError(
+                f"estimator='sampled' (teacher {name!r}) with a rollout_engine and tools: what a tool said was drawn "
+                "by nobody and has no importance ratio. Use another estimator, or let the student generate in process."
+            )
         require_draws(self.panel, args, model)
         super().__init__(
             model=model,
@@ -287,7 +292,5 @@ def require_no_tools(args: TeacherPanelConfig, tools: Any) -> None:
     """
     if tools and args.rollouts == "interleaved":
         raise ConfigError("rollouts='interleaved' cannot call tools; let the student generate alone.")
-    if tools and args.rollout_engine is not None:
-        raise ConfigError("rollout_engine generates one turn and calls no tools; let the student generate in process.")
     if tools and args.on_policy_schedule().values() != (1.0, 1.0):
         raise ConfigError("on_policy_fraction below 1 cannot be mixed with tools; let the student generate all rows.")

@@ -196,7 +196,7 @@ def test_another_model_behind_the_server_is_refused(tokenizer, teacher_dir, othe
 
 def test_a_large_checkpoint_is_judged_by_a_text_alone(pooled, teacher_dir, monkeypatch):
     """Random weights find no text likelier than chance: as if the states were of another model."""
-    monkeypatch.setattr(states, "_RUN_BELOW", 0)
+    monkeypatch.setattr(states, "RUN_BELOW", 0)
     with pytest.raises(ConfigError, match=r"a plain text costs \d+\.\d nats per token .* 5\.6 would be chance"):
         of(pooled[0], teacher_dir).check()
 

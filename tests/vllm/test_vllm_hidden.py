@@ -137,7 +137,7 @@ def test_sampled_targets_come_from_a_server(url, smol, local, tmp_path):
 
 
 def test_a_large_checkpoint_is_judged_by_its_head_alone(url, smol, monkeypatch):
-    monkeypatch.setattr(hidden_states, "_RUN_BELOW", 0)
+    monkeypatch.setattr(hidden_states, "RUN_BELOW", 0)
     ServerTeacher(url, "served", signal="hidden", repo=smol, server_dtype="float32").check()
 
 

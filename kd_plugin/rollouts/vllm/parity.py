@@ -23,7 +23,7 @@ from kd_plugin.teachers.agreement import Probes, floored
 from kd_plugin.teachers.replies import Listed
 
 TOLERANCE = {torch.float32: 1e-3}  # nats; two float32 engines were seen to be 2e-5 apart
-_COARSE = 0.25  # in 16 bits, where SmolLM2-135M is 0.06 from itself in float32
+COARSE = 0.25  # in 16 bits, where SmolLM2-135M is 0.06 from itself in float32
 _NOISE = 4.0  # times what they differed by at the start
 _LEAST = 0.01  # of the tolerance, which counts as rounding in any case
 _UNEXPLAINED = 0.2  # share of what the student changed by since the last sync
@@ -70,7 +70,7 @@ class Parity:
 
     def __init__(self, probe: Probe, tolerance: float | None, dtype: torch.dtype) -> None:
         self.probe = probe
-        self._tolerance = tolerance or TOLERANCE.get(dtype, _COARSE)
+        self._tolerance = tolerated(tolerance, dtype)
         self._noise: float | None = None
         self._last: Tensor | None = None
 
@@ -122,6 +122,11 @@ class Parity:
         if self._noise is None:
             self._noise = max(apart, _LEAST * self._tolerance)
         self._last = mine
+
+
+def tolerated(given: float | None, dtype: torch.dtype) -> float:
+    """Return the nats by which two engines may differ that were given the same weights, unless a user says so."""
+    return given or TOLERANCE.get(dtype, COARSE)
 
 
 def rms(mine: Tensor, theirs: Listed) -> float:

@@ -101,7 +101,7 @@ class EnginePool:
     def _load(self, client: Client, directory: str) -> None:
         adapter = self.settings.sync == "adapter"
         if client.root not in self._names:
-            self._names[client.root] = self._adapter if adapter else self._base(client)
+            self._names[client.root] = self._adapter if adapter else str(self._base(client)["id"])
         needs = _OF_ADAPTERS if adapter else _OF_RELOADS
         try:
             if adapter:
@@ -129,12 +129,28 @@ class EnginePool:
             except ServerError as error:
                 logger.warning("%s keeps the student's adapter %s: %s", client.root, self._adapter, error)
 
-    def _base(self, client: Client) -> str:
-        """Return how a server calls the student; an adapter of an earlier run is no other model."""
+    def greet(self, url: str) -> Mapping[str, Any]:
+        """Have a server asked by the name of the base that it serves, and return what it says of it; no weights move.
+
+        Raises:
+            ConfigError: it serves another model, or several and none is named.
+            ServerError: it does not answer.
+        """
+        served = self._base(self._client(url))
+        self._names[url] = str(served["id"])
+        return served
+
+    def _client(self, url: str) -> Client:
+        (client,) = (one for one in self._clients if one.root == url)
+        return client
+
+    def _base(self, client: Client) -> Mapping[str, Any]:
+        """Return what a server says of the student's base; an adapter of an earlier run is no other model."""
         models = client.get("/v1/models")
-        bases = [str(one["id"]) for one in models["data"] if not one.get("parent")]
+        bases = {str(one["id"]): one for one in models["data"] if not one.get("parent")}
         if self.settings.model in bases or (self.settings.model is None and len(bases) == 1):
-            return self.settings.model or bases[0]
+            found: Mapping[str, Any] = bases[self.settings.model or next(iter(bases))]
+            return found
         asked = "none is named" if self.settings.model is None else f"{self.settings.model!r} is asked for"
         raise ConfigError(
             f"The rollout engine at {client.root} serves {', '.join(map(repr, bases)) or 'nothing'}; {asked}. Name one "
@@ -151,7 +167,7 @@ class EnginePool:
             prefixes: token ids.
             tokens: listed after each.
         """
-        (client,) = (one for one in self._clients if one.root == url)
+        client = self._client(url)
         asking = Asking(url, self._names[url], min(tokens, self._rows), self._rows)
         answer = client.post("/v1/completions", asking.next_request(prefixes) | {"cache_salt": self._salt()})
         return asking.read_next(answer, prefixes)

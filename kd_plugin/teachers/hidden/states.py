@@ -37,7 +37,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 # By which states of the same tokens may differ between two passes, relative to their length. SmolLM2-135M on two
 # engines: 2e-6 in float32, 0.03 in bfloat16; other weights are 0.3 and more apart.
 _ROUNDING = {"float32": 1e-2, "bfloat16": 0.1, "float16": 0.1}
-_RUN_BELOW = 2 * 1024**3  # bytes of a checkpoint that is run on the probe here; seconds on a CPU
+RUN_BELOW = 2 * 1024**3  # bytes of a checkpoint that is run on the probe here; seconds on a CPU
 _CHANCE = 1.0  # nats by which a text must be likelier than any tokens
 # Prose, code and figures, of which every language model has an opinion
 _TEXT = (
@@ -313,7 +313,7 @@ def _require_checkpoint(
     likelier than chance, which states of another model, or before the final norm, do not make it.
     """
     size = checkpoint.bytes
-    if size is not None and size <= _RUN_BELOW:
+    if size is not None and size <= RUN_BELOW:
         own = _own_states(checkpoint, DTYPES[pooling.dtype], [tokens for tokens, _ in rows])
         apart = max(distance(mine, theirs) for mine, (_, theirs) in zip(own, rows, strict=True))
         if not apart <= _ROUNDING[pooling.dtype]:
