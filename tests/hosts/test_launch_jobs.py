@@ -28,6 +28,7 @@ STUBS = {
     "vllm": '[ -e "$LOG.dies" ] && exit 1\ntrap \'echo "ended $2" >> "$LOG"; exit 0\' TERM\n'
     'echo "vllm $*" >> "$LOG"\nwhile true; do /bin/sleep 0.05; done\n',
     "torchrun": 'echo "torchrun $*" >> "$LOG"\n',
+    "kd-plugin": 'echo "doctor $*" >> "$LOG"\n[ ! -e "$LOG.ill" ]\n',
     "curl": 'url=$(tr -c a-z0-9 _ <<< "$3"); echo "asked $3" >> "$LOG"\n'
     '[ -e "$LOG.$url" ] || { touch "$LOG.$url"; exit 1; }\n',
     "sleep": "exec /bin/sleep 0.2\n",
@@ -103,6 +104,7 @@ def test_a_plan_is_a_slurm_job(planned, stubs, tmp_path):
     assert code == 0, output
     kinds = [line.split()[0] for line in lines]
     trains = kinds.index("torchrun")
+    assert kinds.count("doctor") == 1 and lines[trains - 1] == "doctor doctor --training train-7.yaml"
     assert (
         kinds.count("vllm") == 4
         and kinds.count("torchrun") == 2
@@ -138,9 +140,22 @@ def test_a_server_that_does_not_start_ends_the_job(planned, stubs, tmp_path):
     assert code != 0 and "torchrun" not in log.read_text()
 
 
-def test_a_plan_is_kubernetes_jobs(planned, stubs, tmp_path):
+def test_what_the_doctor_finds_ends_the_job(planned, stubs, tmp_path):
+    environment, log = stubs
+    (tmp_path / "train.yaml").touch()
+    Path(f"{log}.ill").touch()
+    code, _ = started(["bash", str(planned / SLURM), "train.yaml"], environment, tmp_path)
+    lines = log.read_text().splitlines()
+    assert code != 0 and "torchrun" not in log.read_text()
+    assert sum(line.startswith("ended") for line in lines) == 4, "the servers too"
+
+
+@pytest.mark.parametrize("ill", [False, True], ids=["well", "ill"])
+def test_a_plan_is_kubernetes_jobs(ill, planned, stubs, tmp_path):
     """By the schemas; the pods' scripts wait for one another and end with the trainers."""
     environment, log = stubs
+    if ill:
+        Path(f"{log}.ill").touch()
     service, *jobs = yaml.safe_load_all((planned / KUBERNETES).read_text())
     for document in (service, *jobs):
         kubernetes_validate.validate(document, "1.34", strict=True)
@@ -155,12 +170,16 @@ def test_a_plan_is_kubernetes_jobs(planned, stubs, tmp_path):
             own = {**environment, **told, "JOB_COMPLETION_INDEX": str(number)}
             running.append(subprocess.Popen(["bash", "-c", command], env=own, start_new_session=True))
     try:
-        assert [process.wait(timeout=60) for process in running] == [0] * 6
+        assert [process.wait(timeout=60) for process in running] == [0] * 4 + [int(ill)] * 2
     finally:
         for process in running:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     lines = log.read_text().splitlines()
+    assert lines.count("doctor doctor --training /settings/train.yaml") == 2
+    if ill:
+        assert not any(line.startswith("torchrun") for line in lines)
+        return
     first = next(number for number, line in enumerate(lines) if line.startswith("torchrun"))
     assert sum(line.startswith("vllm") for line in lines[:first]) == 4
     assert {line for line in lines if line.startswith("asked")} == {

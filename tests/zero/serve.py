@@ -12,7 +12,7 @@ if __name__ == "__main__":
     port, host = (sys.argv[sys.argv.index(f"--{name}") + 1] for name in ("port", "host"))
     runner = "pooling" if "--runner" in sys.argv else "generate"
     student = AutoModelForCausalLM.from_pretrained(model).eval()
-    behaviour = Behaviour(name=model, runner=runner)
+    behaviour = Behaviour(name=model, runner=runner, version="0.32.0")
     with fake_vllm(student, AutoTokenizer.from_pretrained(model), behaviour, port=int(port), host=host):
         while True:
             time.sleep(1)

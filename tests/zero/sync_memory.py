@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import threading
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kd_plugin.rollouts.vllm.engine import ServerEngine
-from kd_plugin.rollouts.vllm.weights import AllWeights
+from kd_plugin.rollouts.vllm.weights import AdapterWeights, AllWeights
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -26,6 +27,7 @@ class _Peak:
 
     def __enter__(self) -> _Peak:
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or what a step before had freed would be taken up again unseen
         self.before = self.most = resident()
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._look, daemon=True)
@@ -47,7 +49,8 @@ class _Peak:
 def watching_syncs() -> Iterator[list[dict[str, int]]]:
     """Yield a list with an entry for each sync: bytes above those before, of all of it and of gathering and writing."""
     found: list[dict[str, int]] = []
-    sync, write = ServerEngine.sync, AllWeights.write
+    sync, kinds = ServerEngine.sync, (AllWeights, AdapterWeights)
+    writes = [kind.write for kind in kinds]
 
     def watched(self):
         if self._is_given_up or self.host.step == self.pool.version:
@@ -57,13 +60,20 @@ def watching_syncs() -> Iterator[list[dict[str, int]]]:
             sync(self)
         found[-1]["sync"] = peak.bytes
 
-    def written(self, directory, *, here):
-        with _Peak() as peak:
-            write(self, directory, here=here)
-        found[-1]["write"] = peak.bytes
+    def watching(write):
+        def written(self, directory, *, here):
+            with _Peak() as peak:
+                write(self, directory, here=here)
+            found[-1]["write"] = peak.bytes
 
-    ServerEngine.sync, AllWeights.write = watched, written
+        return written
+
+    ServerEngine.sync = watched
+    for kind, write in zip(kinds, writes, strict=True):
+        kind.write = watching(write)
     try:
         yield found
     finally:
-        ServerEngine.sync, AllWeights.write = sync, write
+        ServerEngine.sync = sync
+        for kind, write in zip(kinds, writes, strict=True):
+            kind.write = write

@@ -19,8 +19,9 @@ _HEADER = """\
 # Engines for the student, teachers on servers, and trainers, found by name through the headless Service. In train.yaml:
 {settings}\
 # Set images, models, NODES with completions and parallelism, GPUS, and the claim's name. The trainers begin when all
-# servers are healthy, and when they end, whatever the reason, they leave a file that ends the servers. To start again:
-# kubectl delete -f this file, then apply it with resume_from_checkpoint: true in train.yaml.
+# servers are healthy and kd-plugin doctor finds no problem with them. When they end, whatever the reason, they leave a
+# file that ends the servers. To start again: kubectl delete -f this file, then apply it with resume_from_checkpoint:
+# true in train.yaml.
 """
 _SERVE = """\
 rm -f /shared/run-is-over
@@ -37,6 +38,7 @@ for server in {servers}; do
   until curl --silent --fail "http://$server:8000/health"; do sleep 10; done
 done
 trap 'touch /shared/run-is-over' EXIT
+kd-plugin doctor --training "$CONFIG" || exit 1
 torchrun --nnodes "$NODES" --nproc_per_node "$GPUS" --node_rank "$JOB_COMPLETION_INDEX" \\
   --master_addr "$HEAD" --master_port "$PORT" \\
   -m kd_plugin panel --config "$CONFIG" --deepspeed "$DEEPSPEED"{arguments}

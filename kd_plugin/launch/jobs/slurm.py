@@ -49,6 +49,7 @@ healthy() {{ # NODE PORT: wait; end the job where a server has ended
 }}
 {serves}
 {waits}
+srun --nodes 1 --nodelist "$HEAD" kd-plugin doctor --training "train-$SLURM_JOB_ID.yaml"
 
 srun --kill-on-bad-exit=1 --nodes "$TRAINERS" --exclude "$SERVING" bash -c '
     torchrun --nnodes "$TRAINERS" --nproc_per_node "$SLURM_GPUS_ON_NODE" \\
