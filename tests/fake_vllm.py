@@ -214,20 +214,18 @@ def _load_adapter(model, body, behaviour):
 
 
 def _reload(model, body, behaviour):
-    """Load all weights of a directory over those of the model, as ``reload_weights`` does."""
-    from safetensors.torch import load_file
-
+    """Load a checkpoint over the weights of the model, as ``reload_weights`` does, by the names that are stored."""
     assert body["method"] == "reload_weights"
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if behaviour.keeps_tied_head and head.weight is embedding.weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    files = sorted(Path(body["kwargs"]["weights_path"]).glob("*.safetensors"))
-    assert files, "no weights"
-    for file in files:
-        for name, tensor in load_file(file).items():
-            if behaviour.forgets is None or not behaviour.forgets(name):
-                parameters[name].data.copy_(tensor)
+    path = body["kwargs"]["weights_path"]
+    loaded, told = type(model).from_pretrained(path, dtype=model.dtype, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"], told
+    for name, tensor in loaded.named_parameters():
+        if behaviour.forgets is None or not behaviour.forgets(name):
+            parameters[name].data.copy_(tensor)
 
 
 @torch.no_grad()

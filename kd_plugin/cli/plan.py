@@ -15,7 +15,7 @@ from kd_plugin.launch.configs import training_arguments, write_all
 from kd_plugin.launch.jobs.parts import parts_of
 from kd_plugin.launch.jobs.write import write_jobs
 from kd_plugin.planner.cost import BreakEven, Option, TextBill, bills, break_even, options, recommended, text_bills
-from kd_plugin.planner.engines import Engines, best_split, engine_step, hidden_state_bytes
+from kd_plugin.planner.engines import Engines, best_split, engine_step, gpu_hours, hidden_state_bytes
 from kd_plugin.planner.run import Cluster, Pair, PlannedRun, pairs
 from kd_plugin.planner.settings import PlanSettings, engines_of, planned
 from kd_plugin.planner.time import traffic
@@ -84,8 +84,13 @@ def _write(settings: PlanSettings, best: Option, cluster: Cluster, beside: Engin
 
 def _engines(best: Option, cluster: Cluster, beside: Engines) -> dict[str, Any]:
     step = engine_step(best.run, best.seconds, cluster, beside)
-    seconds = {**dataclasses.asdict(step), "total": step.total}
-    return {"seconds": seconds, "hidden_state_bytes": hidden_state_bytes(best.run, cluster, beside)}
+    hours = gpu_hours(step, cluster, beside)
+    return {
+        "seconds": {**dataclasses.asdict(step), "total": step.total},
+        "hidden_state_bytes": hidden_state_bytes(best.run, cluster, beside),
+        "gpu_hours": hours,
+        "cost": hours * cluster.price,
+    }
 
 
 def as_json(

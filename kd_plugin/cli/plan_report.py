@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_plugin.planner.cost import Bill, BreakEven, Option, TextBill
-from kd_plugin.planner.engines import Engines, best_split, engine_step
+from kd_plugin.planner.engines import Engines, best_split, engine_step, gpu_hours
 from kd_plugin.planner.run import GIB, Cluster, Pair, PlannedRun
 
 _BEYOND = 1.6  # how far beyond what fits the chart goes
@@ -128,11 +128,12 @@ def print_engines(best: Option, cluster: Cluster, beside: Engines) -> None:
     """
     console = Console(highlight=False)
     step = engine_step(best.run, best.seconds, cluster, beside)
+    hours = gpu_hours(step, cluster, beside)
     console.print(
         f"With {beside.student_gpus} GPUs of engines and {beside.server_gpus} of servers beside {cluster.ranks} that "
         f"train: generate {step.generate:,.0f} s, sync {step.sync:,.0f} s, score {step.score:,.0f} s, transfer "
         f"{step.transfer:,.0f} s, train {step.train:,.0f} s; a step of {step.total:,.0f} s with "
-        f"max_staleness={beside.staleness}."
+        f"max_staleness={beside.staleness}, {hours:,.2f} GPU hours or {hours * cluster.price:,.2f} in money."
     )
     split = best_split(best.run, best.seconds, cluster, beside)
     if split != beside:

@@ -132,6 +132,11 @@ def hidden_state_bytes(run: PlannedRun, cluster: Cluster, engines: Engines) -> f
     return float(tokens * engines.width * _STATE) if engines.server_gpus else 0.0
 
 
+def gpu_hours(step: EngineStep, cluster: Cluster, engines: Engines) -> float:
+    """Return what a step takes of all GPUs, those that wait included."""
+    return (cluster.ranks + engines.student_gpus + engines.server_gpus) * step.total / 3600
+
+
 def best_split(run: PlannedRun, seconds: StepTime, cluster: Cluster, engines: Engines) -> Engines:
     """Return the same GPUs beside the trainers, shared between engines and servers so that a step is shortest.
 

@@ -69,6 +69,9 @@ def test_the_page_says_what_its_command_says(command, text, capsys):
                 exact = 1e-6 if side in ("generate", "sync", "score", "transfer") else 2e-2
                 assert value(ast.parse(arithmetic.strip("`"), mode="eval")) == pytest.approx(expected, rel=exact), side
                 assert seconds == f"{expected:.1f}"
+            beside = plan["engines"]
+            assert f"take {beside['gpu_hours']:.2f} GPU hours a step, {beside['cost']:.2f} at 2.50 an hour" in text
+            assert f"R1 sends {beside['hidden_state_bytes'] / 1e9:.1f} GB of hidden states" in text
         else:
             layout = found[re.fullmatch(r"Step by step, (.+):", before)[1]]["memory"]
             total = 0.0

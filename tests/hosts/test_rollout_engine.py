@@ -15,6 +15,7 @@ from kd_plugin.transformers import TeacherPanelMixin
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests.fake_vllm import Behaviour, fake_vllm
 from tests.hosts.runs import LORA, assert_same, losses, prompts, settings, weights
+from tests.tiny import save_tiny
 
 GREEDY = {"top_k": 1, "max_completion_length": 10, "divergence": "reverse_kl"}
 STEPS = {"max_steps": 3, "learning_rate": 1e-2}
@@ -102,6 +103,26 @@ def test_it_trains_as_with_transformers_generation(host, sync, engine, teacher, 
     history = mine.state.log_history[1]
     assert history["rollouts/staleness"] == 0 and history["rollouts/parity"] < 1e-4
     assert history["rollouts/sync_seconds"] > 0 and history["rollouts/tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("sync", ["adapter", "reload"])
+@pytest.mark.parametrize("variant", ["padded", "softcapped", "scaled", "biased", "moe", "wide_tokenizer"])
+def test_heads_of_the_world_agree_with_the_server(variant, sync, teacher, tokenizer, tmp_path):
+    """Rows beyond the tokenizer or one too few, a soft-cap, a scale, a bias, experts: all arrive and pass the probe."""
+    student, lora = save_tiny(tmp_path / "student", variant=variant, seed=1, scale=2.0), sync == "adapter"
+    if variant == "wide_tokenizer":
+        teacher = LocalTeacher(save_tiny(tmp_path / "teacher", variant=variant, seed=2), dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, attn_implementation="eager").eval()
+    with fake_vllm(model, tokenizer, Behaviour()) as (url, _):
+        runs = [
+            plain(tmp_path / str(number), student, teacher, chosen, lora, max_steps=2, learning_rate=1e-3)
+            for number, chosen in enumerate((block(url, sync=sync, chunk=4), None))
+        ]
+        for run in runs:
+            run.train()
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-3) and len(losses(runs[0])) == 2
+    assert_same(weights(runs[0]), weights(runs[1]), 1e-3)
+    assert runs[0].state.log_history[1]["rollouts/parity"] < 1e-4
 
 
 def test_evaluation_and_resume_generate_by_the_weights_of_their_step(engine, teacher, untied_student_dir, tmp_path):

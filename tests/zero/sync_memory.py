@@ -49,7 +49,7 @@ class _Peak:
 def watching_syncs() -> Iterator[list[dict[str, int]]]:
     """Yield a list with an entry for each sync: bytes above those before, of all of it and of gathering and writing."""
     found: list[dict[str, int]] = []
-    sync, kinds = ServerEngine.sync, (AllWeights, AdapterWeights)
+    sync, score, kinds = ServerEngine.sync, ServerEngine._score, (AllWeights, AdapterWeights)
     writes = [kind.write for kind in kinds]
 
     def watched(self):
@@ -60,6 +60,12 @@ def watching_syncs() -> Iterator[list[dict[str, int]]]:
             sync(self)
         found[-1]["sync"] = peak.bytes
 
+    def scored(self):
+        with _Peak() as peak:
+            mine = score(self)
+        found[-1]["probe"] = peak.bytes
+        return mine
+
     def watching(write):
         def written(self, directory, *, here):
             with _Peak() as peak:
@@ -68,12 +74,12 @@ def watching_syncs() -> Iterator[list[dict[str, int]]]:
 
         return written
 
-    ServerEngine.sync = watched
+    ServerEngine.sync, ServerEngine._score = watched, scored
     for kind, write in zip(kinds, writes, strict=True):
         kind.write = watching(write)
     try:
         yield found
     finally:
-        ServerEngine.sync = sync
+        ServerEngine.sync, ServerEngine._score = sync, score
         for kind, write in zip(kinds, writes, strict=True):
             kind.write = write

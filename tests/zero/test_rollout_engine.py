@@ -26,14 +26,14 @@ def job(student, teacher, out, stage, *, engine=None, lora=False, arguments=GREE
     return told | {"student": student, "output_dir": str(out), "arguments": {**arguments, **chosen}}
 
 
-def run_apart(jobs, directory):
+def run_apart(jobs, directory, env=None):
     """Run the jobs with DeepSpeed in one start, those with FSDP2 in another, and those with neither in a third."""
     kinds: dict = {}
     for name, one in jobs.items():
         kinds.setdefault("fsdp" if one.get("fsdp") else "ddp" if one["stage"] is None else "zero", {})[name] = one
     found: dict = {}
     for kind, some in kinds.items():
-        found |= run_all(some, directory / kind, timeout=900)
+        found |= run_all(some, directory / kind, timeout=900, env=env)
     return found
 
 
@@ -87,7 +87,9 @@ def test_a_sync_holds_a_layer_and_not_the_student(kind, tokenizer, teacher_dir, 
             told = {"engine": {"kind": "vllm", "url": url, "sync": sync}, "lora": sync == "adapter"}
             told |= {"watch_syncs": True, "steps": 2, "completion": 2}
             jobs[sync] = job(student, teacher_dir, tmp_path / sync, **how, **told)
-        found = run_apart(jobs, tmp_path)
+        # What is freed goes back at once, so that what is resident is what is held
+        found = run_apart(jobs, tmp_path, {"MALLOC_MMAP_THRESHOLD_": "65536"})
+    print([rank["syncs"] for ranks in found.values() for rank in ranks])
     print(
         f"{kind}: a layer has {layer / 1e6:.1f} MB, the student {whole / 1e6:.0f} MB; most above what was there before"
     )

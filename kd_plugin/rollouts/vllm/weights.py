@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,12 +35,18 @@ class Weights(Protocol):
         ...
 
     def read(self, directory: Path) -> Iterator[tuple[str, Tensor]]:
-        """Return name and value of each tensor that was written, one at a time; parameters of the student by name."""
+        """Return name and value of each tensor that was written, one at a time.
+
+        Parameters of the student have their names, but for those that a checkpoint stores in other pieces: experts.
+        """
         ...
 
 
 class AllWeights:
     """Every parameter of a student without adapters, as a checkpoint in safetensors, one file a layer.
+
+    Tensors have the names and the pieces that they have in the student's own checkpoint: transformers holds the experts
+    of a layer as one tensor, and vLLM reads them one by one, as they are stored.
 
     Args:
         student: a transformers model, sharded or not.
@@ -51,22 +57,30 @@ class AllWeights:
         self._student, self._dtype = student, dtype
 
     def layers(self) -> Iterator[dict[str, Tensor]]:
-        """Return the parameters by name, those of one layer together; whole until the next is asked for.
+        """Return the tensors by their names in a checkpoint, those of one layer together; whole until the next one.
 
         Gathers where the student is sharded, so all ranks go through it together.
         """
         for group in layer_by_layer(self._student):
             with gathering([parameter for _, parameter in group]):
-                yield {name: whole_now(parameter).detach() for name, parameter in group}
+                yield self._stored({name: whole_now(parameter).detach() for name, parameter in group})
 
     def described(self) -> dict[str, list[Any]]:
         """Return names, dtypes and whole shapes in the order of :meth:`layers`."""
-        pairs = [pair for group in layer_by_layer(self._student) for pair in group]
+        pairs: list[tuple[str, Tensor]] = []
+        for group in layer_by_layer(self._student):
+            empty = {name: torch.empty(_whole_shape(one), dtype=one.dtype, device="meta") for name, one in group}
+            pairs += self._stored(empty).items()
         return {
             "names": [name for name, _ in pairs],
-            "dtype_names": [str(self._dtype or parameter.dtype).removeprefix("torch.") for _, parameter in pairs],
-            "shapes": [list(getattr(parameter, "ds_shape", parameter.shape)) for _, parameter in pairs],
+            "dtype_names": [str(self._dtype or tensor.dtype).removeprefix("torch.") for _, tensor in pairs],
+            "shapes": [list(tensor.shape) for _, tensor in pairs],
         }
+
+    def _stored(self, layer: dict[str, Tensor]) -> dict[str, Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return dict(revert_weight_conversion(self._student, layer))
 
     def on_device(self) -> Iterator[dict[str, Tensor]]:
         """Return :meth:`layers` in the dtype that is sent."""
@@ -162,6 +176,10 @@ def layer_by_layer(model: nn.Module) -> Iterator[list[tuple[str, Any]]]:
 def remove(directory: Path) -> None:
     """Delete a version that nobody reads any more."""
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def _whole_shape(parameter: Any) -> Sequence[int]:
+    return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in its place
 
 
 def _on_host(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
