@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM
 from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.rollouts.vllm import engine as server_engine
 from kd_plugin.rollouts.vllm import transfer
+from kd_plugin.rollouts.vllm.weights import AllWeights
 from kd_plugin.teachers import LocalTeacher
 from tests.fake_vllm import Behaviour, fake_vllm
 from tests.hosts.runs import assert_same, losses, weights
 from tests.hosts.test_rollout_engine import block, plain
+from tests.tiny import tiny_model
 
 
 class Queues:
@@ -102,3 +104,15 @@ def test_on_a_cpu_it_is_refused(teacher, untied_student_dir, tmp_path):
 def test_an_adapter_is_not_sent_so(teacher, untied_student_dir, tmp_path):
     with pytest.raises(ConfigError, match=r"sync is .nccl., and the student trains an adapter\. Use sync=.adapter."):
         plain(tmp_path, untied_student_dir, teacher, block("http://127.0.0.1:1", sync="nccl"), lora=True)
+
+
+@pytest.mark.parametrize("variant", ["untied", "tied", "moe"])
+def test_what_is_described_is_what_is_sent(variant):
+    """In its order; experts as a checkpoint has them, one by one."""
+    sender = AllWeights(tiny_model(variant), torch.bfloat16)
+    sent = [pair for layer in sender.on_device() for pair in layer.items()]
+    told = sender.described()
+    assert told["names"] == [name for name, _ in sent] and len(set(told["names"])) == len(sent)
+    assert told["shapes"] == [list(tensor.shape) for _, tensor in sent]
+    assert set(told["dtype_names"]) == {"bfloat16"} == {str(tensor.dtype)[6:] for _, tensor in sent}
+    assert any("experts.3.up_proj.weight" in name for name in told["names"]) == (variant == "moe")

@@ -8,11 +8,13 @@ import time
 import pytest
 import requests
 import torch
+import yaml
 from lightning.pytorch import Trainer as LightningTrainer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from kd_plugin.errors import ServerError
+from kd_plugin.launch.servers import server_problems
 from kd_plugin.lightning import TeacherPanelCorrection
 from kd_plugin.rollouts.vllm.engine import ServerEngine
 from kd_plugin.rollouts.vllm.pool import EnginePool
@@ -47,6 +49,7 @@ def models(tmp_path_factory):
         "tied": save_tiny(root / "tied", seed=1, hidden=128, tied=True),
         "untied": save_tiny(root / "untied", seed=1, hidden=128, tied=False),
         "teacher": save_tiny(root / "teacher", seed=2, hidden=128, tied=False),
+        "experts": save_tiny(root / "experts", variant="moe", seed=1, hidden=128, head_dim=32),
     }
     return made
 
@@ -153,6 +156,26 @@ def test_five_steps_are_those_of_the_transformers_engine(host, sync, served, mod
     assert len(mine) == STEPS and mine == pytest.approx(theirs, abs=1e-3)
     assert abs(mine[-1] - mine[0]) > 1e-2, "the student must move, or nothing was shown"
     assert compared["rows"] == 4 * STEPS
+
+
+def test_experts_arrive_as_they_are_stored(models, compared, tmp_path):
+    """transformers holds the experts of a layer in one tensor, vLLM loads one by one."""
+    with VllmServer(models["experts"], tmp_path / "log", "--max-model-len", "512", "--max-logprobs", "8") as server:
+        mine = trl(tmp_path / "a", models["experts"], models["teacher"], block(server.url, "reload"), False)
+    theirs = trl(tmp_path / "b", models["experts"], models["teacher"], None, False)
+    print(f"trl, experts, reload: losses {[round(x, 4) for x in mine]}")
+    assert mine == pytest.approx(theirs, abs=1e-3) and abs(mine[-1] - mine[0]) > 1e-2
+
+
+@pytest.mark.parametrize("server", ["untied"], indirect=True)
+def test_the_doctor_compares_the_base(served, models, tmp_path):
+    for base, problems in ((served[1], 0), (models["teacher"], 1)):
+        engine = {"kind": "vllm", "url": served[2], "sync": "adapter"}
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump({"model_name_or_path": base, "rollout_engine": engine}))
+        found, notes = server_problems(tmp_path / "train.yaml")
+        print(found, notes)
+        assert len(found) == problems and not notes
+        assert all("does not serve the student's base" in one for one in found)
 
 
 def test_a_real_models_adapter_follows_five_steps(smol, compared, tmp_path):

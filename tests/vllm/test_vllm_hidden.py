@@ -28,7 +28,7 @@ OPTIONS = ("--runner", "pooling", "--convert", "embed", "--pooler-config", POOLE
 
 
 @pytest.fixture(scope="module")
-def url(smol, tmp_path_factory):
+def pooler(smol, tmp_path_factory):
     log = tmp_path_factory.mktemp("pooler") / "server.log"
     with VllmServer(smol, log, *OPTIONS, "--max-model-len", "600") as server:
         yield server.url
@@ -76,10 +76,10 @@ def loss_of(panel, scores, student, rows, divergence, temperature=1.0):
     return float(mean.detach()), torch.autograd.grad(mean, [hidden, head.weight])
 
 
-def test_the_signal_equals_that_of_the_local_teacher(url, smol, local):
+def test_the_signal_equals_that_of_the_local_teacher(pooler, smol, local):
     ids, mask, positions = batch(local.tokenizer)
     flat = torch.tensor([r * ids.shape[1] + START - 1 + c for r in range(2) for c in positions[r]])
-    mine = ServerTeacher(url, "served", signal="hidden", repo=smol, server_dtype="float32").score(ids, mask, flat)
+    mine = ServerTeacher(pooler, "served", signal="hidden", repo=smol, server_dtype="float32").score(ids, mask, flat)
     theirs = local.score(ids, mask, flat)
     apart = float((mine.hidden - theirs.hidden).abs().max())
     a, b = (one.head.logits(one.hidden).log_softmax(-1) for one in (mine, theirs))
@@ -91,10 +91,10 @@ def test_the_signal_equals_that_of_the_local_teacher(url, smol, local):
 
 
 @pytest.mark.parametrize("combine", list(MODES))
-def test_losses_and_gradients_equal_the_local_panels(combine, url, smol, local, student):
+def test_losses_and_gradients_equal_the_local_panels(combine, pooler, smol, local, student):
     """All divergences, alone and beside a second teacher."""
     rows = batch(local.tokenizer)
-    server = ServerTeacher(url, "served", signal="hidden", repo=smol, server_dtype="float32")
+    server = ServerTeacher(pooler, "served", signal="hidden", repo=smol, server_dtype="float32")
     panels = [TeacherPanel({"t": one, "second": student_copy(student)}, combine=combine) for one in (server, local)]
     scores = [scored(panel, rows) for panel in panels]
     worst = 0.0
@@ -121,10 +121,10 @@ def student_copy(student):
     return LocalTeacher(other, tokenizer=tokenizer_source, license="apache-2.0")
 
 
-def test_sampled_targets_come_from_a_server(url, smol, local, tmp_path):
+def test_sampled_targets_come_from_a_server(pooler, smol, local, tmp_path):
     """The draws of an in-process capture, but for those on an edge between two tokens."""
     rows, options = [{"text": PROSE}, {"text": PROSE[::-1]}], {"targets": Sampled(50), "progress": False}
-    server = ServerTeacher(url, "served", signal="hidden", repo=smol, server_dtype="float32")
+    server = ServerTeacher(pooler, "served", signal="hidden", repo=smol, server_dtype="float32")
     mine, theirs = capture(rows, server, tmp_path / "s", **options), capture(rows, local, tmp_path / "l", **options)
 
     def logprobs(ids):
@@ -136,17 +136,17 @@ def test_sampled_targets_come_from_a_server(url, smol, local, tmp_path):
     assert mine.tokens > 200
 
 
-def test_a_large_checkpoint_is_judged_by_its_head_alone(url, smol, monkeypatch):
+def test_a_large_checkpoint_is_judged_by_its_head_alone(pooler, smol, monkeypatch):
     monkeypatch.setattr(hidden_states, "RUN_BELOW", 0)
-    ServerTeacher(url, "served", signal="hidden", repo=smol, server_dtype="float32").check()
+    ServerTeacher(pooler, "served", signal="hidden", repo=smol, server_dtype="float32").check()
 
 
-def test_limits_and_another_dtype_are_said(url, smol, tmp_path):
-    teacher = ServerTeacher(url, "served", signal="hidden", repo=smol, server_dtype="float32")
+def test_limits_and_another_dtype_are_said(pooler, smol, tmp_path):
+    teacher = ServerTeacher(pooler, "served", signal="hidden", repo=smol, server_dtype="float32")
     with pytest.raises(DataError, match=r"takes 600\. Set max_length=600, or .* --max-model-len 601"):
         teacher.states([[5] * 601])
     with pytest.raises(ConfigError, match=r"computes in float32, and bfloat16 is expected .*--dtype bfloat16"):
-        ServerTeacher(url, "served", signal="hidden", repo=smol, server_dtype="bfloat16").check()
+        ServerTeacher(pooler, "served", signal="hidden", repo=smol, server_dtype="bfloat16").check()
 
 
 def test_bfloat16_is_measured(smol, local, student, tmp_path):
@@ -170,7 +170,6 @@ def test_bfloat16_is_measured(smol, local, student, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), r"has no /pooling"),
         (("--runner", "pooling", "--convert", "embed"), r"pooling_task"),
         ((*OPTIONS[:5], '{"task":"token_embed"}'), r"normalizes its hidden states"),
     ],
@@ -181,6 +180,12 @@ def test_a_server_without_the_flags_is_refused_with_them(options, message, tmp_p
         with pytest.raises(ConfigError, match=message) as error:
             ServerTeacher(server.url, "served", signal="hidden", repo=model).check()
         assert (FLAGS if "normalizes" not in message else POOLER) in str(error.value)
+
+
+def test_a_server_that_generates_is_refused_with_the_flags(url, smol):
+    with pytest.raises(ConfigError, match=r"has no /pooling") as error:
+        ServerTeacher(url, "served", signal="hidden", repo=smol).check()
+    assert FLAGS in str(error.value)
 
 
 def test_another_model_and_a_longer_context_are_refused(tmp_path, monkeypatch):
