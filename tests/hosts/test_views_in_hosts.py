@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from kd_plugin.cli.main import main
 from kd_plugin.lightning import TeacherPanelCorrection
@@ -22,7 +23,8 @@ from kd_plugin.panel.checks import require_defined_panel
 from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.transformers import TeacherPanelMixin
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
-from tests.hosts.runs import losses, settings
+from tests.core.test_adapter_teacher import save_adapter
+from tests.hosts.runs import LORA, losses, settings
 from tests.lightning.help import Plain, trainer
 from tests.tiny import byte_tokenizer, save_tiny
 from tests.tokenizers import byte_level
@@ -108,6 +110,26 @@ def test_the_three_hosts_take_the_same_steps(models, tmp_path, estimator):
 
     assert plain.losses == pytest.approx(losses(trl), rel=1e-3)
     assert losses(own) == pytest.approx(losses(trl), rel=1e-3)
+
+
+@pytest.mark.parametrize("view", [{"context": "Hint: {{ hint }}"}, {"tokenizer": "own", "chat_template": "own"}])
+def test_an_adapter_reads_by_its_view_as_the_merged_model_does(models, tmp_path, view):
+    """Three epochs of four rows; a base of the student's tokens, and one of tokens of its own."""
+    base = models["bpe" if "tokenizer" in view else "same"]
+    adapter = save_adapter(base, tmp_path / "adapter", LORA, 1)
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "merged")
+    (tmp_path / "merged" / "README.md").write_text("---\nlicense: mit\n---\n")
+    own = {"estimator": "byte_marginals"} if "tokenizer" in view else {}
+    found = []
+    for name, teacher in (
+        ("adapter", {"kind": "adapter", "adapter": adapter, "base": base, "license": "mit"}),
+        ("merged", {"model": str(tmp_path / "merged")}),
+    ):
+        panel = {"combine": "weighted_kl", "teachers": {"t": {**teacher, **own, "view": view}}}
+        found.append(losses(in_trl(models, tmp_path / name, panel, generation_kwargs=GREEDY)))
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and len(found[0]) == 3
 
 
 def test_yaml_of_views_and_the_docs_block(models, tmp_path):
