@@ -89,7 +89,6 @@ def test_a_sync_holds_a_layer_and_not_the_student(kind, tokenizer, teacher_dir, 
             jobs[sync] = job(student, teacher_dir, tmp_path / sync, **how, **told)
         # What is freed goes back at once, so that what is resident is what is held
         found = run_apart(jobs, tmp_path, {"MALLOC_MMAP_THRESHOLD_": "65536"})
-    print([rank["syncs"] for ranks in found.values() for rank in ranks])
     print(
         f"{kind}: a layer has {layer / 1e6:.1f} MB, the student {whole / 1e6:.0f} MB; most above what was there before"
     )
@@ -101,7 +100,9 @@ def test_a_sync_holds_a_layer_and_not_the_student(kind, tokenizer, teacher_dir, 
                 f"sync: {sync}, rank {number}: gathering and writing {most['write'] / 1e6:.0f} MB, all of it with the "
                 f"probe {most['sync'] / 1e6:.0f} MB"
             )
-            assert most["write"] < 0.25 * whole and most["sync"] < 0.5 * whole, (kind, sync, number)
+            # A layer whole, its copy on the host and what becomes of that in the file, and one that is being gathered
+            assert most["write"] < 5 * layer and most["sync"] < 6 * layer < 0.25 * whole, (kind, sync, number)
+            assert sync == "reload" or most["write"] < layer, "of the frozen base nothing is gathered"
 
 
 @pytest.mark.zero
