@@ -36,7 +36,13 @@ def option(*, default: Any = MISSING, factory: Any = MISSING, help: str) -> Any:
     return field(default=default, default_factory=factory, metadata={"help": help})
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(option, field))
+def other_default(cls: type, name: str, default: Any) -> Any:
+    """Declare a field that settings inherit with another default; what it means, and its help, stay where they are."""
+    one = next(field for field in dataclasses.fields(cls) if field.name == name)
+    return field(default=default, kw_only=one.kw_only, metadata=one.metadata)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(option, other_default, field))
 def settings(cls: Class) -> Class:
     """Make a class a frozen dataclass whose docstring lists its fields with their help."""
     made: Any = dataclass(frozen=True)(cls)

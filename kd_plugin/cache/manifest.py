@@ -1,7 +1,9 @@
-"""What a teacher cache says of itself: ``manifest.json``, and one small record a unit.
+"""What a teacher cache says of itself: ``manifest.json``, one small record a unit, and the tokens that its ids mean.
 
 Every record is canonical JSON with its own digest, and is compared byte for byte with what it would be written
-as, so that any flipped byte shows, also one in white space.
+as, so that any flipped byte shows, also one in white space. The tokens are kept beside the targets so that a student
+that shares a part of them can learn. They are no part of the manifest, whose fingerprint of them tells that the file is
+right; a cache without that file teaches students of its own tokenizer alone.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cache.files import fitting, record_digest, unseal
+from kd_plugin.cache.files import fitting, publish_new, record_digest, seal, temporary_name, unseal
 from kd_plugin.cache.targets import Generation, Sampled, Targets, TopK, describe, from_description
-from kd_plugin.errors import CacheError
+from kd_plugin.errors import CacheCorruptionError, CacheError
+from kd_plugin.vocab import Vocabulary
 
 FORMAT = "kd-plugin teacher cache"
 # The first keeps each log-probability of sampled targets, the second names neither a template nor a time; both are read
@@ -23,6 +26,7 @@ _MAX_UNITS = 10_000_000  # ten billion rows at the usual size; missing ones are 
 NOTHING_TO_SCORE = "nothing to score"
 # Left out where not used
 _LATER = ("generation", "filter", "assistant_only", "rendered_with", "rendered_at", "for_student", "view", "written_by")
+VOCABULARY = "vocabulary.json"
 POSITION_CONVENTION = "the target at position t is the distribution over token t+1"
 
 
@@ -335,3 +339,37 @@ def read_manifest(directory: Path) -> Manifest:
             f"{FORMAT!r} up to version {FORMAT_VERSION}. Read it with the kd-plugin that wrote it, or a newer one."
         )
     return Manifest.from_json(values)
+
+
+def keep_tokens(directory: Path, vocabulary: Vocabulary) -> None:
+    """Write the tokens beside a cache that has been begun, unless they are there."""
+    if (directory / VOCABULARY).exists():
+        return
+    temporary = temporary_name(directory / "tmp", VOCABULARY)
+    temporary.write_bytes(seal({"tokens": dict(vocabulary.tokens), "added": sorted(vocabulary.added)}))
+    publish_new(temporary, directory / VOCABULARY)
+
+
+def kept_tokens(directory: Path, fingerprint: str) -> Vocabulary | None:
+    """Read the tokens of a cache; None where it has none.
+
+    Args:
+        directory: the cache.
+        fingerprint: of its tokens, as the manifest has it.
+
+    Raises:
+        CacheCorruptionError: the file is damaged, or of other tokens.
+    """
+    path = directory / VOCABULARY
+    if not path.is_file():
+        return None
+    way_out = "Put back an earlier copy, or delete it: the cache then teaches students of its own tokenizer."
+    content = unseal(path, way_out)
+    try:
+        tokens = {str(token): int(index) for token, index in content["tokens"].items()}
+        found = Vocabulary(tokens, {}, added=frozenset(map(str, content["added"])))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheCorruptionError(f"{path} is no list of tokens ({error}). {way_out}") from error
+    if not tokens or found.fingerprint != fingerprint:
+        raise CacheCorruptionError(f"{path} holds other tokens than the cache was captured with. {way_out}")
+    return found

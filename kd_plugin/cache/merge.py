@@ -15,12 +15,11 @@ from pathlib import Path
 import pyarrow as pa
 
 from kd_plugin.cache.files import explained, fitting, publish_new, seal, sync, temporary_name, unseal
-from kd_plugin.cache.manifest import Manifest, Part
+from kd_plugin.cache.manifest import Manifest, Part, keep_tokens, kept_tokens
 from kd_plugin.cache.mapped_write import verify_shard
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.cache.schema import read_row_groups
 from kd_plugin.cache.store import Store
-from kd_plugin.cache.tokens import keep_tokens, kept_tokens
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError
 from kd_plugin.lineage.declared import joined_records
 

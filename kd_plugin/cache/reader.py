@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from kd_plugin.cache.files import seal
-from kd_plugin.cache.manifest import Manifest, read_manifest
+from kd_plugin.cache.manifest import Manifest, kept_tokens, read_manifest
 from kd_plugin.cache.mapped_read import Mapped
 from kd_plugin.cache.mapped_write import build, mapped_directory, verify_shard
 from kd_plugin.cache.schema import example_id
 from kd_plugin.cache.store import card, gather
 from kd_plugin.cache.targets import Sampled, describe
 from kd_plugin.cache.templates import pinned_tokenizer
-from kd_plugin.cache.tokens import kept_tokens
 from kd_plugin.errors import CacheCorruptionError, CacheError, ConfigError, DataError, VocabularyError
 from kd_plugin.lineage.data import CACHE, with_origin
 from kd_plugin.lineage.sources import Source

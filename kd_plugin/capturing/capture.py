@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cache.manifest import Manifest, Part, Settings, read_manifest
+from kd_plugin.cache.manifest import Manifest, Part, Settings, keep_tokens, read_manifest
 from kd_plugin.cache.reader import TeacherCache
 from kd_plugin.cache.store import Store, require_same
 from kd_plugin.cache.targets import Generation, Targets, TopK
@@ -22,7 +22,6 @@ from kd_plugin.cache.templates import (
     prints_time,
     with_template,
 )
-from kd_plugin.cache.tokens import keep_tokens
 from kd_plugin.capturing.engines import as_asked, open_engine, require_targets, require_teacher
 from kd_plugin.capturing.rows import open_rows, passed_columns
 from kd_plugin.capturing.student import StudentTokenization

@@ -14,11 +14,10 @@ from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
 from kd_plugin.evaluation.in_loop import EvaluationSettings
 from kd_plugin.lightning.evaluation import TaskEvaluation
-from kd_plugin.lightning.offline import OfflineKD
+from kd_plugin.lightning.offline import OfflineKD, TeacherText
 from kd_plugin.lightning.panel import TeacherPanelCorrection
 from kd_plugin.lightning.step import SAMPLES
 from kd_plugin.lightning.student import engine_of
-from kd_plugin.lightning.text import TeacherText
 from kd_plugin.lineage.config import LineageSettings
 from kd_plugin.models import load_language_model
 from kd_plugin.panel.settings import PanelSettings

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
@@ -24,6 +24,7 @@ import requests
 import tenacity
 
 from kd_plugin.errors import ConfigError, ServerError
+from kd_plugin.settings import option, settings
 
 if TYPE_CHECKING:
     from kd_plugin.teachers.served import Connection
@@ -36,6 +37,31 @@ _LONGEST_ASKED = 3600.0  # seconds that a server may ask to wait, and that it ma
 _SHOWN = 300  # characters of a server's answer that a message quotes
 _DONE = "[DONE]"  # the last event of a stream
 T = TypeVar("T")
+
+
+@settings
+class RequestSettings:
+    """How a server is asked: how many requests at a time, how patiently, with which key.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+
+    _: KW_ONLY
+    timeout: float = option(default=600.0, help="Seconds without a byte until a request counts as failed.")
+    max_concurrency: int = option(default=16, help="Requests at a time to each server.")
+    max_retries: int = option(
+        default=8, help="Further attempts of a request while the server is away, overloaded or restarting."
+    )
+    api_key_env: str | None = option(
+        default=None,
+        help="Environment variable with the server's key; read when it is sent, and never kept, written or shown.",
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("timeout", 0.001), ("max_concurrency", 1), ("max_retries", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected at least {least}.")
 
 
 class Away(Exception):

@@ -14,13 +14,13 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.lineage.sources import Signal, Source
 from kd_plugin.models import output_rows
 from kd_plugin.settings import option, settings
-from kd_plugin.teachers.client import Client, RefusedRequest
+from kd_plugin.teachers.client import Client, RefusedRequest, RequestSettings
 from kd_plugin.vocab import Vocabulary
 
 
 @settings
-class Connection:
-    """A server's address, how patiently it is asked, and where the terms of what it serves are.
+class Connection(RequestSettings):
+    """A server's address, how it is asked, and where the terms of what it serves are.
 
     Raises:
         ConfigError: a number out of range, no HTTP address, or one with credentials in it.
@@ -31,15 +31,6 @@ class Connection:
         default=None, help="Name under which the server knows the model; None takes the only one that it lists."
     )
     name: str = option(default="teacher", help="How metrics and lineage call it.")
-    timeout: float = option(default=600.0, help="Seconds without a byte until a request counts as failed.")
-    max_concurrency: int = option(default=16, help="Requests at a time.")
-    max_retries: int = option(
-        default=8, help="Further attempts of a request while the server is away, overloaded or restarting."
-    )
-    api_key_env: str | None = option(
-        default=None,
-        help="Environment variable with the server's key; read when it is sent, and never kept, written or shown.",
-    )
     repo: str | None = option(
         default=None,
         help="Hub id or directory of the weights that are served, where their terms can be read; None takes `model`.",
@@ -48,6 +39,7 @@ class Connection:
     license: str | None = option(default=None, help="Declared licence where none can be discovered.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parts = urlsplit(self.url)
         if parts.username is not None or parts.password is not None or parts.query:
             raise ConfigError(
@@ -56,13 +48,6 @@ class Connection:
             )
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"url={self.url!r}: expected the address of a server, such as http://127.0.0.1:8000.")
-        for name, value, least in (
-            ("timeout", self.timeout, 0.001),
-            ("max_concurrency", self.max_concurrency, 1),
-            ("max_retries", self.max_retries, 0),
-        ):
-            if value < least:
-                raise ConfigError(f"{name}={value}: expected at least {least}.")
 
     @property
     def root(self) -> str:

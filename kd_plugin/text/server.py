@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.lineage.sources import Source
-from kd_plugin.settings import built, option, require_known, settings, takes
+from kd_plugin.settings import built, option, other_default, require_known, settings, takes
 from kd_plugin.teachers.client import Away, Client, RefusedRequest
 from kd_plugin.teachers.handshake import names_of
 from kd_plugin.teachers.served import Connection
@@ -38,7 +38,7 @@ class _NotAsked(Exception):
 class WriterConnection(Connection):
     """A connection to a model that writes: texts take long, so more of them are asked for at a time."""
 
-    max_concurrency: int = option(default=32, help="Requests at a time.")
+    max_concurrency: int = other_default(Connection, "max_concurrency", 32)
     stream: bool = option(
         default=False,
         help="Have answers sent as they are written, so that nothing on the way times out while a model thinks.",

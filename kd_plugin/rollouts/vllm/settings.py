@@ -9,14 +9,15 @@ from typing import Any
 
 from kd_plugin.errors import ConfigError, require_known_keys
 from kd_plugin.inputs import read_yaml
-from kd_plugin.settings import option, require_known, settings
+from kd_plugin.settings import option, other_default, require_known, settings
+from kd_plugin.teachers.client import RequestSettings
 
 SYNCS = ("adapter", "reload", "nccl")
 _DTYPES = (None, "float32", "bfloat16", "float16")
 
 
 @settings
-class EngineSettings:
+class EngineSettings(RequestSettings):
     """A rollout engine beside the trainer, in YAML ``rollout_engine``.
 
     Raises:
@@ -68,15 +69,14 @@ class EngineSettings:
         help="Tokens of one request. A response goes on from request to request, so that a server that dies, or new "
         "weights, interrupt it and do not begin it anew.",
     )
-    timeout: float = option(default=600.0, help="Seconds until a request without an answer counts as failed.")
-    max_concurrency: int = option(default=64, help="Requests at a time to each server.")
-    max_retries: int = option(default=3, help="Further attempts of a request before a server counts as dead.")
-    api_key_env: str | None = option(default=None, help="Environment variable with the servers' key.")
+    max_concurrency: int = other_default(RequestSettings, "max_concurrency", 64)
+    max_retries: int = other_default(RequestSettings, "max_retries", 3)
     options: dict[str, Any] | None = option(
         default=None, help="Without `url`: further arguments of `vllm.LLM`, such as gpu_memory_utilization."
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind != "vllm":
             require_known("rollout_engine: kind", self.kind, ("vllm",))
         require_known("rollout_engine: sync", self.sync, SYNCS)
@@ -97,8 +97,6 @@ class EngineSettings:
         for name, value, least in (
             ("max_staleness", self.max_staleness, 0),
             ("chunk", self.chunk, 1),
-            ("max_retries", self.max_retries, 0),
-            ("max_concurrency", self.max_concurrency, 1),
         ):
             if value < least:
                 raise ConfigError(f"rollout_engine: {name} is {value}; expected at least {least}.")
