@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_plugin.cli.parsing import Parser, as_yaml, parse_settings
+from kd_plugin.cli.parsing import Parser, parse_settings, require_set
 from kd_plugin.errors import CacheCorruptionError, UsageError
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ def import_command(argv: Sequence[str]) -> int:
     if len(places) < 2 and any(not word.startswith("-") for word in argv):
         raise unplaced
     parsed = parse_settings(ImportSettings, argv[len(places) :], command="cache import", description=_IMPORT)
-    if parsed.print_only:
-        print(as_yaml(parsed.settings))
+    if parsed.shown():
         return 0
     if len(places) < 2:
         raise unplaced
@@ -235,12 +234,9 @@ def fidelity_command(argv: Sequence[str]) -> int:
     """Run ``kd-plugin cache fidelity ARGV`` and return its exit code."""
     parsed = parse_settings(FidelityConfig, argv, command="cache fidelity", description=_FIDELITY)
     config = parsed.settings
-    if parsed.print_only:
-        print(as_yaml(config))
+    if parsed.shown():
         return 0
-    for name in ("dataset", "teacher", "student"):
-        if not getattr(config, name):
-            raise UsageError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
+    require_set(config, ("dataset", "teacher", "student"))
     if config.output is not None:
         import matplotlib  # noqa: F401  a missing plot is said before the probe, not after it
     found = _probe(config)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_plugin.capturing.capture import ScoringSettings
-from kd_plugin.errors import ConfigError, UsageError, nearest, require_known_keys
+from kd_plugin.errors import ConfigError, nearest, require_known_keys
 from kd_plugin.inputs import MIXTURE
 from kd_plugin.settings import option, settings, values_of
 
@@ -128,7 +128,7 @@ class CaptureConfig(ScoringSettings, TeachingSettings):
 
 def main(argv: Sequence[str], append: bool = False) -> int:
     """Run the command with ``argv`` and return its exit code."""
-    from kd_plugin.cli.parsing import as_yaml, parse_settings, written_for
+    from kd_plugin.cli.parsing import parse_settings, require_set, written_for
 
     if written_for("targets", argv) == "text" and not append:
         from kd_plugin.cli.text import main as capture_text
@@ -142,12 +142,9 @@ def main(argv: Sequence[str], append: bool = False) -> int:
         flags={"dry_run": "Count rows, tokens, bytes and hours from a few batches; store nothing."},
     )
     config = parsed.settings
-    if parsed.print_only:
-        print(as_yaml(config))
+    if parsed.shown():
         return 0
-    for name in ("dataset", "teacher", "output_dir"):
-        if not getattr(config, name) and not (name == "dataset" and config.datasets):
-            raise UsageError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
+    require_set(config, [*([] if config.datasets else ["dataset"]), "teacher", "output_dir"])
     targets, generation, teacher = make_targets(config), make_generation(config), make_teacher(config)
     from kd_plugin.capturing import capture
 

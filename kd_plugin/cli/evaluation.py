@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.cli.text import make_writer
-from kd_plugin.errors import UsageError
 from kd_plugin.settings import option, settings
 
 _EVALUATE = """\
@@ -102,16 +101,13 @@ class EvaluateConfig:
 
 def evaluate(argv: Sequence[str]) -> int:
     """Run ``kd-plugin evaluate`` with ``argv`` and return its exit code."""
-    from kd_plugin.cli.parsing import as_yaml, parse_settings
+    from kd_plugin.cli.parsing import parse_settings, require_set
 
     parsed = parse_settings(EvaluateConfig, argv, command="evaluate", description=_EVALUATE)
     config = parsed.settings
-    if parsed.print_only:
-        print(as_yaml(config))
+    if parsed.shown():
         return 0
-    for name in ("model", "tasks", "output_dir"):
-        if not getattr(config, name):
-            raise UsageError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
+    require_set(config, ("model", "tasks", "output_dir"))
     from kd_plugin import evaluation
     from kd_plugin.evaluation import compare, load_evaluation, load_tasks
     from kd_plugin.evaluation.contamination import find_contaminated, without, write_contaminated
@@ -158,16 +154,15 @@ def _name(config: EvaluateConfig) -> str:
 
 def pilot(argv: Sequence[str]) -> int:
     """Run ``kd-plugin pilot`` with ``argv`` and return its exit code."""
-    from kd_plugin.cli.parsing import as_yaml, parse_settings, require_set
+    from kd_plugin.cli.parsing import parse_settings, require_set
     from kd_plugin.evaluation.pilot.settings import PilotConfig, State
 
     flags = {"dry_run": "Print the methods, the number of runs and the verdict on all terms; run nothing."}
     parsed = parse_settings(PilotConfig, argv, command="pilot", description=_PILOT, flags=flags)
     config = parsed.settings
-    if parsed.print_only:
-        print(as_yaml(config))
+    if parsed.shown():
         return 0
-    require_set(config, ("output_dir", "student", "teachers", "data", "tasks", "budget"), "pilot")
+    require_set(config, ("output_dir", "student", "teachers", "data", "tasks", "budget"))
     from kd_plugin.cli.recipe.command import WrittenRecipes
     from kd_plugin.evaluation.pilot.report import write_report
     from kd_plugin.evaluation.pilot.run import Pilot
@@ -187,16 +182,15 @@ def pilot(argv: Sequence[str]) -> int:
 
 def ladder(argv: Sequence[str]) -> int:
     """Run ``kd-plugin ladder`` with ``argv`` and return its exit code."""
-    from kd_plugin.cli.parsing import as_yaml, naming, parse_settings, require_set
+    from kd_plugin.cli.parsing import naming, parse_settings, require_set
     from kd_plugin.evaluation.ladder import Ladder, LadderConfig
 
     flags = {"dry_run": "Print size, plan, cost and terms of every rung; train nothing."}
     parsed = parse_settings(LadderConfig, argv, command="ladder", description=_LADDER, flags=flags)
     config = parsed.settings
-    if parsed.print_only:
-        print(as_yaml(config))
+    if parsed.shown():
         return 0
-    require_set(config, ("output_dir", "rungs", "recipe", "tasks", "bar"), "ladder")
+    require_set(config, ("output_dir", "rungs", "recipe", "tasks", "bar"))
     from kd_plugin.cli.recipe.command import WrittenRecipes
 
     ladder = Ladder(config, WrittenRecipes())

@@ -169,7 +169,7 @@ class Parsed(Generic[Settings]):
     Attributes:
         settings: the filled dataclass.
         flags: the flags that were given.
-        print_only: the user asked to see the settings, not to run; see :func:`as_yaml`.
+        print_only: the user asked to see the settings, not to run.
         file: the YAML file, or None.
     """
 
@@ -177,6 +177,12 @@ class Parsed(Generic[Settings]):
     flags: frozenset[str]
     print_only: bool
     file: YamlFile | None = None
+
+    def shown(self) -> bool:
+        """Print the settings as YAML where the user asked to see them; return whether that is so."""
+        if self.print_only:
+            print(as_yaml(self.settings))
+        return self.print_only
 
 
 def parse_settings(
@@ -222,7 +228,7 @@ def parse_settings(
     return Parsed(settings=filled, flags=asked, print_only=print_only, file=given.file)
 
 
-def require_set(settings: Any, names: Sequence[str], command: str) -> None:
+def require_set(settings: Any, names: Sequence[str]) -> None:
     """Refuse settings without what a command cannot do without.
 
     Raises:
@@ -230,7 +236,7 @@ def require_set(settings: Any, names: Sequence[str], command: str) -> None:
     """
     for name in names:
         if not getattr(settings, name):
-            raise UsageError(f"{name} is not set. Give `{name}:` in the --config file.", f"kd-plugin {command}")
+            raise UsageError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
 
 
 def add_config(parser: Parser, printed: bool = True) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cli.parsing import as_yaml, parse_settings
+from kd_plugin.cli.parsing import parse_settings
 from kd_plugin.cli.plan_report import plot_peaks, print_engines, print_plan, print_text_bills
 from kd_plugin.errors import ConfigError
 from kd_plugin.launch.configs import training_arguments, write_all
@@ -35,8 +35,7 @@ def main(argv: Sequence[str]) -> int:
     flags = {"json": "print the plan as JSON, all figures in bytes, seconds and GPU hours"}
     parsed = parse_settings(PlanSettings, argv, command="plan", description=_DESCRIPTION, flags=flags)
     settings = parsed.settings
-    if parsed.print_only:
-        print(as_yaml(settings))
+    if parsed.shown():
         return 0
     run, cluster = planned(settings)
     beside = engines_of(settings)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from kd_plugin.cli.parsing import Parser, as_yaml, parse_settings
+from kd_plugin.cli.parsing import Parser, parse_settings
 from kd_plugin.errors import ConfigError
 from kd_plugin.launch.doctor import LaunchSettings, check_launch, own_problems, with_plan
 
@@ -54,8 +54,7 @@ def doctor(argv: Sequence[str]) -> int:
     """Run ``kd-plugin doctor ARGV`` and return its exit code."""
     flags = {"launch": "check the launch; every rank of it must run this"}
     parsed = parse_settings(LaunchSettings, argv, command="doctor", description=_DOCTOR, flags=flags)
-    if parsed.print_only:
-        print(as_yaml(parsed.settings))
+    if parsed.shown():
         return 0
     if "launch" not in parsed.flags:
         if parsed.settings.teachers or parsed.settings.caches:

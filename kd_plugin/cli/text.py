@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kd_plugin.cli.capture import SourceSettings, dropped_text, rows_of
-from kd_plugin.errors import ConfigError, UsageError, require_known_keys
+from kd_plugin.errors import ConfigError, require_known_keys
 from kd_plugin.settings import option, settings, values_of
 from kd_plugin.text.settings import TextSettings
 
@@ -37,7 +37,7 @@ class TextCaptureConfig(TextSettings, SourceSettings):
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with ``argv`` and return its exit code."""
-    from kd_plugin.cli.parsing import as_yaml, parse_settings
+    from kd_plugin.cli.parsing import parse_settings, require_set
     from kd_plugin.text import capture_text
 
     parsed = parse_settings(
@@ -48,12 +48,9 @@ def main(argv: Sequence[str]) -> int:
         flags={"dry_run": "Say how many texts are asked for and what they cost at most; ask nobody."},
     )
     config = parsed.settings
-    if parsed.print_only:
-        print(as_yaml(config))
+    if parsed.shown():
         return 0
-    for name in ("dataset", "output_dir"):
-        if not getattr(config, name) and not (name == "dataset" and config.datasets):
-            raise UsageError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
+    require_set(config, [*([] if config.datasets else ["dataset"]), "output_dir"])
     writers = make_writers(config)
     rows = rows_of(config)
     if "dry_run" in parsed.flags:

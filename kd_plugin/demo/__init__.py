@@ -20,7 +20,7 @@ two CPU cores, and writes to --output_dir only. Called again it goes on where it
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with ``argv`` and return its exit code."""
-    from kd_plugin.cli.parsing import as_yaml, parse_settings
+    from kd_plugin.cli.parsing import parse_settings
     from kd_plugin.demo.state import DemoConfig
 
     parsed = parse_settings(
@@ -34,8 +34,7 @@ def main(argv: Sequence[str]) -> int:
             "smoke": "Every step, but tiny: is everything installed?",
         },
     )
-    if parsed.print_only:
-        print(as_yaml(parsed.settings))
+    if parsed.shown():
         return 0
 
     # Before torch is loaded. With the default policy two OpenMP processes slow each other down many times.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
@@ -17,8 +17,10 @@ from kd_plugin.limits import refuse_label_smoothing
 from kd_plugin.lineage.config import LineageSettings
 from kd_plugin.settings import mappings, mutable, part_of
 from kd_plugin.trl.upstream import CROSS_ENTROPY
+from kd_plugin.upstream import reference_of
 
 logger = logging.getLogger(__name__)
+Config = TypeVar("Config", bound=TrainingArguments)
 
 
 def without_bf16(args: TrainingArguments) -> None:
@@ -26,6 +28,19 @@ def without_bf16(args: TrainingArguments) -> None:
     if args.bf16 is None and not args.fp16 and not args.use_cpu and not is_torch_bf16_gpu_available():
         logger.warning("No accelerator here computes in bf16, so this run is in float32. `bf16: true` would insist.")
         args.bf16 = False
+
+
+def config_of(cls: type[Config], args: Any, model: Any) -> Config:
+    """Return a trainer's configuration, one of defaults where none is given.
+
+    Raises:
+        ConfigError: one of another class, which cannot say how the student distils.
+    """
+    if args is None:
+        return cls(f"{(reference_of(model) or 'model').split('/')[-1]}-{cls.__name__.removesuffix('Config')}")
+    if not isinstance(args, cls):
+        raise ConfigError(f"args is a {type(args).__name__}; expected {cls.__name__}, which takes the same fields.")
+    return args
 
 
 def require_sft_loss(args: SFTConfig) -> None:

@@ -24,13 +24,11 @@ from kd_plugin.cache.joining import Untaught, untaught_tokens
 from kd_plugin.cache.joint import Caches, JointCache
 from kd_plugin.cache.templates import is_conversation, pinned, pinned_tokenizer
 from kd_plugin.cache.training_rows import CutIndex, Window, something_to_cut, why_not_found, with_labels
-from kd_plugin.errors import ConfigError
 from kd_plugin.evaluation.in_loop import EvaluationSettings
 from kd_plugin.settings import part_of
 from kd_plugin.trainers.offline import OfflineKDMixin
-from kd_plugin.trl.config import OfflineKDConfig, require_sft_loss
+from kd_plugin.trl.config import OfflineKDConfig, config_of, require_sft_loss
 from kd_plugin.trl.upstream import ASKED_BY, FUSED_HEAD, SummedLossMixin, TrlMetricsMixin
-from kd_plugin.upstream import reference_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -99,13 +97,7 @@ class OfflineKDTrainer(TrlMetricsMixin, OfflineKDMixin, SummedLossMixin):
         teacher_cache: Caches | None = None,
         teacher_text: str | Path | None = None,
     ) -> None:
-        if args is None:
-            args = OfflineKDConfig(f"{(reference_of(model) or 'model').split('/')[-1]}-OfflineKD")
-        if not isinstance(args, OfflineKDConfig):
-            raise ConfigError(
-                f"args is a {type(args).__name__}; OfflineKDTrainer needs an OfflineKDConfig, which takes "
-                "the same fields."
-            )
+        args = config_of(OfflineKDConfig, args, model)
         if train_dataset is None and args.completion_only_loss is None:
             args = copy.copy(args)
             args.completion_only_loss = True

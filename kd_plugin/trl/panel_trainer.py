@@ -26,10 +26,10 @@ from kd_plugin.rollouts.rows import Rollouts, as_responses, behaviour_logprobs, 
 from kd_plugin.settings import part_of
 from kd_plugin.teachers import Teacher
 from kd_plugin.trainers.panel import PanelHostMixin
+from kd_plugin.trl.config import config_of
 from kd_plugin.trl.generation import TRLEngine, ask_for_logprobs, padded_logprobs, recorded, require_draws, share_evenly
 from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.upstream import EpochSampler, TrlMetricsMixin
-from kd_plugin.upstream import reference_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -85,13 +85,7 @@ class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
         *,
         teacher_models: TeacherPanel | Mapping[str, Any] | None = None,
     ) -> None:
-        if args is None:
-            args = TeacherPanelConfig(f"{(reference_of(model) or 'model').split('/')[-1]}-TeacherPanel")
-        if not isinstance(args, TeacherPanelConfig):
-            raise ConfigError(
-                f"args is a {type(args).__name__}; TeacherPanelTrainer needs a TeacherPanelConfig, which takes the "
-                "same fields."
-            )
+        args = config_of(TeacherPanelConfig, args, model)
         require_no_tools(args, tools)
         run = self.gate_panel(
             args,
