@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from kd_plugin.cache import TeacherCache, TopK
-from kd_plugin.cache.tokens import keep_tokens
+from kd_plugin.cache.manifest import keep_tokens
 from kd_plugin.capturing import capture
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.reference import divergence_from_logits
