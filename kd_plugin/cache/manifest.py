@@ -106,7 +106,7 @@ class Settings:
     def scored(self) -> str:
         """Which tokens have a target, in words."""
         if self.generation is not None:
-            tokens = "what the teacher wrote" if self.written_by is None else "what the student wrote"
+            tokens = "what the teacher wrote" if self.written_by is None else "what the student generated"
         elif self.assistant_only:
             tokens = "the assistant's turns" + ("" if self.completion_only is False else ", in completions if any")
         elif self.completion_only is False:

@@ -249,7 +249,7 @@ def _print_advice(console: Console, found: Sequence[Option], best: Option | None
     console.print(f"Recommended: {best.layout.name}; most of a step is to {best.seconds.bound}.", style="bold")
     if best.layout.stage == 3 and not best.run.gather_for_generation:
         console.print(
-            "Whole weights do not fit beside the rest while the student writes: layers are gathered anew for every "
+            "Whole weights do not fit beside the rest while the student generates: layers are gathered anew for every "
             "token (ds3_gather_for_generation=False). That is slow and can look like a hang. Let vLLM write "
             "(use_vllm), or choose offline KD."
         )

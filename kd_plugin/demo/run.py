@@ -46,7 +46,7 @@ def show_results(console: Console, measured: dict[str, dict[str, Any]]) -> None:
 
 
 def show_samples(console: Console, asked: dict[str, Question], measured: dict[str, dict[str, Any]]) -> None:
-    """Print what the student wrote at each point, to one question of each domain."""
+    """Print what the student generated at each point, to one question of each domain."""
     for domain, question in asked.items():
         console.print(f"\n[bold]{escape(question.text)}[/bold] [dim]({domain})[/dim]")
         width = max(map(len, measured))

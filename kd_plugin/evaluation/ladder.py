@@ -163,7 +163,7 @@ class Ladder:
 def rungs_of(given: Sequence[Any], recipe: Mapping[str, Any], output_dir: Path) -> list[Rung]:
     """Return the rungs, each with the recipe in which its student stands.
 
-    Captures of what teachers wrote are shared; those of what a student wrote are its own.
+    Captures of what teachers wrote are shared; those of what a student generated are its own.
 
     Raises:
         ConfigError: an unknown key, no student, or two of one name.

@@ -57,7 +57,7 @@ class OwnTerms:
         divergence: or None for the run's.
         temperature: divides the logits of both sides, in a mixture the teacher's alone; or None for the run's.
         estimator: or None for the panel's.
-        view: how it reads what the student wrote; None reads the student's own prompt and tokens.
+        view: how it reads what the student generated; None reads the student's own prompt and tokens.
 
     Raises:
         ConfigError: a temperature that cannot divide logits.

@@ -1,7 +1,7 @@
 """What a teacher is asked: templates in files, filled in with text that stays data.
 
 A template has three parts: a line ``version: N``, the instructions (the system message), and behind a line ``---`` the
-request. ``{{name}}`` stands for what is filled in. What a student wrote is filled in as JSON whose quotation marks and
+request. ``{{name}}`` stands for what is filled in. A response is filled in as JSON whose quotation marks and
 control tokens are escaped, and the reply must carry a key that the student could not know.
 """
 

@@ -100,7 +100,7 @@ class TeacherPanelTrainer(TrlMetricsMixin, PanelHostMixin, DistillationTrainer):
         )
         if tools and self.panel.text_teachers:
             raise ConfigError(
-                "A text teacher corrects what the student wrote, and with tools a part of a response is a tool's. "
+                "A text teacher corrects what the student generated, and with tools a part of a response is a tool's. "
                 "Leave tools out, or have teachers that give distributions."
             )
         if tools and args.rollout_engine is not None and (name := sampled_teacher(self.panel)):

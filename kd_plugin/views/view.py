@@ -23,7 +23,7 @@ _MOST = 0.95  # of the student's tokens, that a teacher must share to read them
 
 @dataclass(frozen=True)
 class View:
-    r"""How a teacher reads what the student wrote.
+    r"""How a teacher reads what the student generated.
 
     Attributes:
         system: the system message that the teacher reads, in the place of the prompt's; None leaves that.

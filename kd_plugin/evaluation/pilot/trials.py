@@ -44,9 +44,9 @@ class Method:
 METHODS = {
     one.name: one
     for one in (
-        Method("offline_teacher", "offline KD on what the teacher wrote", "teacher", offline=True),
-        Method("offline_student", "offline KD on what the student wrote, scored once", "student", offline=True),
-        Method("panel", "on-policy: the panel scores what the student writes now", panel=True),
+        Method("offline_teacher", "offline KD on what the teacher generated", "teacher", offline=True),
+        Method("offline_student", "offline KD on what the student generated, scored once", "student", offline=True),
+        Method("panel", "on-policy: the panel scores what the student generates now", panel=True),
         Method("warmup_panel", "offline KD on the teacher's text, then the panel", "teacher", offline=True, panel=True),
         Method("text_correction", "on-policy, corrected by text", panel=True, text=True),
     )

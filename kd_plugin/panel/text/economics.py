@@ -45,7 +45,7 @@ class Economics:
                 self.budget.resume(known, usage, before.costs.get(name, 0.0))
 
     def add(self, responses: Sequence[Response], scores: Sequence[RowScores]) -> None:
-        """Count a generation batch: what the student wrote, and which rows were scored."""
+        """Count a generation batch: what the student generated, and which rows were scored."""
         if not self.panel.text.recorded:
             self.generated += sum(len(one.tokens) for one in responses)
         for one in scores:
