@@ -29,9 +29,9 @@ Exit codes: 0 done, 1 failed (answers are kept), 2 a setting is wrong, 130 inter
 _PILOT = """\
 Train the student briefly by each method, at equal cost, and say which is best for your task: offline KD on what the
 teacher generated, offline KD on what the student generated, the panel, a warm-up and then the panel, and correction by
-text where a teacher has signal: text. Learning rates are scanned for each of them alike. It ends with accuracy against cost
-as a table and as report.html, says which differences are real, and writes winner.yaml for `kd-plugin run`. Run the same
-command again to go on after an interruption.
+text where a teacher has signal: text. Learning rates are scanned for each of them alike. It ends with accuracy against
+cost as a table and as report.html, says which differences are real, and writes winner.yaml for `kd-plugin run`. Run the
+same command again to go on after an interruption.
 
 example, pilot.yaml:
     output_dir: pilot
