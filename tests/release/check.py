@@ -34,6 +34,7 @@ WORKS = {
     "trl": "import kd_plugin.trl, kd_plugin.transformers, kd_plugin.cli.training",
     "lightning": "import kd_plugin.lightning",
     "verify": "from math_verify import parse, verify; assert verify(parse('$1/2$'), parse('$0.5$'))",
+    "benchmarks": "import lm_eval",
     "plots": "import matplotlib.pyplot",
     "sign": "import kd_plugin.lineage.signing, model_signing",
     "deepspeed": "import deepspeed",

@@ -1,4 +1,5 @@
 import re
+import tomllib
 
 import pytest
 import yaml
@@ -88,6 +89,11 @@ def test_licences_are_read_from_every_form_of_metadata(tmp_path):
         "copyleft",
         "silent",
     }  # what others depend on is listed, and not ours to choose
+
+
+def test_each_extra_is_installed_and_tried():
+    offered = tomllib.loads((check.CHECKOUT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(check.WORKS) == {"core", *offered} - {"dev"}
 
 
 def test_workflows_call_the_targets_that_people_call():
