@@ -36,7 +36,7 @@ install: $(STAMP) ## Make .venv with everything that the targets below need.
 # Runs again only when the dependencies change.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
-	@echo "Installing into $(VENV) (the first time takes some minutes) ..."
+	@echo "Installing into $(VENV): the first time that takes minutes and 2 GB or more, and prints nothing meanwhile ..."
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install -qq --disable-pip-version-check "pip==$(PIP_VERSION)"
 	@$(PY) -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt --editable ".[all,sign,dev]"
