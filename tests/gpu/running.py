@@ -16,7 +16,7 @@ from kd_plugin.divergence.objective import OfflineObjective
 from kd_plugin.panel import TeacherPanel, score_rows
 from kd_plugin.panel.step import PanelStep
 from kd_plugin.planner.architectures import architecture
-from kd_plugin.planner.memory import loss_workspace
+from kd_plugin.planner.memory import Layout, loss_workspace, memory
 from kd_plugin.planner.run import PlannedRun, PlannedTeacher
 from kd_plugin.signals import HiddenSignal, OutputHead
 from kd_plugin.teachers import LocalTeacher
@@ -72,7 +72,11 @@ def _waits_in_step(place: Place, kind: str, owner: type, model: str, scratch: Pa
 
     What the student's own forward pass does, and generation, belong to transformers, and wait.
     """
-    step, trainer = (on_policy_step if kind == "on-policy" else offline_step)(place, model, scratch / kind)
+    if kind == "on-policy":
+        rows, tokens = place.pick((4, 16), (2, 4))  # type: ignore[misc]
+        step, trainer = on_policy_step(place, model, scratch / kind, rows, tokens)
+    else:
+        step, trainer = offline_step(place, model, scratch / kind)
     step()
     found: list[str] = []
 
@@ -174,6 +178,35 @@ def planned_memory(place: Place) -> Table:
                 table.failed.append(
                     f"{divergence} with {teachers} teachers took {peak:.2f} GiB; planned {planned:.2f}."
                 )
+    return table
+
+
+def planned_step(place: Place) -> Table:
+    """Peak memory of on-policy steps in float32, optimizer and teacher included, against the plan of one GPU."""
+    table = Table(
+        "Memory of a run against kd-plugin plan", ("model", "rows", "tokens", "peak GiB", "planned GiB", "ratio")
+    )
+    name, shape = next(iter((SHAPES if place.is_gpu else TINY).items()))
+    vocab, rows, tokens = place.pick((151_936, 4, 256), (300, 2, 4))  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as directory:
+        model = save(Path(directory) / "model", shape, vocab, 0, place)
+        student, layout = architecture(model), Layout(0, checkpointing=False)
+        run = PlannedRun(
+            student, "panel", (PlannedTeacher("t", student, "resident"),), micro_batch=rows, accumulation=1,
+            prompt_length=32, completion_length=tokens, precision="fp32", combine="weighted_kl",
+        )  # fmt: skip
+        planned = memory(run, layout, 1).peak / GIB
+
+        def work() -> None:
+            step, _ = on_policy_step(place, model, Path(directory) / "run", rows, tokens, "float32")
+            step()
+            step()
+
+        with form(compiled=place.is_gpu):
+            peak = added_peak(place, work)
+    table.rows.append((name, rows, tokens, f"{peak:.2f}", f"{planned:.2f}", f"{peak / planned:.2f}"))
+    if place.is_gpu and peak > 1.05 * planned:
+        table.failed.append(f"The run took {peak:.2f} GiB; planned {planned:.2f}.")
     return table
 
 

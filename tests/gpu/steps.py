@@ -95,12 +95,14 @@ def prompts() -> Dataset:
     return Dataset.from_dict({"prompt": [f"Say something about the number {i}." for i in range(32)]})
 
 
-def on_policy_trainer(place: Place, model: str, scratch: Path, rows: int, own: dict[str, Any]) -> TeacherPanelTrainer:
-    """A panel of one teacher, which the student's own weights are."""
+def on_policy_trainer(
+    place: Place, model: str, scratch: Path, rows: int, own: dict[str, Any], precision: str = "bfloat16"
+) -> TeacherPanelTrainer:
+    """A panel of one teacher, which has the student's own weights."""
+    settings = {**common(scratch, place, rows), "bf16": precision == "bfloat16"}
     return TeacherPanelTrainer(
-        model=model, teacher_models={"t": LocalTeacher(model, dtype="bfloat16", name="t")},
-        train_dataset=prompts(),
-        args=TeacherPanelConfig(**common(scratch, place, rows), **own, combine="weighted_kl"),
+        model=model, teacher_models={"t": LocalTeacher(model, dtype=precision, name="t")},
+        train_dataset=prompts(), args=TeacherPanelConfig(**settings, **own, combine="weighted_kl"),
     )  # fmt: skip
 
 
@@ -134,10 +136,11 @@ def on_policy(place: Place, table: Table, name: str, model: str, scratch: Path) 
         )
 
 
-def on_policy_step(place: Place, model: str, scratch: Path) -> tuple[Callable[[], None], Any]:
-    """Return an on-policy step of few tokens, and its trainer."""
-    rows, tokens = place.pick((4, 16), (2, 4))  # type: ignore[misc]
-    side = Side(on_policy_trainer(place, model, scratch, rows, writing(tokens)), *OURS)
+def on_policy_step(
+    place: Place, model: str, scratch: Path, rows: int, tokens: int, precision: str = "bfloat16"
+) -> tuple[Callable[[], None], Any]:
+    """Return an on-policy step, and its trainer."""
+    side = Side(on_policy_trainer(place, model, scratch, rows, writing(tokens), precision), *OURS)
     batch = [dict(row) for row in prompts().select(range(rows))]
     return lambda: side.step(batch, 0), side.trainer
 
