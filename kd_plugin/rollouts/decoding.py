@@ -6,6 +6,8 @@ sampling loop. The tokens are the same; what falls away, where it applies:
 - Rows that ended. ``transformers`` computes them until the longest row ends, and gives padding; here they leave the
   batch, and their keys and values the cache.
 - A copy of all keys and values for each token. The cache grows in blocks.
+- On a CPU, half the time of a product of few rows with many: see :func:`few_rows`. It rounds otherwise, as a product
+  of another number of rows does.
 - With ``draws="uniform"``, a random number for each token of the vocabulary: one a row is enough to draw from a
   cumulative distribution. The distribution is the same, the tokens of a given seed are others.
 
@@ -14,12 +16,13 @@ Shape suffixes: B rows of the call, R rows that are still going, L tokens, V voc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -39,6 +42,7 @@ Draws = Literal["multinomial", "uniform"]
 
 _GROWTH = 128  # columns that a cache gains at once
 _LEAST_SHARE = 8  # the batch is made smaller when one row in so many has ended: moving the cache costs about a token
+_FEW_ROWS = 8  # up to so many, a product on a CPU is faster the other way around
 _ROW_BY_ROW = (
     logits_process.TemperatureLogitsWarper,
     logits_process.TopKLogitsWarper,
@@ -126,12 +130,14 @@ def decode(
     here_R = torch.arange(rows, device=device)
     going_R = torch.ones(rows, dtype=torch.bool, device=device)
     inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
-    with decoding(model):
+    with decoding(model), few_rows(model):
         while True:
             outputs = model(**inputs, return_dict=True)
             model_kwargs = next_inputs(model, outputs, model_kwargs)
-            scores_RV = logits_processor(input_ids, outputs.logits[:, -1].to(torch.float32, copy=True))
+            # A copy only where more hangs on it: the logits of a prompt
+            last_RV = outputs.logits[:, -1].to(torch.float32, copy=outputs.logits.shape[1] > 1)
             del outputs
+            scores_RV = logits_processor(input_ids, last_RV)
             tokens_R = _choose(scores_RV, here_R, rows, draws if config.do_sample else None)
             input_ids = torch.cat([input_ids, torch.where(going_R, tokens_R, pad).unsqueeze(1)], dim=1)
             going_R = going_R & ~stopping_criteria(input_ids, None)
@@ -149,6 +155,45 @@ def decode(
     for where, tokens in ended:
         whole[where, : tokens.shape[1]] = tokens
     return whole
+
+
+@contextmanager
+def few_rows(model: nn.Module) -> Iterator[None]:
+    """Have a model's linear layers on a CPU, in float32, multiply few rows the other way around inside the block.
+
+    For x of (R, in) and a weight of (out, in) the product is formed as (W·xᵀ)ᵀ. With few rows and ``out`` no smaller
+    than ``in`` the library then reads the weights once, where it packs them first otherwise: measured with MKL on
+    AVX-512, see docs/results.md. Other layers, and more rows, are left as they are.
+    """
+    layers = [
+        layer
+        for layer in model.modules()
+        if type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter  # not a quantized or sharded one
+        and "forward" not in vars(layer)
+        and layer.out_features >= layer.in_features
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype == torch.float32
+    ]
+    if torch.is_autocast_enabled("cpu") or not torch.backends.mkl.is_available():
+        layers = []
+    for layer in layers:
+        layer.forward = partial(_product, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _product(layer: nn.Linear, input: Tensor) -> Tensor:
+    *shape, width = input.shape
+    if input.numel() > _FEW_ROWS * width:
+        return nn.functional.linear(input, layer.weight, layer.bias)
+    found = torch.mm(layer.weight, input.reshape(-1, width).t()).t().contiguous()
+    if layer.bias is not None:
+        found += layer.bias
+    return found.view(*shape, layer.out_features)
 
 
 class GrowingLayer(DynamicLayer):
@@ -170,9 +215,10 @@ class GrowingLayer(DynamicLayer):
                 _longer(key_states, held[0], stop + _GROWTH),
                 _longer(value_states, held[1], stop + _GROWTH),
             )
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[..., start:stop, :] = new
-        self.keys, self.values = (room[..., :stop, :] for room in self._room)
+        keys, values = self._room
+        keys.narrow(-2, start, stop - start).copy_(key_states)
+        values.narrow(-2, start, stop - start).copy_(value_states)
+        self.keys, self.values = keys.narrow(-2, 0, stop), values.narrow(-2, 0, stop)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -5,7 +5,14 @@ import torch
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 from kd_plugin.rollouts import decoding as generation
-from kd_plugin.rollouts.decoding import GrowingLayer, decode, decode_with, draw_uniform, generates_row_by_row
+from kd_plugin.rollouts.decoding import (
+    GrowingLayer,
+    decode,
+    decode_with,
+    draw_uniform,
+    few_rows,
+    generates_row_by_row,
+)
 from kd_plugin.rollouts.rows import left_padded
 from tests.tiny import tiny_llama
 
@@ -57,6 +64,23 @@ def test_tokens_of_one_seed_are_those_of_transformers(model, options):
     ours, theirs = written(model, decode, **options), written(model, **options)
     assert ours == theirs
     assert len({[*row, 0].index(0) for row in ours}) > 2  # rows ended at different lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 1), (2, 3), (8,), (1,), (9, 1), (3, 40)])
+def test_a_product_of_few_rows_is_the_same_and_layers_are_left_as_they_were(shape, dtype):
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(16, 48), torch.nn.Linear(48, 16), torch.nn.Linear(16, 16, bias=False)]
+    net = torch.nn.Sequential(*layers).to(dtype)
+    inputs = torch.randn(*shape, 16, dtype=dtype)
+    expected = net(inputs)
+    with few_rows(net):
+        found = net(inputs)
+        changed = ["forward" in vars(layer) for layer in net]
+    assert changed == ([True, False, True] if dtype == torch.float32 else [False] * 3)
+    assert not any("forward" in vars(layer) for layer in net)
+    assert found.shape == expected.shape and found.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_that_ended_are_computed_no_more(model, passes):
