@@ -147,12 +147,29 @@ def test_gradient_tiles_that_are_kept(form, kept, vocab, monkeypatch):
     settings = {"rows": 3, "vocab": vocab}
     plain = in_form(monkeypatch, "0", groups, **settings)
     at_once = len(products)
-    monkeypatch.setattr(fused, "kept_rows", lambda rows, device: kept)
+    monkeypatch.setattr(fused, "kept_rows", lambda rows, device, groups: kept)
     products.clear()
     fused_ = in_form(monkeypatch, "1", groups, **settings)
     for a, b in zip(fused_, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     assert at_once == 8 and len(products) == {4: 8, 16: 4, 64: 1}[kept]
+
+
+def test_on_a_cpu_the_short_chunks_of_several_groups_are_one_product(monkeypatch):
+    products = []
+    real = fused.StudentGradient._add_weight
+    monkeypatch.setattr(
+        fused.StudentGradient, "_add_weight", lambda self, *args: (products.append(1), real(self, *args))[1]
+    )
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    groups = [PanelGroup(order[i::3], terms(1, 7)) for i in range(3)]
+    together = in_form(monkeypatch, "0", groups)
+    assert len(products) == 1
+    monkeypatch.setattr(fused, "kept_rows", lambda rows, device, groups: 0)
+    apart = in_form(monkeypatch, "0", groups)
+    assert len(products) == 1 + 3
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 def test_what_the_variable_says(monkeypatch):
