@@ -57,7 +57,7 @@ def servers(untied_student_dir, tokenizer, monkeypatch):
         yield [url for url, _ in started], behaviours, opened
 
 
-def test_every_server_follows_each_step(servers, teacher, untied_student_dir, tmp_path):
+def test_every_server_follows_each_step(servers, teacher, untied_student_dir, tmp_path, caplog):
     urls, behaviours, opened = servers
     mine = plain(tmp_path / "a", untied_student_dir, teacher, block(*urls, sync="nccl"))
     mine.train()
@@ -65,6 +65,7 @@ def test_every_server_follows_each_step(servers, teacher, untied_student_dir, tm
     theirs.train()
     assert losses(mine) == pytest.approx(losses(theirs), rel=1e-4, abs=1e-4)
     assert_same(weights(mine), weights(theirs), 1e-4)
+    assert "never run on a GPU" in caplog.text
     assert opened == [5], "one group of this process and all workers, for the whole run"
     own = [p for p, _, _ in behaviours[0].requests if p not in ("/v1/completions", "/v1/models", "/get_world_size")]
     step = ["/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache"]

@@ -92,6 +92,10 @@ class ServerEngine:
         if settings.sync == "nccl":
             require_gpu(host.device)
             if host.rank == 0:
+                logger.warning(
+                    "rollout_engine: sync='nccl' was written against vLLM's protocol and never run on a GPU. The probe "
+                    "after each sync stops the run where weights did not arrive."
+                )
                 patience: dict[str, Any] = {"timeout": settings.timeout, "api_key_env": settings.api_key_env}
                 self._transfer = Transfer(settings.addresses, **patience)
         self._directory = Path(settings.directory or Path(output_dir, "rollout-engine")).resolve()
