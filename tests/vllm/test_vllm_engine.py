@@ -159,7 +159,7 @@ def test_five_steps_are_those_of_the_transformers_engine(host, sync, served, mod
 
 
 def test_experts_arrive_as_they_are_stored(models, compared, tmp_path):
-    """transformers holds the experts of a layer in one tensor, vLLM loads one by one."""
+    """transformers holds the experts of a layer in one tensor and stores them one by one."""
     with VllmServer(models["experts"], tmp_path / "log", "--max-model-len", "512", "--max-logprobs", "8") as server:
         mine = trl(tmp_path / "a", models["experts"], models["teacher"], block(server.url, "reload"), False)
     theirs = trl(tmp_path / "b", models["experts"], models["teacher"], None, False)

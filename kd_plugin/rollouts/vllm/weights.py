@@ -46,7 +46,7 @@ class AllWeights:
     """Every parameter of a student without adapters, as a checkpoint in safetensors, one file a layer.
 
     Tensors have the names and the pieces that they have in the student's own checkpoint: transformers holds the experts
-    of a layer as one tensor, and vLLM reads them one by one, as they are stored.
+    of a layer as one tensor and stores them one by one, and a server reads what is stored.
 
     Args:
         student: a transformers model, sharded or not.
