@@ -118,7 +118,7 @@ def gate(stage: Stage) -> str:
         config=stage.lineage("plan", ARITHMETIC, QUESTIONS),
     )
     run.require_trainable()
-    return str(run.verdict.decision).replace("_", " ")
+    return f"{str(run.verdict.decision).replace('_', ' ')}; the questions are Apache-2.0 by this package's own word"
 
 
 def train_specialist(stage: Stage) -> dict[str, float]:
