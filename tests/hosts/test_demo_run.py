@@ -45,7 +45,8 @@ def test_it_ends_well_and_shows_what_it_did(finished):
     directory, code, text = finished
     assert code == 0
     for words in ("license gate", "by this package's own word", "KL to the general teacher", "KL to the math teacher",
-                  "before", "after offline KD", "after the panel", "Files", "The same on your own data", "kd-plugin lineage show"):  # fmt: skip
+                  "before", "after offline KD", "after the panel", "Files", "The same on your own data",
+                  "kd-plugin lineage show"):  # fmt: skip
         assert words in text
     assert str(directory / "panel") in text
 
