@@ -40,12 +40,14 @@ class Command:
         summary: what it does.
         group: what people want to do with it.
         misconfigured: exit code where a setting is wrong.
+        goes_on: how an interrupted one is gone on with; empty where nothing is kept.
     """
 
     target: str
     summary: str
     group: str = ""
     misconfigured: int = EXIT_USAGE
+    goes_on: str = ""
 
     def run(self, argv: Sequence[str]) -> int:
         """Import the function and call it."""
@@ -53,6 +55,10 @@ class Command:
         return int(getattr(import_module(module), function)(argv))
 
 
+_AGAIN, _RESUMED = (
+    " Run the same command again to go on.",
+    " `--resume_from_checkpoint true` goes on from the last checkpoint.",
+)
 FIRST, OFFLINE, PANEL, BEFORE, AFTER = (
     "Start here",
     "Distil from outputs captured once",
@@ -61,16 +67,32 @@ FIRST, OFFLINE, PANEL, BEFORE, AFTER = (
     "After a run",
 )
 COMMANDS = {
-    "demo": Command("kd_plugin.demo:main", "distil a small real model both ways, and verify its lineage", FIRST),
-    "run": Command("kd_plugin.cli.recipe.command:main", "do all of a distillation that one YAML file describes", FIRST),
+    "demo": Command(
+        "kd_plugin.demo:main", "distil a small real model both ways, and verify its lineage", FIRST, goes_on=_AGAIN
+    ),
+    "run": Command(
+        "kd_plugin.cli.recipe.command:main",
+        "do all of a distillation that one YAML file describes",
+        FIRST,
+        goes_on=_AGAIN,
+    ),
     "completion": Command("kd_plugin.cli.described:completion", "complete commands and options in your shell", FIRST),
-    "capture": Command("kd_plugin.cli.capture:main", "store a teacher's outputs once, as a teacher cache", OFFLINE),
+    "capture": Command(
+        "kd_plugin.cli.capture:main", "store a teacher's outputs once, as a teacher cache", OFFLINE, goes_on=_AGAIN
+    ),
     "cache": Command("kd_plugin.cli.cache:main", "inspect, verify, extend and join teacher caches", OFFLINE),
-    "offline": Command("kd_plugin.cli.training:offline", "train a student on a teacher cache (extra: trl)", OFFLINE),
-    "panel": Command("kd_plugin.cli.training:panel", "train a student with several teachers (extra: trl)", PANEL),
+    "offline": Command(
+        "kd_plugin.cli.training:offline", "train a student on a teacher cache (extra: trl)", OFFLINE, goes_on=_RESUMED
+    ),
+    "panel": Command(
+        "kd_plugin.cli.training:panel", "train a student with several teachers (extra: trl)", PANEL, goes_on=_RESUMED
+    ),
     "trace": Command("kd_plugin.cli.runs:trace", "show saved rollouts as one page, token by token", PANEL),
     "pilot": Command(
-        "kd_plugin.cli.evaluation:pilot", "which method for your task and your budget: short runs at equal cost", BEFORE
+        "kd_plugin.cli.evaluation:pilot",
+        "which method for your task and your budget: short runs at equal cost",
+        BEFORE,
+        goes_on=_AGAIN,
     ),
     "plan": Command("kd_plugin.cli.plan:main", "whether a run fits, with which ZeRO stage, at which price", BEFORE),
     "doctor": Command("kd_plugin.cli.runs:doctor", "check a launch on all ranks before it trains", BEFORE),
@@ -79,10 +101,16 @@ COMMANDS = {
         "kd_plugin.cli.lineage:main", "show and verify who taught a checkpoint, and its terms", AFTER, 1
     ),
     "evaluate": Command(
-        "kd_plugin.cli.evaluation:evaluate", "how good a model is on your own questions, and how sure that is", AFTER
+        "kd_plugin.cli.evaluation:evaluate",
+        "how good a model is on your own questions, and how sure that is",
+        AFTER,
+        goes_on=_AGAIN,
     ),
     "ladder": Command(
-        "kd_plugin.cli.evaluation:ladder", "the smallest student that is good enough, found from below", AFTER
+        "kd_plugin.cli.evaluation:ladder",
+        "the smallest student that is good enough, found from below",
+        AFTER,
+        goes_on=_AGAIN,
     ),
     "consolidate": Command(
         "kd_plugin.cli.runs:consolidate", "join a ZeRO checkpoint into one model (extra: deepspeed)", AFTER
@@ -151,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _refuse(f"kd-plugin {name}: {_as_typed(str(error))}", code=int(getattr(error, "exit_code", EXIT_ERROR)))
     except KeyboardInterrupt:
-        print(f"\nkd-plugin {name}: interrupted.", file=sys.stderr)
+        print(f"\nkd-plugin {name}: interrupted.{COMMANDS[name].goes_on}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) has what it wanted. Without this the interpreter complains again at exit.

@@ -77,6 +77,19 @@ def test_interruption_has_its_own_code(command, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("demo", "Run the same command again"), ("panel", "--resume_from_checkpoint true"), ("plan", "interrupted.\n")],
+)
+def test_an_interruption_says_how_to_go_on(name, said, capsys, monkeypatch):
+    def interrupt(self, argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Command, "run", interrupt)
+    assert cli.main([name]) == 130
+    assert said in capsys.readouterr().err
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"kd-plugin {__version__}\n"

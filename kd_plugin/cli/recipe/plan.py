@@ -33,7 +33,8 @@ def memory_lines(stages: Sequence[Stage], student: str, gpus: int) -> list[str]:
     """
     cluster = Cluster(nodes=1, gpus_per_node=gpus, memory_gib=_memory())
     each = "a GPU" if gpus == 1 else f"each of {gpus} GPUs"
-    lines = [f"memory on {each} of {cluster.memory_gib:.0f} GiB, by count; `kd-plugin plan` has all layouts:"]
+    here = "" if _has_gpu() else " (none is here)"
+    lines = [f"memory on {each} of {cluster.memory_gib:.0f} GiB{here}, by count; `kd-plugin plan` has all layouts:"]
     for stage in stages:
         if stage.trains:
             try:
@@ -104,10 +105,16 @@ def _size(size: int) -> str:
     return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / _MIB:.0f} MiB"
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _memory() -> float:
     import torch
 
-    if not torch.cuda.is_available():
+    if not _has_gpu():
         return _USUAL_GIB
     return float(torch.cuda.get_device_properties(0).total_memory) / _GIB
 
