@@ -53,7 +53,7 @@ def asked(tmp_path, configuration):
     Dataset.from_list([{"prompt": row["prompt"], "answer": row["completion"].strip()} for row in ROWS[:2]]).to_json(
         rows
     )
-    own = {"rows": str(rows), "verify": "exact", "max_new_tokens": 4}
+    own = {"rows": str(rows), "verify": "exact", "completions": 1, "max_new_tokens": 4}
     configuration["kd_plugin"] |= {"eval_tasks": {"tasks": {"own": own}}}
     return configuration | {"eval_steps": 1}
 
@@ -62,7 +62,8 @@ def measured(configuration):
     """At which steps the questions were answered; the result is in the lineage of the checkpoint of the last."""
     place = Path(configuration["output_dir"]) / "checkpoint-2"
     record = json.loads((place / "lineage.json").read_text())
-    assert record["evaluation"]["own"]["answers"] == 2
+    assert record["evaluation"]["own"]["answers"] == 1
+    assert record["evaluation"]["own"]["pass@1"]["questions"] == 2
     state = json.loads((place / "trainer_state.json").read_text())
     entries = [entry for entry in state["log_history"] if "eval_own_accuracy" in entry]
     assert all(0 <= entry["eval_own_accuracy"] <= 1 for entry in entries)
