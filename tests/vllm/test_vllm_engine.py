@@ -158,13 +158,12 @@ def test_five_steps_are_those_of_the_transformers_engine(host, sync, served, mod
     assert compared["rows"] == 4 * STEPS
 
 
-def test_experts_arrive_as_they_are_stored(models, compared, tmp_path):
-    """transformers holds the experts of a layer in one tensor and stores them one by one."""
+def test_experts_that_do_not_arrive_stop_the_run(models, tmp_path):
+    """They are sent as a checkpoint has them; vLLM 0.32 on a CPU scores otherwise after it took them."""
     with VllmServer(models["experts"], tmp_path / "log", "--max-model-len", "512", "--max-logprobs", "8") as server:
-        mine = trl(tmp_path / "a", models["experts"], models["teacher"], block(server.url, "reload"), False)
-    theirs = trl(tmp_path / "b", models["experts"], models["teacher"], None, False)
-    print(f"trl, experts, reload: losses {[round(x, 4) for x in mine]}")
-    assert mine == pytest.approx(theirs, abs=1e-3) and abs(mine[-1] - mine[0]) > 1e-2
+        with pytest.raises(ServerError, match=r"weights of step 0: .* nats apart") as error:
+            trl(tmp_path / "a", models["experts"], models["teacher"], block(server.url, "reload"), False)
+        print(error.value)
 
 
 @pytest.mark.parametrize("server", ["untied"], indirect=True)
