@@ -38,7 +38,8 @@ def panel_trainer(asked: AxolotlSettings) -> type[AxolotlTrainer]:
         tag_names = [*AxolotlTrainer.tag_names, "kd-plugin", "distillation", "teacher-panel"]  # noqa: RUF012
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs |= {"data_collator": None, "eval_data_collator": list}  # rows stay rows until they are rendered
+            kwargs.pop("data_collator", None)  # rows stay rows until they are rendered
+            kwargs["eval_data_collator"] = list
             super().__init__(
                 *args,
                 panel_settings=asked.panel_settings(),
