@@ -47,7 +47,7 @@ def test_the_student_writes_and_the_teacher_scores(tmp_path, teacher_dir, studen
 def test_the_student_is_in_the_lineage_and_in_the_settings(tmp_path, teacher_dir, student_dir, other_teacher_dir):
     cache = captured(tmp_path / "own", teacher_dir, student_dir)
     settings = cache.manifest.settings
-    assert settings.written_by and "what the student wrote" in settings.scored
+    assert settings.written_by and "what the student generated" in settings.scored
     graph = Graph.from_json(cache.manifest.lineage)
     kinds = {edge.role: edge.kind for edge in graph.edges}
     assert kinds["student"] == "trained_on_outputs" and kinds["teacher"] == "distilled_logits"
