@@ -41,6 +41,24 @@ def built(cls: Any, config: Any, **kwargs: Any) -> Any:
     return (getattr(cls, "from_config", None) or cls._from_config)(config, **kwargs)
 
 
+def as_stored(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return parameters of a transformers model by the names, and in the pieces, that ``save_pretrained`` stores.
+
+    A model holds the experts of a layer as one tensor, and its checkpoint one by one. Has no underscore, but stands in
+    no documentation.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, tensors))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is called through ``torch.compile``, by its own ``compile`` or in a wrapper."""
+    from torch._dynamo import OptimizedModule
+
+    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+
+
 def forget_adapters(model: Any) -> None:
     """Have ``save_pretrained`` take a model for one without adapters, after their layers were taken out."""
     model._hf_peft_config_loaded = False

@@ -77,7 +77,7 @@ def panel_pass(hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: 
     rows = plan.rows or chunk_rows(vocab_size, device)
     workspace = Workspace(min(rows, max(hidden_NH.shape[0], 1)), vocab_size, device)
     project = Projector(student, "student", workspace, dtype, statistics, plan.temperature, keep_slope=need_grad)
-    kept = kept_rows(rows, device, len(plan.groups)) if plan.compiled or device.type == "cpu" else 0
+    kept = kept_rows(rows, device, groups=len(plan.groups), compiled=plan.compiled)
     gradient = StudentGradient(hidden_NH, weight, bias, project, plan.needs, statistics, kept)
     comparisons = Comparisons(workspace, statistics, need_grad, plan.compiled)
     entropy_N = torch.zeros(hidden_NH.shape[0], dtype=statistics, device=device)

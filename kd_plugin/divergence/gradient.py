@@ -19,15 +19,15 @@ _CHUNKS_KEPT = 5
 _ALIGNED_ROWS = 8  # tiles begin at multiples of 16 bytes, as compiled kernels expect, whatever V is
 
 
-def kept_rows(rows: int, device: torch.device, groups: int = 1) -> int:
+def kept_rows(rows: int, device: torch.device, *, groups: int = 1, compiled: bool) -> int:
     """Of how many positions gradient tiles are kept, where a chunk has ``rows``; 0 for none.
 
-    The gradient of an accelerator's head is read and written once for so many, in place of once a chunk. On a CPU the
-    chunks of several groups, which may be short, fill one tile together.
+    By compiled passes the gradient of an accelerator's head is read and written once for so many, in place of once a
+    chunk. On a CPU the chunks of several groups, which may be short, fill one tile together.
     """
     if device.type == "cpu":
         return rows if groups > 1 else 0
-    return _CHUNKS_KEPT * rows
+    return _CHUNKS_KEPT * rows if compiled else 0
 
 
 class StudentGradient:

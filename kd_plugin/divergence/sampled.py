@@ -196,10 +196,10 @@ def _sampled_pass(
     count, device, statistics = hidden_NH.shape[0], hidden_NH.device, plan.statistics
     dtype, need_grad = plan.autocast or hidden_NH.dtype, any(plan.needs)
     rows = min(plan.rows or chunk_rows(student.weight.shape[0], device), max(count, 1))
-    cut = [(part, _Chunks(None, device)) for part in tiles(count, rows)]
-    if plan.chunks is not None:
-        cut = [(part, _Chunks(sizes, device)) for part, sizes in _whole_chunks(plan.chunks, rows)]
-    rows = max([rows, *(part.stop - part.start for part, _ in cut)])
+    parts = (
+        _whole_chunks(plan.chunks, rows) if plan.chunks is not None else [(part, None) for part in tiles(count, rows)]
+    )
+    rows = max([rows, *(part.stop - part.start for part, _ in parts)])
     workspace = Workspace(rows, student.weight.shape[0], device)
     project = Projector(student, "student", workspace, dtype, statistics, plan.temperature, keep_slope=need_grad)
     gradient = StudentGradient(hidden_NH, weight, bias, project, plan.needs, statistics)
@@ -213,7 +213,7 @@ def _sampled_pass(
     used_N = weights_N != 0
     teacher_N = torch.where(used_N, plan.teacher_logprobs.detach().to(device, statistics), 0.0)
     values_N, logprobs_N, entropy_N = (torch.zeros_like(weights_N) for _ in range(3))
-    for part, chunks in cut:
+    for part, sizes in parts:
         hidden_RH = without_unused(hidden_NH.detach()[part].to(dtype), used_N[part].unsqueeze(-1))
         logq_RV = project(hidden_RH)
         logq_RV.sub_(logq_RV.logsumexp(-1, keepdim=True))
@@ -225,6 +225,7 @@ def _sampled_pass(
         logprobs_N[part] = torch.where(used_N[part], logprob_R, 0.0)
         q_RV = torch.exp(logq_RV, out=workspace.get("q", logq_RV.shape[0], statistics))
         entropy_N[part] = torch.where(used_N[part], logq_RV.mul_(q_RV).sum(-1).neg_(), 0.0)
+        chunks = _Chunks(sizes, device)
         values_N[part], slope_R = _compared(logprobs_N[part], teacher_N[part], chunks, plan.matching)
         if need_grad:
             factor_R = weights_N[part] * slope_R * project.multiplier
@@ -275,12 +276,12 @@ def _or_else(logprob_R: Tensor) -> Tensor:
     return torch.stack([kept_R, torch.log(-torch.expm1(kept_R))], -1)
 
 
-def _whole_chunks(sizes: Sequence[int], rows: int) -> list[tuple[slice, list[int]]]:
+def _whole_chunks(sizes: Sequence[int], rows: int) -> list[tuple[slice, Sequence[int] | None]]:
     """Cut positions into tiles of about ``rows``, never inside a chunk, each with the sizes of its chunks.
 
     A tile of a longer chunk is as long as that.
     """
-    parts: list[tuple[slice, list[int]]] = []
+    parts: list[tuple[slice, Sequence[int] | None]] = []
     start = stop = 0
     inside: list[int] = []
     for size in sizes:

@@ -146,16 +146,15 @@ class Ladder:
         if not able:
             raise KDError("The terms forbid every rung.")
 
-        def train(rung: Rung) -> float:
+        def attempt(rung: Rung) -> tuple[float, Evaluation]:
             shared = rung is not able[0] and "cache_dir" in rung.recipe  # the first rung has paid for captures
             stages = self._recipes.run(rung.recipe)
-            return sum(one.seconds for one in stages if one.command != "capture" or not shared)
+            seconds = sum(one.seconds for one in stages if one.command != "capture" or not shared)
+            student = next(one.result for one in reversed(stages) if one.trains)
+            writer = LocalWriter(str(student), name=rung.name)
+            return seconds, evaluate(writer, self.config.tasks, rung.place / "evaluation")
 
-        def measure(rung: Rung) -> Evaluation:
-            student = next(one.result for one in reversed(self._recipes.run(rung.recipe)) if one.trains)
-            return evaluate(LocalWriter(str(student), name=rung.name), self.config.tasks, rung.place / "evaluation")
-
-        climbed = climb(able, self.bars, train, measure, say)
+        climbed = climb(able, self.bars, attempt, say)
         place = Path(self.config.output_dir)
         return climbed[-1].holds, write_report(climbed, able, self.bars, self.config.price_per_hour, place)
 
@@ -210,8 +209,8 @@ def plan_line(rung: Rung, plan: Mapping[str, Any]) -> str:
     here = [f"{one}:sharded" for one in teachers if one and _size(one) is not None]
     if method == "panel" and not here:
         here = [f"{path}:server"]  # some server, which takes no GPU of these
-    given = {"student": path, "method": method, "teachers": here, **plan}
-    run, cluster = planned(PlanSettings(**given))
+    settings = PlanSettings(**{"student": path, "method": method, "teachers": here, **plan})
+    run, cluster = planned(settings)
     best = recommended(options(run, cluster))
     size = (
         f"{rung.name}: {rung.size / 1e9:.3g}B parameters"
@@ -220,7 +219,6 @@ def plan_line(rung: Rung, plan: Mapping[str, Any]) -> str:
     )
     if best is None:
         return f"{size}; no layout fits {cluster.ranks} GPUs of {cluster.memory_gib:g} GiB"
-    settings = PlanSettings(**given)
     bill = next((b for b in bills(run, cluster, settings.rows, settings.epochs) if b.method == method), None)
     cost = "" if bill is None else f", {bill.hours:.3g} GPU hours, {bill.price:.4g} for {settings.rows} rows"
     return f"{size}; {best.layout.name} on {cluster.ranks} GPUs{cost}"
@@ -229,8 +227,7 @@ def plan_line(rung: Rung, plan: Mapping[str, Any]) -> str:
 def climb(
     rungs: Sequence[Rung],
     bars: Mapping[str, float],
-    train: Callable[[Rung], float],
-    measure: Callable[[Rung], Evaluation],
+    attempt: Callable[[Rung], tuple[float, Evaluation]],
     say: Callable[[str], None],
 ) -> list[Climbed]:
     """Train and evaluate rung after rung, and stop at the first whose lower bounds meet the bars.
@@ -238,14 +235,12 @@ def climb(
     Args:
         rungs: from small to large.
         bars: by task the accuracy that is asked for.
-        train: trains a rung, and returns the seconds that it took.
-        measure: evaluates it.
+        attempt: trains a rung and evaluates it; returns the seconds that training took, and the evaluation.
         say: is told what was found.
     """
     found: list[Climbed] = []
     for rung in rungs:
-        seconds = train(rung)
-        evaluation = measure(rung)
+        seconds, evaluation = attempt(rung)
         reached = {name: evaluation.results[name].accuracy for name in bars}
         holds = all(reached[name].low >= bar for name, bar in bars.items())
         found.append(Climbed(rung, evaluation, seconds, holds))

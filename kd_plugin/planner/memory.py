@@ -298,7 +298,7 @@ def loss_workspace(run: PlannedRun, stage: int, device: str) -> int:
     positions = run.micro_batch * run.completion_length
     rows = min(chunk_rows(s.vocab, place), positions)
     compiled = run.method == "panel" and place.type == "cuda"
-    tiles = min(kept_rows(chunk_rows(s.vocab, place), place), positions) if compiled else rows
+    tiles = min(kept_rows(chunk_rows(s.vocab, place), place, compiled=True), positions) if compiled else rows
     narrow = run.element if run.precision == "bf16" or compiled else 0
     return (
         s.vocab * (rows * _STATISTICS * loss_buffers(run, compiled) + tiles * narrow)

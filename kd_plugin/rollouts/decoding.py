@@ -35,7 +35,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode, logits_process, stopping_criteria
 
 from kd_plugin.models import output_rows
-from kd_plugin.upstream import CACHE, decoding, next_inputs, pad_token, sampling_loop
+from kd_plugin.upstream import CACHE, decoding, is_compiled, next_inputs, pad_token, sampling_loop
 from kd_plugin.vocab import Vocabulary
 
 Draws = Literal["multinomial", "uniform"]
@@ -163,19 +163,21 @@ def few_rows(model: nn.Module) -> Iterator[None]:
 
     For x of (R, in) and a weight of (out, in) the product is formed as (W·xᵀ)ᵀ. With few rows and ``out`` no smaller
     than ``in`` the library then reads the weights once, where it packs them first otherwise: measured with MKL on
-    AVX-512, see docs/results.md. Other layers, and more rows, are left as they are.
+    AVX-512, see docs/results.md. Other layers, and more rows, are left as they are; so is a model of which a part is
+    compiled, since the compiler would begin anew with each response.
     """
+    modules = list(model.modules())
     layers = [
         layer
-        for layer in model.modules()
+        for layer in modules
         if type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter  # not a quantized or sharded one
+        and type(layer.weight) is nn.Parameter  # no quantized one, and none that FSDP2 shards
         and "forward" not in vars(layer)
         and layer.out_features >= layer.in_features
         and layer.weight.device.type == "cpu"
         and layer.weight.dtype == torch.float32
     ]
-    if torch.is_autocast_enabled("cpu") or not torch.backends.mkl.is_available():
+    if torch.is_autocast_enabled("cpu") or not torch.backends.mkl.is_available() or any(map(is_compiled, modules)):
         layers = []
     for layer in layers:
         layer.forward = partial(_product, layer)  # type: ignore[method-assign]

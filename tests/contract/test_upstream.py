@@ -4,6 +4,7 @@
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors import safe_open
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
@@ -22,7 +24,7 @@ from kd_plugin.lightning import upstream as lightning_host
 from kd_plugin.trainers import upstream as trainers_room
 from kd_plugin.trl import upstream as trl_host
 from tests.hosts.runs import settings
-from tests.tiny import byte_tokenizer, save_tiny, tiny_llama, tiny_model
+from tests.tiny import VARIANTS, byte_tokenizer, save_tiny, tiny_llama, tiny_model
 
 # The core
 
@@ -48,6 +50,29 @@ def test_tied_names():
 def test_built(cls):
     model = core.built(cls, tiny_llama().config, dtype=torch.bfloat16)
     assert type(model) is transformers.LlamaForCausalLM and model.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_as_stored(variant, tmp_path):
+    """The names, shapes and values of a saved checkpoint, layer by layer as an engine is sent them."""
+    model = tiny_model(variant)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    groups = {}
+    for name, parameter in model.named_parameters():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        groups.setdefault(layer and layer[1], {})[name] = parameter.detach()
+    found = {name: one for group in groups.values() for name, one in core.as_stored(model, group).items()}
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+
+
+def test_is_compiled():
+    plain, compiled = nn.Linear(2, 2), nn.Linear(2, 2)
+    compiled.compile(backend="eager")
+    wrapped = torch.compile(nn.Linear(2, 2), backend="eager")
+    assert [core.is_compiled(one) for one in (plain, compiled, wrapped)] == [False, True, True]
 
 
 def test_forget_adapters(tmp_path):

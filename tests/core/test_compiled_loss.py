@@ -147,7 +147,7 @@ def test_gradient_tiles_that_are_kept(form, kept, vocab, monkeypatch):
     settings = {"rows": 3, "vocab": vocab}
     plain = in_form(monkeypatch, "0", groups, **settings)
     at_once = len(products)
-    monkeypatch.setattr(fused, "kept_rows", lambda rows, device, groups: kept)
+    monkeypatch.setattr(fused, "kept_rows", lambda rows, device, **_: kept)
     products.clear()
     fused_ = in_form(monkeypatch, "1", groups, **settings)
     for a, b in zip(fused_, plain, strict=True):
@@ -165,7 +165,7 @@ def test_on_a_cpu_the_short_chunks_of_several_groups_are_one_product(monkeypatch
     groups = [PanelGroup(order[i::3], terms(1, 7)) for i in range(3)]
     together = in_form(monkeypatch, "0", groups)
     assert len(products) == 1
-    monkeypatch.setattr(fused, "kept_rows", lambda rows, device, groups: 0)
+    monkeypatch.setattr(fused, "kept_rows", lambda rows, device, **_: 0)
     apart = in_form(monkeypatch, "0", groups)
     assert len(products) == 1 + 3
     for a, b in zip(together, apart, strict=True):

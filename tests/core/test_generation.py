@@ -83,6 +83,18 @@ def test_a_product_of_few_rows_is_the_same_and_layers_are_left_as_they_were(shap
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["the model", "a layer"])
+def test_a_compiled_student_is_not_compiled_anew_for_each_generation(whole):
+    model = tiny_llama()
+    (model if whole else model.model.layers[1]).compile(backend="eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    first = written(model, decode, do_sample=False)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0 and written(model, decode, do_sample=False) == first
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
 def test_rows_that_ended_are_computed_no_more(model, passes):
     lengths = [[*row, 0].index(0) for row in written(model, do_sample=True, seed=1)]
     theirs = sum(passes)

@@ -34,8 +34,11 @@ def test_it_stops_at_the_right_rung_in_ten_of_ten_seeds():
         for seed in range(10):
             draw, trained = np.random.default_rng(seed), []
             found = climb(
-                rungs, {"own": bar}, lambda rung, trained=trained: trained.append(rung.name) or 1.0,
-                lambda rung, draw=draw: simulated(rung, truth[rung.name], draw), lambda words: None,
+                rungs, {"own": bar},
+                lambda rung, draw=draw, trained=trained: (
+                    trained.append(rung.name) or 1.0, simulated(rung, truth[rung.name], draw),
+                ),
+                lambda words: None,
             )  # fmt: skip
             assert found[-1].holds == (stops is not None), (bar, seed)
             assert found[-1].rung.name == (stops or "large"), (bar, seed)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.sharding.gathering import gathering, outermost_layers, whole_now
+from kd_plugin.upstream import as_stored
 
 _INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_model.safetensors"
@@ -63,24 +64,19 @@ class AllWeights:
         """
         for group in layer_by_layer(self._student):
             with gathering([parameter for _, parameter in group]):
-                yield self._stored({name: whole_now(parameter).detach() for name, parameter in group})
+                yield as_stored(self._student, {name: whole_now(parameter).detach() for name, parameter in group})
 
     def described(self) -> dict[str, list[Any]]:
         """Return names, dtypes and whole shapes in the order of :meth:`layers`."""
         pairs: list[tuple[str, Tensor]] = []
         for group in layer_by_layer(self._student):
             empty = {name: torch.empty(_whole_shape(one), dtype=one.dtype, device="meta") for name, one in group}
-            pairs += self._stored(empty).items()
+            pairs += as_stored(self._student, empty).items()
         return {
             "names": [name for name, _ in pairs],
             "dtype_names": [str(self._dtype or tensor.dtype).removeprefix("torch.") for _, tensor in pairs],
             "shapes": [list(tensor.shape) for _, tensor in pairs],
         }
-
-    def _stored(self, layer: dict[str, Tensor]) -> dict[str, Tensor]:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        return dict(revert_weight_conversion(self._student, layer))
 
     def on_device(self) -> Iterator[dict[str, Tensor]]:
         """Return :meth:`layers` in the dtype that is sent."""
