@@ -3,8 +3,8 @@
 base.py says what a teacher can do and what it declares. In this process: in_process.py is what all have in common,
 local.py one model, adapter.py many over one base, which adapter_check.py compares with them, itself.py the student as
 its own teacher. cached.py looks its scores up. server.py asks a vLLM server for token scores, and hidden/ one for
-hidden states: served.py says where it is, client.py sends requests and repeats them, handshake.py holds what it
-must say of itself, replies.py what its answers must hold, and agreement.py that what is asked twice is answered alike.
+hidden states: served.py holds where it is and what it must say of itself, client.py sends requests and repeats
+them, replies.py holds what its answers must hold, and agreement.py that what is asked twice is answered alike.
 """
 
 from collections.abc import Callable, Mapping

@@ -15,10 +15,9 @@ from kd_plugin.settings import built, require_known, takes
 from kd_plugin.signals import SparseSignal
 from kd_plugin.teachers.agreement import Reference, Repeats, floored, require_same_prefixes
 from kd_plugin.teachers.base import Capabilities, Gives
-from kd_plugin.teachers.handshake import Greeting, require_raw, shake_hands
 from kd_plugin.teachers.hidden.server import HiddenServerTeacher
 from kd_plugin.teachers.replies import Asking, Listed, ServerCompletion
-from kd_plugin.teachers.served import Connection, ServedModel
+from kd_plugin.teachers.served import Connection, Greeting, ServedModel, require_raw, shake_hands
 
 _LISTED = 64  # tokens a position, unless told
 

@@ -15,8 +15,7 @@ from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.settings import built, option, other_default, require_known, settings, takes
 from kd_plugin.teachers.client import Away, Client, RefusedRequest
-from kd_plugin.teachers.handshake import names_of
-from kd_plugin.teachers.served import Connection
+from kd_plugin.teachers.served import Connection, names_of
 from kd_plugin.text.spending import Prices
 from kd_plugin.text.writers import REFUSED, Answer, Ask, Key, Usage, split_reasoning
 

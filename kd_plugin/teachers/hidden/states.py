@@ -23,8 +23,8 @@ from kd_plugin.sharding.gathering import whole_on_each_rank
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.agreement import Probes
 from kd_plugin.teachers.client import Client, Raw, RefusedRequest
-from kd_plugin.teachers.handshake import compare_tokenizers, find_model, names_of
 from kd_plugin.teachers.hidden.head import Checkpoint
+from kd_plugin.teachers.served import compare_tokenizers, find_model, names_of
 
 POOLER = '{"task":"token_embed","use_activation":false}'
 FLAGS = f"--runner pooling --convert embed --pooler-config '{POOLER}'"
