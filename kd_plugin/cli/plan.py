@@ -15,10 +15,9 @@ from kd_plugin.launch.configs import training_arguments, write_all
 from kd_plugin.launch.jobs.parts import parts_of
 from kd_plugin.launch.jobs.write import write_jobs
 from kd_plugin.planner.cost import BreakEven, Option, TextBill, bills, break_even, options, recommended, text_bills
-from kd_plugin.planner.engines import Engines, best_split, engine_step, gpu_hours, hidden_state_bytes
 from kd_plugin.planner.run import Cluster, Pair, PlannedRun, pairs
 from kd_plugin.planner.settings import PlanSettings, engines_of, planned
-from kd_plugin.planner.time import traffic
+from kd_plugin.planner.time import Engines, best_split, engine_step, gpu_hours, hidden_state_bytes, traffic
 from kd_plugin.text.spending import Prices
 
 _DESCRIPTION = """\

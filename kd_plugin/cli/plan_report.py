@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kd_plugin.planner.cost import Bill, BreakEven, Option, TextBill
-from kd_plugin.planner.engines import Engines, best_split, engine_step, gpu_hours
 from kd_plugin.planner.run import GIB, Cluster, Pair, PlannedRun
+from kd_plugin.planner.time import Engines, best_split, engine_step, gpu_hours
 
 _BEYOND = 1.6  # how far beyond what fits the chart goes
 _DARK, _DIM = "#1f2328", "#59636e"

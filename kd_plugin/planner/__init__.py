@@ -1,5 +1,5 @@
 """What a run needs, before it is started: memory, time and cost, from the shape of its models.
 
-run.py is the run and its machines, architectures.py the models' shapes; memory.py, time.py and cost.py are the
-arithmetic; pairs.py says whether training would take a teacher beside the student.
+settings.py is what to plan, run.py the run and its machines, and whether training would take each teacher;
+architectures.py has the models' shapes, and memory.py, time.py and cost.py the arithmetic.
 """

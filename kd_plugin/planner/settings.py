@@ -7,8 +7,8 @@ from typing import Any
 
 from kd_plugin.errors import UsageError
 from kd_plugin.planner.architectures import architecture
-from kd_plugin.planner.engines import Engines
 from kd_plugin.planner.run import Cluster, PlannedRun, parse_teacher
+from kd_plugin.planner.time import Engines
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from kd_plugin.cli.main import main
 from kd_plugin.errors import ConfigError
 from kd_plugin.planner.architectures import architecture
 from kd_plugin.planner.cost import options, recommended
-from kd_plugin.planner.engines import Engines, best_split, engine_step
 from kd_plugin.planner.run import Cluster, PlannedRun, parse_teacher
+from kd_plugin.planner.time import Engines, best_split, engine_step
 
 CLUSTER = Cluster(nodes=1)
 BESIDE = Engines(8, 16, active=37e9, width=7168)

@@ -15,8 +15,8 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.launch.jobs.parts import parts_of
 from kd_plugin.launch.jobs.write import EXAMPLE, KUBERNETES, SLURM, write_jobs
 from kd_plugin.planner.architectures import architecture
-from kd_plugin.planner.engines import Engines
 from kd_plugin.planner.run import Cluster, PlannedRun, parse_teacher
+from kd_plugin.planner.time import Engines
 from kd_plugin.rollouts.vllm.settings import engine_settings
 from kd_plugin.teachers.hidden.states import FLAGS
 from tests.zero.cluster import install

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.planner.architectures import hub_id
-from kd_plugin.planner.engines import ENGINE_GPUS, Engines
 from kd_plugin.planner.run import Cluster, PlannedRun
+from kd_plugin.planner.time import ENGINE_GPUS, Engines
 from kd_plugin.rollouts.vllm.jobs import vllm_rank
 from kd_plugin.teachers.hidden.states import FLAGS
 
