@@ -24,8 +24,7 @@ from kd_plugin.cache.templates import (
 )
 from kd_plugin.capturing.engines import as_asked, open_engine, require_targets, require_teacher
 from kd_plugin.capturing.rows import open_rows, passed_columns
-from kd_plugin.capturing.student import StudentTokenization
-from kd_plugin.capturing.tokenization import Tokenization
+from kd_plugin.capturing.tokenization import StudentTokenization, Tokenization
 from kd_plugin.capturing.work import Job, do_units
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.lineage.config import LineageSettings
