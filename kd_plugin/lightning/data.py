@@ -19,7 +19,7 @@ from kd_plugin.cache.loading import CachedRowCollator, ResumableLoader
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.inputs import load_rows
-from kd_plugin.lightning.evaluation import NoRows
+from kd_plugin.lightning.callbacks import NoRows
 from kd_plugin.lightning.step import SAMPLES, WINDOW, WINDOW_TOKENS, served, window_end
 from kd_plugin.rollouts.vllm.ahead import Lookahead
 from kd_plugin.text.dataset import TrainingText

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, get_scheduler
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
 from kd_plugin.evaluation.in_loop import EvaluationSettings
-from kd_plugin.lightning.evaluation import TaskEvaluation
+from kd_plugin.lightning.callbacks import TaskEvaluation
 from kd_plugin.lightning.offline import OfflineKD, TeacherText
 from kd_plugin.lightning.panel import TeacherPanelCorrection
 from kd_plugin.lightning.step import SAMPLES

@@ -18,7 +18,7 @@ from kd_plugin.cache.joint import Caches, JointCache
 from kd_plugin.cache.loading import target_of
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
-from kd_plugin.lightning.lineage import declared_lineage, lineage_of
+from kd_plugin.lightning.callbacks import declared_lineage, lineage_of
 from kd_plugin.lightning.step import (
     WINDOW_TOKENS,
     DistillingStep,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from kd_plugin.cache.loading import ResumableLoader
 from kd_plugin.errors import ConfigError, ServerError
-from kd_plugin.lightning.lineage import declared_lineage, lineage_of
+from kd_plugin.lightning.callbacks import declared_lineage, lineage_of
 from kd_plugin.lightning.panel_host import (
     LightningHost,
     PanelObjective,

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from kd_plugin.cli.main import main
-from kd_plugin.lightning.cli import main as fit
+from kd_plugin.lightning.__main__ import main as fit
 from kd_plugin.lineage import load_record
 from kd_plugin.text import load_text
 from kd_plugin.verifying import make_verifier

@@ -259,7 +259,7 @@ def test_the_file_of_trl(tmp_path, url, files, teacher_dir):
 
 
 def test_the_file_of_lightning(tmp_path, student_dir, teacher_dir):
-    from kd_plugin.lightning.cli import main as fit
+    from kd_plugin.lightning.__main__ import main as fit
 
     rows = [{"prompt": f"What is {i} and {i + 1}?", "answer": str(2 * i + 1)} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -19,7 +19,7 @@ from kd_plugin.cli.training import parse
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.divergence.spec import DivergenceSettings
 from kd_plugin.lightning import OfflineKD, OfflineKDModule, TeacherPanelCorrection, TeacherPanelModule
-from kd_plugin.lightning.cli import KDCommand
+from kd_plugin.lightning.__main__ import KDCommand
 from kd_plugin.lightning.module import PanelModuleSettings, StudentSettings
 from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.rollouts.vllm.settings import EngineSettings

@@ -115,7 +115,7 @@ def test_a_run_goes_on_in_mid_epoch_and_into_the_next(text, student_dir, tmp_pat
 
 
 def test_lightning_trains_from_its_configuration(text, student_dir, tmp_path):
-    from kd_plugin.lightning.cli import main as fit
+    from kd_plugin.lightning.__main__ import main as fit
 
     config = {
         "seed_everything": 0,

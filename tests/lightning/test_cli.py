@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.lightning.cli import KDCommand, main
+from kd_plugin.lightning.__main__ import KDCommand, main
 from kd_plugin.lineage import verify
 
 ROOT = Path(__file__).parents[2]

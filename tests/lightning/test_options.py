@@ -6,7 +6,7 @@ import pytest
 from transformers import TrainingArguments
 
 from kd_plugin.lightning import KDDataModule, OfflineKDModule, TeacherPanelModule
-from kd_plugin.lightning.cli import _fields
+from kd_plugin.lightning.__main__ import _fields
 from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.trl import OfflineKDConfig, TeacherPanelConfig
 

@@ -12,7 +12,7 @@ import yaml
 
 from kd_plugin.cli.main import main
 from kd_plugin.inputs import load_rows
-from kd_plugin.lightning.cli import main as lightning_main
+from kd_plugin.lightning.__main__ import main as lightning_main
 from kd_plugin.lineage import load_record, verify
 from kd_plugin.text import TextServerTeacher
 from kd_plugin.text.correction import CorrectionSettings

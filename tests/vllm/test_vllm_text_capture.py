@@ -9,7 +9,7 @@ import yaml
 
 from kd_plugin.cache.targets import Generation
 from kd_plugin.cli.main import main
-from kd_plugin.lightning.cli import main as fit
+from kd_plugin.lightning.__main__ import main as fit
 from kd_plugin.lineage import load_record
 from kd_plugin.text import Ask, LocalWriter, ServerWriter, in_order, load_text
 from tests.tiny import save_tiny
