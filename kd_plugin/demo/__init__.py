@@ -1,7 +1,7 @@
 """``kd-plugin demo``: a small real model distilled both ways, with its lineage, in minutes on two CPU cores.
 
 state.py holds the settings and keeps two runs apart, prompts.py the bundled questions, model.py finds the teacher and
-cuts the student, stages.py does the work, evaluate.py measures it and run.py shows it.
+cuts the student, stages.py does the work and run.py shows it.
 """
 
 from __future__ import annotations
