@@ -29,7 +29,7 @@ class OutputHead:
 
     Attributes:
         weight: (rows, H) output projection. Of a sharded model it is a part until
-            :func:`~kd_plugin.sharding.gathering.gathered_heads` makes an ordinary tensor of it.
+            :func:`~kd_plugin.sharding.gathered_heads` makes an ordinary tensor of it.
         bias: (rows,) or None.
         vocab_size: number of rows that are real tokens; rows beyond are ignored.
         logit_scale: multiplier of the logits (Cohere, Granite, Falcon-H1).
@@ -77,7 +77,7 @@ class OutputHead:
         if weight.dim() != 2 or hasattr(weight, "full_tensor"):
             raise ConfigError(
                 "The output head is sharded: this rank holds a part of it. Open it first, on all ranks together: "
-                "with kd_plugin.sharding.gathering.gathered_heads([head]) as (head,): ..."
+                "with kd_plugin.sharding.gathered_heads([head]) as (head,): ..."
             )
         if rows is not None and rows > weight.shape[0]:
             raise ConfigError(

@@ -21,7 +21,7 @@ from kd_plugin.cache.manifest import Settings
 from kd_plugin.cache.schema import Example, Extracted, example_id
 from kd_plugin.cache.targets import Generation
 from kd_plugin.errors import ConfigError, NonFiniteError
-from kd_plugin.sharding.running import called
+from kd_plugin.sharding import called
 from kd_plugin.teachers.base import end_tokens
 from kd_plugin.teachers.in_process import InProcessTeacher
 

@@ -18,7 +18,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config
 from kd_plugin.cli.parsing import Parser, add_config, take_config
 from kd_plugin.errors import ConfigError, UsageError
 from kd_plugin.inputs import MIXTURE, load_mixture, load_rows
-from kd_plugin.sharding.gathering import close_process_group
+from kd_plugin.sharding import close_process_group
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
 
 _STUDENT = ("model_name_or_path", "dtype", "use_peft", "lora_r", "lora_alpha", "lora_target_modules")

@@ -26,7 +26,7 @@ from kd_plugin.evaluation.results import Evaluation, TaskResult, result_of, stor
 from kd_plugin.evaluation.tasks import Task, load_tasks
 from kd_plugin.models import output_rows
 from kd_plugin.settings import option, settings
-from kd_plugin.sharding.running import called
+from kd_plugin.sharding import called
 from kd_plugin.text.collecting import answer_line, verdicts_of
 from kd_plugin.text.local import answer_of, request_of
 from kd_plugin.text.store import SCHEMA, Slot

@@ -18,7 +18,7 @@ from kd_plugin.errors import ConfigError, KDError, nearest, require_known_keys
 from kd_plugin.inputs import YamlFile, read_yaml
 from kd_plugin.lightning.data import KDDataModule
 from kd_plugin.lightning.module import StudentModule
-from kd_plugin.sharding.gathering import close_process_group
+from kd_plugin.sharding import close_process_group
 
 _TOP = (
     "seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler", "ckpt_path", "weights_only", "verbose",

@@ -24,7 +24,7 @@ from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.rollouts.in_process import Sampling
 from kd_plugin.rollouts.rows import render
 from kd_plugin.settings import option, settings, takes, values_of
-from kd_plugin.sharding.running import shard_with_fsdp2
+from kd_plugin.sharding import shard_with_fsdp2
 from kd_plugin.text.dataset import TrainingText
 from kd_plugin.verifying import verifier
 

@@ -24,7 +24,7 @@ from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.warmup import WarmupBatch
 from kd_plugin.rollouts.vllm.ahead import begin_windows
 from kd_plugin.rollouts.vllm.engine import ServerEngine
-from kd_plugin.sharding.running import shard_for_inference, shard_with_fsdp2
+from kd_plugin.sharding import shard_for_inference, shard_with_fsdp2
 from kd_plugin.signals import OutputHead
 from kd_plugin.student.head import as_trained
 from kd_plugin.teachers.in_process import Placement, place

@@ -22,7 +22,7 @@ from kd_plugin.launch.preflight import require_filled
 from kd_plugin.launch.preflight import require_launchable as require_configured
 from kd_plugin.lightning.upstream import resumed_from
 from kd_plugin.rollouts.in_process import InProcessEngine, Sampling
-from kd_plugin.sharding.running import called, through
+from kd_plugin.sharding import called, through
 from kd_plugin.student.head import config_of
 from kd_plugin.vocab import Vocabulary
 

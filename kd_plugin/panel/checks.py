@@ -19,7 +19,7 @@ from kd_plugin.panel.estimators import require_defined
 from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.panel.viewing import check_view_columns, reads_own_tokens, require_readable
 from kd_plugin.panel.warmup import require_fitting
-from kd_plugin.sharding.gathering import most_of_any_rank
+from kd_plugin.sharding import most_of_any_rank
 from kd_plugin.teachers.agreement import require_alike
 from kd_plugin.teachers.base import Teacher, adopt_vocabulary, end_tokens, reach
 from kd_plugin.views.view import STUDENT

@@ -32,7 +32,7 @@ from kd_plugin.rollouts.rows import (
     seeded,
     until_end,
 )
-from kd_plugin.sharding.gathering import gathered_heads, most_of_any_rank
+from kd_plugin.sharding import gathered_heads, most_of_any_rank
 from kd_plugin.signals import HiddenSignal, shared_mask
 from kd_plugin.views.chunks import ChunkSignal
 from kd_plugin.vocab import Vocabulary

@@ -17,7 +17,7 @@ from kd_plugin.divergence.modes import PanelGroup, TeacherTerm
 from kd_plugin.errors import DataError
 from kd_plugin.panel.roster import Assignment, TeacherPanel
 from kd_plugin.rollouts.rows import Span, by_length, left_aligned, row_spans
-from kd_plugin.sharding.gathering import most_of_any_rank
+from kd_plugin.sharding import most_of_any_rank
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal, TextSignal
 from kd_plugin.teachers.base import Teacher, resident
 from kd_plugin.views.chunks import ChunkSignal

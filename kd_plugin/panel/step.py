@@ -37,7 +37,7 @@ from kd_plugin.panel.viewing import coverage, readers_of
 from kd_plugin.panel.warmup import CacheWarmup, WarmupBatch, warmup_loss, warmup_objective
 from kd_plugin.rollouts import Drawn, RolloutEngine
 from kd_plugin.rollouts.rows import Response, Rollouts, scored_offsets
-from kd_plugin.sharding.gathering import gathered_heads
+from kd_plugin.sharding import gathered_heads
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.base import follow
 from kd_plugin.text.rounds import RoundWriter

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,14 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kd_plugin.errors import NonFiniteError
 from kd_plugin.rollouts import Drawn, Propose
 from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_tokens
 from kd_plugin.rollouts.rows import StopLoops, left_padded, until_end
-from kd_plugin.sharding.running import through
+from kd_plugin.sharding import missing_bytes, through, whole_bytes
 from kd_plugin.vocab import Vocabulary
+
+logger = logging.getLogger(__name__)
+_GIB = 1024**3
+PROGRESS_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -268,3 +274,53 @@ def _first_rejection(proposal: Tokens, logprobs: Tensor, top_k: int, generator: 
     values, ids = logprobs[first].topk(min(top_k, logprobs.size(-1)))  # beyond what is listed: -inf, probability 0
     choice = int(torch.multinomial(values.float().softmax(dim=-1).cpu(), 1, generator=generator))
     return first, [int(ids[choice])]
+
+
+def slow_notice(model: nn.Module, ranks: int, *, fits: bool) -> str:
+    """Say, before it begins, that generation without gathered weights is slow, and what would be faster.
+
+    Args:
+        model: the student, in parts.
+        ranks: over which it is sharded.
+        fits: whether gathered weights would fit; False where that is why they are not.
+    """
+    size = whole_bytes(model) / _GIB
+    why = "ds3_gather_for_generation is off"
+    if not fits:
+        why = f"gathered weights would add {missing_bytes(model) / _GIB:.1f} GiB to a rank, which has less free"
+    faster = "set ds3_gather_for_generation=True" if fits else "free memory, use more ranks"
+    return (
+        f"The student generates with its weights sharded over {ranks} ranks, because {why}: each token gathers all "
+        f"{size:.1f} GiB of it anew. That is slow, and no hang; progress is said every {PROGRESS_SECONDS:.0f} s. "
+        f"Faster: {faster}, let a vLLM server generate (use_vllm=True), or train under ZeRO-2."
+    )
+
+
+class GenerationProgress(StoppingCriteria):
+    """Says every half minute how far a generation has come; stops nothing.
+
+    Args:
+        limit: tokens that may be generated.
+        says: whether this rank speaks.
+    """
+
+    def __init__(self, limit: int, *, says: bool) -> None:
+        self.limit, self.says = limit, says
+        self.start: int | None = None
+        self.began = self.last = time.monotonic()
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Return that no row is done."""
+        now = time.monotonic()
+        if self.start is None:  # called once a token, for the first time behind the first
+            self.start = input_ids.size(1) - 1
+        if self.says and now - self.last >= PROGRESS_SECONDS:
+            self.last, generated = now, input_ids.size(1) - self.start
+            pace = generated / (now - self.began)
+            logger.warning(
+                "Generating without gathered weights: %d of up to %d tokens a row, %.1f tokens/s a row.",
+                generated,
+                self.limit,
+                pace,
+            )
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from kd_plugin.sharding.gathering import gathered_heads
+from kd_plugin.sharding import gathered_heads
 from kd_plugin.signals import OutputHead, refuse_adapted_head
 
 _NOT_OF_THE_BACKBONE = ("labels", "logits_to_keep", "num_items_in_batch", "return_dict")

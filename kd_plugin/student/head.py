@@ -23,7 +23,7 @@ from kd_plugin.divergence.objective import OfflineObjective, load_balancing_loss
 from kd_plugin.divergence.sparse import SparseLoss
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.models import output_rows
-from kd_plugin.sharding.gathering import gathered_heads
+from kd_plugin.sharding import gathered_heads
 from kd_plugin.signals import OutputHead
 from kd_plugin.upstream import reference_of
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage.sources import Source
-from kd_plugin.sharding.gathering import gather_as_it_runs, is_sharded, move
+from kd_plugin.sharding import gather_as_it_runs, is_sharded, move
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.adapter_check import read_adapter, require_base
 from kd_plugin.teachers.base import Capabilities, Teacher, reference_identity, resident

@@ -9,7 +9,7 @@ from torch import device as torch_device
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.models import language_model_from_config
-from kd_plugin.sharding.gathering import whole_on_each_rank
+from kd_plugin.sharding import whole_on_each_rank
 
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."

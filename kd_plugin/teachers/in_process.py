@@ -71,7 +71,7 @@ def tree_over_same_tensors(model: nn.Module) -> nn.Module:
 
     What a wrapper put on the modules of ``model`` stays theirs: hooks, FSDP2's state, and the classes that it gives
     them. The copy of a model that is sharded over ranks must gather for itself, see
-    :func:`~kd_plugin.sharding.gathering.gather_as_it_runs`.
+    :func:`~kd_plugin.sharding.gather_as_it_runs`.
     """
     with _without_fsdp2(model):
         memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}

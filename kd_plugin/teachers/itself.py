@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage.sources import Source
 from kd_plugin.settings import require_known
-from kd_plugin.sharding.gathering import gather_as_it_runs, is_sharded
+from kd_plugin.sharding import gather_as_it_runs, is_sharded
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.base import Capabilities
 from kd_plugin.teachers.in_process import (

@@ -16,8 +16,7 @@ from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.start import carried_by
 from kd_plugin.models import load_language_model, output_rows, require_dtype
-from kd_plugin.sharding.gathering import is_sharded, move, swapped_apart, whole_on_each_rank
-from kd_plugin.sharding.running import through
+from kd_plugin.sharding import is_sharded, move, swapped_apart, through, whole_on_each_rank
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.base import Capabilities, reference_identity, tensors_digest
 from kd_plugin.teachers.in_process import InProcessTeacher, Placement

@@ -31,7 +31,7 @@ from kd_plugin.panel.step import PanelStep
 from kd_plugin.panel.warmup import WarmupBatch
 from kd_plugin.rollouts.vllm.ahead import Lookahead, begin_windows
 from kd_plugin.rollouts.vllm.engine import ServerEngine
-from kd_plugin.sharding.running import through
+from kd_plugin.sharding import through
 from kd_plugin.signals import OutputHead
 from kd_plugin.trainers.evaluation import TaskEvaluationMixin
 from kd_plugin.trainers.panel_host import (

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from kd_plugin.monitor.watch import lower_learning_rate
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.identity import ResumeState, write_state
-from kd_plugin.sharding.running import shard_for_inference, shard_with_fsdp2
+from kd_plugin.sharding import shard_for_inference, shard_with_fsdp2
 from kd_plugin.teachers.in_process import Placement, place
 from kd_plugin.trainers.upstream import save_checkpoint_now
 from kd_plugin.vocab import Vocabulary

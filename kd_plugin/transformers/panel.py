@@ -20,7 +20,7 @@ from kd_plugin.panel.batches import ScoredRollouts
 from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.rollouts.in_process import InProcessEngine, Sampling, pad_token
 from kd_plugin.rollouts.rows import mixed_seed
-from kd_plugin.sharding.running import through
+from kd_plugin.sharding import through
 from kd_plugin.trainers.panel import PanelHostMixin
 
 _VALIDATION = -1  # in the place of a step: what is generated at each evaluation is the same

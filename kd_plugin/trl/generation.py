@@ -20,9 +20,9 @@ from kd_plugin.panel import TeacherPanel
 from kd_plugin.panel.sampling import completed, draw_settings, own_generation_config, require_whole_distribution
 from kd_plugin.rollouts import Drawn, Propose
 from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_tokens
+from kd_plugin.rollouts.in_process import GenerationProgress, slow_notice
 from kd_plugin.rollouts.rows import StopLoops
-from kd_plugin.sharding.gathering import most_of_any_rank
-from kd_plugin.sharding.running import GenerationProgress, free_bytes, missing_bytes, slow_notice
+from kd_plugin.sharding import free_bytes, missing_bytes, most_of_any_rank
 from kd_plugin.trl.upstream import unwrapped_for_generation, whole_parameters
 from kd_plugin.vocab import Vocabulary
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-import kd_plugin.sharding.gathering as sharding
+import kd_plugin.sharding as sharding
 from kd_plugin import LocalTeacher, TeacherPanel, capture
 from kd_plugin.cache import TopK
 from kd_plugin.errors import ConfigError

@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from kd_plugin.panel import TeacherPanel
-from kd_plugin.sharding.gathering import move
+from kd_plugin.sharding import move
 from kd_plugin.teachers import AdapterTeacher, LocalTeacher
 from kd_plugin.teachers.in_process import Placement, place, tree_over_same_tensors
 from kd_plugin.vocab import Vocabulary

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from kd_plugin.sharding import running
-from kd_plugin.sharding.running import GenerationProgress, missing_bytes, slow_notice, whole_bytes
+from kd_plugin.rollouts import in_process
+from kd_plugin.rollouts.in_process import GenerationProgress, slow_notice
+from kd_plugin.sharding import missing_bytes, whole_bytes
 from kd_plugin.trl.generation import generating
 
 
@@ -35,22 +36,22 @@ def test_the_notice_says_why_it_is_slow_and_what_is_faster(cut, fits, why):
 
 def test_progress_is_said_every_half_minute_and_stops_nothing(monkeypatch, caplog):
     clock = [0.0]
-    monkeypatch.setattr(running.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(in_process.time, "monotonic", lambda: clock[0])
     progress = GenerationProgress(100, says=True)
-    with caplog.at_level(logging.WARNING, logger=running.logger.name):
+    with caplog.at_level(logging.WARNING, logger=in_process.logger.name):
         for written in range(1, 8):
             clock[0] += 10.0
             assert not progress(torch.zeros(2, 5 + written), None).any()
     assert [record.getMessage() for record in caplog.records] == [
-        "Writing without gathered weights: 3 of up to 100 tokens a row, 0.1 tokens/s a row.",
-        "Writing without gathered weights: 6 of up to 100 tokens a row, 0.1 tokens/s a row.",
+        "Generating without gathered weights: 3 of up to 100 tokens a row, 0.1 tokens/s a row.",
+        "Generating without gathered weights: 6 of up to 100 tokens a row, 0.1 tokens/s a row.",
     ]
 
 
 def test_other_ranks_are_silent(monkeypatch, caplog):
-    monkeypatch.setattr(running, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(in_process, "PROGRESS_SECONDS", 0.0)
     progress = GenerationProgress(100, says=False)
-    with caplog.at_level(logging.WARNING, logger=running.logger.name):
+    with caplog.at_level(logging.WARNING, logger=in_process.logger.name):
         progress(torch.zeros(2, 6), None)
     assert not caplog.records
 

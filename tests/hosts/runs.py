@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from kd_plugin.sharding.gathering import close_process_group
+from kd_plugin.sharding import close_process_group
 from tests.lightning.launch import run_ranks
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 
-from kd_plugin.sharding.gathering import close_process_group
+from kd_plugin.sharding import close_process_group
 
 
 def main(student: str, output: str) -> None:

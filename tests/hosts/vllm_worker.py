@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trl import DistillationTrainer
 
-from kd_plugin.sharding.gathering import close_process_group
+from kd_plugin.sharding import close_process_group
 from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 from tests import trl_vllm
 from tests.hosts.runs import losses, prompts, settings

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from kd_plugin.sharding.gathering import close_process_group
+from kd_plugin.sharding import close_process_group
 
 
 def main(student: str, output: str, gather: str) -> None:

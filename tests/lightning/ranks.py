@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from kd_plugin.lightning import KDDataModule, OfflineKD, OfflineKDModule, TeacherPanelCorrection, TeacherPanelModule
-from kd_plugin.sharding.gathering import close_process_group
+from kd_plugin.sharding import close_process_group
 from tests.hosts.runs import LORA
 from tests.lightning.help import Losses
 

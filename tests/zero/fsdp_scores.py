@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from kd_plugin import LocalTeacher
-from kd_plugin.sharding.gathering import gathered_heads
-from kd_plugin.sharding.running import shard_with_fsdp2, through
+from kd_plugin.sharding import gathered_heads, shard_with_fsdp2, through
 
 # Pinning asks for a GPU
 POLICIES = {"on the device": OffloadPolicy(), "in host memory": CPUOffloadPolicy(pin_memory=False)}

@@ -47,7 +47,7 @@ LATE(pthread_cond_signal)
 RANK = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from kd_plugin.sharding.gathering import close_process_group
+from kd_plugin.sharding import close_process_group
 store, rank, ending = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kd_plugin.sharding.gathering import close_process_group
+from kd_plugin.sharding import close_process_group
 
 
 def deepspeed_config(stage: int, **zero: object) -> dict:
@@ -195,21 +195,21 @@ def call_tools(trainer, rounds: list[int]) -> None:
 @contextmanager
 def noting_gatherings() -> Iterator[list[list[int]]]:
     """Note which sharded parameters are opened by hand, one list a gathering: all ranks must do it alike."""
-    from kd_plugin.sharding import gathering
+    from kd_plugin import sharding
 
     found: list[list[int]] = []
-    inner = gathering.gathering
+    inner = sharding.gathering
 
     def noted(parameters):
         parameters = list(parameters)
         found.append([p.ds_id for p in parameters if hasattr(p, "ds_id")])
         return inner(parameters)
 
-    gathering.gathering = noted
+    sharding.gathering = noted
     try:
         yield found
     finally:
-        gathering.gathering = inner
+        sharding.gathering = inner
 
 
 def train(job: dict, rank: int, counting) -> dict:
@@ -254,7 +254,7 @@ def run_job(job: dict, rank: int, counting) -> dict:
 @torch.no_grad()
 def weight_norm(trainer) -> float:
     """Return the sum of the trained weights' squares, gathered where they are sharded."""
-    from kd_plugin.sharding.gathering import whole_now
+    from kd_plugin.sharding import whole_now
 
     total = 0.0
     for parameter in trainer.model.parameters():

@@ -28,7 +28,7 @@ from kd_plugin.rollouts.vllm.pool import EnginePool, describe
 from kd_plugin.rollouts.vllm.settings import EngineSettings
 from kd_plugin.rollouts.vllm.transfer import Transfer, send_from_first
 from kd_plugin.rollouts.vllm.weights import AdapterWeights, AllWeights, remove
-from kd_plugin.sharding.running import called
+from kd_plugin.sharding import called
 from kd_plugin.teachers.replies import Listed
 from kd_plugin.vocab import Vocabulary
 
@@ -62,7 +62,7 @@ class ServerEngine:
         end_tokens: ids that end a response.
         output_dir: of the run.
         inside: runs a function inside the wrapper that gathers for it, as
-            :func:`~kd_plugin.sharding.running.through` returns it.
+            :func:`~kd_plugin.sharding.through` returns it.
 
     Raises:
         ConfigError: the student does not go with ``sync``, or a setting of generation with a server.

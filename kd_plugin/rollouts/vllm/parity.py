@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.errors import ServerError
-from kd_plugin.sharding.gathering import gathered_heads, is_sharded
+from kd_plugin.sharding import gathered_heads, is_sharded
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.agreement import Probes, floored
 from kd_plugin.teachers.replies import Listed

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.sharding.gathering import gathering, outermost_layers, whole_now
+from kd_plugin.sharding import gathering, outermost_layers, whole_now
 from kd_plugin.upstream import as_stored
 
 _INDEX = "model.safetensors.index.json"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.models import language_model_from_config
-from kd_plugin.sharding.gathering import whole_on_each_rank
+from kd_plugin.sharding import whole_on_each_rank
 from kd_plugin.signals import OutputHead
 
 _ONE, _MANY = "model.safetensors", "model.safetensors.index.json"

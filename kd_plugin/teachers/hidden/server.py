@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.settings import built, require_known, takes
-from kd_plugin.sharding.gathering import is_sharded
+from kd_plugin.sharding import is_sharded
 from kd_plugin.signals import HiddenSignal, OutputHead
 from kd_plugin.teachers.base import Capabilities
 from kd_plugin.teachers.hidden.head import Checkpoint, HeldHead

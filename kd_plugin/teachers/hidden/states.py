@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kd_plugin.errors import ConfigError, NonFiniteError, ServerError
 from kd_plugin.models import load_language_model
-from kd_plugin.sharding.gathering import whole_on_each_rank
+from kd_plugin.sharding import whole_on_each_rank
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.agreement import Probes
 from kd_plugin.teachers.client import Client, Raw, RefusedRequest

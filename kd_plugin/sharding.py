@@ -1,11 +1,16 @@
-"""What models sharded over many ranks ask of everyone: that all ranks take part in each gathering, in one order."""
+"""Models whose weights are sharded over ranks: gathering parameters, and teachers that are never trained.
+
+All ranks take part in each gathering, in one order. Teachers are sharded by DeepSpeed ZeRO-3 whatever stage the student
+trains under, or by FSDP2; :func:`through` runs a method of a model that a wrapper gathers.
+"""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +25,8 @@ from kd_plugin.upstream import own_parameters, swap_deepspeed_config
 _EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 Head = TypeVar("Head", bound=Any)  # a frozen dataclass with `weight` and `bias`
 _SWAP_DIRECTORIES = itertools.count()  # one a model that DeepSpeed may keep on NVMe
+# What belongs to training, and would make DeepSpeed build an optimizer for a model that has none
+_TRAINING_ONLY = ("optimizer", "scheduler", "gradient_clipping", "zero_allow_untested_optimizer")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -240,3 +247,107 @@ def _is_busy(thread: Path) -> bool:
     except OSError:  # it has ended
         return False
     return "gloo_runloop" in name and state.split()[0] != "S"
+
+
+def inference_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a student's DeepSpeed configuration into one that cuts a frozen model over all ranks.
+
+    Args:
+        config: the student's configuration, of any stage, with its batch sizes filled in.
+
+    Returns:
+        Stage 3 with the student's precision and parameter offload; without optimizer or its offload.
+    """
+    frozen = {key: copy.deepcopy(value) for key, value in config.items() if key not in _TRAINING_ONLY}
+    zero = frozen.setdefault("zero_optimization", {})
+    zero.pop("offload_optimizer", None)
+    zero["stage"] = 3
+    return frozen
+
+
+def shard_for_inference(model: nn.Module, config: Mapping[str, Any]) -> Any:
+    """Wrap a frozen ``model`` in a DeepSpeed engine that keeps one part of it on each rank.
+
+    A model that was loaded under ZeRO-3 is sharded already and is taken as it is; any other is sharded now, after
+    each rank has held all of it in host memory.
+    """
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, config=inference_config(config))
+    engine.eval()
+    return engine
+
+
+def through(wrapper: nn.Module, model: nn.Module) -> Callable[..., Any]:
+    """Return what runs a method of ``model`` as a forward pass of its wrapper.
+
+    A wrapper gathers what its own ``forward`` needs and lets go of it at the end, so a method that is called beside it
+    would find parts. The result goes into ``InProcessTeacher.attach``.
+
+    Args:
+        wrapper: a DeepSpeed engine, for example; ``model`` itself where FSDP2 sharded it, or where nothing wraps it.
+        model: inside of it.
+    """
+
+    def call(method: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+        own = model.__dict__.get("forward")
+
+        def redirected(*args: Any, **kwargs: Any) -> Any:
+            restore()  # the method may want the real forward
+            return method(*args, **kwargs)
+
+        def restore() -> None:
+            if own is None:
+                model.__dict__.pop("forward", None)
+            else:
+                model.forward = own
+
+        model.forward = redirected
+        try:
+            return wrapper(*inputs, **named)
+        finally:
+            restore()
+
+    return call
+
+
+def called(method: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    """Run a method where nothing must be entered for it; what :func:`through` returns for a model without a wrapper."""
+    return method(*inputs, **named)
+
+
+def shard_with_fsdp2(model: nn.Module, **options: Any) -> nn.Module:
+    """Shard ``model`` over all ranks with FSDP2, in place: each layer a unit, the rest another.
+
+    Args:
+        model: the same on each rank.
+        **options: those of ``fully_shard``, such as ``mesh``, ``mp_policy`` and ``reshard_after_forward``, which is
+            to be true of a model that has no backward pass.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in outermost_layers(model):
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def whole_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's weights when all are gathered."""
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+
+
+def missing_bytes(model: nn.Module) -> int:
+    """Return the bytes that gathering adds to those that this rank holds."""
+    held = sum(p.ds_tensor.numel() * p.element_size() for p in model.parameters() if hasattr(p, "ds_tensor"))
+    return whole_bytes(model) - held
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that can still be allocated on ``device``, or None where its backend does not tell."""
+    backend = getattr(torch, device.type, None)
+    if not hasattr(backend, "mem_get_info"):
+        return None
+    free = backend.mem_get_info(device)[0]  # type: ignore[union-attr]
+    cached = backend.memory_reserved(device) - backend.memory_allocated(device)  # type: ignore[union-attr]
+    return int(free + cached)
