@@ -226,13 +226,13 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from kd_plugin.lineage import bom, card
+    from kd_plugin.lineage import card, shipping
 
     record = load_record(arguments.dir)
     if arguments.format == "markdown":
         return _deliver(card.section(record) + "\n", arguments.output)
     name, _, version = arguments.format.partition("-")
-    document = bom.spdx(record) if name == "spdx" else bom.cyclonedx(record, version or bom.CYCLONEDX[0])
+    document = shipping.spdx(record) if name == "spdx" else shipping.cyclonedx(record, version or shipping.CYCLONEDX[0])
     return _deliver(json.dumps(document, indent=2, ensure_ascii=False) + "\n", arguments.output)
 
 

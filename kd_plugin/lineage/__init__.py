@@ -1,6 +1,6 @@
 """License lineage: who taught a checkpoint, under which terms, and what is owed.
 
-registry (licenses.toml) -> discovery -> graph -> policy -> obligations -> record -> write; verify recomputes it all.
+registry (licenses.toml) -> discovery -> graph -> policy -> shipping -> record -> write; verify recomputes it all.
 """
 
 from kd_plugin.lineage.declared import outputs_record

@@ -13,7 +13,6 @@ from typing import Any
 
 from kd_plugin.errors import LineageError
 from kd_plugin.lineage import hashing, shipping
-from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.config import LineageConfig, load_config
 from kd_plugin.lineage.declared import (
@@ -45,6 +44,7 @@ from kd_plugin.lineage.record import (
     sealed,
 )
 from kd_plugin.lineage.registry import Registry
+from kd_plugin.lineage.shipping import bom_text
 from kd_plugin.lineage.sources import Source, Terms, captured_views
 from kd_plugin.lineage.verdict import NO_ADVICE, Finding, Override, Verdict, in_force, refuse
 

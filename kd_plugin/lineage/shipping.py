@@ -1,143 +1,29 @@
-"""What whoever ships a student owes: rules over several licences at once, and the files that fulfil the duties.
+"""The files that travel beside a student: NOTICE, LICENSES/, and the lineage as a bill of materials.
 
-The rules look at names, at share-alike, and at the licence under which the student ships.
+The bill is CycloneDX 1.7, and SPDX 3.0.1 on request. Same record, same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-from kd_plugin.lineage.graph import SELF, Graph, Node, Path
+from kd_plugin.lineage.graph import SELF, Graph, Node
 from kd_plugin.lineage.record import NOTICE_HEADER
 from kd_plugin.lineage.registry import Registry
-from kd_plugin.lineage.sources import Clause, Terms
-from kd_plugin.lineage.verdict import NO_ADVICE, Duty, Finding, Student, Verdict
+from kd_plugin.lineage.sources import Terms
+from kd_plugin.lineage.verdict import NO_ADVICE, Duty, Finding, Verdict
 
-# What a licence may ask and a student's own licence need not repeat: the notices travel beside it.
-_MET_BY_FILES = (
-    "notice", "license_text", "attribution", "state_changes", "display", "guardrails", "patent_grant", "no_endorsement",
-)  # fmt: skip
-# Share-alike licences under which one derivative can satisfy both (each pair by the words of one of the two).
-_COMPATIBLE = frozenset(
-    map(
-        frozenset,
-        [
-            ("gpl-3.0", "agpl-3.0"),  # GPL-3.0 section 13
-            ("gpl-3.0", "lgpl-3.0"),  # LGPL-3.0 is GPL-3.0 with permissions added
-            ("gpl-2.0", "lgpl-2.1"),  # LGPL-2.1 section 3
-            ("gpl-3.0", "lgpl-2.1"),
-            ("agpl-3.0", "lgpl-3.0"),
-            ("cc-by-sa-3.0", "cc-by-sa-4.0"),  # CC-BY-SA-3.0 section 4(b): a later version
-            ("cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"),
-            ("cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0"),
-            ("cc-by-nc-sa-2.0", "cc-by-nc-sa-4.0"),
-            ("cc-by-sa-4.0", "gpl-3.0"),  # Creative Commons' list of compatible licences
-            ("mpl-2.0", "gpl-2.0"),  # MPL-2.0 section 3.3, secondary licences
-            ("mpl-2.0", "gpl-3.0"),
-            ("mpl-2.0", "lgpl-2.1"),
-            ("mpl-2.0", "agpl-3.0"),
-            ("eupl-1.2", "gpl-3.0"),  # EUPL appendix
-            ("eupl-1.2", "gpl-2.0"),
-            ("eupl-1.2", "agpl-3.0"),
-        ],
-    )
-)
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A clause that touches the checkpoint.
-
-    Attributes:
-        node: whose terms they are.
-        terms: the licence or terms of service.
-        clause: the clause.
-        path: how the node reaches the checkpoint.
-        explicit: whether the clause binds by its words, or is kept as a precaution.
-    """
-
-    node: Node
-    terms: Terms
-    clause: Clause
-    path: Path
-    explicit: bool
-
-
-def shipping_findings(hits: Sequence[Hit], student: Student, terms: Mapping[str, Terms]) -> list[Finding]:
-    """Return what forbids shipping although no clause alone does."""
-    return [*_name_conflicts(hits), *_share_alike_conflicts(hits), *_weaker_license(hits, student, terms)]
-
-
-def changed_texts(graph: Graph, paths: Mapping[str, Sequence[Path]]) -> list[Finding]:
-    """Return a violation for every source that shows two licence texts at one revision: one of them was changed."""
-    seen: dict[tuple[str, str], Node] = {}
-    findings = []
-    for node_id in sorted(paths):
-        node = graph.nodes[node_id]
-        if node.repo is None or node.revision is None or node.text_sha256 is None:
-            continue
-        first = seen.setdefault((node.repo, node.revision), node)
-        if first.text_sha256 != node.text_sha256:
-            evidence = f"sha256 {first.text_sha256} and {node.text_sha256} at revision {node.revision}"
-            path = paths[node_id][0].nodes
-            remedy = "get the source again and find out which text it was published with"
-            clause = "its licence text changed although its revision did not"
-            findings.append(
-                Finding(
-                    "license_text_changed", "violation", "distribution", node_id, node.label, path, clause, evidence,
-                    remedy,
-                )
-            )  # fmt: skip
-    return findings
-
-
-def _name_conflicts(hits: Iterable[Hit]) -> list[Finding]:
-    prefixes = {hit.clause.value or "": hit for hit in hits if hit.clause.kind == "name_prefix"}
-    return [
-        _finding(prefixes[b], "name_conflict", f"a name must begin with {a!r} and with {b!r}", "choose other sources")
-        for a, b in combinations(sorted(prefixes), 2)
-        if not (a.startswith(b) or b.startswith(a))
-    ]
-
-
-def _share_alike_conflicts(hits: Iterable[Hit]) -> list[Finding]:
-    asked = {hit.terms.id: hit for hit in hits if hit.clause.kind == "share_alike" and hit.explicit}
-    return [
-        _finding(
-            asked[b],
-            "share_alike_conflict",
-            f"{asked[a].terms.name} and {asked[b].terms.name} each ask to be the licence of what is derived",
-            "choose sources whose share-alike terms are compatible, or do not distribute",
-        )
-        for a, b in combinations(sorted(asked), 2)
-        if frozenset((a, b)) not in _COMPATIBLE
-    ]
-
-
-def _weaker_license(hits: Iterable[Hit], student: Student, terms: Mapping[str, Terms]) -> list[Finding]:
-    """Compare the licence under which the student would be shipped with what its sources ask."""
-    declared = set(student.declared_license)
-    if not declared:
-        return []
-    kinds = {clause.kind for i in declared for clause in terms[i].clauses}
-    found: dict[str, Finding] = {}
-    for hit in hits:
-        if hit.terms.kind != "license" or hit.terms.id in declared or hit.clause.kind in _MET_BY_FILES:
-            continue
-        binding = hit.path.reach in hit.terms.inherits and hit.explicit
-        non_commercial = hit.clause.kind == "non_commercial" and "non_commercial" not in kinds
-        if binding or non_commercial:
-            remedy = f"declare what binds it: `lineage: {{student: {{declared_license: {hit.terms.id}}}}}`"
-            clause = f"the declared licence {' AND '.join(sorted(declared))} asks less than {hit.terms.name}"
-            found.setdefault(hit.terms.id, _finding(hit, "declared_license_weaker", clause, remedy))
-    return list(found.values())
-
-
-def _finding(hit: Hit, code: str, clause: str, remedy: str) -> Finding:
-    evidence = f"{hit.terms.name}, {hit.clause.cite}, of {hit.node.label}"
-    return Finding(code, "violation", "distribution", SELF, "the checkpoint", hit.path.nodes, clause, evidence, remedy)
+# Both documents are put together here, and tests validate them with the two projects' own libraries. At run time those
+# would not do: cyclonedx-python-lib (11.12) has no model cards, where CycloneDX names datasets and limits of use, and
+# spdx-python-model (0.0.6) is a preview of bindings that are still to change.
+CYCLONEDX = ("1.7", "1.6")  # the first is written; checkpoints that were saved with the other verify as before
+_SPACE = uuid.UUID("6f1a3c1e-5a0e-4c53-9a3b-1d7c8f1f2b6d")  # namespace of this package's identifiers
+_SPDX_CONTEXT = "https://spdx.org/rdf/3.0.1/spdx-context.jsonld"
+_AI_KINDS = ("model", "checkpoint")
 
 
 def settle(verdict: Verdict, graph: Graph, terms: Mapping[str, Terms]) -> Verdict:
@@ -214,3 +100,156 @@ def _statement(entry: Terms) -> str:
 def _plain(text: str) -> str:
     """Keep one line of printable characters: names come from strangers."""
     return "".join(c if c.isprintable() else " " for c in text)[:300]
+
+
+def bom_text(record: Mapping[str, Any], version: str = CYCLONEDX[0]) -> str:
+    """Return the contents of ``bom.cdx.json`` in a version of :data:`CYCLONEDX`."""
+    return json.dumps(cyclonedx(record, version), indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def cyclonedx(record: Mapping[str, Any], version: str = CYCLONEDX[0]) -> dict[str, Any]:
+    """Return a CycloneDX bill of materials of a record (its digest and saving time are not used)."""
+    graph = Graph.from_json(record)
+    name = str(record["student"].get("name") or "checkpoint")
+    licence = record["effective"]["license_expression"]
+    depends: dict[str, list[str]] = {SELF: [], **{node_id: [] for node_id in graph.nodes}}
+    for edge in graph.edges:
+        if edge.target not in depends[edge.source]:
+            depends[edge.source].append(edge.target)
+    data = [node_id for node_id, node in graph.nodes.items() if node.kind not in _AI_KINDS]
+    subject: dict[str, Any] = {
+        "bom-ref": SELF,
+        "type": "machine-learning-model",
+        "name": name,
+        "version": str(record["checkpoint"]["step"]),
+        **_licences(None if licence == "NONE" else licence),
+        "components": [
+            {
+                "bom-ref": f"file:{item['path']}",
+                "type": "file",
+                "name": item["path"],
+                "hashes": [{"alg": "SHA-256", "content": item["sha256"]}],
+            }
+            for item in record["subjects"]
+        ],
+        "modelCard": {
+            "modelParameters": {"datasets": [{"ref": node_id} for node_id in data]},
+            "considerations": {
+                "technicalLimitations": [f"License lineage: {record['effective']['decision']}. {record['disclaimer']}"]
+            },
+        },
+    }
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": version,
+        "serialNumber": f"urn:uuid:{uuid.uuid5(_SPACE, _identity(record))}",
+        "version": 1,
+        "metadata": {
+            "timestamp": f"{record['run']['date']}T00:00:00Z",
+            "tools": {"components": [{"type": "application", "name": "kd-plugin", **_version(record)}]},
+            "component": subject,
+        },
+        "components": [_component(node) for node in graph.nodes.values()],
+        "dependencies": [{"ref": ref, "dependsOn": sorted(targets)} for ref, targets in sorted(depends.items())],
+    }
+
+
+def spdx(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an SPDX 3.0.1 document (JSON-LD) with the AI and dataset profiles."""
+    graph = Graph.from_json(record)
+    base = f"https://kd-plugin.invalid/{uuid.uuid5(_SPACE, _identity(record))}"
+    made = "_:creation"
+    tool = f"{base}/tool"
+    elements: list[dict[str, Any]] = []
+
+    def add(kind: str, place: str, /, **fields: Any) -> str:
+        identifier = f"{base}/{place}"
+        element = {"type": kind, "spdxId": identifier, "creationInfo": made, **fields}
+        elements.append({k: v for k, v in element.items() if v is not None})
+        return identifier
+
+    def relate(source: str, kind: str, target: str, comment: str | None = None) -> None:
+        name = f"relationship/{len(elements)}"
+        add("Relationship", name, **{"from": source}, relationshipType=kind, to=[target], comment=comment)
+
+    def licence(owner: str, expression: str | None) -> None:
+        if expression and expression != "NONE":
+            name = f"licence/{uuid.uuid5(_SPACE, expression)}"
+            if not any(e["spdxId"] == f"{base}/{name}" for e in elements):
+                add("simplelicensing_LicenseExpression", name, simplelicensing_licenseExpression=expression)
+            relate(owner, "hasDeclaredLicense", f"{base}/{name}")
+
+    add("Agent", "tool", name="kd-plugin")
+    ids = {SELF: f"{base}/self"}
+    name = str(record["student"].get("name") or "checkpoint")
+    own = {"name": name, "software_packageVersion": str(record["checkpoint"]["step"])}
+    add("ai_AIPackage", "self", **own, software_primaryPurpose="model", comment=record["disclaimer"])
+    licence(ids[SELF], record["effective"]["license_expression"])
+    for item in record["subjects"]:
+        hashes = [{"type": "Hash", "algorithm": "sha256", "hashValue": item["sha256"]}]
+        where = f"file/{uuid.uuid5(_SPACE, item['path'])}"
+        weights = add("software_File", where, name=item["path"], verifiedUsing=hashes, software_primaryPurpose="model")
+        relate(ids[SELF], "contains", weights)
+    for node_id, node in graph.nodes.items():
+        is_model = node.kind in _AI_KINDS
+        extra = {"software_primaryPurpose": "model"} if is_model else {"dataset_datasetType": ["text"]}
+        ids[node_id] = add(
+            "ai_AIPackage" if is_model else "dataset_DatasetPackage",
+            node_id,
+            name=node.label,
+            software_packageVersion=node.revision or node.digest,
+            **extra,
+        )
+        licence(ids[node_id], node.expression)
+    for edge in graph.edges:
+        kind = "trainedOn" if graph.nodes[edge.target].kind not in _AI_KINDS else "descendantOf"
+        relate(ids[edge.source], kind, ids[edge.target], edge.kind)
+    document = {
+        "type": "SpdxDocument",
+        "spdxId": f"{base}/document",
+        "creationInfo": made,
+        "name": f"License lineage of {name}",
+        # Not "ai" and "dataset": those profiles ask for suppliers, places and dates that a record need not know
+        "profileConformance": ["core", "software", "simpleLicensing"],
+        "rootElement": [ids[SELF]],
+        "element": [element["spdxId"] for element in elements],
+    }
+    created = {
+        "type": "CreationInfo",
+        "@id": made,
+        "specVersion": "3.0.1",
+        "created": f"{record['run']['date']}T00:00:00Z",
+        "createdBy": [tool],
+    }
+    return {"@context": _SPDX_CONTEXT, "@graph": [created, *elements, document]}
+
+
+def _identity(record: Mapping[str, Any]) -> str:
+    weights = " ".join(item["sha256"] for item in record["subjects"])
+    return f"{record['run']['id']} {record['checkpoint']['step']} {weights}"
+
+
+def _version(record: Mapping[str, Any]) -> dict[str, str]:
+    version = record["run"].get("versions", {}).get("kd-plugin")
+    return {"version": str(version)} if version else {}
+
+
+def _component(node: Node) -> dict[str, Any]:
+    component: dict[str, Any] = {
+        "bom-ref": node.id,
+        "type": "machine-learning-model" if node.kind in _AI_KINDS else "data",
+        "name": node.label,
+    }
+    if node.revision or node.digest:
+        component["version"] = node.revision or node.digest
+    if node.weights:
+        component["properties"] = [
+            {"name": f"kd-plugin:sha256:{path}", "value": digest} for path, digest in sorted(node.weights.items())
+        ]
+    if node.copyright:
+        component["copyright"] = "\n".join(node.copyright)
+    return {**component, **_licences(node.expression)}
+
+
+def _licences(expression: str | None) -> dict[str, Any]:
+    return {"licenses": [{"expression": expression}]} if expression else {}

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError, LineageError
 from kd_plugin.lineage import hashing, shipping
-from kd_plugin.lineage.bom import CYCLONEDX, bom_text
 from kd_plugin.lineage.card import license_problem, section, section_in
 from kd_plugin.lineage.directory import printable
 from kd_plugin.lineage.discovery import record_overrides
@@ -32,6 +31,7 @@ from kd_plugin.lineage.record import (
     weights_of,
 )
 from kd_plugin.lineage.registry import Registry, default_registry
+from kd_plugin.lineage.shipping import CYCLONEDX, bom_text
 from kd_plugin.lineage.sources import Terms
 from kd_plugin.lineage.verdict import Student, Verdict, in_force
 

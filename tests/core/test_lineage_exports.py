@@ -11,8 +11,8 @@ from kd_plugin.cli.lineage import main
 from kd_plugin.errors import ConfigError
 from kd_plugin.lineage import RunLineage, Source, load_record, outputs_record, verify
 from kd_plugin.lineage import run as run_module
-from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import card_text
+from kd_plugin.lineage.shipping import bom_text
 from tests.core.lineage_help import RUN, checkpoint, model_dir, run_of
 
 TRL_CARD = """---

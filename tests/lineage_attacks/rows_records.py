@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 
 from kd_plugin.lineage import RunLineage, Source, outputs_record, shipping
-from kd_plugin.lineage.bom import bom_text
 from kd_plugin.lineage.card import update_card
 from kd_plugin.lineage.graph import Edge, Evidence, Graph, Node
 from kd_plugin.lineage.hashing import sha256_text
 from kd_plugin.lineage.policy import evaluate
 from kd_plugin.lineage.record import canonical, sealed
 from kd_plugin.lineage.registry import default_registry
+from kd_plugin.lineage.shipping import bom_text
 from kd_plugin.lineage.verdict import Student
 from kd_plugin.text.dataset import publish_dataset
 from kd_plugin.text.selecting import Selection
