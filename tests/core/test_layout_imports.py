@@ -1,6 +1,7 @@
 """The arrows of the layout: core knows no host, hosts do not know each other, importing the package is light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,8 +53,8 @@ def broken_arrows(layer: str, source: str) -> set[str]:
 
 
 def layer_of(path: Path) -> str:
-    room = path.relative_to(PACKAGE).parts[0]
-    if room == "__main__.py":
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__main__":
         return "cli"
     return room if room in FORBIDDEN else "core"
 
@@ -150,7 +151,12 @@ def test_the_order_test_can_fail():
     assert rooms_imported("if TYPE_CHECKING:\n    from kd_plugin.panel import x") == set()
 
 
-TEACHERS = {"LocalTeacher", "AdapterTeacher", "CachedTeacher", "ServerTeacher", "InProcessTeacher", "Teacher"}
+TEACHERS = {
+    node.name
+    for path in (PACKAGE / "teachers").rglob("*.py")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ClassDef) and node.name.endswith("Teacher")
+}
 
 
 def asked_classes(source: str) -> set[str]:
@@ -170,8 +176,25 @@ def test_what_a_teacher_can_do_decides_and_not_its_class():
 
 
 def test_the_class_test_can_fail():
+    assert {"Teacher", "InProcessTeacher", "SelfTeacher", "AdapterTeacher"} < TEACHERS
     assert asked_classes("isinstance(t, LocalTeacher | teachers.ServerTeacher)") == {"LocalTeacher", "ServerTeacher"}
     assert asked_classes("isinstance(t, TeacherCache); t.capabilities") == set()
+
+
+def missing_files(docstring: str, room: Path) -> set[str]:
+    """Files that a docstring names and that are neither in its room nor where the name says."""
+    named = set(re.findall(r"[\w/]*\w\.py\b", docstring))
+    return {name for name in named if not any((base / name).is_file() for base in (room, PACKAGE, PACKAGE.parent))}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_room_names_files_that_are_there(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert missing_files(docstring, path.parent) == set()
+
+
+def test_the_test_of_named_files_can_fail():
+    assert missing_files("loss.py adds, modes/route.py and step.py", PACKAGE / "panel") == {"modes/route.py"}
 
 
 def test_the_function_capture_is_not_shadowed_by_a_room():

@@ -1,4 +1,8 @@
-"""The teacher panel in front of any subclass of ``transformers.Trainer``, the student generating in process."""
+"""Any subclass of ``transformers.Trainer`` as a host: mixins to be put before the trainer that you have.
+
+The teacher panel's is here, the student generating in process. What all share with TRL's trainers, which are
+transformers trainers too, is in :mod:`kd_plugin.trainers`.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,30 @@ import torch
 from torch import nn
 
 from kd_plugin.divergence import require_finite
+from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
 from kd_plugin.evaluation.in_loop import EvaluationSettings
 from kd_plugin.limits import refuse_images
-from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage
+from kd_plugin.lineage.trainer_callback import LicenseLineageCallback, declared_lineage, with_lineage
 from kd_plugin.monitor.run import PanelRun
 from kd_plugin.panel.batches import ScoredRollouts
 from kd_plugin.panel.settings import PanelSettings
 from kd_plugin.rollouts.in_process import InProcessEngine, Sampling, pad_token
 from kd_plugin.rollouts.rows import mixed_seed
 from kd_plugin.sharding import through
+from kd_plugin.trainers.evaluation import TaskEvaluationMixin
+from kd_plugin.trainers.offline import OfflineKDMixin
 from kd_plugin.trainers.panel import PanelHostMixin
 
+__all__ = [
+    "EvaluationSettings",
+    "LicenseLineageCallback",
+    "OfflineKDMixin",
+    "OfflineSettings",
+    "PanelSettings",
+    "TaskEvaluationMixin",
+    "TeacherPanelMixin",
+]
 _VALIDATION = -1  # in the place of a step: what is generated at each evaluation is the same
 
 
