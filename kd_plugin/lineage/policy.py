@@ -350,7 +350,9 @@ def changed_texts(graph: Graph, paths: Mapping[str, Sequence[Path]]) -> list[Fin
 def _name_conflicts(hits: Iterable[Hit]) -> list[Finding]:
     prefixes = {hit.clause.value or "": hit for hit in hits if hit.clause.kind == "name_prefix"}
     return [
-        _finding(prefixes[b], "name_conflict", f"a name must begin with {a!r} and with {b!r}", "choose other sources")
+        _contradiction(
+            prefixes[b], "name_conflict", f"a name must begin with {a!r} and with {b!r}", "choose other sources"
+        )
         for a, b in combinations(sorted(prefixes), 2)
         if not (a.startswith(b) or b.startswith(a))
     ]
@@ -359,7 +361,7 @@ def _name_conflicts(hits: Iterable[Hit]) -> list[Finding]:
 def _share_alike_conflicts(hits: Iterable[Hit]) -> list[Finding]:
     asked = {hit.terms.id: hit for hit in hits if hit.clause.kind == "share_alike" and hit.explicit}
     return [
-        _finding(
+        _contradiction(
             asked[b],
             "share_alike_conflict",
             f"{asked[a].terms.name} and {asked[b].terms.name} each ask to be the licence of what is derived",
@@ -385,10 +387,10 @@ def _weaker_license(hits: Iterable[Hit], student: Student, terms: Mapping[str, T
         if binding or non_commercial:
             remedy = f"declare what binds it: `lineage: {{student: {{declared_license: {hit.terms.id}}}}}`"
             clause = f"the declared licence {' AND '.join(sorted(declared))} asks less than {hit.terms.name}"
-            found.setdefault(hit.terms.id, _finding(hit, "declared_license_weaker", clause, remedy))
+            found.setdefault(hit.terms.id, _contradiction(hit, "declared_license_weaker", clause, remedy))
     return list(found.values())
 
 
-def _finding(hit: Hit, code: str, clause: str, remedy: str) -> Finding:
+def _contradiction(hit: Hit, code: str, clause: str, remedy: str) -> Finding:
     evidence = f"{hit.terms.name}, {hit.clause.cite}, of {hit.node.label}"
     return Finding(code, "violation", "distribution", SELF, "the checkpoint", hit.path.nodes, clause, evidence, remedy)
