@@ -181,6 +181,13 @@ def test_the_class_test_can_fail():
     assert asked_classes("isinstance(t, TeacherCache); t.capabilities") == set()
 
 
+def test_no_file_is_longer_than_a_chapter():
+    lines = {
+        str(p.relative_to(PACKAGE)): len(p.read_text(encoding="utf-8").splitlines()) for p in PACKAGE.rglob("*.py")
+    }
+    assert {path: count for path, count in lines.items() if count > 400} == {}
+
+
 def missing_files(docstring: str, room: Path) -> set[str]:
     """Files that a docstring names and that are neither in its room nor where the name says."""
     named = set(re.findall(r"[\w/]*\w\.py\b", docstring))
