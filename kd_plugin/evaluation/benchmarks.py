@@ -23,7 +23,6 @@ from kd_plugin.inputs import load_rows
 _CHOICE = r"(?:\(|boxed\{|[Aa]nswer(?: is)?:? *\**)\(?(?:\\text\{)?\(?([A-D])\b"
 # Steps of a pickle that is one text; it is read step by step, and never run
 _OF_A_TEXT = {"PROTO", "FRAME", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "MEMOIZE", "BINPUT", "STOP"}
-_PROGRAM = "Write a Python program that reads from standard input and prints the answer."
 
 
 @dataclass(frozen=True)
