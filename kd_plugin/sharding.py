@@ -38,30 +38,30 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def gathering(parameters: Iterable[Any]) -> AbstractContextManager[Any]:
-    """Return a block in which the ZeRO-3 parameters among ``parameters`` are whole; a collective call.
+    """Return a block in which the ZeRO-3 parameters among ``parameters`` are gathered; a collective call.
 
-    Those that are whole already (a tied embedding may be held open by another block) are left to whoever holds them.
+    Those that are gathered already (a tied embedding may be held open by another block) are left to whoever holds them.
     """
-    cut = list({id(p): p for p in parameters if hasattr(p, "ds_status")}.values())
-    if not cut:
+    sharded = list({id(p): p for p in parameters if hasattr(p, "ds_status")}.values())
+    if not sharded:
         return nullcontext()
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    apart = [p for p in cut if p.ds_status != ZeroParamStatus.AVAILABLE]
+    apart = [p for p in sharded if p.ds_status != ZeroParamStatus.AVAILABLE]
     return deepspeed.zero.GatheredParameters(apart) if apart else nullcontext()  # type: ignore[no-any-return]
 
 
-def whole_now(tensor: Any) -> Any:
+def gathered_tensor(tensor: Any) -> Any:
     """Return an ordinary tensor for a DTensor, gathered now, inside autograd; others unchanged. A collective call."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @contextmanager
-def whole_on_each_rank() -> Iterator[None]:
-    """Let transformers build and read models whole, on every rank, inside the block.
+def replicated_models() -> Iterator[None]:
+    """Let transformers build and read models replicated, all of each on every rank, inside the block.
 
-    Under ZeRO-3 it cuts every model that it makes, one on the meta device too, which fails. Under FSDP with
+    Under ZeRO-3 it shards every model that it makes, one on the meta device too, which fails. Under FSDP with
     CPU-efficient loading it reads the weights on the first rank of a node alone, and trusts that a wrapper sends them
     to the others: a teacher of theirs would be noise.
     """
@@ -98,7 +98,7 @@ def swapped_apart() -> Iterator[None]:
 
 
 def gather_as_it_runs(model: nn.Module) -> None:
-    """Let each layer of ``model`` be whole while it runs, where its parameters are cut, and no longer.
+    """Let each layer of ``model`` be gathered while it runs, where its parameters are sharded, and no longer.
 
     For a module tree over parameters that another tree shards: a wrapper's own hooks belong to that other tree. Every
     rank must run the tree at the same time. Layers are those of the outermost ``ModuleList``; nothing is fetched
@@ -128,7 +128,7 @@ def _gather_around(module: nn.Module, *, recurse: bool) -> None:
     open_blocks: list[AbstractContextManager[Any]] = []
 
     def before(_: nn.Module, __: Any) -> None:
-        block = _whole(module.modules() if recurse else [module])
+        block = _gathered(module.modules() if recurse else [module])
         block.__enter__()
         open_blocks.append(block)
 
@@ -140,30 +140,30 @@ def _gather_around(module: nn.Module, *, recurse: bool) -> None:
 
 
 @contextmanager
-def _whole(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Have the parameters that ``modules`` own themselves whole inside the block; a collective call."""
+def _gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have the parameters that ``modules`` own themselves gathered inside the block; a collective call."""
     owned = own_parameters(modules)
     with gathering([p for _, _, p in owned]):
-        cut = [(parameters, name, p) for parameters, name, p in owned if hasattr(p, "full_tensor")]
-        for parameters, name, p in cut:
-            parameters[name] = whole_now(p)
+        sharded = [(parameters, name, p) for parameters, name, p in owned if hasattr(p, "full_tensor")]
+        for parameters, name, p in sharded:
+            parameters[name] = gathered_tensor(p)
         try:
             yield
         finally:
-            for parameters, name, p in cut:
+            for parameters, name, p in sharded:
                 parameters[name] = p
 
 
 def move(model: nn.Module, device: torch.device | str, *, parts: bool = True) -> None:
-    """Move ``model`` to ``device``, or this rank's part of it where it is cut by ZeRO-3.
+    """Move ``model`` to ``device``, or this rank's part of it where ZeRO-3 sharded it.
 
     Layers of such a model are gathered on the device that the ranks compute on, wherever their parts rest. What FSDP2
-    cut stays where FSDP2 has it.
+    sharded stays where FSDP2 has it.
 
     Args:
         model: any model.
         device: where to.
-        parts: False leaves the parts of what is cut alone, and moves what is whole.
+        parts: False leaves the parts of what is sharded alone, and moves what is replicated.
     """
     if not is_sharded(model):
         model.to(device)
@@ -209,13 +209,13 @@ def gathered_heads(heads: Sequence[Head]) -> Iterator[list[Head]]:
         DTensors these are the full tensors, whose backward pass scatters the gradient again.
     """
     with gathering([tensor for head in heads for tensor in (head.weight, head.bias)]):
-        whole: dict[int, Any] = {}
+        gathered: dict[int, Any] = {}
         for head in heads:
             for tensor in (head.weight, head.bias):
-                if tensor is not None and id(tensor) not in whole:
-                    whole[id(tensor)] = whole_now(tensor)
+                if tensor is not None and id(tensor) not in gathered:
+                    gathered[id(tensor)] = gathered_tensor(tensor)
         yield [
-            replace(head, weight=whole[id(head.weight)], bias=None if head.bias is None else whole[id(head.bias)])
+            replace(head, weight=gathered[id(head.weight)], bias=None if head.bias is None else gathered[id(head.bias)])
             for head in heads
         ]
 
@@ -250,7 +250,7 @@ def _is_busy(thread: Path) -> bool:
 
 
 def inference_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a student's DeepSpeed configuration into one that cuts a frozen model over all ranks.
+    """Turn a student's DeepSpeed configuration into one that shards a frozen model over all ranks.
 
     Args:
         config: the student's configuration, of any stage, with its batch sizes filled in.
@@ -332,7 +332,7 @@ def shard_with_fsdp2(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-def whole_bytes(model: nn.Module) -> int:
+def gathered_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's weights when all are gathered."""
     return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
 
@@ -340,7 +340,7 @@ def whole_bytes(model: nn.Module) -> int:
 def missing_bytes(model: nn.Module) -> int:
     """Return the bytes that gathering adds to those that this rank holds."""
     held = sum(p.ds_tensor.numel() * p.element_size() for p in model.parameters() if hasattr(p, "ds_tensor"))
-    return whole_bytes(model) - held
+    return gathered_bytes(model) - held
 
 
 def free_bytes(device: torch.device) -> int | None:

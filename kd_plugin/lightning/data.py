@@ -32,7 +32,7 @@ _WINDOWS = itertools.count()  # what tells one window from another
 class KDDataModule(LightningDataModule):
     """Serves the rows of a teacher cache, or prompts that the student is to answer.
 
-    Its loaders resume in mid-epoch, deal rows to ranks themselves, and look ahead over an accumulation window, so that
+    Its loaders resume in mid-epoch, assign rows to ranks themselves and look ahead over an accumulation window, so that
     micro-batches of different lengths give the gradient of one large batch.
 
     Args:

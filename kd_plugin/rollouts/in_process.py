@@ -22,7 +22,7 @@ from kd_plugin.errors import NonFiniteError
 from kd_plugin.rollouts import Drawn, Propose
 from kd_plugin.rollouts.decoding import decode_with, generates_row_by_row, real_tokens
 from kd_plugin.rollouts.rows import StopLoops, left_padded, until_end
-from kd_plugin.sharding import missing_bytes, through, whole_bytes
+from kd_plugin.sharding import gathered_bytes, missing_bytes, through
 from kd_plugin.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ def slow_notice(model: nn.Module, ranks: int, *, fits: bool) -> str:
         ranks: over which it is sharded.
         fits: whether gathered weights would fit; False where that is why they are not.
     """
-    size = whole_bytes(model) / _GIB
+    size = gathered_bytes(model) / _GIB
     why = "ds3_gather_for_generation is off"
     if not fits:
         why = f"gathered weights would add {missing_bytes(model) / _GIB:.1f} GiB to a rank, which has less free"

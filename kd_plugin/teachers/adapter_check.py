@@ -9,7 +9,7 @@ from torch import device as torch_device
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.models import language_model_from_config
-from kd_plugin.sharding import whole_on_each_rank
+from kd_plugin.sharding import replicated_models
 
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -88,7 +88,7 @@ def _require_shapes(adapter: str, reference: str | None, base_config: Any, name:
         return  # on the hub: PEFT compares shapes when it loads
     from safetensors import safe_open
 
-    with whole_on_each_rank(), torch_device("meta"):
+    with replicated_models(), torch_device("meta"):
         modules = dict(language_model_from_config(base_config).named_modules())
     base = repr(reference) if reference else f"a {base_config.model_type} model"
     with safe_open(weights, framework="pt") as file:

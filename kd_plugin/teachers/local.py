@@ -16,7 +16,7 @@ from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.start import carried_by
 from kd_plugin.models import load_language_model, output_rows, require_dtype
-from kd_plugin.sharding import is_sharded, move, swapped_apart, through, whole_on_each_rank
+from kd_plugin.sharding import is_sharded, move, replicated_models, swapped_apart, through
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.base import Capabilities, reference_identity, tensors_digest
 from kd_plugin.teachers.in_process import InProcessTeacher, Placement
@@ -247,7 +247,7 @@ class LocalTeacher(InProcessTeacher):
 
         if self.is_attached and self.is_sharded:
             return
-        with swapped_apart() if is_deepspeed_zero3_enabled() else whole_on_each_rank():
+        with swapped_apart() if is_deepspeed_zero3_enabled() else replicated_models():
             model = self.model
         OutputHead.from_model(model)  # raises early where the teacher has no head
         offloaded = self.placement == "offload"

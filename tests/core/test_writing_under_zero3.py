@@ -8,7 +8,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kd_plugin.rollouts import in_process
 from kd_plugin.rollouts.in_process import GenerationProgress, slow_notice
-from kd_plugin.sharding import missing_bytes, whole_bytes
+from kd_plugin.sharding import gathered_bytes, missing_bytes
 from kd_plugin.trl.generation import generating
 
 
@@ -23,7 +23,7 @@ def cut():
 
 
 def test_what_gathering_adds_is_what_the_other_ranks_hold(cut):
-    assert whole_bytes(cut) == 4096
+    assert gathered_bytes(cut) == 4096
     assert missing_bytes(cut) == 3072
 
 

@@ -254,7 +254,7 @@ def run_job(job: dict, rank: int, counting) -> dict:
 @torch.no_grad()
 def weight_norm(trainer) -> float:
     """Return the sum of the trained weights' squares, gathered where they are sharded."""
-    from kd_plugin.sharding import whole_now
+    from kd_plugin.sharding import gathered_tensor
 
     total = 0.0
     for parameter in trainer.model.parameters():
@@ -266,7 +266,7 @@ def weight_norm(trainer) -> float:
             with deepspeed.zero.GatheredParameters([parameter]):
                 total += float((parameter.double() ** 2).sum())
         else:
-            total += float((whole_now(parameter).double() ** 2).sum())
+            total += float((gathered_tensor(parameter).double() ** 2).sum())
     return total
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.sharding import gathering, outermost_layers, whole_now
+from kd_plugin.sharding import gathered_tensor, gathering, outermost_layers
 from kd_plugin.upstream import as_stored
 
 _INDEX = "model.safetensors.index.json"
@@ -64,7 +64,7 @@ class AllWeights:
         """
         for group in layer_by_layer(self._student):
             with gathering([parameter for _, parameter in group]):
-                yield as_stored(self._student, {name: whole_now(parameter).detach() for name, parameter in group})
+                yield as_stored(self._student, {name: gathered_tensor(parameter).detach() for name, parameter in group})
 
     def described(self) -> dict[str, list[Any]]:
         """Return names, dtypes and whole shapes in the order of :meth:`layers`."""
@@ -136,7 +136,7 @@ class AdapterWeights:
 
         own = [(name, parameter) for name, parameter in self._student.named_parameters() if f".{self._name}." in name]
         with gathering([parameter for _, parameter in own]):
-            whole = {name: _on_host(whole_now(parameter), self._dtype) for name, parameter in own}
+            whole = {name: _on_host(gathered_tensor(parameter), self._dtype) for name, parameter in own}
         if not here:
             return
         directory.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.models import language_model_from_config
-from kd_plugin.sharding import whole_on_each_rank
+from kd_plugin.sharding import replicated_models
 from kd_plugin.signals import OutputHead
 
 _ONE, _MANY = "model.safetensors", "model.safetensors.index.json"
@@ -113,7 +113,7 @@ class Checkpoint:
         Raises:
             ConfigError: no model that gives next tokens, no such tensor, or one of another width.
         """
-        with whole_on_each_rank(), torch.device("meta"):
+        with replicated_models(), torch.device("meta"):
             model = language_model_from_config(self.config)
         shape = OutputHead.from_model(model)
         module, embedding = model.get_output_embeddings(), model.get_input_embeddings()

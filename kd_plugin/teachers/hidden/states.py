@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kd_plugin.errors import ConfigError, NonFiniteError, ServerError
 from kd_plugin.models import load_language_model
-from kd_plugin.sharding import whole_on_each_rank
+from kd_plugin.sharding import replicated_models
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.agreement import Probes
 from kd_plugin.teachers.client import Client, Raw, RefusedRequest
@@ -335,7 +335,7 @@ def _require_checkpoint(
 
 @torch.no_grad()
 def _own_states(checkpoint: Checkpoint, dtype: torch.dtype, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    with whole_on_each_rank():
+    with replicated_models():
         model: Any = load_language_model(checkpoint.reference, revision=checkpoint.revision, dtype=dtype).eval()
     backbone = model.base_model
     return [backbone(input_ids=torch.tensor([list(row)]), use_cache=False).last_hidden_state[0].float() for row in rows]
