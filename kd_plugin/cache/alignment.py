@@ -62,7 +62,7 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Alignment:
+class TargetFit:
     """Mean log-probability, in nats, that targets give to the text's tokens.
 
     Attributes:
@@ -116,7 +116,7 @@ class Alignment:
         return -1 if self.knows.beyond(_KNOWS) or untrained or predicted else 0
 
 
-def measure_alignment(cache: TeacherCache, rows: int = 64) -> Alignment:
+def measure_alignment(cache: TeacherCache, rows: int = 64) -> TargetFit:
     """Hold the targets of up to ``rows`` rows, spread over the cache, against the tokens beside them."""
     dataset = cache.dataset()
     step = max(1, len(dataset) // rows)
@@ -134,9 +134,9 @@ def measure_alignment(cache: TeacherCache, rows: int = 64) -> Alignment:
                 _row(tokens, texts[(number + 1) % len(texts)], inner, cache.signal(index[inner]), size, counted)
             )
     if not parts:
-        return Alignment(dict.fromkeys(_OFFSETS, 0.0), dict.fromkeys(_OFFSETS, 0.0), 0)
+        return TargetFit(dict.fromkeys(_OFFSETS, 0.0), dict.fromkeys(_OFFSETS, 0.0), 0)
     ahead = {o: _mean([part.logprob[o] - part.logprob[0] for part in parts]) for o in (-1, 1)}
-    return Alignment(
+    return TargetFit(
         logprob={o: float(torch.cat([part.logprob[o] for part in parts]).mean()) for o in _OFFSETS},
         error={-1: ahead[-1].error, 0: 0.0, 1: ahead[1].error},
         positions=sum(len(part.of_a_draw) for part in parts),
@@ -148,7 +148,7 @@ def measure_alignment(cache: TeacherCache, rows: int = 64) -> Alignment:
     )
 
 
-def require_aligned(cache: TeacherCache, rows: int = 64, *, allow_misaligned: bool = False) -> Alignment:
+def require_aligned(cache: TeacherCache, rows: int = 64, *, allow_misaligned: bool = False) -> TargetFit:
     """Refuse a cache whose targets fit the neighbouring token better than their own.
 
     Args:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kd_plugin.cache.alignment import Alignment, require_aligned
+from kd_plugin.cache.alignment import TargetFit, require_aligned
 from kd_plugin.cache.joining import batch_targets, labels_of_targets, not_in_cache
 from kd_plugin.cache.merge import is_together, open_members
 from kd_plugin.cache.reader import TeacherCache
@@ -183,7 +183,7 @@ class JointCache:
         first = next((one for one in found if one is not None), None)
         return None if first is None else first.within(found)
 
-    def require_aligned(self, *, allow_misaligned: bool = False) -> dict[str, Alignment]:
+    def require_aligned(self, *, allow_misaligned: bool = False) -> dict[str, TargetFit]:
         """Refuse a cache whose targets are shifted, or warn of it; return what was measured of each."""
         return {
             str(member.cache.path): require_aligned(member.cache, allow_misaligned=allow_misaligned)

@@ -27,7 +27,7 @@ _UNSTEADY_FILTERS = {"random"}  # of Jinja's filters; the others depend on their
 
 
 @dataclass(frozen=True)
-class Template:
+class TemplateNeeds:
     """What a template asks of the world around it.
 
     Attributes:
@@ -39,7 +39,7 @@ class Template:
     unsteady: frozenset[str] = frozenset()
 
 
-def read_template(template: str) -> Template:
+def read_template(template: str) -> TemplateNeeds:
     """Look through the calls of a chat template.
 
     Raises:
@@ -70,7 +70,7 @@ def read_template(template: str) -> Template:
                 "prints cannot be pinned and no row would join another day. Write the format as text into the call."
             )
         formats.update(texts)
-    return Template(frozenset(formats), frozenset(unsteady))
+    return TemplateNeeds(frozenset(formats), frozenset(unsteady))
 
 
 def pinned(template: str, at: str) -> str:

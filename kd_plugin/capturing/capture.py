@@ -25,7 +25,7 @@ from kd_plugin.cache.templates import (
 from kd_plugin.capturing.engines import as_asked, open_engine, require_targets, require_teacher
 from kd_plugin.capturing.rows import open_rows, passed_columns
 from kd_plugin.capturing.tokenization import StudentTokenization, Tokenization
-from kd_plugin.capturing.work import Job, do_units
+from kd_plugin.capturing.work import CaptureJob, do_units
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.lineage.config import LineageSettings
 from kd_plugin.lineage.sources import Source
@@ -99,7 +99,7 @@ class PreparedCapture:
     """
 
     teacher: Any
-    job: Job
+    job: CaptureJob
     settings: Settings
     gate: CaptureGate
     vocabulary: Vocabulary
@@ -335,7 +335,7 @@ def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any =
         for_student=read_by is not None,
         view=None if view is None else view.identity,
     )
-    job = Job(rows, tokenization, kept).rendered_at(rendered_at)
+    job = CaptureJob(rows, tokenization, kept).rendered_at(rendered_at)
     return PreparedCapture(teacher, job, settings, gate, vocabulary, writer)
 
 

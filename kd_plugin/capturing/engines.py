@@ -136,7 +136,7 @@ def open_engine(teacher: Any, settings: Settings, batch_tokens: int, writer: InP
         return StudentWrites(scoring, writer, weights_digest(writer.model))
     generates = teacher.capabilities.generates
     if generates == "requests":
-        return ServerEngine(teacher, settings)
+        return ListingEngine(teacher, settings)
     return ScoringEngine(teacher, batch_tokens) if generates is None else LocalEngine(teacher, batch_tokens)
 
 
@@ -228,7 +228,7 @@ class LocalEngine(ScoringEngine):
         return generate_locally(self._model_teacher, requests, _generation(settings), settings.seed)
 
 
-class ServerEngine:
+class ListingEngine:
     """A vLLM server, asked to list no more tokens than the targets keep.
 
     Args:

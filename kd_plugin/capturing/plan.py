@@ -24,7 +24,7 @@ _READ_ROWS = 1000
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CaptureEstimate:
     """What a capture would hold and take on this machine, in one process.
 
     Where the teacher writes, all but ``dataset_rows`` is extrapolated from one batch of completions.
@@ -51,7 +51,7 @@ class Estimate:
 @takes(CaptureSettings)
 def estimate(  # noqa: D417
     dataset: Any, teacher: Any, *, tokenizer: Any = None, **fields: Any
-) -> Estimate:
+) -> CaptureEstimate:
     """Count ``dataset`` whole, score two batches of it or let one be generated, and extrapolate; nothing is stored.
 
     Args:
@@ -90,7 +90,7 @@ def estimate(  # noqa: D417
     captured = [CapturedRow(e, t) for e, t in zip(chosen, kept, strict=True)]
     share = sum(len(e.scored) for e in chosen) / scored
     probed = sum(len(e.input_ids) for e in chosen)
-    return Estimate(
+    return CaptureEstimate(
         dataset_rows=len(prepared.job.rows),
         rows=rows,
         dropped=dict(dropped),
@@ -107,7 +107,7 @@ def _examples(prepared: PreparedCapture, dropped: Counter[str]) -> Iterator[Exam
         yield from examples_of(job.rows.slice(first, min(_READ_ROWS, len(job.rows) - first)), first, job, dropped)
 
 
-def _written(prepared: PreparedCapture, engine: Engine) -> Estimate:
+def _written(prepared: PreparedCapture, engine: Engine) -> CaptureEstimate:
     """Let one batch be written and scored."""
     job, settings = prepared.job, prepared.settings
     assert settings.generation is not None
@@ -121,7 +121,7 @@ def _written(prepared: PreparedCapture, engine: Engine) -> Estimate:
         captured = generated_rows(probe)
     seconds = time.perf_counter() - started
     scale = len(job.rows) / many
-    return Estimate(
+    return CaptureEstimate(
         dataset_rows=len(job.rows),
         rows=round(len(captured) * scale),
         dropped={reason: round(count * scale) for reason, count in probe.dropped.items()},

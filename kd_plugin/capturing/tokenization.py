@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from kd_plugin.cache.schema import Example, Extracted, example_id, scored_positions
-from kd_plugin.cache.templates import MESSAGE_COLUMNS, Template, pinned, pinned_tokenizer, read_template
+from kd_plugin.cache.templates import MESSAGE_COLUMNS, TemplateNeeds, pinned, pinned_tokenizer, read_template
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.rollouts.rows import Span
 from kd_plugin.views.render import Reader, Reading
@@ -249,7 +249,7 @@ class Tokenization:
         tools = json.loads(tools) if isinstance(tools, str) else tools
         given = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
         own = given.get("chat_template")
-        if own and read_template(own) != Template():
+        if own and read_template(own) != TemplateNeeds():
             raise DataError(
                 "A row's chat_template_kwargs hold a chat template that prints the time, or depends on chance: its "
                 "tokens would be others in training. Give one template to all rows: capture(..., chat_template=...)."

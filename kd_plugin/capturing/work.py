@@ -102,7 +102,7 @@ def _minutes(seconds: float) -> str:
 
 
 @dataclass(frozen=True)
-class Job:
+class CaptureJob:
     """What turns rows into captured rows; the same in every worker.
 
     Attributes:
@@ -115,7 +115,7 @@ class Job:
     tokenization: Tokenization
     filter: Verifier | None
 
-    def rendered_at(self, moment: str | None) -> Job:
+    def rendered_at(self, moment: str | None) -> CaptureJob:
         """Return the job with a chat template that prints the time ``moment``."""
         return replace(self, tokenization=self.tokenization.rendered_at(moment))
 
@@ -136,14 +136,14 @@ class RowBatch:
 
     rows: Sequence[Row]
     first: int
-    job: Job
+    job: CaptureJob
     engine: Engine
     settings: Settings
     bar: Progress
     dropped: Counter[str] = field(default_factory=Counter)
 
 
-def do_units(store: Store, job: Job, engine: Engine, shown: bool) -> None:
+def do_units(store: Store, job: CaptureJob, engine: Engine, shown: bool) -> None:
     """Do the units that have no record; wait for those that other workers have."""
     missing = store.missing()
     to_do = sum(store.manifest.rows_of(index)[2] for index in missing)
@@ -164,7 +164,7 @@ def do_units(store: Store, job: Job, engine: Engine, shown: bool) -> None:
                 time.sleep(_POLL_SECONDS)
 
 
-def _do_unit(store: Store, index: int, job: Job, engine: Engine, bar: Progress) -> None:
+def _do_unit(store: Store, index: int, job: CaptureJob, engine: Engine, bar: Progress) -> None:
     settings = store.manifest.settings
     _, first, count = store.manifest.rows_of(index)
     batch = RowBatch(job.rows.slice(first, count), first, job, engine, settings, bar)
@@ -183,7 +183,7 @@ def _do_unit(store: Store, index: int, job: Job, engine: Engine, bar: Progress) 
     )
 
 
-def examples_of(rows: Sequence[Row], first: int, job: Job, dropped: Counter[str]) -> Iterator[Example]:
+def examples_of(rows: Sequence[Row], first: int, job: CaptureJob, dropped: Counter[str]) -> Iterator[Example]:
     """Yield what is to be scored of rows that hold completions, and count in ``dropped`` what is not."""
     for number, row in enumerate(rows, first):
         where = f"row {number}"

@@ -163,7 +163,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Parsed(Generic[Settings]):
+class CommandLine(Generic[Settings]):
     """What a command line said.
 
     Attributes:
@@ -193,7 +193,7 @@ def parse_settings(
     description: str,
     defaults: Settings | None = None,
     flags: Mapping[str, str] | None = None,
-) -> Parsed[Settings]:
+) -> CommandLine[Settings]:
     """Parse ``argv`` into the dataclass ``cls``.
 
     ``--config FILE`` takes YAML whose keys are the fields; every field is also an option, and wins over the
@@ -225,7 +225,7 @@ def parse_settings(
     values = given.values(get_type_hints(cls))
     with given.usage():
         filled = cls(**{**start, **values})
-    return Parsed(settings=filled, flags=asked, print_only=print_only, file=given.file)
+    return CommandLine(settings=filled, flags=asked, print_only=print_only, file=given.file)
 
 
 def require_set(settings: Any, names: Sequence[str]) -> None:

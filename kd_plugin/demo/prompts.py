@@ -125,7 +125,7 @@ def fast_dtype() -> str:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Asked:
     """A question with what a model wrote.
 
     Attributes:
@@ -145,13 +145,13 @@ def answer(
     questions: Sequence[Question],
     max_tokens: int,
     advance: Callable[[int], None] = lambda done: None,
-) -> list[Answer]:
+) -> list[Asked]:
     """Let a model answer greedily, some questions at a time; ``advance`` hears how many are done."""
     rendered = [
         tokenizer.apply_chat_template(q.prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         for q in questions
     ]
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Asked] = {}
     by_length = sorted(range(len(questions)), key=lambda i: len(rendered[i]))
     for start in range(0, len(by_length), _GENERATE_AT_ONCE):
         batch = by_length[start : start + _GENERATE_AT_ONCE]
@@ -164,12 +164,12 @@ def answer(
         for i, row in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True):
             end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
             text = tokenizer.decode(row[:end], skip_special_tokens=True).strip()
-            answers[i] = Answer(tuple(rendered[i]), tuple(row[:end]), text)
+            answers[i] = Asked(tuple(rendered[i]), tuple(row[:end]), text)
         advance(len(answers))
     return [answers[i] for i in range(len(questions))]
 
 
-def held_out_kl(student: LocalTeacher, teacher: LocalTeacher, answers: Sequence[Answer]) -> float:
+def held_out_kl(student: LocalTeacher, teacher: LocalTeacher, answers: Sequence[Asked]) -> float:
     """Mean KL(teacher ‖ student) in nats per token, over the tokens of the teacher's own held-out answers."""
     total, count = 0.0, 0
     for start in range(0, len(answers), _ROWS_AT_ONCE):

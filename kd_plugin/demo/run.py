@@ -21,7 +21,7 @@ from rich.table import Table
 from kd_plugin.demo import stages
 from kd_plugin.demo.model import PreparedTeacher, prepare_teacher
 from kd_plugin.demo.prompts import GENERAL, MATH, Question
-from kd_plugin.demo.stages import ARITHMETIC, CACHE, MODELS, OFFLINE, PANEL, QUESTIONS, SPECIALIST, START, Stage
+from kd_plugin.demo.stages import ARITHMETIC, CACHE, MODELS, OFFLINE, PANEL, QUESTIONS, SPECIALIST, START, DemoParts
 from kd_plugin.demo.state import DemoConfig, DemoState, require_writable
 
 _SAMPLE_WIDTH = 76
@@ -114,7 +114,7 @@ def run_demo(config: DemoConfig, console: Console, *, fresh: bool = False) -> in
     return code
 
 
-def _open(config: DemoConfig, state: DemoState, console: Console) -> Stage:
+def _open(config: DemoConfig, state: DemoState, console: Console) -> DemoParts:
     """Find the teacher, and load the tokenizer that it shares with the student."""
     from transformers import AutoTokenizer
 
@@ -124,10 +124,10 @@ def _open(config: DemoConfig, state: DemoState, console: Console) -> Stage:
         models = Path(config.model_cache) if config.model_cache else state.claim(MODELS, survives=True)
         teacher = prepare_teacher(models, lambda text: console.print(f"  {text}", highlight=False))
     console.print(f"[bold]teacher[/bold] {teacher.origin}", highlight=False)
-    return Stage(config, state, console, teacher, AutoTokenizer.from_pretrained(teacher.ref))
+    return DemoParts(config, state, console, teacher, AutoTokenizer.from_pretrained(teacher.ref))
 
 
-def _do(stage: Stage, key: str, label: str, work: Callable[[Stage], dict[str, Any]]) -> dict[str, Any]:
+def _do(stage: DemoParts, key: str, label: str, work: Callable[[DemoParts], dict[str, Any]]) -> dict[str, Any]:
     """Do a stage unless it is done, and say what came of it."""
     number, text = label.split(" ", 1)
     result = stage.state.result(key)
@@ -152,7 +152,7 @@ def _in_words(result: dict[str, Any]) -> str:
     return "".join(words)
 
 
-def _verify(stage: Stage) -> int:
+def _verify(stage: DemoParts) -> int:
     """Verify the lineage of every checkpoint that the demo wrote; return the worst exit code."""
     from kd_plugin.lineage import verify
 

@@ -26,7 +26,7 @@ from kd_plugin.demo.prompts import (
     DOMAINS,
     GENERAL,
     MATH,
-    Answer,
+    Asked,
     Question,
     StudentMeasure,
     answer,
@@ -53,7 +53,7 @@ QUESTIONS = {"repo": "kd-plugin/demo-questions", "license": "apache-2.0"}
 
 
 @dataclass(frozen=True)
-class Stage:
+class DemoParts:
     """What every stage works with.
 
     Attributes:
@@ -104,7 +104,7 @@ class Stage:
         }
 
 
-def gate(stage: Stage) -> str:
+def gate(stage: DemoParts) -> str:
     """Ask whether the planned run may be trained and shipped; return the verdict in words.
 
     Raises:
@@ -121,7 +121,7 @@ def gate(stage: Stage) -> str:
     return f"{str(run.verdict.decision).replace('_', ' ')}; the questions are Apache-2.0 by this package's own word"
 
 
-def train_specialist(stage: Stage) -> dict[str, float]:
+def train_specialist(stage: DemoParts) -> dict[str, float]:
     """Make the math teacher: TRL's own ``SFTTrainer``, with the lineage callback, on reasoning-gym problems."""
     from trl import SFTConfig, SFTTrainer
 
@@ -143,7 +143,7 @@ def train_specialist(stage: Stage) -> dict[str, float]:
     return _train(trainer, stage, "math teacher", SPECIALIST)
 
 
-def make_student(stage: Stage) -> dict[str, Any]:
+def make_student(stage: DemoParts) -> dict[str, Any]:
     """Cut the student from the teacher."""
     stage.state.claim(START)
     kept = stage.config.kept_layers()
@@ -151,7 +151,7 @@ def make_student(stage: Stage) -> dict[str, Any]:
     return {"layers": len(kept)}
 
 
-def write_answers(stage: Stage) -> dict[str, Any]:
+def write_answers(stage: DemoParts) -> dict[str, Any]:
     """Let the general teacher answer all training questions, and each teacher its domain's held-out ones."""
     config, state = stage.config, stage.state
     train = [q for d in DOMAINS for q in questions("train", d, config.limit("train", d))]
@@ -174,7 +174,7 @@ def write_answers(stage: Stage) -> dict[str, Any]:
     return {"answers": total}
 
 
-def fill_cache(stage: Stage) -> dict[str, Any]:
+def fill_cache(stage: DemoParts) -> dict[str, Any]:
     """Capture the general teacher's distribution at every token of its answers."""
     config = stage.config
     train = [q for d in DOMAINS for q in questions("train", d, config.limit("train", d))]
@@ -195,7 +195,7 @@ def fill_cache(stage: Stage) -> dict[str, Any]:
     return {"rows": len(cache), "tokens": cache.tokens}
 
 
-def train_offline(stage: Stage) -> dict[str, float]:
+def train_offline(stage: DemoParts) -> dict[str, float]:
     """Offline KD: fit the student to the cache, without a teacher in memory."""
     from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
 
@@ -214,7 +214,7 @@ def train_offline(stage: Stage) -> dict[str, float]:
     return _train(trainer, stage, "offline KD", OFFLINE)
 
 
-def train_panel(stage: Stage) -> dict[str, float]:
+def train_panel(stage: DemoParts) -> dict[str, float]:
     """Run the teacher panel: the student generates, the teacher of each question's domain scores every token."""
     from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
 
@@ -241,7 +241,7 @@ def train_panel(stage: Stage) -> dict[str, float]:
     return _train(trainer, stage, "teacher panel", PANEL)
 
 
-def measure(stage: Stage, name: str) -> dict[str, Any]:
+def measure(stage: DemoParts, name: str) -> dict[str, Any]:
     """Measure the student in directory ``name`` on held-out questions."""
     config = stage.config
     student = open_model(stage.path(name), stage.tokenizer)
@@ -255,7 +255,7 @@ def measure(stage: Stage, name: str) -> dict[str, Any]:
     return asdict(StudentMeasure(kl=kl, samples=dict(zip(shown, texts, strict=True))))
 
 
-def open_teacher(stage: Stage) -> LocalTeacher:
+def open_teacher(stage: DemoParts) -> LocalTeacher:
     """Return the general teacher, under the licence that the user declares or that its card names."""
     return LocalTeacher(
         stage.teacher.ref, name=GENERAL, license=stage.config.teacher_license or None, dtype=fast_dtype()
@@ -267,12 +267,12 @@ def sample_questions(config: DemoConfig) -> dict[str, Question]:
     return {d: questions("held_out", d, min(_SAMPLE[d], config.limit("held_out", d)))[-1] for d in DOMAINS}
 
 
-def _answers(stage: Stage, name: str) -> list[Answer]:
+def _answers(stage: DemoParts, name: str) -> list[Asked]:
     rows = json.loads(stage.path(ANSWERS).read_text(encoding="utf-8"))[name]
-    return [Answer(tuple(r["prompt_ids"]), tuple(r["completion_ids"]), r["text"]) for r in rows]
+    return [Asked(tuple(r["prompt_ids"]), tuple(r["completion_ids"]), r["text"]) for r in rows]
 
 
-def _train(trainer: Any, stage: Stage, label: str, name: str) -> dict[str, float]:
+def _train(trainer: Any, stage: DemoParts, label: str, name: str) -> dict[str, float]:
     """Train with the demo's bar, save, and return the first and last loss."""
     with training_bar(trainer, label, stage.console):
         trainer.train()

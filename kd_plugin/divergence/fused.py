@@ -44,7 +44,7 @@ __all__ = ["PanelGroup", "PanelLoss", "TeacherTerm", "fused_panel_divergence"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class LossPlan:
     """The arguments of the loss that autograd does not look into; see ``fused_panel_divergence``."""
 
     student: OutputHead
@@ -70,7 +70,7 @@ class PassSums:
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def panel_pass(hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: OutputHead, plan: Plan) -> PassSums:
+def panel_pass(hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: OutputHead, plan: LossPlan) -> PassSums:
     """Compute everything; ``student`` is the head's real rows, ``weight`` and ``bias`` are autograd's."""
     device, statistics, dtype = hidden_NH.device, plan.statistics, plan.autocast or hidden_NH.dtype
     vocab_size, need_grad = student.weight.shape[0], any(plan.needs)
@@ -99,7 +99,7 @@ def panel_pass(hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, student: 
     return PassSums(loss, entropy_N, values, weights, gradient.take())
 
 
-def _projectors(group: PanelGroup, student: OutputHead, workspace: Workspace, plan: Plan) -> list[Projector]:
+def _projectors(group: PanelGroup, student: OutputHead, workspace: Workspace, plan: LossPlan) -> list[Projector]:
     """Bring the heads of a group to the dtype of the product, each once."""
     projectors = []
     ready: dict[object, tuple[OutputHead, Workspace]] = {}
@@ -142,7 +142,7 @@ class GroupPass:
         teachers: Sequence[Projector],
         project: Projector,
         comparisons: Comparisons,
-        plan: Plan,
+        plan: LossPlan,
         count: int,
     ) -> None:
         self._group, self.teachers, self.plan = group, teachers, plan
@@ -314,7 +314,7 @@ def fused_panel_divergence(
         groups = [merged_by_head(group, divergence) for group in groups]
     tensors = (student_hidden, student_head.weight, student_head.bias)
     needs = needs_gradient(*tensors)
-    plan = Plan(
+    plan = LossPlan(
         student_head,
         tuple(groups),
         divergence,
@@ -341,12 +341,12 @@ class _PanelFunction(torch.autograd.Function):
     """Forward forms loss and gradient together; backward scales."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, plan: LossPlan) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             student = plan.student.real_rows()
 
-            def run(plan: Plan) -> PassSums:
+            def run(plan: LossPlan) -> PassSums:
                 return panel_pass(hidden_NH, weight, bias, student, plan)
 
             found = run(replace(plan, compiled=compiles(plan, hidden_NH, student.weight, run)))

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_plugin.errors import DataError
-from kd_plugin.importing.teacher import Listed
+from kd_plugin.importing.teacher import StoredTargets
 from kd_plugin.inputs import load_rows
 
 _ENDINGS = range(9)  # tokens that a template may print after the answer
@@ -92,7 +92,7 @@ class AxolotlOutputs:
             )
         return range(tokens - 1 - len(lists), tokens - 1)
 
-    def row(self, row: int) -> Listed:
+    def row(self, row: int) -> StoredTargets:
         """Return what was stored of an answer.
 
         Raises:
@@ -101,7 +101,7 @@ class AxolotlOutputs:
         ids, logprobs = self._lists(row)
         if ids.shape[1] > self.listed:
             raise DataError(f"Row {row} lists {ids.shape[1]} tokens at a position; expected at most {self.listed}.")
-        return Listed(ids, logprobs)
+        return StoredTargets(ids, logprobs)
 
     def _rendered(self, row: int) -> list[int]:
         messages = self._conversations[row][self._messages]

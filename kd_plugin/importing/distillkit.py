@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kd_plugin.errors import ConfigError, DataError
-from kd_plugin.importing.teacher import Listed
+from kd_plugin.importing.teacher import StoredTargets
 from kd_plugin.inputs import load_rows
 from kd_plugin.settings import built
 
@@ -214,7 +214,7 @@ class DistillKitOutputs:
         """Return all positions that have a next token."""
         return range(len(self.tokens(row)) - 1)
 
-    def row(self, row: int) -> Listed:
+    def row(self, row: int) -> StoredTargets:
         """Return the distributions of a text.
 
         Raises:
@@ -245,7 +245,7 @@ class DistillKitOutputs:
         logprobs = self.compression.logprobs(values)
         beyond = logprobs.double().exp().sum(1) > 1 + _ROUNDING
         logprobs[beyond, self.compression.exact_k :] = -torch.inf
-        return Listed(self.compression.ids(ids).numpy(), logprobs.numpy())
+        return StoredTargets(self.compression.ids(ids).numpy(), logprobs.numpy())
 
 
 def _require_columns(columns: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ MOST_MASS = 1.05  # of the listed tokens; what a lossy form adds is less, and a 
 
 
 @dataclass(frozen=True)
-class Listed:
+class StoredTargets:
     """What was stored at the N positions of a row.
 
     Attributes:
@@ -62,7 +62,7 @@ class StoredOutputs(Protocol):
         """Return the positions t of a row that have a distribution, which is that over token t + 1."""
         ...
 
-    def row(self, row: int) -> Listed:
+    def row(self, row: int) -> StoredTargets:
         """Return what was stored of a row; raises DataError where it cannot be read."""
         ...
 
@@ -151,7 +151,7 @@ class StoredTeacher:
         return numbers
 
 
-def _require_distributions(stored: Listed, row: str, first: int, size: int) -> None:
+def _require_distributions(stored: StoredTargets, row: str, first: int, size: int) -> None:
     """Refuse numbers that no teacher gave, which a wrong reading shows in.
 
     Raises:

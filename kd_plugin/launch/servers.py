@@ -43,7 +43,7 @@ _NEEDS = {
 
 
 @dataclass(frozen=True)
-class Student:
+class NamedStudent:
     """The student that a run starts from, as its YAML names it.
 
     Attributes:
@@ -59,7 +59,7 @@ class Student:
     response: int = Sampling.max_completion_length
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Student | None:
+    def of(cls, settings: Mapping[str, Any]) -> NamedStudent | None:
         """Read a run's settings; None where they name no student."""
         reference = settings.get("model_name_or_path") or settings.get("model")
         if not isinstance(reference, str):
@@ -85,7 +85,7 @@ def server_problems(training: str | Path, least_rate: float = 0.0) -> tuple[list
     try:
         engine = engine_settings(content.get("rollout_engine"))
         if engine is not None:
-            problems, notes = _of_engines(engine, Student.of(content))
+            problems, notes = _of_engines(engine, NamedStudent.of(content))
         panel = panel_from_block(content["panel"]) if content.get("panel") else None
     except KDError as error:
         return [*problems, str(error)], notes
@@ -116,7 +116,7 @@ def _settings_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
     return own if isinstance(own, Mapping) else {}
 
 
-def _of_engines(engine: EngineSettings, student: Student | None) -> tuple[list[str], list[str]]:
+def _of_engines(engine: EngineSettings, student: NamedStudent | None) -> tuple[list[str], list[str]]:
     problems = engine_problems(engine)
     if problems or not engine.addresses:
         return problems, []
@@ -145,7 +145,7 @@ def engine_problems(engine: EngineSettings) -> list[str]:
     return found
 
 
-def base_problems(engine: EngineSettings, student: Student) -> tuple[list[str], list[str]]:
+def base_problems(engine: EngineSettings, student: NamedStudent) -> tuple[list[str], list[str]]:
     """Check that engines which answer serve the student's base, as the first sync of a run would compare it.
 
     A small checkpoint is run here on the tokens of the parity probe; of a large one only the names are compared.
@@ -195,7 +195,9 @@ def base_problems(engine: EngineSettings, student: Student) -> tuple[list[str], 
     return problems, notes
 
 
-def _scored(engine: EngineSettings, student: Student, probe: Probe) -> tuple[torch.Tensor | None, int | None, float]:
+def _scored(
+    engine: EngineSettings, student: NamedStudent, probe: Probe
+) -> tuple[torch.Tensor | None, int | None, float]:
     """Return the student's nats of the probe, None for a large checkpoint; the rows of its head; and the tolerance."""
     checkpoint = Checkpoint(student.reference, student.revision)
     size = checkpoint.bytes
@@ -206,7 +208,7 @@ def _scored(engine: EngineSettings, student: Student, probe: Probe) -> tuple[tor
     return own_logprobs(model, probe, torch.device("cpu")), output_rows(model), allowed
 
 
-def _by_name(where: str, student: Student, served: Mapping[str, Any]) -> list[str]:
+def _by_name(where: str, student: NamedStudent, served: Mapping[str, Any]) -> list[str]:
     """Say what a server calls a base that is too large to be run here, if its name is another."""
     names = {str(served[key]).rstrip("/").rpartition("/")[2] for key in ("id", "root") if served.get(key)}
     if student.reference.rstrip("/").rpartition("/")[2] in names:

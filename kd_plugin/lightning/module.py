@@ -262,7 +262,7 @@ class OfflineKDModule(StudentModule):
 
 
 @settings
-class CorrectionSettings(LineageSettings, PanelSettings):
+class CallbackSettings(LineageSettings, PanelSettings):
     """All that :class:`TeacherPanelCorrection` takes from a configuration file."""
 
     ce_weight: float = option(default=0.0, help="Weight of the cross-entropy on the responses.")
@@ -270,11 +270,11 @@ class CorrectionSettings(LineageSettings, PanelSettings):
 
 
 @settings
-class PanelModuleSettings(StudentSettings, CorrectionSettings):
+class PanelModuleSettings(StudentSettings, CallbackSettings):
     """All that :class:`TeacherPanelModule` takes."""
 
     def __post_init__(self) -> None:
-        CorrectionSettings.__post_init__(self)
+        CallbackSettings.__post_init__(self)
         StudentSettings.__post_init__(self)
 
 
@@ -293,7 +293,7 @@ class TeacherPanelModule(StudentModule):
         super().__init__(model, **values_of(StudentSettings, fields))
         self.save_hyperparameters()
         # Built now, so that a wrong setting shows before a model or the trainer is
-        self._correction = TeacherPanelCorrection(**values_of(CorrectionSettings, fields))
+        self._correction = TeacherPanelCorrection(**values_of(CallbackSettings, fields))
 
     def configure_callbacks(self) -> list[Callback]:
         """Return the callback that has the panel score the responses; Lightning attaches it."""

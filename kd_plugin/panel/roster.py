@@ -17,7 +17,7 @@ from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError, DataError, nearest
 from kd_plugin.panel.estimators import Estimator
 from kd_plugin.panel.text.reward import Reward
-from kd_plugin.panel.weights import Weights, row_weights
+from kd_plugin.panel.weights import TeacherWeights, row_weights
 from kd_plugin.settings import require_known
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.adapter import share_bases
@@ -146,7 +146,7 @@ class TeacherPanel:
             raise ConfigError(
                 f"teacher_weights have no meaning with combine={combine!r}, where one teacher scores a row."
             )
-        self.weights = Weights(self.names, weights, domain_weights)
+        self.weights = TeacherWeights(self.names, weights, domain_weights)
         if not (math.isfinite(confidence_temperature) and confidence_temperature > 0.0):
             raise ConfigError(
                 f"confidence_temperature is {confidence_temperature}; it divides entropies and must be positive."

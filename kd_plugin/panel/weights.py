@@ -89,7 +89,7 @@ def as_schedule(value: Any, name: str) -> Schedule:
     return Schedule(**value)
 
 
-class Weights:
+class TeacherWeights:
     """The weights of a panel's teachers.
 
     Args:

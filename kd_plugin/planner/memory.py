@@ -114,7 +114,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class State:
+class StateBytes:
     """Bytes of the student's training state on the rank that holds most; parts as in :class:`Memory`."""
 
     weights: int
@@ -153,7 +153,7 @@ def memory(run: PlannedRun, layout: Layout, ranks: int) -> Memory:
     )
 
 
-def state_bytes(run: PlannedRun, stage: int, ranks: int) -> State:
+def state_bytes(run: PlannedRun, stage: int, ranks: int) -> StateBytes:
     """Compute the student's weights, gradients and optimizer states on the rank that holds most.
 
     Stages 1 and 2 lay the parameters of an optimizer group one after the other and cut the row into N equal parts. A
@@ -169,14 +169,14 @@ def state_bytes(run: PlannedRun, stage: int, ranks: int) -> State:
     total, trainable = student.total, student.trainable
     if stage == 0:
         master = 0 if run.precision == "fp32" else 4 * trainable
-        return State(size * total, size * trainable, size * trainable, master + 8 * trainable)
+        return StateBytes(size * total, size * trainable, size * trainable, master + 8 * trainable)
     largest = max((p.numel for p in student.parameters if p.trainable), default=0)
     if stage in (1, 2):
         own, part = _cut_rows(student, ranks)
         peak = largest + (trainable if stage == 1 else own * min(run.accumulation, 2))
-        return State(size * total, size * own, size * peak, 12 * part)
+        return StateBytes(size * total, size * own, size * peak, 12 * part)
     parts = sum(-(-p.numel // ranks) for p in student.parameters if p.trainable)
-    return State(sharded_bytes(run, student, ranks), size * parts, size * (parts + largest), 12 * parts)
+    return StateBytes(sharded_bytes(run, student, ranks), size * parts, size * (parts + largest), 12 * parts)
 
 
 def _peak_beside_offload(run: PlannedRun, stage: int) -> int:

@@ -80,7 +80,7 @@ class Checks:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PassedChecks:
     """How many tests passed, of how many, and in a fixed word why not all."""
 
     passed: int
@@ -143,7 +143,7 @@ def read_checks(value: Any, column: str) -> Checks:
     return found
 
 
-def run_checks(program: str, checks: Checks, limits: Limits | None = None) -> Outcome:
+def run_checks(program: str, checks: Checks, limits: Limits | None = None) -> PassedChecks:
     """Run a program against its tests, and stop at the first case that a limit ends.
 
     Args:
@@ -166,7 +166,7 @@ def run_checks(program: str, checks: Checks, limits: Limits | None = None) -> Ou
         reason = reason or (FAILED if ran.ended == "done" else ran.ended)
         if ran.ended in ("timeout", "memory"):
             break
-    return Outcome(passed, len(checks), None if passed == len(checks) else reason or FAILED)
+    return PassedChecks(passed, len(checks), None if passed == len(checks) else reason or FAILED)
 
 
 def run_program(program: str, given: str = "", limits: Limits | None = None) -> Ran:

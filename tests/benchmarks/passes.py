@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from kd_plugin.divergence import projection
 from kd_plugin.divergence.compiled import tiles as compiled
-from kd_plugin.divergence.fused import Plan, panel_pass
+from kd_plugin.divergence.fused import LossPlan, panel_pass
 from kd_plugin.divergence.modes import PanelGroup, TeacherTerm
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.signals import HiddenSignal, OutputHead
@@ -106,7 +106,7 @@ def ours(divergence: str, *, teachers: int, positions: int, vocab: int, width: i
     head = OutputHead(tensor(vocab, width))
     needs = (True, True, False)
     groups = (PanelGroup(None, terms),)
-    plan = Plan(
+    plan = LossPlan(
         head, groups, Divergence(divergence), 1.0, needs, torch.float32, None, values=False, compiled=fused
     )  # fmt: skip
     counter = Counter()

@@ -188,6 +188,23 @@ def test_no_file_is_longer_than_a_chapter():
     assert {path: count for path, count in lines.items() if count > 400} == {}
 
 
+# Public in two rooms each, and documented in both
+IN_TWO_ROOMS = {
+    "Evaluation": {"evaluation", "text"},
+    "Verdict": {"lineage", "verifying"},
+}
+
+
+def test_a_class_has_a_name_of_its_own():
+    rooms: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                rooms.setdefault(node.name, []).append(room_of(path))
+    twice = {name: found for name, found in rooms.items() if len(found) > len(IN_TWO_ROOMS.get(name, {""}))}
+    assert twice == {}
+
+
 def missing_files(docstring: str, room: Path) -> set[str]:
     """Files that a docstring names and that are neither in its room nor where the name says."""
     named = set(re.findall(r"[\w/]*\w\.py\b", docstring))

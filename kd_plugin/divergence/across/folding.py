@@ -96,7 +96,7 @@ class Folding:
         return logits_RV[:, self._rest] if isinstance(self._rest, slice) else logits_RV.index_select(1, self._rest)
 
 
-class Comparison:
+class OutcomeTiles:
     """Tiles over the outcomes that a student and some teachers are compared on: all tokens, or the shared and the rest.
 
     Args:
@@ -146,9 +146,9 @@ class Comparisons:
 
     def __init__(self, workspace: Workspace, dtype: torch.dtype, need_grad: bool, compiled: bool = False) -> None:
         self._workspace, self._dtype, self._need_grad, self._compiled = workspace, dtype, need_grad, compiled
-        self._found: dict[object, Comparison] = {}
+        self._found: dict[object, OutcomeTiles] = {}
 
-    def over(self, shared: SharedTokens | None, rest: bool) -> tuple[Comparison, Folding | None]:
+    def over(self, shared: SharedTokens | None, rest: bool) -> tuple[OutcomeTiles, Folding | None]:
         """Return the comparison over the tokens of both sides, and what folds this teacher's logits for it.
 
         Args:
@@ -158,13 +158,13 @@ class Comparisons:
         rows, device = self._workspace.rows, self._workspace.device
         if shared is None:
             if None not in self._found:
-                self._found[None] = Comparison(*self._tiles(self._workspace))
+                self._found[None] = OutcomeTiles(*self._tiles(self._workspace))
             return self._found[None], None
         key = shared.runs, shared.student_size, rest
         if key not in self._found:
             student = Folding(shared, shared.student_size, rest, device)
             folded = Workspace(rows, student.outcomes, device)
-            self._found[key] = Comparison(*self._tiles(folded), student)
+            self._found[key] = OutcomeTiles(*self._tiles(folded), student)
         return self._found[key], Folding(shared, shared.teacher_size, rest, device)
 
     def _tiles(self, workspace: Workspace) -> tuple[Tiles, CompiledTiles | None]:

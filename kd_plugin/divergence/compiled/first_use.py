@@ -23,7 +23,7 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal
 
 if TYPE_CHECKING:
-    from kd_plugin.divergence.fused import PassSums, Plan
+    from kd_plugin.divergence.fused import LossPlan, PassSums
 
 logger = logging.getLogger(__name__)
 # Positions of a group that are computed in both forms; of a group of one nothing is compiled
@@ -33,7 +33,7 @@ _NATS = 1e-4  # by which the forms may differ at a position beside the relative 
 _RELATIVE = 0.01  # of losses and of gradients; tiles in bfloat16 round either way
 _OF_WEIGHTS = 1e-4  # of the head's largest weight, for gradients that are almost zero
 
-Pass = Callable[["Plan"], "PassSums"]
+Pass = Callable[["LossPlan"], "PassSums"]
 
 
 @dataclass
@@ -47,7 +47,7 @@ class _Found:
 _found = _Found({})
 
 
-def compiles(plan: Plan, hidden_NH: Tensor, weight_VH: Tensor, run: Pass) -> bool:
+def compiles(plan: LossPlan, hidden_NH: Tensor, weight_VH: Tensor, run: Pass) -> bool:
     """Whether the loss of ``plan`` runs compiled; at the first of its kind both forms are compared.
 
     Args:
@@ -81,7 +81,7 @@ def compiles(plan: Plan, hidden_NH: Tensor, weight_VH: Tensor, run: Pass) -> boo
     return _found.agreed[kind]
 
 
-def _apart(plan: Plan, weight_VH: Tensor, run: Pass) -> str | None:
+def _apart(plan: LossPlan, weight_VH: Tensor, run: Pass) -> str | None:
     """Say why the compiled form is not used; None where it is."""
     expected = run(plan)
     if not bool(torch.isfinite(expected.loss)):
@@ -105,7 +105,7 @@ def _apart(plan: Plan, weight_VH: Tensor, run: Pass) -> str | None:
     return None
 
 
-def _shortened(plan: Plan, hidden_NH: Tensor, most: int) -> Plan:
+def _shortened(plan: LossPlan, hidden_NH: Tensor, most: int) -> LossPlan:
     """Return the loss over the first positions of each group that has two or more; it asks for few gradients."""
     groups = []
     for group in plan.groups:

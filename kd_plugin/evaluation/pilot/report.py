@@ -43,7 +43,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PilotOutcome:
     """What a pilot found.
 
     Attributes:
@@ -65,7 +65,7 @@ class Outcome:
     budget: float
 
 
-def write_report(outcome: Outcome, directory: Path) -> str:
+def write_report(outcome: PilotOutcome, directory: Path) -> str:
     """Write ``report.html``, ``outcome.json`` and ``winner.yaml`` into a directory; return what people are told."""
     (directory / OUTCOME).write_text(json.dumps(as_plain(outcome), indent=1) + "\n", encoding="utf-8")
     said = f"# {outcome.winner.name}: {outcome.why}. kd-plugin run {directory / WINNER}\n"
@@ -91,7 +91,7 @@ def sentence(pair: Comparison) -> str:
     return f"{pair.first} less {pair.second}: {gap}, {said} (p = {pair.chance:.3f} among all pairs)"
 
 
-def _cells(outcome: Outcome) -> list[tuple[str, ...]]:
+def _cells(outcome: PilotOutcome) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("method", "accuracy, 95%", f"{outcome.unit} a run", "steps", "rows captured", "learning rate", "seeds")
     ]
@@ -102,13 +102,13 @@ def _cells(outcome: Outcome) -> list[tuple[str, ...]]:
     return rows
 
 
-def _table(outcome: Outcome) -> list[str]:
+def _table(outcome: PilotOutcome) -> list[str]:
     rows = _cells(outcome)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _page(outcome: Outcome) -> str:
+def _page(outcome: PilotOutcome) -> str:
     series = {one.method.name: [(cost, found.value) for cost, found in one.curve] for one in outcome.results}
     bars = {one.method.name: [(found.low, found.high) for _, found in one.curve] for one in outcome.results}
     head, *rows = _cells(outcome)
@@ -124,7 +124,7 @@ def _page(outcome: Outcome) -> str:
     return page("Pilot", f"Take {outcome.winner.name}: {outcome.why}.", parts)
 
 
-def as_plain(outcome: Outcome) -> dict[str, Any]:
+def as_plain(outcome: PilotOutcome) -> dict[str, Any]:
     """Return an outcome as plain values, for ``outcome.json``."""
     return {
         "unit": outcome.unit,

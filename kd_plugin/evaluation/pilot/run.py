@@ -11,7 +11,7 @@ from typing import Any
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.evaluation.decisions import Comparison, accuracy, compare_all
-from kd_plugin.evaluation.pilot.report import Outcome, Result
+from kd_plugin.evaluation.pilot.report import PilotOutcome, Result
 from kd_plugin.evaluation.pilot.settings import PilotConfig, State, teachers_by_kind
 from kd_plugin.evaluation.pilot.trials import METHODS, Method, Point, Runs, Sections, Steps, Trial, in_unit, scores_of
 from kd_plugin.evaluation.recipes import Recipes
@@ -70,7 +70,7 @@ class Pilot:
         )
         return "\n".join(lines)
 
-    def run(self, say: Say) -> Outcome:
+    def run(self, say: Say) -> PilotOutcome:
         """Run all that is left, and compare.
 
         Raises:
@@ -87,12 +87,14 @@ class Pilot:
                 say(f"{trial.name}: {fmean(found[method.name][-1][-1].shares):.3f}")
         return self._outcome(found)
 
-    def _outcome(self, found: Mapping[str, list[list[Point]]]) -> Outcome:
+    def _outcome(self, found: Mapping[str, list[list[Point]]]) -> PilotOutcome:
         results = tuple(self._result(METHODS[name], runs) for name, runs in found.items())
         pairs = compare_all({name: scores_of([run[-1] for run in runs]) for name, runs in found.items()})
         winner, why = choose(results, pairs)
         chosen = next(one for one in results if one.method is winner)
-        return Outcome(results, tuple(pairs), winner, why, self._recipe(chosen), self.config.unit, self.config.budget)
+        return PilotOutcome(
+            results, tuple(pairs), winner, why, self._recipe(chosen), self.config.unit, self.config.budget
+        )
 
     def _result(self, method: Method, runs: Sequence[Sequence[Point]]) -> Result:
         shown = min(map(len, runs))
