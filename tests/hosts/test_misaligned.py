@@ -19,7 +19,7 @@ LINEAGE = {"student": {"license": "mit"}}
 def cache(teacher_dir, tmp_path, monkeypatch):
     """A cache that is measured as shifted."""
     made = capture(ROWS, LocalTeacher(teacher_dir), tmp_path / "cache", targets=TopK(8), progress=False)
-    monkeypatch.setattr(alignment.Alignment, "shift", property(lambda self: 1))
+    monkeypatch.setattr(alignment.TargetFit, "shift", property(lambda self: 1))
     return made
 
 
