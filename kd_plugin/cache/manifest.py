@@ -49,15 +49,15 @@ class Settings:
         completion_only: whether only completions are scored; None where the row's form decides.
         shard_rows: dataset rows a unit.
         passed: columns that pass through.
-        generation: how the teacher wrote the completions; None where they were given.
+        generation: how the teacher generated the completions; None where they were given.
         filter: which completions were kept; None for all.
         assistant_only: whether only the assistant's turns are scored.
         rendered_with: fingerprint of the chat template that rendered the rows, where it is not the tokenizer's own.
         rendered_at: the time that the chat template printed, ISO 8601; None where it prints none.
         for_student: whether rows were rendered and tokenized by a student's tokenizer, which ``tokenizer``,
             ``chat_template`` and ``vocab_size`` then speak of, and not by the teacher's.
-        written_by: digest of a sample of the weights of the student that wrote the completions; None where the teacher
-            did, or they were given.
+        written_by: digest of a sample of the weights of the student that generated the completions; None where the
+            teacher did, or they were given.
         view: how the teacher read them, as :attr:`~kd_plugin.views.view.View.identity` says; None for as they are.
     """
 
@@ -106,7 +106,7 @@ class Settings:
     def scored(self) -> str:
         """Which tokens have a target, in words."""
         if self.generation is not None:
-            tokens = "what the teacher wrote" if self.written_by is None else "what the student generated"
+            tokens = "what the teacher generated" if self.written_by is None else "what the student generated"
         elif self.assistant_only:
             tokens = "the assistant's turns" + ("" if self.completion_only is False else ", in completions if any")
         elif self.completion_only is False:
@@ -256,7 +256,7 @@ class Manifest:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """What of the finished units was not kept, by reason: rows, or completions where the teacher wrote them."""
+        """What of the finished units was not kept, by reason: rows, or completions where the teacher generated them."""
         counts: Counter[str] = Counter()
         for unit in self.units:
             none_left = {NOTHING_TO_SCORE: unit.source_rows - unit.rows}

@@ -289,7 +289,7 @@ def prepare(dataset: Any, teacher: Any, asked: CaptureSettings, tokenizer: Any =
     passed = passed_columns(rows.columns)
     (first,) = rows.slice(0, 1)
     if asked.assistant_only and asked.generate is not None:
-        raise ConfigError("assistant_only=True scores turns that are there; with generate the teacher writes them.")
+        raise ConfigError("assistant_only=True scores turns that are there; with generate the teacher makes them.")
     template = _template(tokenizer, asked.chat_template, asked.assistant_only)
     rendering = tokenizer if template is None else with_template(tokenizer, template)
     now = pinned_time(asked.date)

@@ -234,7 +234,7 @@ class _Choose:
 
 
 class StudentWrites:
-    """A student that generates, and the teacher that scores what it wrote: rollouts of one policy, scored once.
+    """A student that generates, and the teacher that scores its responses: rollouts of one policy, scored once.
 
     Args:
         scoring: asks the teacher.

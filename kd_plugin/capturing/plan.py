@@ -27,7 +27,7 @@ _READ_ROWS = 1000
 class CaptureEstimate:
     """What a capture would hold and take on this machine, in one process.
 
-    Where the teacher writes, all but ``dataset_rows`` is extrapolated from one batch of completions.
+    Where the teacher generates, all but ``dataset_rows`` is extrapolated from one batch of completions.
 
     Attributes:
         dataset_rows: rows of the dataset.

@@ -122,10 +122,10 @@ class Tokenization:
         """Return the prompt that the teacher goes on from, where the row's is ``prompt``."""
         return prompt
 
-    def written(
+    def generated(
         self, prompt: NDArray[np.int32], ids: NDArray[np.int32], row: Mapping[str, Any], passed: Mapping[str, Any]
     ) -> Example:
-        """Return the example of a completion that the teacher wrote behind ``prompt``."""
+        """Return the example of a completion that the teacher generated behind ``prompt``."""
         return Example.of(np.concatenate([prompt, ids]), len(prompt), passed)
 
     def kept(self, found: Extracted) -> Extracted:
@@ -308,11 +308,11 @@ class StudentTokenization(Tokenization):
         read = self._reading(row, student, where)
         return read.input_ids[0, read.spans[0].first : read.start].numpy().astype(np.int32)
 
-    def written(
+    def generated(
         self, prompt: NDArray[np.int32], ids: NDArray[np.int32], row: Mapping[str, Any], passed: Mapping[str, Any]
     ) -> Example:
-        """Return the student's example of a completion that the teacher wrote."""
-        return self._read(super().written(prompt, ids, row, passed), row, "a completion")
+        """Return the student's example of a completion that the teacher generated."""
+        return self._read(super().generated(prompt, ids, row, passed), row, "a completion")
 
     def kept(self, found: Extracted) -> Extracted:
         """Return targets with shared tokens listed alone."""

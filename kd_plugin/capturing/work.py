@@ -239,7 +239,7 @@ def generated_rows(unit: RowBatch) -> list[CapturedRow]:
                 reason = _why_not(job.filter, text, row, f"row {number}")
             passed: Mapping[str, Any] = {**{n: row.get(n) for n in settings.passed}, "text": text}
             if reason is None:
-                example = job.tokenization.written(prompts[number], completion.ids, row, passed)
+                example = job.tokenization.generated(prompts[number], completion.ids, row, passed)
                 reason = job.tokenization.why_not(example)
             if reason is not None:
                 dropped[reason] += 1

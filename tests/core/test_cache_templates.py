@@ -244,7 +244,7 @@ def test_turns_that_nothing_marks_are_refused(teacher_dir, tmp_path):
     with pytest.raises(ConfigError, match="there is none to be had for this tokenizer"):
         capture(CHATS, teacher, tmp_path / "a", chat_template=pytest.importorskip("trl").get_training_chat_template,
                 **options)  # fmt: skip
-    with pytest.raises(ConfigError, match="with generate the teacher writes them"):
+    with pytest.raises(ConfigError, match="with generate the teacher makes them"):
         capture(CHATS, teacher, tmp_path / "a", generate=Generation(), chat_template=MARKED, **options)
     for row in ({"text": "x"}, {"prompt": "a", "completion": "b"}, {"input_ids": [4, 5, 6]}):
         with pytest.raises(DataError, match="is no conversation, so assistant_only=True"):
