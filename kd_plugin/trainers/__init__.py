@@ -2,5 +2,5 @@
 
 :mod:`kd_plugin.transformers` puts it before the trainer that a user has, :mod:`kd_plugin.trl` before TRL's. offline.py
 and panel.py are the two ways of training, panel_host.py what the panel's step asks of a trainer, run.py the start of a
-run, its means and its lineage.
+run and its lineage, evaluation.py its means over tokens and the user's own questions.
 """

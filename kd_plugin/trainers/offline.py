@@ -26,10 +26,9 @@ from kd_plugin.lineage.start import student_source
 from kd_plugin.lineage.trainer_callback import declared_lineage, with_lineage
 from kd_plugin.student.head import DistillationHead, evaluation_sums
 from kd_plugin.text.dataset import TrainingText
-from kd_plugin.trainers.evaluation import TaskEvaluationMixin
+from kd_plugin.trainers.evaluation import TaskEvaluationMixin, TokenMeanMixin
 from kd_plugin.trainers.run import (
     LineageSavingMixin,
-    TokenMeanMixin,
     load_vocabulary,
     named_datasets,
     require_launchable,

@@ -33,7 +33,7 @@ from kd_plugin.rollouts.vllm.ahead import Lookahead, begin_windows
 from kd_plugin.rollouts.vllm.engine import ServerEngine
 from kd_plugin.sharding import through
 from kd_plugin.signals import OutputHead
-from kd_plugin.trainers.evaluation import TaskEvaluationMixin
+from kd_plugin.trainers.evaluation import TaskEvaluationMixin, TokenMeanMixin
 from kd_plugin.trainers.panel_host import (
     PanelStateCallback,
     TrainerHost,
@@ -43,7 +43,6 @@ from kd_plugin.trainers.panel_host import (
 )
 from kd_plugin.trainers.run import (
     LineageSavingMixin,
-    TokenMeanMixin,
     load_vocabulary,
     named_datasets,
     require_launchable,
