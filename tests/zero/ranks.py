@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 CHECKOUT = Path(__file__).parents[2]
 
 
@@ -40,33 +42,47 @@ def torchrun(ranks: int, port: int | None = None) -> list[str]:
     return [*launcher, "--master_port", str(port or free_port()), "-m", "tests.zero.worker"]
 
 
-def run(job: dict, directory: Path, ranks: int = 2, timeout: int = 300) -> list[dict]:
+def run(job: dict, directory: Path, ranks: int = 2, timeout: int = 900) -> list[dict]:
     """Run ``job`` (see tests/zero/worker.py) and return each rank's report.
 
     Raises:
-        AssertionError: the launcher failed; carries the end of its output.
-        subprocess.TimeoutExpired: it hangs.
+        AssertionError: the launcher failed, or is not done after ``timeout`` seconds; carries the end of its output.
     """
     return run_all({"": job}, directory, ranks, timeout, job.get("env", {}))[""]
 
 
 def run_all(
-    jobs: dict[str, dict], directory: Path, ranks: int = 2, timeout: int = 300, env: dict[str, str] | None = None
+    jobs: dict[str, dict], directory: Path, ranks: int = 2, timeout: int = 900, env: dict[str, str] | None = None
 ) -> dict[str, list[dict]]:
     """Run named jobs one after another in the same processes, which costs one start; return each one's reports."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "job.json"
     path.write_text(json.dumps({"jobs": jobs}))
-    done = subprocess.run(
-        [*torchrun(ranks), str(path)],
-        env=environment(**(env or {})),
-        cwd=CHECKOUT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, _tracebacks(done.stdout + done.stderr)
+    code, output = ended([*torchrun(ranks), str(path)], environment(**(env or {})), timeout)
+    assert code == 0, _tracebacks(output)
     return {name: reports(directory, ranks, name) for name in jobs}
+
+
+def ended(command: list[str], env: dict[str, str], timeout: int) -> tuple[int, str]:
+    """Run a launcher and return its exit code and output; after ``timeout`` seconds end it with all its ranks.
+
+    A launcher that is killed alone leaves ranks behind, which slow every test that follows.
+
+    Raises:
+        AssertionError: it took longer; carries the end of its output.
+    """
+    launcher = subprocess.Popen(
+        command, env=env, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        output = launcher.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        family = [*psutil.Process(launcher.pid).children(recursive=True), launcher]
+        for process in family:
+            process.kill()
+        output = launcher.communicate()[0]
+        raise AssertionError(f"Not done after {timeout} s. The last that was said: {output[-3000:]}") from None
+    return launcher.returncode, output
 
 
 def reports(directory: Path, ranks: int, name: str = "") -> list[dict]:

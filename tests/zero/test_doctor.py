@@ -14,10 +14,16 @@ from tests.zero.cluster import ADDRESSES
 from tests.zero.ranks import CHECKOUT, environment, free_port
 
 
+@pytest.fixture(autouse=True)
+def own_ops(monkeypatch, tmp_path):
+    """Have a directory of ops that no other test builds in: doctor speaks of a lock that a killed one left there."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ops"))
+
+
 def doctor(*arguments):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     command = [*launch, "-m", "kd_plugin", "doctor", "--launch", *arguments]
-    return subprocess.run(command, env=environment(), cwd=CHECKOUT, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, env=environment(), cwd=CHECKOUT, capture_output=True, text=True, timeout=600)
 
 
 def test_a_good_launch_is_good(tmp_path, teacher_dir):
@@ -80,8 +86,8 @@ def test_a_node_with_a_directory_a_teacher_and_a_cache_of_its_own_is_named(tmp_p
     config = tmp_path / "node1" / "teacher" / "config.json"
     config.write_text(config.read_text() + " ")
     running = [subprocess.Popen(c, env=environment(), cwd=node, **pipes) for c, node, pipes in agents]
-    output, errors = running[0].communicate(timeout=200)
-    running[1].communicate(timeout=200)
+    output, errors = running[0].communicate(timeout=600)
+    running[1].communicate(timeout=600)
     assert [process.returncode for process in running] == [1, 1]
     said = [line for line in errors.splitlines() if line.startswith("rank ")]
     assert "3 problems" in output and len(said) == 3 and all(line.startswith("rank 1 on ") for line in said), errors
@@ -119,8 +125,8 @@ def test_on_two_nodes_the_one_whose_directory_differs_is_named(mount, problem, n
         where = environment(GLOO_SOCKET_IFNAME=end)
         running.append(subprocess.Popen([*inside, *command], env=where, cwd=CHECKOUT, **pipes))
     try:
-        output, errors = running[0].communicate(timeout=200)
-        other = running[1].communicate(timeout=200)[1]
+        output, errors = running[0].communicate(timeout=600)
+        other = running[1].communicate(timeout=600)[1]
     finally:
         for process in running:
             process.kill()
