@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -40,10 +41,14 @@ def load_rows(
     from kd_plugin.lineage.data import with_origin
 
     path = Path(reference)
+    if path.suffix in _FORMATS and not path.exists():
+        raise DataError(f"{path}: there is no such file.")
     try:
         if path.is_file():
             if path.suffix not in _FORMATS:
                 raise DataError(f"{path}: expected a file of the kind {', '.join(_FORMATS)}.")
+            if not path.stat().st_size:
+                raise DataError(f"{path} is empty; expected rows.")
             loaded = datasets.load_dataset(
                 _FORMATS[path.suffix], data_files=str(path), split="train", streaming=streaming
             )
@@ -51,15 +56,33 @@ def load_rows(
             loaded = datasets.load_from_disk(str(path))
         else:
             loaded = datasets.load_dataset(reference, name, split=split, streaming=streaming, **more)
+    except StopIteration as error:  # what `datasets` does over a file of empty lines
+        raise DataError(f"{path} holds no rows.") from error
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError, ConnectionError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"The dataset {reference!r} (split {split!r}) cannot be read: {error}") from error
+        broken = _broken_json(path) if path.is_file() and _FORMATS.get(path.suffix) == "json" else None
+        said = broken or f"The dataset {reference!r} (split {split!r}) cannot be read: {error.__cause__ or error}"
+        raise DataError(said) from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(f"{reference} has no split {split!r}; it has {', '.join(loaded)}.")
         loaded = loaded[split]
     return with_origin(loaded, path) if path.exists() else loaded
+
+
+def _broken_json(path: Path) -> str | None:
+    """Return where a file, a value a line or one list, is no JSON, and why; None if it is."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        as_list = file.read(1) == "["
+        file.seek(0)
+        for number, text in enumerate([file.read()] if as_list else file, 1):
+            try:
+                json.loads(text if text.strip() else "null")
+            except json.JSONDecodeError as error:
+                line = error.lineno if as_list else number
+                return f"{path}, line {line}, column {error.colno}: not valid JSON: {error.msg}."
+    return None
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ and for some it means the text part of another checkpoint format; the class that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_plugin.errors import ConfigError, nearest
+from kd_plugin.errors import ConfigError, KDError, nearest
 from kd_plugin.upstream import built
 
 if TYPE_CHECKING:
@@ -120,7 +122,26 @@ def _config_of(reference: str | Path, revision: str | None, trust_remote_code: b
     if options.get("config") is not None:
         return options["config"]
     where = {key: options[key] for key in ("subfolder", "gguf_file", "token", "cache_dir") if key in options}
-    return AutoConfig.from_pretrained(reference, revision=revision, trust_remote_code=trust_remote_code, **where)
+    with naming(reference):
+        return AutoConfig.from_pretrained(reference, revision=revision, trust_remote_code=trust_remote_code, **where)
+
+
+@contextmanager
+def naming(reference: str | Path | None) -> Iterator[None]:
+    """Let an error of transformers about a model that is not there, or is incomplete, say which one it is about.
+
+    Raises:
+        ConfigError: in the place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, KDError):
+            raise
+        seen = " ".join(str(error).split("\n")[0].split())
+        raise ConfigError(
+            f"{str(reference)!r} cannot be loaded; expected a model's directory or hub id. {seen}"
+        ) from error
 
 
 def as_tokenizer(given: Any) -> Any:

@@ -42,7 +42,7 @@ def shoot(browser, url, place, width, scheme, own=("file:", "data:")):
     tab.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
     tab.on("pageerror", lambda error: wrong.append(str(error)))
     tab.on("request", lambda asked: None if asked.url.startswith(own) else wrong.append(asked.url))
-    tab.goto(url)
+    tab.goto(url, timeout=120_000)
     tab.wait_for_timeout(200)
     if tab.evaluate("document.documentElement.scrollWidth") > width:
         wrong.append(f"wider than {width} pixels")

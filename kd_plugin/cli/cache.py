@@ -236,7 +236,7 @@ def fidelity_command(argv: Sequence[str]) -> int:
     config = parsed.settings
     if parsed.shown():
         return 0
-    require_set(config, ("dataset", "teacher", "student"))
+    require_set(config, ("dataset", "teacher", "student"), "kd-plugin cache fidelity")
     if config.output is not None:
         import matplotlib  # noqa: F401  a missing plot is said before the probe, not after it
     found = _probe(config)

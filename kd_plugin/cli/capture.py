@@ -144,7 +144,8 @@ def main(argv: Sequence[str], append: bool = False) -> int:
     config = parsed.settings
     if parsed.shown():
         return 0
-    require_set(config, [*([] if config.datasets else ["dataset"]), "teacher", "output_dir"])
+    needed = [*([] if config.datasets else ["dataset"]), "teacher", "output_dir"]
+    require_set(config, needed, "kd-plugin cache append" if append else "")
     targets, generation, teacher = make_targets(config), make_generation(config), make_teacher(config)
     from kd_plugin.capturing import capture
 

@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
     graph = add("graph", _GRAPH, _graph, "DIR")
     graph.add_argument("--format", choices=("svg", "html", "mermaid"), help="of the picture; else by --output's name")
     for command in (export, graph):
-        command.add_argument("--output", type=Path, help="file to write; without it, standard output")
+        command.add_argument("-o", "--output", type=Path, help="file to write; without it, standard output")
     registry = commands.add_parser("registry", description=_REGISTRY)
     add_registry_commands(registry)
     arguments = parser.parse_args(argv)

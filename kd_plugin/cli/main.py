@@ -25,8 +25,13 @@ EXTRAS = {
     "deepspeed": "deepspeed",
 }
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-# Warnings of transformers 5.23 about names that TRL 1.16 uses, and of torch about pinned memory on a CPU
-_NOISE = (r".*gradient_checkpointing\w*` is deprecated", r"'pin_memory' argument is set as true but no accelerator")
+# Warnings of transformers 5.23 about names that TRL 1.16 uses, and of torch about those that DeepSpeed 0.19 uses and of
+# pinned memory on a CPU
+_NOISE = (
+    r".*gradient_checkpointing\w*` is deprecated",
+    r"'pin_memory' argument is set as true but no accelerator",
+    r"`torch\.distributed\.\w+` is deprecated",
+)
 _LINES, _WIDTH = 6, 120  # of a message at most
 
 

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import yaml
 from kd_plugin.cli.values import kinds_of, value_of, value_of_words
 from kd_plugin.errors import ConfigError, UsageError, nearest, require_known_keys
 from kd_plugin.inputs import YamlFile
-from kd_plugin.upstream import option_names
+from kd_plugin.upstream import option_names, subcommands
 
 Settings = TypeVar("Settings")
 _GIVEN: ContextVar[Given | None] = ContextVar("given", default=None)  # to the command that runs
@@ -58,14 +59,17 @@ class Parser(argparse.ArgumentParser):
         if Parser.described:
             raise Described(self)
         found, extra = self.parse_known_args(args, namespace)
+        if not extra:
+            return found
+        asked: argparse.ArgumentParser = self
+        for word in sys.argv[1:] if args is None else args:
+            asked = subcommands(asked).get(word, asked)
         options = [word for word in extra if word.startswith("-")]
         if options:
             option = options[0].split("=")[0]
-            raise UsageError(f"unknown option {option}.{nearest(option, option_names(self))}", self.prog)
-        if extra:
-            meant = f" Did you mean --config {extra[0]}?" if extra[0].endswith((".yaml", ".yml")) else ""
-            raise UsageError(f"unexpected argument {extra[0]!r}.{meant}", self.prog)
-        return found
+            raise UsageError(f"unknown option {option}.{nearest(option, option_names(asked))}", asked.prog)
+        meant = f" Did you mean --config {extra[0]}?" if extra[0].endswith((".yaml", ".yml")) else ""
+        raise UsageError(f"unexpected argument {extra[0]!r}.{meant}", asked.prog)
 
     def add_fields(
         self, cls: type, names: Sequence[str] | None = None, *, title: str = "", hidden: bool = False
@@ -228,15 +232,20 @@ def parse_settings(
     return CommandLine(settings=filled, flags=asked, print_only=print_only, file=given.file)
 
 
-def require_set(settings: Any, names: Sequence[str]) -> None:
+def require_set(settings: Any, names: Sequence[str], command: str = "") -> None:
     """Refuse settings without what a command cannot do without.
+
+    Args:
+        settings: of the command.
+        names: of those that it needs.
+        command: as it is typed, where it is a command of a command.
 
     Raises:
         UsageError: one of ``names`` is not set.
     """
     for name in names:
         if not getattr(settings, name):
-            raise UsageError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.")
+            raise UsageError(f"{name} is not set. Give --{name}, or `{name}:` in the --config file.", command)
 
 
 def add_config(parser: Parser, printed: bool = True) -> None:

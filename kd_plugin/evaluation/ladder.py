@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from kd_plugin.evaluation.recipes import Recipes, shape_of, student_path
 from kd_plugin.evaluation.results import Evaluation
 from kd_plugin.evaluation.tasks import load_tasks
 from kd_plugin.inputs import read_yaml
-from kd_plugin.monitor.report import page, section
+from kd_plugin.monitor.report import page, section, table_section
 from kd_plugin.planner.cost import bills, options, recommended
 from kd_plugin.planner.settings import PlanSettings, planned
 from kd_plugin.settings import option, settings
@@ -304,16 +303,13 @@ def _page(
     for one in climbed:
         total += one.seconds / 3600 * (price_per_hour or 1.0)
         prices.append(total)
-    for over, xs in (("parameters", sizes), ("price so far" if price_per_hour else "hours so far", prices)):
+    for over, xs in (("size", sizes), ("price so far" if price_per_hour else "hours so far", prices)):
         found = {name: [one.evaluation.results[name].accuracy for one in climbed] for name in bars}
         series = {name: [(x, one.value) for x, one in zip(xs, those, strict=True)] for name, those in found.items()}
         ends = {name: [(one.low, one.high) for one in those] for name, those in found.items()}
-        parts.append(section(f"Accuracy against {over}", over, series, over=over, bars=ends))
-    head, *body = rows
-    table = f"<tr>{''.join(f'<th>{escape(cell)}' for cell in head)}</tr>" + "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}' for cell in row)}</tr>" for row in body
-    )
-    return page("Ladder", verdict, [*parts, f"<section><h2>Rungs</h2><table>{table}</table></section>"])
+        unit = "parameters; broken line: the bar" if over == "size" else "broken line: the bar"
+        parts.append(section(f"Accuracy against {over}", unit, series, over=over, bars=ends, levels=bars))
+    return page("Ladder", verdict, [*parts, table_section("Rungs", rows)])
 
 
 def _bars(given: Any, names: Sequence[str]) -> dict[str, float]:

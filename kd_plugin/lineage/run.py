@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -196,7 +197,7 @@ class RunLineage:
         """Refuse to train where the terms of a source forbid it, or nothing is known of them.
 
         What does not forbid training, and stands in the way of distribution or should be known, is logged once as
-        warnings.
+        warnings, by the first of several ranks, which all come to the same verdict.
 
         Args:
             shown: the caller has shown the findings, and nothing is logged.
@@ -206,7 +207,7 @@ class RunLineage:
         """
         refuse(self.verdict.refusals, "Training is refused by the terms of its sources", self._remedy)
         for finding in self.verdict.findings:
-            if finding not in self._warned and not shown:
+            if finding not in self._warned and not shown and os.environ.get("RANK", "0") == "0":
                 logger.warning("license lineage: %s: %s", finding.severity, finding)
         self._warned |= set(self.verdict.findings)
 

@@ -42,6 +42,7 @@ _ASIDE = re.compile(
     r"(train|eval)_(runtime|samples_per_second|steps_per_second)|total_flos|epoch|step|num_tokens|tokens/.*"
 )
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 230, 62, 10, 10, 30
+_FEW = 12  # points of a line that are marked
 _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#3ca951", "#a463f2", "#6cc5b0", "#ff8ab7", "#9c6b4e")
 _STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1f2328;--soft:#59636e;--line:#d1d9e0}
@@ -58,7 +59,7 @@ ul{list-style:none;display:flex;flex-wrap:wrap;gap:2px 14px;margin:4px 0 0;paddi
 li{overflow-wrap:anywhere}li i{display:inline-block;width:12px;height:3px;vertical-align:middle;margin-right:5px}
 li b{color:var(--ink);font-variant-numeric:tabular-nums}p{color:var(--soft)}
 table{border-collapse:collapse;display:block;overflow-x:auto;font-size:14px}
-th,td{padding:3px 10px;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
+.wide{grid-column:1/-1}th,td{padding:3px 10px;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
 """
 
 
@@ -136,6 +137,13 @@ def page(title: str, said: str, sections: Sequence[str]) -> str:
 """
 
 
+def table_section(name: str, rows: Sequence[Sequence[str]]) -> str:
+    """Return a table with its heading, as wide as the page; the first row names the columns."""
+    cells = ((("td" if number else "th"), row) for number, row in enumerate(rows))
+    lines = "".join(f"<tr>{''.join(f'<{tag}>{escape(cell)}' for cell in row)}</tr>" for tag, row in cells)
+    return f'<section class="wide"><h2>{escape(name)}</h2><table>{lines}</table></section>'
+
+
 def section(name: str, unit: str, series: Series, **drawn: Any) -> str:
     """Return a chart with its heading and its legend; ``drawn`` as :func:`chart` takes it."""
     legend = "".join(
@@ -152,18 +160,20 @@ def chart(
     *,
     over: str = "steps",
     bars: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    levels: Mapping[str, float] | None = None,
 ) -> str:
-    """Draw lines as SVG; one point alone is a dot.
+    """Draw lines as SVG; few points are dots, too.
 
     Args:
         name: what is drawn.
         series: by key its (x, y) points.
         over: what x counts; steps are whole.
         bars: by key the (lower, upper) ends of an interval at each of its points.
+        levels: by key what is to be reached, a broken line.
     """
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
-    ys += [end for ends in (bars or {}).values() for pair in ends for end in pair]
+    ys += [end for ends in (bars or {}).values() for pair in ends for end in pair] + [*(levels or {}).values()]
     x_ticks, y_ticks = _ticks(min(xs), max(xs), 6, within=True, whole=over == "steps"), _ticks(min(ys), max(ys), 5)
     x_low, x_high, y_low, y_high = min(xs), max(xs), min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
     wide, high = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
@@ -179,7 +189,8 @@ def chart(
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.6g}</text>')
     for tick in x_ticks:
         x, _ = place(tick, y_low)
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 10}" text-anchor="middle">{tick:g}</text>')
+        anchor = "end" if x > _WIDTH - 4 * _RIGHT else "middle"
+        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 10}" text-anchor="{anchor}">{tick:g}</text>')
     for i, (key, points) in enumerate(series.items()):
         colour, spots = _COLOURS[i % len(_COLOURS)], [place(*point) for point in points]
         if len(spots) > 1:
@@ -187,11 +198,15 @@ def chart(
             parts.append(
                 f'<polyline class="s" stroke="{colour}" points="{line}"><title>{escape(key)}</title></polyline>'
             )
-        else:
-            parts.append(f'<circle cx="{spots[0][0]:.1f}" cy="{spots[0][1]:.1f}" r="3" fill="{colour}"/>')
+        if len(spots) <= _FEW:
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in spots]
         for (at, _), (least, most) in zip(points, (bars or {}).get(key, ()), strict=False):
             (across, bottom), (_, top) = place(at, least), place(at, most)
             parts.append(f'<path class="s" stroke="{colour}" opacity=".6" d="M{across:.1f} {bottom:.1f}V{top:.1f}"/>')
+        if levels and key in levels:
+            _, y = place(x_low, levels[key])
+            line = f"M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"
+            parts.append(f'<path class="s" stroke="{colour}" stroke-dasharray="5 4" d="{line}"/>')
     return "".join([*parts, "</svg>"])
 
 

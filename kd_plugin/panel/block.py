@@ -219,8 +219,8 @@ def panel_from(teacher_model: Any, teacher_models: Any, args: Any) -> TeacherPan
         return chosen
     if chosen is None:
         raise ConfigError(
-            'No teacher is given. Pass teacher_models={"math": "path or hub id", ...} to the trainer, or set '
-            "teacher_models or panel in the config."
+            "No teacher is given. Name one at least: `panel: {teachers: {math: {model: PATH}}}`, or teacher_models, "
+            "in the configuration; in Python the trainer takes teacher_models, too."
         )
     if not isinstance(chosen, Mapping):
         chosen = {"teacher": chosen}

@@ -22,7 +22,7 @@ from kd_plugin.cache.joining import TARGET, taught_positions
 from kd_plugin.divergence.objective import OfflineObjective, load_balancing_loss
 from kd_plugin.divergence.sparse import SparseLoss
 from kd_plugin.errors import ConfigError, nearest
-from kd_plugin.models import output_rows
+from kd_plugin.models import naming, output_rows
 from kd_plugin.sharding import gathered_heads
 from kd_plugin.signals import OutputHead
 from kd_plugin.upstream import reference_of
@@ -213,7 +213,10 @@ def as_trained(module: nn.Module, student: PreTrainedModel) -> Any:
 
 def config_of(student: PreTrainedModel | str, **where: Any) -> Any:
     """Return the configuration of a student, or of the reference that it will be loaded from, with its ``revision``."""
-    return AutoConfig.from_pretrained(student, **where) if isinstance(student, str) else student.config
+    if not isinstance(student, str):
+        return student.config
+    with naming(student):
+        return AutoConfig.from_pretrained(student, **where)
 
 
 def student_rows(model: PreTrainedModel | str) -> int | None:
@@ -233,7 +236,8 @@ def load_tokenizer(model: PreTrainedModel | str, **where: Any) -> Any:
             "The student was built in memory and names no tokenizer, so its token ids cannot be compared with the "
             "teacher's. Pass tokenizer=..."
         )
-    return AutoTokenizer.from_pretrained(reference, **where)
+    with naming(reference):
+        return AutoTokenizer.from_pretrained(reference, **where)
 
 
 def _is_causal(module: nn.Module) -> bool:

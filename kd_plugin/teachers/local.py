@@ -15,7 +15,7 @@ from torch import nn
 from kd_plugin.errors import ConfigError, nearest
 from kd_plugin.lineage.sources import Source
 from kd_plugin.lineage.start import carried_by
-from kd_plugin.models import load_language_model, output_rows, require_dtype
+from kd_plugin.models import load_language_model, naming, output_rows, require_dtype
 from kd_plugin.sharding import is_sharded, move, replicated_models, swapped_apart, through
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers.base import Capabilities, reference_identity, tensors_digest
@@ -126,9 +126,10 @@ class LocalTeacher(InProcessTeacher):
                 )
             from transformers import AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                self._ref, revision=self._revision, trust_remote_code=self._trust_remote_code
-            )
+            with naming(self._ref):
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    self._ref, revision=self._revision, trust_remote_code=self._trust_remote_code
+                )
         return self._tokenizer
 
     @property

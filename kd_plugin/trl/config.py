@@ -1,21 +1,21 @@
-"""Configuration of offline KD and of the teacher panel: TRL's own fields, and ours."""
+"""Configuration of offline KD: TRL's own fields, and ours; and what both of TRL's configurations need."""
 
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import DistillationConfig, SFTConfig
+from trl import SFTConfig
 
 from kd_plugin.divergence.objective import OfflineSettings
 from kd_plugin.errors import ConfigError
 from kd_plugin.evaluation.in_loop import EvaluationSettings
 from kd_plugin.limits import refuse_label_smoothing
 from kd_plugin.lineage.config import LineageSettings
-from kd_plugin.panel.settings import PanelSettings, RolloutSettings, TeacherSettings, WatchSettings
 from kd_plugin.settings import mappings, mutable, part_of
 from kd_plugin.trl.upstream import CROSS_ENTROPY
 from kd_plugin.upstream import reference_of
@@ -27,7 +27,10 @@ Config = TypeVar("Config", bound=TrainingArguments)
 def without_bf16(args: TrainingArguments) -> None:
     """Turn off bf16, which TRL takes as its default, where no accelerator is there and the user did not choose it."""
     if args.bf16 is None and not args.fp16 and not args.use_cpu and not is_torch_bf16_gpu_available():
-        logger.warning("No accelerator here computes in bf16, so this run is in float32. `bf16: true` would insist.")
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning(
+                "No accelerator here computes in bf16, so this run is in float32. `bf16: true` would insist."
+            )
         args.bf16 = False
 
 
@@ -109,54 +112,3 @@ class OfflineKDConfig(
             ConfigError: an unknown name, or a temperature or weights out of range.
         """
         return part_of(OfflineSettings, self)
-
-
-@dataclass
-class TeacherPanelConfig(
-    mutable(WatchSettings),  # type: ignore[misc]
-    mutable(RolloutSettings),  # type: ignore[misc]
-    mutable(TeacherSettings),  # type: ignore[misc]
-    mutable(EvaluationSettings),  # type: ignore[misc]
-    mutable(LineageSettings),  # type: ignore[misc]
-    DistillationConfig,
-):
-    """What TRL's ``DistillationConfig`` holds, and how a panel of teachers is combined.
-
-    Every inherited field keeps its meaning. With one teacher and default settings the losses and gradients are
-    those of ``DistillationTrainer``.
-    """
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *DistillationConfig._VALID_DICT_FIELDS,
-        *mappings(WatchSettings, RolloutSettings, TeacherSettings, EvaluationSettings, LineageSettings),
-    ]
-
-    def __post_init__(self):
-        without_bf16(self)
-        super().__post_init__()
-        self.settings()
-        if self.label_smoothing_factor:
-            raise ConfigError(
-                "label_smoothing_factor smooths one-hot labels; the panel has the teachers' distributions in their "
-                "place. Set it to 0."
-            )
-        if self.shard_teachers and self.deepspeed is None and self.deepspeed_plugin is None:
-            raise ConfigError(
-                "shard_teachers needs DeepSpeed: set `deepspeed` to a configuration file, or launch with an Accelerate "
-                "YAML that names one."
-            )
-        if self.rollout_engine is not None and self.use_vllm:
-            raise ConfigError("use_vllm is TRL's own vLLM generation, and rollout_engine another. Set one of the two.")
-        if self.rollouts == "interleaved" and self.use_vllm:
-            raise ConfigError(
-                "rollouts='interleaved' needs transformers generation: the panel replaces tokens as they are sampled. "
-                "Set use_vllm=False, or let the student generate alone (rollouts='student')."
-            )
-
-    def settings(self) -> PanelSettings:
-        """Return what decides an on-policy step, as it is now, for the rooms that know no host.
-
-        Raises:
-            ConfigError: an unknown name, a value out of range, or two that contradict each other.
-        """
-        return part_of(PanelSettings, self)

@@ -26,8 +26,9 @@ from kd_plugin.rollouts.rows import Rollouts, as_responses, behaviour_logprobs, 
 from kd_plugin.settings import part_of
 from kd_plugin.teachers import Teacher
 from kd_plugin.trainers.panel import PanelHostMixin
-from kd_plugin.trl.config import TeacherPanelConfig, config_of
+from kd_plugin.trl.config import config_of
 from kd_plugin.trl.generation import TRLEngine, ask_for_logprobs, padded_logprobs, recorded, require_draws, share_evenly
+from kd_plugin.trl.panel_config import TeacherPanelConfig
 from kd_plugin.trl.upstream import EpochSampler, TrlMetricsMixin
 
 if TYPE_CHECKING:

@@ -109,6 +109,7 @@ def test_noise_that_means_nothing_is_filtered(caplog):
         main.quiet()
         warnings.warn("`gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1)
         warnings.warn("`is_gradient_checkpointing` is deprecated.", FutureWarning, stacklevel=1)
+        warnings.warn("`torch.distributed.all_gather_x` is deprecated. Use another.", FutureWarning, stacklevel=1)
         warnings.warn("`something_else` is deprecated.", FutureWarning, stacklevel=1)
     assert [str(one.message) for one in seen] == ["`something_else` is deprecated."]
     deepspeed = logging.getLogger("DeepSpeed")

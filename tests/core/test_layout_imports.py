@@ -268,3 +268,21 @@ def test_every_test_folder_is_a_package():
     tests = Path(__file__).parents[1]
     missing = {p.parent for p in tests.rglob("*.py") if not (p.parent / "__init__.py").is_file()}
     assert missing == set()
+
+
+def test_what_offline_kd_imports_is_in_every_trl_that_is_supported():
+    """TRL before 1.15 has no trainer that the panel could stand on; `make test-versions` runs with 1.9."""
+    seen, ahead = set(), ["kd_plugin.trl"]
+    while ahead:
+        name = ahead.pop()
+        path = PACKAGE.parent.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name in seen or not path.is_file():
+            continue
+        seen.add(name)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # not what stands below an `if`
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("trl"):
+                assert not [one.name for one in node.names if one.name.startswith("Distillation")], path
+            elif isinstance(node, ast.ImportFrom) and node.module.startswith("kd_plugin.trl"):
+                ahead += [node.module, *(f"{node.module}.{one.name}" for one in node.names)]
+    assert {"kd_plugin.trl.config", "kd_plugin.trl.offline_trainer"} <= seen

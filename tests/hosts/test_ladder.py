@@ -82,7 +82,7 @@ def test_it_climbs_to_the_top_where_none_is_good_enough(ladder, capsys):
     assert "No rung meets the bar for sure" in told.out and told.out.count(" parameters; ZeRO") == 2
     assert outcome["rungs"][0]["parameters"] < outcome["rungs"][1]["parameters"]
     page = Path("ladder/report.html").read_text()
-    assert "Accuracy against parameters" in page and "Accuracy against price so far" in page and "http" not in page
+    assert "Accuracy against size" in page and "Accuracy against price so far" in page and "http" not in page
     caches = list(Path("ladder").rglob("manifest.json"))
     assert [str(path) for path in caches] == ["ladder/captures/cache-one/manifest.json"]  # it stays
     for place in Path("ladder").glob("[0-9]-*/offline"):

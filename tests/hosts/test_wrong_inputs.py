@@ -122,6 +122,25 @@ WRONG = [
     ("cache extract DIR", None, "unknown 'extract'", "merge, fidelity, append, import"),
     ("report DIR -o page.html", None, "DIR holds no logs", "trainer_state.json"),
     ("panel --teacher_models {t: --model_name_or_path MODEL", None, "--teacher_models", "YAML"),
+    ("panel --rounds --config FILE", "model_name_or_path: MODEL", "--rounds needs a number", "'--config'"),
+    ("panel --rounds few --config FILE", "model_name_or_path: MODEL", "--rounds needs a number", "'few'"),
+    ("panel --config FILE", "model_name_or_path: MODEL\nuse_cpu: true\ndataset_name: DATA", "No teacher is given",
+     "panel: {teachers:"),
+    ("capture --dataset BROKEN --teacher MODEL --output_dir DIR", None, "broken.jsonl, line 2, column 16: not valid",
+     "delimiter"),
+    ("capture --dataset NOTHING --teacher MODEL --output_dir DIR", None, "nothing.jsonl is empty; expected rows"),
+    ("evaluate --model nowhere --tasks FILE --output_dir DIR", "tasks:\n  mine: {rows: DATA, verify: exact}",
+     "'nowhere' cannot be loaded", "directory or hub id"),
+    ("evaluate --model MODEL --tasks FILE --output_dir DIR", "tasks:\n  mine: {rows: nowhere.jsonl, verify: exact}",
+     "nowhere.jsonl: there is no such file"),
+    ("run FILE", f"{RUN}offline: {{}}\nlaunch: {{processes: two}}", "FILE, line 6: launch.processes", "found 'two'"),
+    ("run FILE", f"{RUN.replace('DATA', 'nowhere.jsonl')}offline: {{}}", "nowhere.jsonl: there is no such file"),
+    ("pilot --config FILE", "budget: -3", "FILE, line 1: budget is -3; expected a number above 0"),
+    ("cache fidelity --teacher MODEL --dataset DATA", None, "student is not set", "kd-plugin cache fidelity --help"),
+    ("cache append DIR", None, "dataset is not set", "More: kd-plugin cache append --help"),
+    ("lineage graph DIR --outptu x", None, "Did you mean '--output'", "More: kd-plugin lineage graph --help"),
+    ("report nowhere -o page.html", None, "nowhere holds no logs"),
+    ("doctor --config FILE", "zero: 3", "FILE, line 1: unknown key 'zero'", "servers"),
     ("offlin", None, "Did you mean 'offline'"),
 ]  # fmt: skip
 
@@ -133,7 +152,10 @@ def test_wrong_input(command, content, says, tmp_path, capsys, monkeypatch, stud
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
+    (tmp_path / "broken.jsonl").write_text(json.dumps(ROW) + '\n{"prompt": "a" "completion": "b"}\n')
+    (tmp_path / "nothing.jsonl").touch()
     places = {"FILE": "wrong.yaml", "DIR": "empty", "DATA": "rows.jsonl", "MODEL": student_dir}
+    places |= {"BROKEN": "broken.jsonl", "NOTHING": "nothing.jsonl"}
 
     def placed(text):
         for name, place in places.items():
@@ -143,7 +165,8 @@ def test_wrong_input(command, content, says, tmp_path, capsys, monkeypatch, stud
     if content is not None:
         (tmp_path / "wrong.yaml").write_text(placed(content))
     words = ["{t:" if word == "'{t:'" else word for word in placed(command).split()]
-    assert main(words) == (1 if "nowhere.jsonl" in words else 2)  # what is not there is no wrong usage
+    is_data = {"nowhere.jsonl", "broken.jsonl", "nothing.jsonl"} & set(words) or "nowhere.jsonl" in (content or "")
+    assert main(words) == (1 if is_data else 2)  # what is wrong with data is no wrong usage
     message = capsys.readouterr().err.strip()
     lines = [line for line in message.splitlines() if line]
     assert 1 <= len(lines) <= 6 and len(message) <= 6 * 120, message

@@ -69,8 +69,10 @@ def check(scratch: Path, version: str | None, extras: Sequence[str], output: Pat
     metadata = metadata_of(wheel)
     listed, offered = set(WORKS) - {"core"}, set(metadata.get_all("Provides-Extra") or ()) - {"dev"}
     require(listed == offered, f"the extras are {sorted(offered)}; WORKS tries {sorted(listed)}")
+    sites = []
     for extra in extras:
         python = install(scratch / "environments" / extra, wheel, extra)
+        sites.append(next((python.parents[1] / "lib").glob("python*/site-packages")))
         run(python, "-c", WORKS[extra], cwd=scratch)
         shown = run(python.parent / "kd-plugin", "--version", cwd=scratch)
         require(shown.strip() == f"kd-plugin {version}", f"kd-plugin --version says {shown!r}")
@@ -80,8 +82,7 @@ def check(scratch: Path, version: str | None, extras: Sequence[str], output: Pat
         old.unlink()
     for path in archives:
         shutil.copy(path, output)
-    site = next((python.parents[1] / "lib").glob("python*/site-packages"))
-    describe_dependencies(site, metadata, output / "kd_plugin-licenses.md")
+    describe_dependencies(sites, metadata, output / "kd_plugin-licenses.md")
     bill_of_materials(python, tree, version, output / "kd_plugin.cdx.json")
     print(f"Ready to publish: {', '.join(sorted(path.name for path in output.glob('kd_plugin[-.]*')))}")
 
@@ -146,11 +147,12 @@ def metadata_of(wheel: Path) -> Message:
         return email.parser.Parser().parsestr(archive.read(name).decode())
 
 
-def describe_dependencies(site: Path, metadata: Message, target: Path) -> None:
-    """Write each dependency's licence, and refuse one of our own choice that is under none that we accept."""
+def describe_dependencies(sites: Sequence[Path], metadata: Message, target: Path) -> None:
+    """Write the licence of each dependency of any extra, and refuse one of our own choice under none that we accept."""
     required = [line for line in metadata.get_all("Requires-Dist") or () if "dev" not in line.partition("extra ==")[2]]
     direct = {re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in required} - {"kd-plugin"}
-    declared = [one for one in licenses.declared_in(site) if licenses.canonical(one.name) != "kd-plugin"]
+    named = {licenses.canonical(one.name): one for site in sites for one in licenses.declared_in(site)}
+    declared = [one for name, one in sorted(named.items()) if name != "kd-plugin"]
     bad = licenses.unaccepted(declared, direct)
     require(not bad, f"licences to decide about: {', '.join(f'{one.name} ({one.license})' for one in bad)}")
     target.write_text(licenses.as_table(declared, direct), encoding="utf-8")

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PLACE = ROOT / ".venv-versions"
 UV = Path(sys.executable).with_name("uv")
 SHOWN = ("torch", "transformers", "trl", "lightning", "deepspeed", "peft", "accelerate", "datasets", "numpy", "pyarrow")
-TOOLS = ("pytest>=8.4", "pytest-timeout>=2.4", "pytest-xdist>=3.8", "hypothesis>=6.140", "setuptools")
+TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "cyclonedx-python-lib", "spdx-python-model")
 LEFT_OUT = "not slow and not wheel and not vllm"
 
 
@@ -83,8 +83,15 @@ def install(python: Path, environment: Mapping[str, Any]) -> None:
        "--override", pins, "--python", sys.executable, "pyproject.toml")  # fmt: skip
     if not python.exists():
         uv("venv", "-q", "--python", sys.executable, python.parents[1])
-    uv("pip", "install", "-q", "--python", python, "--requirement", lock, *TOOLS)
+    uv("pip", "install", "-q", "--python", python, "--requirement", lock, *tools(), "setuptools")
     uv("pip", "install", "-q", "--python", python, "--no-deps", "--editable", ".")
+
+
+def tools() -> list[str]:
+    """Return what the tests themselves need, as the extra ``dev`` has it: not what only style and pictures need."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = re.compile(rf"({'|'.join(TOOLS)})(?![\w-])")
+    return [line for line in project["optional-dependencies"]["dev"] if wanted.match(line)]
 
 
 def uv(*words: object) -> None:

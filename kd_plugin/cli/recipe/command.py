@@ -121,7 +121,7 @@ class WrittenRecipes:
                 continue
             if log is None:
                 print(f"== {name}: {stage.name}", file=sys.stderr, flush=True)
-            with contextlib.nullcontext() if log is None else _printed_to(log):
+            with for_the_user(stages.config_of(stage)), contextlib.nullcontext() if log is None else _printed_to(log):
                 code = stages.run(stage, here=here)
             if code:
                 failed = f"{name}: {stage.name} ended with exit code {code}"

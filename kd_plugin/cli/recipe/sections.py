@@ -279,6 +279,10 @@ def _launcher(recipe: Recipe, file: YamlFile) -> tuple[str, ...]:
             raise UsageError(f"{file.where('launch')}: launch: unknown key {key!r}.{nearest(str(key), list(_LAUNCH))}")
     if launch.get("command"):
         return tuple(shlex.split(str(launch["command"])))
-    if int(launch.get("processes", 1)) > 1:
-        return (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(launch["processes"]))
+    processes = launch.get("processes", 1)
+    if not isinstance(processes, int) or processes < 1:
+        where = file.where("launch")
+        raise UsageError(f"{where}: launch.processes: expected a whole number of at least 1, found {processes!r}.")
+    if processes > 1:
+        return (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes))
     return (sys.executable,)

@@ -14,7 +14,7 @@ import yaml
 from kd_plugin.evaluation.decisions import Comparison
 from kd_plugin.evaluation.pilot.trials import Method, Steps
 from kd_plugin.evaluation.statistics import Estimate
-from kd_plugin.monitor.report import page, section
+from kd_plugin.monitor.report import page, section, table_section
 
 WINNER, REPORT, OUTCOME = "winner.yaml", "report.html", "outcome.json"
 
@@ -111,15 +111,11 @@ def _table(outcome: PilotOutcome) -> list[str]:
 def _page(outcome: PilotOutcome) -> str:
     series = {one.method.name: [(cost, found.value) for cost, found in one.curve] for one in outcome.results}
     bars = {one.method.name: [(found.low, found.high) for _, found in one.curve] for one in outcome.results}
-    head, *rows = _cells(outcome)
-    table = f"<tr>{''.join(f'<th>{escape(cell)}' for cell in head)}</tr>" + "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}' for cell in row)}</tr>" for row in rows
-    )
     differences = "".join(f"<p>{escape(sentence(pair))}</p>" for pair in outcome.pairs)
     parts = [
         section("Accuracy against cost", outcome.unit, series, over=outcome.unit, bars=bars),
-        f"<section><h2>At the end, at a budget of {outcome.budget:g}</h2><table>{table}</table></section>",
         f"<section><h2>Which differences are real</h2>{differences}</section>",
+        table_section(f"At the end, at a budget of {outcome.budget:g}", _cells(outcome)),
     ]
     return page("Pilot", f"Take {outcome.winner.name}: {outcome.why}.", parts)
 

@@ -70,6 +70,8 @@ class PilotConfig:
         for name in ("evaluations", "probe_steps", "epochs"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a number above 0.")
+        if self.budget < 0:
+            raise ConfigError(f"budget is {self.budget:g}; expected a number above 0.")
         for name in ("scan_share", "warmup_share"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1.")
