@@ -6,8 +6,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig, TeacherPanelTrainer
-from tests.hosts.runs import prompts, settings, work
-from tests.hosts.test_parents_features import ROWS
+from tests.hosts.runs import ROWS, prompts, settings, work
 from tests.tiny import byte_tokenizer
 
 GREEDY = {"max_completion_length": 24, "top_k": 1, "mask_truncated_completions": True}

@@ -16,6 +16,7 @@ from kd_plugin.sharding import close_process_group
 from tests.lightning.launch import run_ranks
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+ROWS = Dataset.from_list([{"prompt": f"{i}?", "completion": f" answer {'y' * i}"} for i in range(16)])
 TOPICS = ["one plus two", "the sea", "a red bird", "what is time", "count to six", "say hello", "why rain", "odd"]
 
 

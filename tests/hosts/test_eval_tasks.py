@@ -29,8 +29,7 @@ from kd_plugin.teachers import LocalTeacher
 from kd_plugin.text import LocalWriter
 from kd_plugin.transformers import OfflineKDMixin, PanelSettings, TaskEvaluationMixin, TeacherPanelMixin
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig, TeacherPanelTrainer
-from tests.hosts.runs import launched, prompts, settings, weights
-from tests.hosts.test_parents_features import ROWS
+from tests.hosts.runs import ROWS, launched, prompts, settings, weights
 from tests.tiny import byte_tokenizer
 
 QUESTIONS = 7  # no multiple of two ranks

@@ -12,8 +12,7 @@ from kd_plugin.cache import TopK
 from kd_plugin.capturing import capture
 from kd_plugin.teachers import LocalTeacher
 from tests.hosts.eval_worker import measured, offline, panel
-from tests.hosts.runs import launched, prompts
-from tests.hosts.test_parents_features import ROWS
+from tests.hosts.runs import ROWS, launched, prompts
 from tests.tiny import tiny_model
 
 COUNT = 10  # no multiple of the batch sizes but one

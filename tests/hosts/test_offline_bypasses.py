@@ -12,8 +12,7 @@ from kd_plugin.capturing import capture
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
-from tests.hosts.runs import LORA, losses, settings
-from tests.hosts.test_parents_features import ROWS
+from tests.hosts.runs import LORA, ROWS, losses, settings
 from tests.tiny import byte_tokenizer
 
 

@@ -10,10 +10,9 @@ from kd_plugin.capturing import capture
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig, TeacherPanelTrainer
-from tests.hosts.runs import LORA, assert_same, losses, prompts, settings, weights
+from tests.hosts.runs import LORA, ROWS, assert_same, losses, prompts, settings, weights
 from tests.tiny import byte_tokenizer
 
-ROWS = Dataset.from_list([{"prompt": f"{i}?", "completion": f" answer {'y' * i}"} for i in range(16)])
 CHATS = Dataset.from_list(
     [
         {

@@ -13,8 +13,7 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.panel import TeacherPanel
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer, TeacherPanelConfig, TeacherPanelTrainer
-from tests.hosts.runs import losses, prompts, settings
-from tests.hosts.test_parents_features import ROWS
+from tests.hosts.runs import ROWS, losses, prompts, settings
 
 PARENTS = {OfflineKDTrainer: SFTTrainer, TeacherPanelTrainer: DistillationTrainer}
 METHODS = ("evaluate", "predict", "compute_loss", "prediction_step", "evaluation_loop", "log", "save_model",
