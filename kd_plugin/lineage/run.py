@@ -196,8 +196,7 @@ class RunLineage:
     def require_trainable(self, *, shown: bool = False) -> None:
         """Refuse to train where the terms of a source forbid it, or nothing is known of them.
 
-        What does not forbid training, and stands in the way of distribution or should be known, is logged once as
-        warnings, by the first of several ranks, which all come to the same verdict.
+        What else stands in the way of distribution, or should be known, is logged once, by the first rank of several.
 
         Args:
             shown: the caller has shown the findings, and nothing is logged.

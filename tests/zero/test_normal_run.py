@@ -37,7 +37,7 @@ def test_at_most_two_warnings(command, stage, cache, untied_student_dir, teacher
     done = subprocess.run(
         ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m", "kd_plugin", command,
          "--config", "train.yaml"],
-        env=rank_environment(tmp_path / "bin"), cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=rank_environment(tmp_path / "bin"), cwd=tmp_path, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
     said = (done.stdout + "\n" + done.stderr).replace("\r", "\n")
