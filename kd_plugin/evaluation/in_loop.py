@@ -6,14 +6,12 @@ prompt and its own seed alone, by random numbers that are no one else's.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
@@ -25,6 +23,7 @@ from kd_plugin.evaluation.cost import Cost
 from kd_plugin.evaluation.results import Evaluation, TaskResult, result_of, store_responses, store_results
 from kd_plugin.evaluation.tasks import Task, load_tasks
 from kd_plugin.models import output_rows
+from kd_plugin.rollouts.in_process import random_states_kept
 from kd_plugin.settings import option, settings
 from kd_plugin.sharding import called
 from kd_plugin.text.collecting import answer_line, verdicts_of
@@ -239,20 +238,13 @@ def recorded(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
 def unnoticed(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode inside the block, and bring every mode and random state back after it."""
     modes = [(module, module.training) for module in model.modules()]
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    states: tuple[Any, ...] = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    devices = torch.cuda.get_rng_state_all() if cuda else []
     model.eval()
     try:
-        yield
+        with random_states_kept():
+            yield
     finally:
         for module, training in modes:
             module.training = training
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(devices)
 
 
 def _of_all(costs: Sequence[Cost]) -> Cost:

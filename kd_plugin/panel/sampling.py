@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.panel.roster import TeacherPanel
+from kd_plugin.rollouts.vllm.in_process import require_vllm
 from kd_plugin.upstream import default_generation_parameters, is_dropout
 
 # What decides when a rollout ends, or how it is computed, and never which token comes next
@@ -87,11 +88,14 @@ def require_server_engine(panel: TeacherPanel, args: Any) -> None:
         args: a host's configuration.
 
     Raises:
-        ConfigError: interleaved rollouts, or sampled tokens at another temperature than 1.
+        ConfigError: interleaved rollouts, sampled tokens at another temperature than 1, or vLLM in this process
+            where there is none.
     """
     engine = args.engine_settings()
     if engine is None:
         return
+    if engine.in_process:
+        require_vllm()
     if args.rollouts == "interleaved":
         raise ConfigError(
             "rollouts='interleaved' replaces tokens while the student generates, which a rollout_engine on a server "

@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -174,6 +176,22 @@ class InProcessEngine:
 def pad_token(tokenizer: Any) -> int:
     """Return what fills up short rows."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Bring the random states of Python, NumPy and torch back after the block: training does not notice it."""
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if cuda else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(devices)
 
 
 Tokens = list[int]

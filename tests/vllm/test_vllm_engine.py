@@ -9,27 +9,20 @@ import pytest
 import requests
 import torch
 import yaml
-from lightning.pytorch import Trainer as LightningTrainer
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from kd_plugin.errors import ServerError
 from kd_plugin.launch.servers import server_problems
-from kd_plugin.lightning import TeacherPanelCorrection
 from kd_plugin.rollouts.vllm.engine import ServerEngine
 from kd_plugin.rollouts.vllm.pool import EnginePool
 from kd_plugin.rollouts.vllm.weights import AdapterWeights, AllWeights
 from kd_plugin.teachers import LocalTeacher
-from kd_plugin.trl import TeacherPanelConfig, TeacherPanelTrainer
-from tests.hosts.runs import TOPICS, losses, prompts, settings
-from tests.lightning.help import Plain
 from tests.tiny import save_tiny
 from tests.vllm.greedy import compared_with_own, said
+from tests.vllm.hosts import STEPS, lightning, trl
 from tests.vllm.server import VllmServer
 from tests.vllm.test_vllm import pytestmark  # noqa: F401 - marks
 
-STEPS, TOKENS = 5, 24
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 OPTIONS = ("--enable-lora", "--max-lora-rank", "8", "--max-model-len", "512", "--max-logprobs", "8")
 
 
@@ -82,63 +75,6 @@ def compared(monkeypatch):
 def block(url, sync, **options):
     where = {"url": url} if isinstance(url, str) else {"urls": url}
     return {"kind": "vllm", **where, "sync": sync, "max_retries": 1, **options}
-
-
-def student_of(directory, lora):
-    torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return get_peft_model(model, LoraConfig(**LORA)) if lora else model
-
-
-def trl(out, directory, teacher, engine, lora, steps=STEPS, **options):
-    common = {"top_k": 1, "max_completion_length": TOKENS, "divergence": "reverse_kl", "learning_rate": 5e-3}
-    trainer = TeacherPanelTrainer(
-        model=student_of(directory, lora),
-        teacher_models={"t": LocalTeacher(teacher, dtype="float32")},
-        args=TeacherPanelConfig(**settings(out, rollout_engine=engine, max_steps=steps, **{**common, **options})),
-        train_dataset=prompts(),
-        processing_class=LocalTeacher(directory).tokenizer,
-    )
-    trainer.train()
-    return losses(trainer)
-
-
-class Rows(torch.utils.data.Dataset):
-    column_names = ("prompt",)
-
-    def __len__(self):
-        return 24
-
-    def __getitem__(self, i):
-        return {"prompt": f"{TOPICS[i % 8]} {'x' * (i % 5)}?"}
-
-
-def lightning(out, directory, teacher, engine, lora, steps=STEPS):
-    module = Plain(student_of(directory, lora), lr=5e-3)
-    callback = TeacherPanelCorrection(
-        {"t": LocalTeacher(teacher, dtype="float32")},
-        tokenizer=LocalTeacher(directory).tokenizer,
-        rollout_engine=engine,
-        top_k=1,
-        max_completion_length=TOKENS,
-        divergence="reverse_kl",
-    )
-    trainer = LightningTrainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=out,
-        callbacks=[callback],
-    )
-
-    def collate(rows):
-        return {"prompt": [row["prompt"] for row in rows]}
-
-    trainer.fit(module, torch.utils.data.DataLoader(Rows(), batch_size=4, collate_fn=collate))
-    return module.losses
 
 
 @pytest.mark.parametrize("sync", ["adapter", "reload"])

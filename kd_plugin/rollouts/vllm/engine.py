@@ -287,7 +287,9 @@ def _in_process(student: Any, host: Any, *told: Any) -> InProcessVllm:
         student=str(base.name_or_path),
         dtype=base.dtype,
         lora_rank=max((config.r for config in adapts.values()), default=0),
+        rank=host.rank,
         ranks=host.ranks,
+        device=host.device,
     )
 
 

@@ -3,11 +3,12 @@
 Each rank has an engine, and weights reach it as they reach a server, through files. ``reload_weights`` and adapters
 work there as on a server; ``load_weights``, by which others hand weights over, fails on a CPU (vLLM 0.32). On a GPU the
 engine sleeps while the trainer trains: its weights go to host memory and its cache is dropped. Tested on a
-CPU (tests/vllm/test_vllm_in_process.py); sleeping was not run.
+CPU (tests/vllm/test_vllm_in_process.py); sleeping was written against vLLM's interface and not run.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 
 from kd_plugin.errors import ConfigError
 from kd_plugin.rollouts import Drawn
-from kd_plugin.rollouts.in_process import Sampling
+from kd_plugin.rollouts.in_process import Sampling, random_states_kept
 from kd_plugin.rollouts.vllm.jobs import Job, sampling_arguments, vllm_rank
 from kd_plugin.rollouts.vllm.settings import EngineSettings
 from kd_plugin.teachers.replies import Listed, read_entries
@@ -39,10 +40,12 @@ class InProcessVllm:
         student: directory or hub id that the engine starts from.
         dtype: in which it computes.
         lora_rank: of the student's adapter; 0 where all of it trains.
+        rank: of this process.
         ranks: processes that have one each.
+        device: of the student.
 
     Raises:
-        ConfigError: vLLM is not installed, or a setting of generation that it does not have.
+        ConfigError: a setting of generation that vLLM does not have, or an engine over several ranks.
     """
 
     on_each_rank = True
@@ -58,32 +61,35 @@ class InProcessVllm:
         student: str,
         dtype: torch.dtype,
         lora_rank: int = 0,
+        rank: int = 0,
         ranks: int = 1,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
     ) -> None:
+        if ranks > 1:
+            _require_one_device(settings.options or {})
         self.settings, self._sampling, self._rows = settings, sampling, rows
         self._fixed = sampling_arguments(sampling, end_tokens, vocab_size, rows)
         self.version = -1  # optimizer steps of the weights that the engine has
         self._adapter: Any = None
         self._busy = 0.0
-        self._sleeps = torch.cuda.is_available()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM reads it when it is imported
-        try:
-            import vllm
-        except ImportError as error:
-            raise ConfigError(
-                "rollout_engine has no url, so vLLM would generate in this process, and it is not installed here. Name "
-                "the servers that generate with url or urls, or install vLLM (docs/engines.md)."
-            ) from error
+        import vllm
+
         options = {
             "dtype": str(dtype).removeprefix("torch."),
             "max_logprobs": 32,
             **({"enable_lora": True, "max_lora_rank": vllm_rank(lora_rank)} if lora_rank else {}),
-            **({"enable_sleep_mode": True} if self._sleeps else {}),
+            "enable_sleep_mode": device.type == "cuda",
             **({"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}),
             **(settings.options or {}),
         }
         self._vllm = vllm
-        self._llm = vllm.LLM(model=settings.model or student, **options)
+        self._sleeps = bool(options["enable_sleep_mode"])
+        # vLLM sets the seeds of the process, and reads from the environment which rank it is
+        with random_states_kept(), _environment(rank, ranks, device):
+            self._llm = vllm.LLM(model=settings.model or student, **options)
+        if self._sleeps:
+            self._llm.sleep(level=1)
 
     @property
     def live(self) -> list[str]:
@@ -174,6 +180,46 @@ class InProcessVllm:
             yield
         finally:
             self._llm.sleep(level=1)
+
+
+def require_vllm() -> None:
+    """Refuse an environment without vLLM; nothing is imported for it.
+
+    Raises:
+        ConfigError: names the ways out.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout_engine has no url, so vLLM would generate in this process, and it is not installed here. Name "
+            "the servers that generate with url or urls, or install vLLM (docs/engines.md)."
+        )
+
+
+def _require_one_device(options: Mapping[str, Any]) -> None:
+    # Ranks ask for different rows, and an engine over several ranks must be asked for the same by all of them
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if options.get(name, 1) != 1:
+            raise ConfigError(
+                f"rollout_engine: options has {name}: {options[name]}, and without url each rank has an engine of its "
+                "own on its own device. Leave it out, or start servers and name them with urls."
+            )
+
+
+@contextmanager
+def _environment(rank: int, ranks: int, device: torch.device) -> Iterator[None]:
+    """Say which rank this is by the names of torchrun, of which Lightning and Slurm lack some, inside the block."""
+    local = rank if device.index is None else device.index
+    named = {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+    kept = {name: os.environ.get(name) for name in named}
+    os.environ.update(named)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _entry(listed: Mapping[int, Any]) -> dict[str, Any]:
