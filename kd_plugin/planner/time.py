@@ -210,7 +210,7 @@ class EngineStep:
 
     Attributes:
         generate: engines, for the rows of all ranks.
-        sync: the student's weights from the trainers to the engines.
+        sync: the student's weights, or its adapter alone, from the trainers to the engines.
         score: servers.
         transfer: hidden states from servers to trainers.
         train: forward, backward, traffic and offload of the trainers.
@@ -264,7 +264,8 @@ def engine_step(run: PlannedRun, seconds: StepTime, cluster: Cluster, engines: E
     speed = max(engines.server_gpus, 1) * cluster.tflops * 1e12 * cluster.utilization
     return EngineStep(
         generate=run.completion_length * max(read, multiplied),
-        sync=weights * 2 / engines.disk,
+        # Written once and read once: of an adapter it alone, of another student all that trains
+        sync=run.element * run.student.trainable * 2 / engines.disk,
         score=2 * engines.active * tokens / speed if engines.server_gpus else 0.0,
         transfer=hidden_state_bytes(run, cluster, engines) / (engines.network * cluster.nodes),
         train=seconds.train + seconds.score + seconds.communicate + seconds.offload,

@@ -85,6 +85,22 @@ def test_the_page_says_what_its_command_says(command, text, capsys):
     assert kinds[0] == "layout"
 
 
+@pytest.mark.parametrize(
+    ("student", "option", "sentence"),
+    [
+        ("Qwen2.5-32B", "--lora_rank 16", "a step is then {seconds:.0f} s (`{option}`)"),
+        ("Qwen2.5-32B", "--disk 10", "a parallel file system of 10 GB/s (`{option}`) makes it {seconds:.0f} s"),
+        ("Llama-3.3-70B", "--lora_rank 16", "{minutes:.1f} with an adapter (`{option}`)"),
+        ("Llama-3.3-70B", "", "Three hours become {minutes:.1f} minutes"),
+    ],
+)
+def test_what_the_page_says_of_engines_otherwise(student, option, sentence, capsys):
+    ((command, text),) = [(c, t) for c, t in BLOCKS if "--engine_gpus" in c and student in c]
+    assert main([*shlex.split(command)[1:], *option.split(), "--json"]) == 0
+    seconds = json.loads(capsys.readouterr().out)["engines"]["seconds"]["total"]
+    assert sentence.format(seconds=seconds, minutes=seconds / 60, option=option) in " ".join(text.split())
+
+
 def test_all_three_clusters_have_their_verdict_and_its_arithmetic():
     with_arithmetic = [command for command, text in BLOCKS if "Step by step" in text]
     wanted = (

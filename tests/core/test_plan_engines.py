@@ -52,6 +52,19 @@ def test_twice_the_engines_take_less_and_twice_the_servers_half(best):
     assert more.sync == one.sync
 
 
+def test_an_adapter_goes_to_the_engines_alone():
+    """All else is read there once, at the start."""
+    seconds = {}
+    for rank in (0, 16):
+        student = architecture("Qwen/Qwen2.5-7B", lora_rank=rank)
+        run = PlannedRun(student, teachers=(parse_teacher("big:server"),), completion_length=4096, generates=False)
+        best = recommended(options(run, CLUSTER))
+        seconds[rank] = engine_step(best.run, best.seconds, CLUSTER, BESIDE)
+        assert seconds[rank].sync == pytest.approx(2 * student.trainable * 2 / 2e9)
+    assert seconds[16].sync < 0.02 * seconds[0].sync
+    assert seconds[16].generate > 0.99 * seconds[0].generate, "its base is read for every token all the same"
+
+
 def test_the_best_split_is_the_shortest_of_all(best):
     wide = replace(BESIDE, student_gpus=40, server_gpus=8, active=700e9)
     split = best_split(best.run, best.seconds, CLUSTER, wide)
