@@ -6,6 +6,7 @@ The forms of answers and errors were taken from a real server; ``make test-vllm`
 import contextlib
 import copy
 import json
+import queue
 import threading
 import time
 from contextlib import contextmanager
@@ -49,16 +50,18 @@ class Behaviour:
     forgets: object = None  # called with the name of each tensor that is loaded; True keeps the old one
     dies_at: int | None = None  # number of the completions request from which on it answers nothing
     adapters: dict = field(default_factory=dict)  # name to model
-    transfer: object = None  # a queue of tensors, in the place of NCCL
+    transfer: object = None  # fills tensors with what was sent, in the place of NCCL; see `Inbox`
+    workers: int = 2  # of this server
+    joins: object = None  # called with what opens a transfer; returns it
+    breaks_at: int | None = None  # number of the tensor at which it fails, of all that are sent
+    received: int = 0  # tensors
+    updating: bool = False  # between the start of an update and its end, in which nothing can be generated
     per_token: float = 0.0  # seconds that each generated token takes; requests wait side by side
     script: object = None  # called with a prompt and a number of tokens, in the place of the model; returns ids
 
 
 class _Refused(Exception):
     pass
-
-
-_TRANSFERS = ("/init_weight_transfer_engine", "/start_weight_update", "/finish_weight_update")
 
 
 _NEUTRAL = {
@@ -178,6 +181,7 @@ def _complete(model, body, behaviour):
             raise _Refused(f"Token id {max(tokens)} is out of vocabulary")
         if len(tokens) + body["max_tokens"] > behaviour.max_model_len:
             raise _Refused(f"This model's maximum context length is {behaviour.max_model_len} tokens.")
+    assert not behaviour.updating, "half of the weights are there"
     behaviour.completions += 1
     if behaviour.replica is not None:
         model = behaviour.replica(behaviour.completions)
@@ -228,15 +232,64 @@ def _reload(model, body, behaviour):
             parameters[name].data.copy_(tensor)
 
 
+class Inbox:
+    """What is sent to one server, by a group in this process."""
+
+    def __init__(self):
+        self._sent = queue.Queue()
+
+    def put(self, tensor):
+        self._sent.put(tensor.clone())
+
+    def close(self):
+        self._sent.put(None)
+
+    def broadcast(self, tensor, src):
+        sent = self._sent.get(timeout=20)
+        if sent is None:
+            raise RuntimeError("the group was closed")
+        assert sent.shape == tensor.shape and sent.dtype == tensor.dtype and src == 0
+        tensor.copy_(sent)
+
+
 @torch.no_grad()
 def _receive(model, body, behaviour):
     """Take the weights that are sent, in the order in which they are described, as ``/update_weights`` does."""
     told, parameters = body["update_info"], dict(model.named_parameters(remove_duplicate=False))
+    assert behaviour.updating, "no update was started"
     for name, dtype, shape in zip(told["names"], told["dtype_names"], told["shapes"], strict=True):
-        tensor = behaviour.transfer.get(timeout=20)
-        assert list(tensor.shape) == shape and str(tensor.dtype) == f"torch.{dtype}", name
+        if behaviour.received == behaviour.breaks_at:
+            raise RuntimeError("the worker died")
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        behaviour.transfer.broadcast(tensor, src=0)
+        behaviour.received += 1
         if behaviour.forgets is None or not behaviour.forgets(name):
             parameters[name].data.copy_(tensor)
+
+
+def _open(model, body, behaviour):
+    told = body["init_info"]
+    assert set(told) <= {"master_address", "master_port", "rank_offset", "world_size", "packed"}, "unknown to vLLM 0.32"
+    if behaviour.joins is not None:
+        behaviour.transfer = behaviour.joins(**told)
+
+
+def _start(model, body, behaviour):
+    assert not behaviour.updating
+    behaviour.updating = True
+
+
+def _finish(model, body, behaviour):
+    assert behaviour.updating
+    behaviour.updating = False
+
+
+_TRANSFERS = {
+    "/init_weight_transfer_engine": _open,
+    "/start_weight_update": _start,
+    "/update_weights": _receive,
+    "/finish_weight_update": _finish,
+}
 
 
 @torch.no_grad()
@@ -312,6 +365,8 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0, host="127.0.0.1"):
                     how(model, body, behaviour)
             except _Refused as error:
                 self.send(400, {"error": {"message": str(error), "code": 400}})
+            except RuntimeError as error:
+                self.send(500, {"error": {"message": str(error), "code": 500}})
             else:
                 self.send_response(200)  # and no JSON
                 self.send_header("Content-Length", "0")
@@ -331,7 +386,7 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0, host="127.0.0.1"):
                 self.send(405 if there else 404, {"detail": "Method Not Allowed" if there else "Not Found"})
                 return
             if self.path == "/get_world_size":
-                self.send(200, {"world_size": 2})
+                self.send(200, {"world_size": behaviour.workers})
                 return
             assert self.path == "/v1/models"
             listed = {"id": behaviour.name, "max_model_len": behaviour.max_model_len, "root": behaviour.root}
@@ -352,10 +407,8 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0, host="127.0.0.1"):
                 self.load(_reload, body)
             elif self.path == "/reset_prefix_cache" and behaviour.takes_weights:
                 self.load(lambda *_: None, body)
-            elif self.path == "/update_weights" and behaviour.transfer is not None:
-                self.load(_receive, body)
-            elif self.path in _TRANSFERS and behaviour.transfer is not None:
-                self.load(lambda *_: None, body)
+            elif self.path in _TRANSFERS and not (behaviour.transfer is None and behaviour.joins is None):
+                self.load(_TRANSFERS[self.path], body)
             elif self.path == "/pooling" and behaviour.runner == "pooling":
                 try:
                     with lock:

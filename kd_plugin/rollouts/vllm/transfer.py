@@ -7,14 +7,17 @@ but the group, with one of the tests' own in its place.
 
 from __future__ import annotations
 
+import functools
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from kd_plugin.errors import ConfigError
+from kd_plugin.errors import ConfigError, ServerError
 from kd_plugin.teachers.client import Client, RefusedRequest
 from kd_plugin.teachers.served import Connection
 
@@ -42,7 +45,6 @@ class Transfer:
         # Nothing is asked twice: a server that begins anew would wait for tensors that are not sent again
         once: dict[str, Any] = {"timeout": timeout, "max_concurrency": 1, "max_retries": 0, "api_key_env": api_key_env}
         self._clients = [Client(Connection(url, **once)) for url in addresses]
-        self._threads = ThreadPoolExecutor(len(self._clients), thread_name_prefix="weight-transfer")
         self._group: Group | None = None
 
     def send(self, described: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -61,9 +63,8 @@ class Transfer:
         self._all("/start_weight_update", {})
         answers = self._begin("/update_weights", [{"update_info": dict(described)}] * len(self._clients))
         for _, tensor in tensors:
-            for answer in answers:
-                if answer.done():
-                    answer.result()  # it failed, or the loop would not be at a tensor yet
+            # Whoever answered by now failed, or the loop would not be at a tensor yet
+            self._end(answers, only_done=True)
             self._group.broadcast(tensor.contiguous(), src=0)
         self._end(answers)
         self._all("/finish_weight_update", {})
@@ -71,7 +72,7 @@ class Transfer:
     def _join(self) -> Group:
         """Make the group: this process is its first member, the workers of the servers follow."""
         sizes = [int(client.get("/get_world_size")["world_size"]) for client in self._clients]
-        address, port = _address()
+        address, port = _address([client.root for client in self._clients])
         common = {"master_address": address, "master_port": port, "world_size": 1 + sum(sizes), "packed": False}
         offsets = [1 + sum(sizes[:number]) for number in range(len(sizes))]
         bodies = [{"init_info": {**common, "rank_offset": offset}} for offset in offsets]
@@ -85,11 +86,14 @@ class Transfer:
 
     def _begin(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Future[None]]:
         return [
-            self._threads.submit(client.tell, path, body) for client, body in zip(self._clients, bodies, strict=True)
+            _beside(functools.partial(client.tell, path, body))
+            for client, body in zip(self._clients, bodies, strict=True)
         ]
 
-    def _end(self, answers: Sequence[Future[None]]) -> None:
+    def _end(self, answers: Sequence[Future[None]], *, only_done: bool = False) -> None:
         for client, answer in zip(self._clients, answers, strict=True):
+            if only_done and not answer.done():
+                continue
             try:
                 answer.result()
             except RefusedRequest as error:
@@ -97,6 +101,27 @@ class Transfer:
                     f"{client.root} does not take the student's weights with sync='nccl': status {error.status}, "
                     f"{error.says!r}. Start it with {NEEDS}, vLLM 0.32 or later."
                 ) from error
+            except ServerError as error:
+                raise ServerError(
+                    f"{client.root} failed while weights were sent: {error} The group of all servers is lost with it: "
+                    "start them again and resume from the last checkpoint."
+                ) from error
+
+
+def _beside(call: Callable[[], None]) -> Future[None]:
+    """Call in a thread of its own; the process may end before it does, for a server may wait for ever."""
+    found: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            found.set_exception(error)
+        else:
+            found.set_result(None)
+
+    threading.Thread(target=run, name="weight-transfer", daemon=True).start()
+    return found
 
 
 def open_group(address: str, port: int, members: int) -> Group:
@@ -132,8 +157,16 @@ def send_from_first(
             pass
 
 
-def _address() -> tuple[str, int]:
-    """Return an address of this machine that servers reach, and a port that is free on it."""
-    with socket.socket() as one:
-        one.bind(("", 0))
-        return socket.gethostbyname(socket.gethostname()), int(one.getsockname()[1])
+def _address(urls: Sequence[str]) -> tuple[str, int]:
+    """Return the address of this machine on its way to the servers, and a port that is free on it.
+
+    A machine's name may stand for 127.0.1.1, which no other reaches.
+    """
+    found = []
+    for parts in map(urlsplit, urls):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+            one.connect((parts.hostname, parts.port or 80))  # of a datagram socket: nothing is sent
+            found.append(str(one.getsockname()[0]))
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return next((one for one in found if not one.startswith("127.")), found[0]), int(free.getsockname()[1])
