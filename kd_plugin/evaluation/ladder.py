@@ -264,10 +264,10 @@ def write_report(
     for one in climbed:
         accuracies = [str(one.evaluation.results[name].accuracy) for name in bars]
         hours = one.seconds / 3600
-        row = (one.rung.name, str(one.rung.size or "?"), *accuracies, f"{hours:.3g}", f"{hours * price_per_hour:.3g}")
+        row = (one.rung.name, _shown(one.rung.size), *accuracies, f"{hours:.3g}", f"{hours * price_per_hour:.3g}")
         rows.append((*row, "met" if one.holds else "not for sure"))
     for rung in rungs[len(climbed) :]:
-        rows.append((rung.name, str(rung.size or "?"), *["not trained"] * len(bars), "", "", ""))
+        rows.append((rung.name, _shown(rung.size), *["not trained"] * len(bars), "", "", ""))
     outcome = {
         "verdict": verdict,
         "rung": last.rung.name if last.holds else None,
@@ -324,6 +324,10 @@ def _bars(given: Any, names: Sequence[str]) -> dict[str, float]:
         if name not in names:
             raise ConfigError(f"bar: there is no task {name!r}; expected one of {', '.join(names)}.")
     return {str(name): float(value) for name, value in given.items()}
+
+
+def _shown(size: int | None) -> str:
+    return "?" if size is None else f"{size:,}"
 
 
 def _size(model: Any) -> int | None:

@@ -8,7 +8,6 @@ import json
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-from trl import DistillationConfig, DistillationTrainer
 
 from kd_plugin import LocalTeacher, capture
 from kd_plugin.cache import TopK
@@ -74,10 +73,11 @@ def run(*args, **kwargs):
 def test_one_teacher_is_trls_distillation_trainer(tmp_path, student_dir, teacher_dir):
     """Each step takes all rows, for the two trainers shuffle otherwise, and generates greedily."""
     trace = Trace()
-    reference = DistillationTrainer(
+    trl = pytest.importorskip("trl", minversion="1.15")
+    reference = trl.DistillationTrainer(
         model=student_dir,
         teacher_model=teacher_dir,
-        args=DistillationConfig(
+        args=trl.DistillationConfig(
             **settings(
                 tmp_path / "trl", per_device_train_batch_size=8, max_completion_length=12, generation_kwargs=GREEDY,
                 gradient_checkpointing=False,
