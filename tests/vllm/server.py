@@ -30,10 +30,11 @@ class VllmServer:
         port: int | None = None,
         name: str = "served",
         dtype: str = "float32",
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._log = log
+        self._log, self._environment = log, environment or {}
         self._command = [
             os.environ["KD_VLLM_PYTHON"],
             *("-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", name),
@@ -45,6 +46,7 @@ class VllmServer:
         # None of our own paths: the server has packages of its own.
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        environment |= self._environment
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, env=environment, cwd=self._log.parent, start_new_session=True
