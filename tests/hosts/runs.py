@@ -88,7 +88,7 @@ def launched(module: str, ranks: int, *jobs: Sequence[Any]) -> None:
         for arguments in told:
             import_module(module).main(*arguments)
         return
-    run_ranks(module, [json.dumps(told)], ranks, timeout=300)
+    run_ranks(module, [json.dumps(told)], ranks, timeout=900)
 
 
 def work(main: Callable[..., None]) -> None:
