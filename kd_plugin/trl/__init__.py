@@ -11,8 +11,7 @@ from kd_plugin.trl.offline_trainer import OfflineKDTrainer
 from kd_plugin.trl.upstream import HAS_PANEL, refuse_panel
 
 if TYPE_CHECKING or HAS_PANEL:
-    from kd_plugin.trl.panel_config import TeacherPanelConfig
-    from kd_plugin.trl.panel_trainer import TeacherPanelTrainer
+    from kd_plugin.trl.panel_trainer import TeacherPanelConfig, TeacherPanelTrainer
 
 __all__ = [
     "LicenseLineageCallback",

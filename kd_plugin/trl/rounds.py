@@ -27,8 +27,7 @@ from kd_plugin.lineage.record import RECORD
 from kd_plugin.panel.block import panel_from
 from kd_plugin.sharding import most_of_any_rank
 from kd_plugin.text.rounds import ROUNDS
-from kd_plugin.trl.panel_config import TeacherPanelConfig
-from kd_plugin.trl.panel_trainer import TeacherPanelTrainer
+from kd_plugin.trl.panel_trainer import TeacherPanelConfig, TeacherPanelTrainer
 
 if TYPE_CHECKING:
     from peft import PeftConfig
