@@ -41,7 +41,7 @@ def oracle(answers, lies=False):
         request = body["messages"][-1]["content"]
         answer = answers[json.loads(re.search(r"Task:\n(.*)", request)[1])]
         if verdict := re.search(r"Verdict (\w+): score=<", request):
-            response = "".join(json.loads(re.search(r"step 1:\n(.*)", request)[1])).strip()
+            response = "".join(map(json.loads, re.findall(r"^\| \d+ (.*)", request, re.MULTILINE))).strip()
             right = (response == answer) != lies
             return f"I compare.\nVerdict {verdict[1]}: score={10 * right} first_wrong_step={int(not right)}"
         key = re.search(r"BEGIN (\w+)", request)[1]

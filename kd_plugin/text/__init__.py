@@ -7,9 +7,9 @@ Offline: capture.py has the whole of a capture. collecting.py asks, store.py kee
 panel's vote, selecting.py decides what stays, contamination.py compares with evaluation sets, dataset.py is what
 comes out and how it is read.
 
-On a panel: prompts.py renders what a teacher is asked, from templates/ or the user's own, and parsing.py reads its
-replies, strictly; teacher.py is the teacher that does both, and correcting.py lets several evaluate, correct and
-accept.
+On a panel: prompts.py renders what a teacher is asked, from templates/ or the user's own, with what others wrote shown
+as data by quoting.py, and parsing.py reads its replies, strictly; teacher.py is the teacher that does both, and
+correcting.py lets several evaluate, correct and accept.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,8 +1,8 @@
 """What a teacher is asked: templates in files, filled in with text that stays data.
 
 A template has three parts: a line ``version: N``, the instructions (the system message), and behind a line ``---`` the
-request. ``{{name}}`` stands for what is filled in. A response is filled in as JSON whose quotation marks and
-control tokens are escaped, and the reply must carry a key that the student could not know.
+request. ``{{name}}`` stands for what is filled in. What others wrote is filled in as data, see
+:mod:`kd_plugin.text.quoting`, and the reply must carry a key that the student could not know.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError
+from kd_plugin.text.quoting import quoted
 
 Purpose = Literal["evaluate", "rewrite", "continue"]
 Message = dict[str, str]
@@ -28,14 +29,6 @@ FIELDS: Mapping[Purpose, tuple[str, ...]] = {
     "continue": ("task", "kept", "rest", "key"),
 }
 _FIELD = re.compile(r"\{\{(\w+)\}\}")
-# What is escaped in text that others wrote
-_ESCAPED = re.compile(
-    # the beginnings of control tokens of chat templates: `<|im_end|>`, `<s>`, `</think>`, `<｜User｜>`, `[INST]`
-    r"<(?=[|｜/a-zA-Z▁])|\[(?=/?[A-Z_]{3,}\])|[\u2028\u2029]"
-    # what the form of a reply is made of: a weak teacher copies a number that stands in it (docs/results.md)
-    r"|v(?=erdict)|s(?=core\s*[=:])|(?<=score)\s*[=:]|f(?=irst_wrong_step)|(?<=first_wrong_step)=|b(?=egin )|e(?=nd )",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -132,25 +125,6 @@ class Templates:
             one.purpose: f"version {one.version}, sha256 {one.digest}"
             for one in (self.evaluate, self.rewrite, self.go_on)
         }
-
-
-def quoted(value: Any) -> str:
-    """Return text, or lists and mappings of texts, as JSON that ends no quotation and holds no control token.
-
-    Nor does it hold the form of a verdict. What is escaped is still the same text to whoever reads JSON.
-    """
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{quoted(key)}: {quoted(one)}" for key, one in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(quoted, value)) + "]"
-    if not isinstance(value, str):
-        return json.dumps(value)
-    parts, end = [], 0
-    for found in _ESCAPED.finditer(value):
-        parts.append(json.dumps(value[end : found.start()], ensure_ascii=False)[1:-1])
-        parts += [f"\\u{ord(character):04x}" for character in found.group(0)]
-        end = found.end()
-    return '"' + "".join(parts) + json.dumps(value[end:], ensure_ascii=False)[1:-1] + '"'
 
 
 def key_of(*parts: str) -> str:

@@ -10,7 +10,8 @@ from kd_plugin.lineage.sources import Source
 from kd_plugin.settings import built, takes
 from kd_plugin.text.local import LocalWriter
 from kd_plugin.text.parsing import correction_pattern, parse_correction, parse_evaluation, verdict_pattern
-from kd_plugin.text.prompts import Message, Templates, key_of, quoted, steps_of, task_of
+from kd_plugin.text.prompts import Message, Templates, key_of, steps_of, task_of
+from kd_plugin.text.quoting import quoted_lines
 from kd_plugin.text.server import ServerWriter, WriterConnection
 from kd_plugin.text.teaching import Case, Correction, Evaluation
 from kd_plugin.text.writers import REFUSED, Answer, Ask, Writer, in_order
@@ -81,7 +82,7 @@ class PromptedTeacher:
         keys = [self._key("evaluate", case) for case in cases]
         steps = [steps_of(case.response) for case in cases]
         requests = [
-            self.templates.evaluate.messages({"task": task_of(c.prompt), "steps": quoted(s), "key": k})
+            self.templates.evaluate.messages({"task": task_of(c.prompt), "steps": quoted_lines(s), "key": k})
             for c, s, k in zip(cases, steps, keys, strict=True)
         ]
         found = []
@@ -102,10 +103,10 @@ class PromptedTeacher:
             steps = steps_of(case.response)
             right = [] if step is None else steps[: step - 1]
             if right:
-                values |= {"kept": quoted(right), "rest": quoted(steps[len(right) :])}
+                values |= {"kept": quoted_lines(right), "rest": quoted_lines(steps[len(right) :], len(right) + 1)}
                 requests.append(self.templates.go_on.messages(values))
             else:
-                requests.append(self.templates.rewrite.messages(values | {"response": quoted(case.response)}))
+                requests.append(self.templates.rewrite.messages(values | {"response": quoted_lines(steps)}))
             kept.append("".join(right))
         found = []
         # A token has two characters or more, as a rule; the lines around the text, which has four, take some fifty

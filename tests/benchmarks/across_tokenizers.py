@@ -59,6 +59,7 @@ from tests.tiny import byte_tokenizer
 
 LEARNING_RATE = 3e-3
 ROWS = 32  # rollouts of an update
+START = 133  # steps in which a student learns the form of an answer
 
 
 def uld(scores: list[RowScores], hidden: Tensor, head: OutputHead) -> Tensor:
@@ -135,11 +136,11 @@ class Step:
         return {"scoring": scoring, "loss": loss, "student": forward + backward}
 
 
-def run(step: Step, asked: list[Problem], updates: int, seed: int) -> dict[str, float]:
-    """Train; return accuracy before and after, and the median seconds of an update and of its parts."""
+def run(step: Step, asked: list[Problem], updates: int, every: int, seed: int) -> dict[str, Any]:
+    """Train; return accuracy before, every so many updates and after, and the median seconds of an update's parts."""
     draw = random.Random(seed)
     optimizer = torch.optim.AdamW(step.student.parameters(), lr=LEARNING_RATE)
-    before, seconds = accuracy(step.student, step.tokenizer, asked), []
+    before, seconds, curve = accuracy(step.student, step.tokenizer, asked), [], {}
     for update in range(updates):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (update + 1) / 10) * (1 - 0.9 * update / updates)
@@ -152,8 +153,10 @@ def run(step: Step, asked: list[Problem], updates: int, seed: int) -> dict[str, 
         optimizer.step()
         tokens = sum(len(one.tokens) for one in batch.responses) / ROWS
         seconds.append({"step": time.perf_counter() - begin, **parts, "tokens": tokens})
-    after = accuracy(step.student, step.tokenizer, asked)
-    return {"before": before, "after": after, **{key: statistics.median(s[key] for s in seconds) for key in seconds[0]}}
+        if (update + 1) % every == 0 or update + 1 == updates:
+            curve[update + 1] = accuracy(step.student, step.tokenizer, asked)
+    medians = {key: statistics.median(s[key] for s in seconds) for key in seconds[0]}
+    return {"before": before, "after": curve[updates], "curve": curve, **medians}
 
 
 ACROSS_ALONE = ("byte_marginals",)  # the same tokenizer as if it were another: what the estimator alone changes
@@ -165,8 +168,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", help="directory of SmolLM2's tokenizer; without it that teacher is left out")
     parser.add_argument("--student", default="bpe", choices=("bpe", "bytes"), help="the student's tokenizer")
-    parser.add_argument("--updates", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=400, help="of the teachers' own training, up to six times")
+    parser.add_argument("--updates", type=int, default=600)
+    parser.add_argument("--every", type=int, default=100, help="updates from one measurement of accuracy to the next")
+    parser.add_argument("--steps", type=int, default=300, help="of the teachers' own training, as often as it takes")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, help="directory of the teachers and of results, from which a run goes on")
     parser.add_argument("--same", nargs="*", default=SAME, help="estimators of the student's tokenizer")
@@ -196,11 +200,11 @@ def main() -> None:
     runs = [(options.student, e) for e in options.same if options.student in teachers]
     runs += [(t, e) for t in teachers if t != options.student for e in options.only]
     if options.cost:
-        found = costs(runs, teachers, own, asked, start_of(own, asked, 0, options.steps // 3))
+        found = costs(runs, teachers, own, asked, start_of(own, asked, 0, START))
         print(cost_table(found, options.student))
         return
     for seed in options.seeds:
-        start = start_of(own, asked, seed, max(options.steps // 3, 2))
+        start = start_of(own, asked, seed, 2 if options.quick else START)
         for teacher, estimator in runs:
             name = f"{options.student}-{teacher}-{estimator}-{options.updates}-{seed}.jsonl"
             if options.work and (options.work / name).exists():
@@ -208,10 +212,9 @@ def main() -> None:
             step = step_of(own, start, teachers, teacher, estimator)
             found = {"student": options.student, "teacher": teacher, "estimator": estimator, "seed": seed}
             try:
-                found |= run(step, asked, options.updates, seed)
+                found |= run(step, asked, options.updates, options.every, seed)
             except DataError as error:  # the student left what can be compared
-                print(json.dumps(found | {"stopped": str(error)}), flush=True)
-                continue
+                found["stopped"] = str(error)
             print(json.dumps(found), flush=True)
             if options.work:
                 (options.work / name).write_text(json.dumps(found) + "\n")
@@ -263,29 +266,35 @@ def cost_table(found: dict[tuple[str, str], list[dict[str, float]]], student: st
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Return Markdown: gains over the start relative to the exact loss of the same tokenizer, and costs."""
+    """Return Markdown: shares of the gain that the exact loss of the same tokenizer gives, at equal updates."""
     by_run: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for one in found:
         by_run[one["student"], one["teacher"], one["estimator"]].append(one)
-    lines = ["| student | teacher | estimator | accuracy before | after | share of the gain | step | loss |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    counts = sorted({int(count) for one in found for count in one.get("curve", {})})
+    heads = "".join(f" {count} |" for count in counts)
+    lines = [f"| student | teacher | estimator | seeds | start |{heads} share of the gain at {counts} |"]
+    lines.append("|---|---|---|---:|---:|" + "---:|" * len(counts) + "---|")
     for (student, teacher, estimator), rows in by_run.items():
         reference = {one["seed"]: one for one in by_run[student, student, "exact"]}
-        shares = [
-            (one["after"] - one["before"]) / (reference[one["seed"]]["after"] - reference[one["seed"]]["before"])
-            for one in rows
-            if one["seed"] in reference
-        ]
-        costs = [
-            statistics.mean(one[key] / reference[one["seed"]][key] for one in rows if one["seed"] in reference)
-            for key in ("step", "loss")
-        ]
-        before, after = ([one[key] for one in rows] for key in ("before", "after"))
-        spread = f" ({min(shares):.2f} to {max(shares):.2f})"
-        lines.append(
-            f"| {student} | {teacher} | `{estimator}` | {statistics.mean(before):.2f} | {statistics.mean(after):.2f} | "
-            f"{statistics.mean(shares):.2f}{spread} | {costs[0]:.2f} | {costs[1]:.2f} |"
-        )
+        ended = [one for one in rows if "curve" in one]
+        stopped = "".join(f"; seed {one['seed']} stopped: {one['stopped']}" for one in rows if "stopped" in one)
+        if not ended:
+            lines.append(f"| {student} | {teacher} | `{estimator}` | 0{stopped} |")
+            continue
+        at = {count: statistics.mean(one["curve"][str(count)] for one in ended) for count in counts}
+        shares = []
+        for count in map(str, counts):
+            of = [
+                (one["curve"][count] - one["before"])
+                / (reference[one["seed"]]["curve"][count] - reference[one["seed"]]["before"])
+                for one in ended
+                if one["seed"] in reference
+            ]
+            shares.append(f"{statistics.mean(of):.2f} ({min(of):.2f} to {max(of):.2f})" if of else "-")
+        curve = "".join(f" {at[count]:.2f} |" for count in counts)
+        before = statistics.mean(one["before"] for one in ended)
+        who = f"| {student} | {teacher} | `{estimator}` | {len(ended)} |"
+        lines.append(f"{who} {before:.2f} |{curve} {', '.join(shares)}{stopped} |")
     return "\n".join(lines)
 
 
