@@ -1,0 +1,248 @@
+"""Where does on-policy distillation pay? ``python -m examples.reasoning.run --output_dir out``.
+
+Trains a teacher and a student's start from scratch on problems whose solutions are long, captures what the teacher
+writes, chooses a learning rate for each method on a seed of its own, trains the student by every method and seed, and
+draws the map: starts of three qualities. Writes ``results.json``, ``results.md`` and the plots. What is finished is not
+done again, so an interrupted run goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+
+from examples.reasoning.methods import METHODS, Method, Training, capture_for, tasks_of
+from examples.reasoning.models import ROWS, make_starts, make_teacher
+from examples.reasoning.problems import LENGTHS, held_out, held_out_prompts, problems
+from examples.reasoning.report import Run, write_report
+
+CAPTURES = ("top-k", "sampled", "own")
+MAPPED = ("SFT on teacher text", "offline KD, top-k", "offline KD, own samples", "on-policy, JSD")
+SCAN_SEED = 1000  # none of the seeds that are compared
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sizes of the experiment.
+
+    Attributes:
+        output_dir: everything is written here.
+        teacher_updates: of the teacher.
+        starts: updates of the student before any method begins; the middle one is the main comparison's.
+        updates: of every method; offline methods go on to twice as many, which cost about as much.
+        evaluate_every: updates.
+        learning_rates: that are tried for each method, for half of the updates.
+        questions: held-out problems of each length.
+        seeds: of the main comparison.
+        map_seeds: of each other start.
+        workers: trainings side by side.
+    """
+
+    output_dir: Path
+    teacher_updates: int = 1500
+    starts: tuple[int, int, int] = (600, 800, 1200)
+    updates: int = 120
+    evaluate_every: int = 40
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+    questions: int = 60
+    seeds: int = 5
+    map_seeds: int = 3
+    workers: int = 2
+
+
+def main_start(options: Options) -> int:
+    """Return the start of the main comparison."""
+    return options.starts[len(options.starts) // 2]
+
+
+def start_path(options: Options, updates: int) -> Path:
+    """Return where a start is."""
+    return options.output_dir / f"start-{updates}"
+
+
+def captures_of(options: Options, start: int) -> dict[str, Path]:
+    """Return where what methods fit is; the teacher's is the same for all starts."""
+    return {name: options.output_dir / (f"own-{start}" if name == "own" else name) for name in CAPTURES}
+
+
+def captured_rows(options: Options) -> int:
+    """Return the rows of a capture: offline methods read each of them twice in all."""
+    return options.updates * ROWS
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, by what tells it from the others."""
+
+    method: str
+    start: int
+    learning_rate: float
+    seed: int
+    updates: int
+
+    @property
+    def name(self) -> str:
+        """Of its directory and in the results."""
+        return f"{self.method} / start {self.start} / rate {self.learning_rate:g} / seed {self.seed}"
+
+
+def main(options: Options) -> None:
+    """Do what is not done yet, and write the report after every training."""
+    root = options.output_dir
+    root.mkdir(parents=True, exist_ok=True)
+    for steps, found in held_out(options.questions).items():
+        (root / f"steps-{steps}.jsonl").write_text("".join(json.dumps(one.row) + "\n" for one in found))
+    with ProcessPoolExecutor(
+        options.workers, get_context("spawn"), initializer=_begin_worker, initargs=(options.workers,)
+    ) as pool:
+        for step in (_models(options), _captures(options)):
+            for future in as_completed([pool.submit(one) for one in step]):
+                future.result()
+        results = Results(options, root / "results.json")
+        scans = [
+            Job(name, main_start(options), rate, SCAN_SEED, options.updates // 2)
+            for name in METHODS
+            for rate in options.learning_rates
+        ]
+        results.fill(pool, scans)
+        rates = {name: results.best_rate([job for job in scans if job.method == name]) for name in METHODS}
+        final = [
+            Job(name, start, rates[name], seed, options.updates * (2 if METHODS[name].offline else 1))
+            for start, names, seeds in _compared(options)
+            for seed in range(seeds)
+            for name in names
+        ]
+        report = partial(_report, options, rates)
+        results.fill(pool, final, after=lambda found: report([found[job.name] for job in final if job.name in found]))
+    report([results.found[job.name] for job in final])
+
+
+def _compared(options: Options) -> Iterable[tuple[int, Sequence[str], int]]:
+    yield main_start(options), tuple(METHODS), options.seeds
+    for start in options.starts:
+        if start != main_start(options):
+            yield start, MAPPED, options.map_seeds
+
+
+def _models(options: Options) -> list[Callable[[], None]]:
+    """Return what trains the models that are not there."""
+    prompts = held_out_prompts(options.questions)
+    teacher, starts = options.output_dir / "teacher", {n: start_path(options, n) for n in options.starts}
+    jobs: list[Callable[[], None]] = []
+    if not (teacher / "README.md").exists():  # written last
+        jobs.append(partial(make_teacher, teacher, options.teacher_updates, prompts))
+    if not all((directory / "README.md").exists() for directory in starts.values()):
+        jobs.append(partial(make_starts, starts, prompts))
+    return jobs
+
+
+def _captures(options: Options) -> list[Callable[[], None]]:
+    """Return the captures; those that are finished return at once."""
+    asked = problems(captured_rows(options), LENGTHS, 3, held_out_prompts(options.questions))
+    wanted = {path: (name, start) for start in options.starts for name, path in captures_of(options, start).items()}
+    return [
+        partial(capture_for, name, options.output_dir / "teacher", start_path(options, start), asked, path)
+        for path, (name, start) in wanted.items()
+    ]
+
+
+def train(options: Options, job: Job) -> Run:
+    """Train a student, and read what it reached and what that cost, captures included."""
+    directory = options.output_dir / "runs" / job.name.replace(" / ", "-").replace(" ", "_").replace(",", "")
+    shutil.rmtree(directory, ignore_errors=True)
+    method, captures = METHODS[job.method], captures_of(options, job.start)
+    Training(
+        method,
+        start_path(options, job.start),
+        options.output_dir / "teacher",
+        captures,
+        problems(options.updates * ROWS, LENGTHS, 100 + job.seed, held_out_prompts(options.questions)),
+        tasks_of(options.output_dir),
+        job.updates,
+        options.evaluate_every if job.seed != SCAN_SEED else job.updates,
+        job.learning_rate,
+        job.seed,
+    ).run(directory)
+    return Run.read(
+        directory, **{key: value for key, value in asdict(job).items() if key != "updates"},
+        capture=None if method.cache is None else captures[method.cache], rows=_rows_read(method, options),
+        teacher=options.output_dir / "teacher", start_model=start_path(options, job.start),
+    )  # fmt: skip
+
+
+def _rows_read(method: Method, options: Options) -> int:
+    """Return at how many rows a capture has been read once: later updates read it again at no cost."""
+    return captured_rows(options) // 3 if method.cache is not None and not method.offline else captured_rows(options)
+
+
+def _begin_worker(workers: int) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would train on, and write where the next run does."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+class Results:
+    """What trainings reached, by name, on disk after each one.
+
+    Args:
+        options: sizes; a directory of other ones is refused.
+        path: of the file.
+    """
+
+    def __init__(self, options: Options, path: Path) -> None:
+        self.options, self.path = options, path
+        sizes = {key: value for key, value in asdict(options).items() if key not in ("output_dir", "workers")}
+        self.sizes = json.loads(json.dumps(sizes))
+        content = json.loads(path.read_text()) if path.exists() else {"sizes": self.sizes, "runs": {}}
+        if content["sizes"] != self.sizes:
+            raise SystemExit(f"{path} is of other sizes: {content['sizes']}. Choose another --output_dir.")
+        self.found = {name: Run(**run) for name, run in content["runs"].items()}
+
+    def fill(
+        self,
+        pool: ProcessPoolExecutor,
+        jobs: Sequence[Job],
+        after: Callable[[Mapping[str, Run]], Any] = lambda found: None,
+    ) -> None:
+        """Do the jobs that have no result yet, and say and write each result as it comes."""
+        running = {pool.submit(train, self.options, job): job.name for job in jobs if job.name not in self.found}
+        for future in as_completed(running):
+            name = running[future]
+            self.found[name] = future.result()
+            content = {"sizes": self.sizes, "runs": {key: asdict(run) for key, run in self.found.items()}}
+            whole = self.path.with_suffix(".part")
+            whole.write_text(json.dumps(content))
+            whole.replace(self.path)  # an interrupted run loses nothing
+            print(f"{name}: long {self.found[name].last('long'):.3f}", flush=True)
+            after(self.found)
+
+    def best_rate(self, jobs: Sequence[Job]) -> float:
+        """Return the learning rate with the best last accuracy on long problems, the lower one of equals."""
+        return max(jobs, key=lambda job: (self.found[job.name].last("long"), -job.learning_rate)).learning_rate
+
+
+def _report(options: Options, rates: Mapping[str, float], runs: Sequence[Run]) -> None:
+    write_report(runs, rates, main_start(options), options.updates, options.output_dir)
+
+
+if __name__ == "__main__":
+    main(auto_cli(Options, as_positional=False))
