@@ -52,7 +52,7 @@ class Options:
 
     output_dir: Path
     teacher_updates: int = 1500
-    starts: tuple[int, int, int] = (600, 800, 1200)
+    starts: tuple[int, int, int] = (500, 600, 800)
     updates: int = 120
     evaluate_every: int = 40
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)
