@@ -7,19 +7,12 @@ so an interrupted run goes on with the same command.
 
 from __future__ import annotations
 
-import json
-import os
 import random
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
-import torch
 from jsonargparse import auto_cli
 from peft import PeftModel
 
@@ -27,6 +20,7 @@ from examples.merge_experts.experts import accuracy, fit_expert, load_base, load
 from examples.merge_experts.report import write_report
 from examples.merge_experts.students import RECIPES, Recipe, averaged, cache_answers, train_student
 from examples.merge_experts.tasks import DOMAINS, Problem, held_out, training
+from examples.side_by_side import Results, workers
 from kd_plugin.demo.model import prepare_teacher
 
 Accuracy = dict[str, float]
@@ -92,8 +86,7 @@ def main(options: Options) -> None:
     root.mkdir(parents=True, exist_ok=True)
     options = replace(options, base=options.base or Path(prepare_teacher(root / "models").ref))
     results = Results(root / "results.json")
-    spawning = get_context("spawn")
-    with ProcessPoolExecutor(options.workers, spawning, initializer=_begin_worker, initargs=(options.workers,)) as pool:
+    with workers(options.workers) as pool:
         experts = {f"expert: {domain}": partial(expert, options, domain) for domain in DOMAINS}
         results.fill(pool, {"base": partial(untrained, options), **experts})
         results.fill(pool, {"averaged adapters": partial(average, options)})
@@ -105,19 +98,6 @@ def main(options: Options) -> None:
         }
         order = ["base", *experts, "averaged adapters", *students]
         results.fill(pool, students, after=lambda found: write_report({n: found[n] for n in order if n in found}, root))
-
-
-def _begin_worker(workers: int) -> None:
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would train on, and write where the next run does."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def untrained(options: Options) -> Accuracy:
@@ -169,31 +149,6 @@ def student(options: Options, recipe: Recipe, seed: int) -> Accuracy:
 
 def _examine(options: Options, model: Any) -> Accuracy:
     return accuracy(model, load_tokenizer(options.base), examination(options))
-
-
-class Results:
-    """Accuracies by name, on disk after each one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: dict[str, Accuracy] = json.loads(path.read_text()) if path.exists() else {}
-
-    def fill(
-        self,
-        pool: Executor,
-        jobs: Mapping[str, Callable[[], Accuracy]],
-        after: Callable[[Mapping[str, Accuracy]], Any] = lambda found: None,
-    ) -> None:
-        """Do the jobs that have no result yet, and say and write each result as it comes."""
-        running = {pool.submit(job): name for name, job in jobs.items() if name not in self.found}
-        for future in as_completed(running):
-            name = running[future]
-            self.found[name] = future.result()
-            whole = self.path.with_suffix(".part")
-            whole.write_text(json.dumps(self.found, indent=1))
-            whole.replace(self.path)  # an interrupted run loses nothing
-            print(f"{name}: {self.found[name]}", flush=True)
-            after(self.found)
 
 
 if __name__ == "__main__":

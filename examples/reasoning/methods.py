@@ -145,9 +145,10 @@ class Training:
 
     def run(self, directory: Path) -> None:
         """Train; evaluations with their cost go to ``evaluations/`` in the directory."""
-        self._trainer(directory).train()
+        self.trainer(directory).train()
 
-    def _trainer(self, directory: Path) -> Any:
+    def trainer(self, directory: Path) -> Any:
+        """Return the trainer that trains it."""
         model = AutoModelForCausalLM.from_pretrained(self.start, dtype="float32")
         common: dict[str, Any] = {
             "output_dir": str(directory), "max_steps": self.updates, "learning_rate": self.learning_rate,

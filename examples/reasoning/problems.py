@@ -2,7 +2,7 @@
 
 Each letter follows from the two before it, by a table that must be known by heart. A problem gives the mark of the
 last step and the first four letters, ``J:Am,By,Cq,Dp,``, and its solution goes on until that mark:
-``Ep,Fh,Gv,Hs,Iz,Jq,.``. A step is its mark, which counts, and its letter; the last step is the answer. No two pairs
+``Ep,Fh,Gv,Hs,Iz,Jq,.``. A step is its mark, which counts, and its letter; the last two are the answer. No two pairs
 of letters lead to the same one, so who has lost the way does not come back to it.
 
 ``#`` takes back the character before it: whoever sees that a character was wrong writes ``#`` and the right one. What a
@@ -77,8 +77,8 @@ class Problem:
 
     @property
     def row(self) -> dict[str, str]:
-        """The problem as a row of a dataset; the answer is its last step."""
-        return {"prompt": self.prompt, "answer": self.sequence[-1] + END}
+        """The problem as a row of a dataset; the answer is its last two steps: one might be right by chance."""
+        return {"prompt": self.prompt, "answer": "".join(self.sequence[-2:]) + END}
 
 
 def problems(count: int, steps: tuple[int, int], seed: int, without: frozenset[str] = frozenset()) -> list[Problem]:

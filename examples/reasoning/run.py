@@ -9,24 +9,21 @@ done again, so an interrupted run goes on with the same command.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
-import torch
 from jsonargparse import auto_cli
 
 from examples.reasoning.methods import METHODS, Method, Training, capture_for, tasks_of
 from examples.reasoning.models import ROWS, make_starts, make_teacher
 from examples.reasoning.problems import LENGTHS, held_out, held_out_prompts, problems
 from examples.reasoning.report import Run, write_report
+from examples.side_by_side import Results, workers
 
 CAPTURES = ("top-k", "sampled", "own")
 MAPPED = ("SFT on teacher text", "offline KD, top-k", "offline KD, own samples", "on-policy, JSD")
@@ -104,29 +101,41 @@ def main(options: Options) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for steps, found in held_out(options.questions).items():
         (root / f"steps-{steps}.jsonl").write_text("".join(json.dumps(one.row) + "\n" for one in found))
-    with ProcessPoolExecutor(
-        options.workers, get_context("spawn"), initializer=_begin_worker, initargs=(options.workers,)
-    ) as pool:
+    sizes = {key: value for key, value in asdict(options).items() if key not in ("output_dir", "workers")}
+    results = Results(root / "results.json", sizes)
+    with workers(options.workers) as pool:
         for step in (_models(options), _captures(options)):
             for future in as_completed([pool.submit(one) for one in step]):
                 future.result()
-        results = Results(options, root / "results.json")
         scans = [
             Job(name, main_start(options), rate, SCAN_SEED, options.updates // 2)
             for name in METHODS
             for rate in options.learning_rates
         ]
-        results.fill(pool, scans)
-        rates = {name: results.best_rate([job for job in scans if job.method == name]) for name in METHODS}
+        results.fill(pool, {job.name: partial(train, options, job) for job in scans}, says=_said)
+        rates = {name: _best_rate([job for job in scans if job.method == name], results.found) for name in METHODS}
         final = [
             Job(name, start, rates[name], seed, options.updates * (2 if METHODS[name].offline else 1))
             for start, names, seeds in _compared(options)
             for seed in range(seeds)
             for name in names
         ]
-        report = partial(_report, options, rates)
-        results.fill(pool, final, after=lambda found: report([found[job.name] for job in final if job.name in found]))
-    report([results.found[job.name] for job in final])
+
+        def report(found: Mapping[str, Any]) -> None:
+            runs = [Run(**found[job.name]) for job in final if job.name in found]
+            write_report(runs, rates, main_start(options), options.updates, root)
+
+        results.fill(pool, {job.name: partial(train, options, job) for job in final}, after=report, says=_said)
+    report(results.found)
+
+
+def _said(run: Mapping[str, Any]) -> str:
+    return f"long {Run(**run).last('long'):.3f}"
+
+
+def _best_rate(jobs: Sequence[Job], found: Mapping[str, Any]) -> float:
+    """Return the learning rate with the best last accuracy on long problems, the lower one of equals."""
+    return max(jobs, key=lambda job: (Run(**found[job.name]).last("long"), -job.learning_rate)).learning_rate
 
 
 def _compared(options: Options) -> Iterable[tuple[int, Sequence[str], int]]:
@@ -158,7 +167,7 @@ def _captures(options: Options) -> list[Callable[[], None]]:
     ]
 
 
-def train(options: Options, job: Job) -> Run:
+def train(options: Options, job: Job) -> dict[str, Any]:
     """Train a student, and read what it reached and what that cost, captures included."""
     directory = options.output_dir / "runs" / job.name.replace(" / ", "-").replace(" ", "_").replace(",", "")
     shutil.rmtree(directory, ignore_errors=True)
@@ -175,73 +184,17 @@ def train(options: Options, job: Job) -> Run:
         job.learning_rate,
         job.seed,
     ).run(directory)
-    return Run.read(
+    found = Run.read(
         directory, **{key: value for key, value in asdict(job).items() if key != "updates"},
         capture=None if method.cache is None else captures[method.cache], rows=_rows_read(method, options),
         teacher=options.output_dir / "teacher", start_model=start_path(options, job.start),
     )  # fmt: skip
+    return asdict(found)
 
 
 def _rows_read(method: Method, options: Options) -> int:
     """Return at how many rows a capture has been read once: later updates read it again at no cost."""
     return captured_rows(options) // 3 if method.cache is not None and not method.offline else captured_rows(options)
-
-
-def _begin_worker(workers: int) -> None:
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would train on, and write where the next run does."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-class Results:
-    """What trainings reached, by name, on disk after each one.
-
-    Args:
-        options: sizes; a directory of other ones is refused.
-        path: of the file.
-    """
-
-    def __init__(self, options: Options, path: Path) -> None:
-        self.options, self.path = options, path
-        sizes = {key: value for key, value in asdict(options).items() if key not in ("output_dir", "workers")}
-        self.sizes = json.loads(json.dumps(sizes))
-        content = json.loads(path.read_text()) if path.exists() else {"sizes": self.sizes, "runs": {}}
-        if content["sizes"] != self.sizes:
-            raise SystemExit(f"{path} is of other sizes: {content['sizes']}. Choose another --output_dir.")
-        self.found = {name: Run(**run) for name, run in content["runs"].items()}
-
-    def fill(
-        self,
-        pool: ProcessPoolExecutor,
-        jobs: Sequence[Job],
-        after: Callable[[Mapping[str, Run]], Any] = lambda found: None,
-    ) -> None:
-        """Do the jobs that have no result yet, and say and write each result as it comes."""
-        running = {pool.submit(train, self.options, job): job.name for job in jobs if job.name not in self.found}
-        for future in as_completed(running):
-            name = running[future]
-            self.found[name] = future.result()
-            content = {"sizes": self.sizes, "runs": {key: asdict(run) for key, run in self.found.items()}}
-            whole = self.path.with_suffix(".part")
-            whole.write_text(json.dumps(content))
-            whole.replace(self.path)  # an interrupted run loses nothing
-            print(f"{name}: long {self.found[name].last('long'):.3f}", flush=True)
-            after(self.found)
-
-    def best_rate(self, jobs: Sequence[Job]) -> float:
-        """Return the learning rate with the best last accuracy on long problems, the lower one of equals."""
-        return max(jobs, key=lambda job: (self.found[job.name].last("long"), -job.learning_rate)).learning_rate
-
-
-def _report(options: Options, rates: Mapping[str, float], runs: Sequence[Run]) -> None:
-    write_report(runs, rates, main_start(options), options.updates, options.output_dir)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def test_it_runs_from_experts_to_report_and_goes_on_where_it_was(tmp_path, teach
         student_rows=3, items=2, seeds=1, workers=2, base=teacher_dir,
     )  # fmt: skip
     main(options)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["found"]
     assert {"base", "averaged adapters", "panel / seed 0", "warm-up, then panel / seed 0", "offline KD / seed 0"} < set(
         results
     )
