@@ -19,14 +19,19 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from examples.reasoning.methods import METHODS, Method, Training, capture_for, tasks_of
+from examples.reasoning.methods import CAPTURES, METHODS, Method, Training, capture_for, tasks_of
 from examples.reasoning.models import ROWS, make_starts, make_teacher
 from examples.reasoning.problems import LENGTHS, held_out, held_out_prompts, problems
 from examples.reasoning.report import Run, write_report
 from examples.side_by_side import Results, workers
 
-CAPTURES = ("top-k", "sampled", "own")
-MAPPED = ("SFT on teacher text", "offline KD, top-k", "offline KD, own samples", "on-policy, JSD")
+MAPPED = (
+    "SFT on teacher text",
+    "SFT on teacher text of T = 1",
+    "offline KD, top-k",
+    "offline KD, own samples",
+    "on-policy, reverse KL",
+)
 SCAN_SEED = 1000  # none of the seeds that are compared
 
 
@@ -50,9 +55,9 @@ class Options:
     output_dir: Path
     teacher_updates: int = 1500
     starts: tuple[int, int, int] = (500, 600, 800)
-    updates: int = 120
-    evaluate_every: int = 40
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+    updates: int = 80
+    evaluate_every: int = 20
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3)
     questions: int = 60
     seeds: int = 5
     map_seeds: int = 3

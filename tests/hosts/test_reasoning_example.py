@@ -74,12 +74,12 @@ def test_it_runs_from_models_to_report_and_goes_on_where_it_was(tmp_path, capsys
     found = json.loads((tmp_path / "results.json").read_text())["found"]
     assert {name.split(" / ")[0] for name in found} == set(METHODS)
     offline, panel = (
-        found[f"{name} / start 2 / rate 0.001 / seed 1"] for name in ("offline KD, top-k", "on-policy, JSD")
+        found[f"{name} / start 2 / rate 0.001 / seed 1"] for name in ("offline KD, top-k", "on-policy, reverse KL")
     )
     assert [point["updates"] for point in offline["points"]] == [2, 4, 6, 8]
     assert [point["updates"] for point in panel["points"]] == [2, 4]
     text = (tmp_path / "results.md").read_text()
-    assert "| on-policy, JSD, one step stale | 0.001 |" in text and "| 3 | on-policy, JSD |" in text
+    assert "| on-policy, reverse KL, one step stale | 0.001 |" in text and "| 3 | on-policy, reverse KL |" in text
     for name in ("curves", "lengths", "map"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     capsys.readouterr()
@@ -99,7 +99,7 @@ def test_stale_rollouts_are_those_of_the_weights_one_update_before(tmp_path):
     written = {}
     for rate in (0.0, 0.1):
         training = Training(
-            METHODS["on-policy, JSD, one step stale"], tmp_path / "start", tmp_path / "teacher", {},
+            METHODS["on-policy, reverse KL, one step stale"], tmp_path / "start", tmp_path / "teacher", {},
             problems(96, LENGTHS, 0), tasks_of(tmp_path), 3, 3, rate, 0,
         )  # fmt: skip
         trainer = training.trainer(tmp_path / f"out-{rate}")
