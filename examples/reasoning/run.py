@@ -44,6 +44,7 @@ class Options:
         teacher_updates: of the teacher.
         starts: updates of the student before any method begins; the middle one is the main comparison's.
         updates: of every method; offline methods go on to twice as many, which cost about as much.
+        rows: of each capture; what reads more of them reads them again.
         evaluate_every: updates.
         learning_rates: that are tried for each method, for half of the updates.
         questions: held-out problems of each length.
@@ -56,6 +57,7 @@ class Options:
     teacher_updates: int = 1500
     starts: tuple[int, int, int] = (500, 600, 800)
     updates: int = 80
+    rows: int = 3840
     evaluate_every: int = 20
     learning_rates: tuple[float, ...] = (3e-4, 1e-3)
     questions: int = 60
@@ -77,11 +79,6 @@ def start_path(options: Options, updates: int) -> Path:
 def captures_of(options: Options, start: int) -> dict[str, Path]:
     """Return where what methods fit is; the teacher's is the same for all starts."""
     return {name: options.output_dir / (f"own-{start}" if name == "own" else name) for name in CAPTURES}
-
-
-def captured_rows(options: Options) -> int:
-    """Return the rows of a capture: offline methods read each of them twice in all."""
-    return options.updates * ROWS
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,7 @@ def _models(options: Options) -> list[Callable[[], None]]:
 
 def _captures(options: Options) -> list[Callable[[], None]]:
     """Return the captures; those that are finished return at once."""
-    asked = problems(captured_rows(options), LENGTHS, 3, held_out_prompts(options.questions))
+    asked = problems(options.rows, LENGTHS, 3, held_out_prompts(options.questions))
     wanted = {path: (name, start) for start in options.starts for name, path in captures_of(options, start).items()}
     return [
         partial(capture_for, name, options.output_dir / "teacher", start_path(options, start), asked, path)
@@ -198,8 +195,8 @@ def train(options: Options, job: Job) -> dict[str, Any]:
 
 
 def _rows_read(method: Method, options: Options) -> int:
-    """Return at how many rows a capture has been read once: later updates read it again at no cost."""
-    return captured_rows(options) // 3 if method.cache is not None and not method.offline else captured_rows(options)
+    """Return how many rows of its capture a method reads: a warm-up has a third of the updates."""
+    return options.rows if method.offline else min(options.rows, options.updates // 3 * ROWS)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ def test_held_out_problems_are_not_trained_on():
 
 def test_it_runs_from_models_to_report_and_goes_on_where_it_was(tmp_path, capsys):
     options = Options(
-        output_dir=tmp_path, teacher_updates=1, starts=(1, 2, 3), updates=4, evaluate_every=2, learning_rates=(1e-3,),
-        questions=2, seeds=2, map_seeds=1,
+        output_dir=tmp_path, teacher_updates=1, starts=(1, 2, 3), updates=4, rows=64, evaluate_every=2,
+        learning_rates=(1e-3,), questions=2, seeds=2, map_seeds=1,
     )  # fmt: skip
     main(options)
     found = json.loads((tmp_path / "results.json").read_text())["found"]
