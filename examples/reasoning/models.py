@@ -84,7 +84,7 @@ def make_teacher(directory: Path, updates: int, without: frozenset[str]) -> None
     """Train the teacher on solutions with slips that are taken back: it knows what to do behind a wrong step."""
     model = new_model(TEACHER_WIDTH, seed=0)
     teach(model, updates, 3e-3, seed=0, without=without, slips=0.08, decay=True)
-    _save(model, directory, "teacher")
+    save(model, directory, "teacher")
 
 
 def make_starts(directories: dict[int, Path], without: frozenset[str]) -> None:
@@ -93,12 +93,13 @@ def make_starts(directories: dict[int, Path], without: frozenset[str]) -> None:
 
     def saved(update: int) -> None:
         if update in directories:
-            _save(model, directories[update], f"student after {update} updates")
+            save(model, directories[update], f"student after {update} updates")
 
     teach(model, max(directories), 4e-3, seed=1, without=without, saved=saved)
 
 
-def _save(model: LlamaForCausalLM, directory: Path, name: str) -> None:
+def save(model: LlamaForCausalLM, directory: Path, name: str) -> None:
+    """Save a model with its tokenizer and its licence."""
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     (directory / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n# {name} of examples/reasoning\n")
