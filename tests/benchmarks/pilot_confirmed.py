@@ -1,14 +1,15 @@
-"""Does a pilot pick the method that a full run confirms? Three cases with tiny models, of which the right answers differ.
+"""Does a pilot pick the method that a full run confirms? Three cases with tiny models, whose right answers differ.
 
     python -m tests.benchmarks.pilot_confirmed --output out
 
 The problems are those of examples/reasoning: long solutions in which one wrong step spoils the rest.
 
-``sure``: the teacher learned on solutions without a slip. Its distributions are narrow and its text is right, so offline
-KD on what it writes should suffice.
+``sure``: the teacher learned on solutions without a slip. Its distributions are narrow and its text is right, so
+offline KD on what it writes should suffice.
 
-``broad``: the teacher learned on solutions in which letters are wrong and taken back. At T = 1 its distributions are broad
-and its text has slips in it, which offline KD copies; reverse KL on what the student writes takes what is likeliest.
+``broad``: the teacher learned on solutions in which letters are wrong and taken back. At T = 1 its distributions are
+broad and its text has slips in it, which offline KD copies; reverse KL on what the student writes takes what is
+likeliest.
 
 ``solved``: the student is good already, and nothing is to be told apart.
 
