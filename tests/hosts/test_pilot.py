@@ -78,7 +78,7 @@ def test_runs_of_equal_cost_a_report_and_the_winners_recipe(pilot, capsys):
 def test_the_dry_run_runs_nothing_and_shows_the_terms(pilot, capsys):
     assert main(["pilot", "--config", pilot(methods=None), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "4 methods x (2 learning rates x 0.25 + 2 seeds)" in said and "decision" in said
+    assert "4 methods x (2 learning rates x 0.25 + 2 seeds)" in said and "decision" in said and "What to expect" in said
     assert not list(Path("pilot").rglob("*.safetensors"))
     refused = {"teachers": {"one": {"license": "openai-terms-of-use"}}}
     assert main(["pilot", "--config", pilot(lineage=refused)]) == 1
