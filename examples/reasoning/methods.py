@@ -76,6 +76,11 @@ CAPTURES = ("top-k", "hot", "sampled", "own")
 BETAS = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}
 
 
+def warm_up(updates: int) -> int:
+    """Return how many of a method's updates its warm-up takes."""
+    return max(1, updates // 3)
+
+
 def rows_of(problems: Sequence[Problem]) -> Dataset:
     """Return problems as a dataset."""
     return Dataset.from_list([problem.row for problem in problems])
@@ -197,7 +202,7 @@ class Training:
         kind = _StalePanelTrainer if method.stale else TeacherPanelTrainer
         warmed = {}
         if method.cache is not None:
-            warmed = {"warmup_cache": str(self.caches[method.cache]), "warmup_cache_steps": self.updates // 3}
+            warmed = {"warmup_cache": str(self.caches[method.cache]), "warmup_cache_steps": warm_up(self.updates)}
         return kind(
             model=model,
             teacher_models={"teacher": str(self.teacher)},

@@ -19,7 +19,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from examples.reasoning.methods import CAPTURES, METHODS, Method, Training, capture_for, tasks_of
+from examples.reasoning.methods import CAPTURES, METHODS, Method, Training, capture_for, tasks_of, warm_up
 from examples.reasoning.models import ROWS, make_starts, make_teacher
 from examples.reasoning.problems import LENGTHS, held_out, held_out_prompts, problems
 from examples.reasoning.report import Run, write_report
@@ -41,6 +41,7 @@ class Options:
 
     Attributes:
         output_dir: everything is written here.
+        methods: names of those that are compared; left out, all. More may be added later.
         teacher_updates: of the teacher.
         starts: updates of the student before any method begins; the middle one is the main comparison's.
         updates: of every method; offline methods go on to twice as many, which cost about as much.
@@ -54,6 +55,7 @@ class Options:
     """
 
     output_dir: Path
+    methods: tuple[str, ...] = tuple(METHODS)
     teacher_updates: int = 1500
     starts: tuple[int, int, int] = (500, 600, 800)
     updates: int = 80
@@ -103,7 +105,7 @@ def main(options: Options) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for steps, found in held_out(options.questions).items():
         (root / f"steps-{steps}.jsonl").write_text("".join(json.dumps(one.row) + "\n" for one in found))
-    sizes = {key: value for key, value in asdict(options).items() if key not in ("output_dir", "workers")}
+    sizes = {key: value for key, value in asdict(options).items() if key not in ("output_dir", "methods", "workers")}
     results = Results(root / "results.json", sizes)
     with workers(options.workers) as pool:
         for step in (_models(options), _captures(options)):
@@ -111,11 +113,13 @@ def main(options: Options) -> None:
                 future.result()
         scans = [
             Job(name, main_start(options), rate, SCAN_SEED, options.updates // 2)
-            for name in METHODS
+            for name in options.methods
             for rate in options.learning_rates
         ]
         results.fill(pool, {job.name: partial(train, options, job) for job in scans}, says=_said)
-        rates = {name: _best_rate([job for job in scans if job.method == name], results.found) for name in METHODS}
+        rates = {
+            name: _best_rate([job for job in scans if job.method == name], results.found) for name in options.methods
+        }
         final = [
             Job(name, start, rates[name], seed, options.updates * (2 if METHODS[name].offline else 1))
             for start, names, seeds in _compared(options)
@@ -141,10 +145,10 @@ def _best_rate(jobs: Sequence[Job], found: Mapping[str, Any]) -> float:
 
 
 def _compared(options: Options) -> Iterable[tuple[int, Sequence[str], int]]:
-    yield main_start(options), tuple(METHODS), options.seeds
+    yield main_start(options), options.methods, options.seeds
     for start in options.starts:
         if start != main_start(options):
-            yield start, MAPPED, options.map_seeds
+            yield start, [name for name in MAPPED if name in options.methods], options.map_seeds
 
 
 def _models(options: Options) -> list[Callable[[], None]]:
@@ -196,7 +200,7 @@ def train(options: Options, job: Job) -> dict[str, Any]:
 
 def _rows_read(method: Method, options: Options) -> int:
     """Return how many rows of its capture a method reads: a warm-up has a third of the updates."""
-    return options.rows if method.offline else min(options.rows, options.updates // 3 * ROWS)
+    return options.rows if method.offline else min(options.rows, warm_up(options.updates) * ROWS)
 
 
 if __name__ == "__main__":
