@@ -140,7 +140,10 @@ def _scores(runs: Sequence[Run], updates: int, task: str) -> list[list[float]]:
 
 
 def _main_table(groups: Mapping[str, list[Run]], rates: Mapping[str, float], updates: int) -> str:
-    equal = min((fmean(run.points[-1]["flops"] for run in runs) for runs in groups.values()), default=0.0)
+    costs = [
+        fmean(run.points[-1]["flops"] for run in runs) for name, runs in groups.items() if not METHODS[name].reward
+    ]
+    equal = min(costs, default=0.0)
     lines = [
         f"| method | rate | long, {updates} updates | at T = 0.6 | middle | short | pass@{COMPLETIONS} "
         f"| TFLOPs | long, {equal / 1e12:.2f} TFLOPs | seeds |",
@@ -218,7 +221,8 @@ def _plot(path: Path, panels: int, draw: Callable[[Any], None]) -> None:
 def _style(name: str) -> dict[str, Any]:
     place = list(METHODS).index(name)
     line = ":" if METHODS[name].reward else "--" if METHODS[name].offline else "-"
-    return {"color": f"C{place}", "linestyle": line, "marker": "o", "markersize": 4, "label": name}
+    color = "black" if METHODS[name].reward else f"C{place}"
+    return {"color": color, "linestyle": line, "marker": "o", "markersize": 4, "label": name}
 
 
 def _mean_curve(runs: Sequence[Run], by: str) -> tuple[list[float], list[float]]:
