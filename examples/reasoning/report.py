@@ -251,8 +251,9 @@ def _lengths(axis: Any, groups: Mapping[str, list[Run]], updates: int) -> None:
 
 
 def _map(axes: Any, runs: Sequence[Run], starts: Sequence[int]) -> None:
+    everywhere = set.intersection(*({one.method for one in runs if one.start == start} for start in starts))
     for axis, start in zip(axes, starts, strict=True):
-        for name, group in _grouped(one for one in runs if one.start == start).items():
+        for name, group in _grouped(one for one in runs if one.start == start and one.method in everywhere).items():
             axis.plot(*_mean_curve(group, "updates"), **_style(name))
         axis.set_xlabel(f"updates from the start of {start}")
         axis.grid(alpha=0.3)
