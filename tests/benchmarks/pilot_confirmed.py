@@ -14,7 +14,7 @@ likeliest.
 ``solved``: the student is good already, and nothing is to be told apart.
 
 A pilot is run, and then every method once more for ``--factor`` times the budget with seeds of its own. Each pilot's
-choice is compared with the best of the full runs. What is done is not done again.
+choice is compared with what the full runs say by the same rule. What is done is not done again.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from examples.reasoning.methods import MAX_NEW_TOKENS
 from examples.reasoning.models import STUDENT_WIDTH, TEACHER_WIDTH, new_model, save, teach
 from examples.reasoning.problems import LENGTHS, LONG, held_out, held_out_prompts, problems
 from kd_plugin.cli.main import main as command
+from kd_plugin.evaluation.decisions import compare_all
+from kd_plugin.evaluation.results import shares_of
 
 METHODS = ["offline_teacher", "offline_student", "panel"]
 QUESTIONS = 60
@@ -75,6 +77,15 @@ def piloted(config, place, name, **changes):
     return json.loads((place / name / "outcome.json").read_text())
 
 
+def last_shares(runs):
+    """Return the (S, Q) shares of right answers at the end of each seed's run."""
+    found = []
+    for run in sorted(runs.glob("*-final-*")):
+        places = sorted(run.glob("*/evaluations/step-*"), key=lambda place: int(place.name[5:]))
+        found.append(list(shares_of(places[-1] / "own")))
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True)
@@ -89,14 +100,16 @@ def main():
         config = build(case, output / case)
         pilot = piloted(config, output / case, "pilot", budget=asked.budget, seeds=list(range(asked.seeds)))
         rates = {name: one["learning_rate"] for name, one in pilot["methods"].items()}
-        full = {}
+        full, shares = {}, {}
         for name in METHODS:  # each with the learning rate that its pilot chose
             one = piloted(
                 {**config, "methods": [name], "learning_rates": [rates[name]]}, output / case, f"full-{name}",
                 budget=asked.budget * asked.factor, seeds=[100 + i for i in range(asked.seeds)],
             )  # fmt: skip
             full[name] = one["methods"][name]["accuracy"]
-        best = max(full, key=lambda name: full[name]["value"])
+            shares[name] = last_shares(output / case / f"full-{name}" / "runs")
+        behind = {pair.second for pair in compare_all(shares) if pair.real}
+        best = next(name for name in METHODS if name not in behind)  # as a pilot chooses: the simplest that is unbeaten
         found[case] = {"pilot": pilot, "full": full, "best": best}
         print(f"{case}: the pilot takes {pilot['winner']} ({pilot['why']}); the full runs say {best}", flush=True)
         for name in METHODS:

@@ -145,11 +145,20 @@ def pair(first, second, chance, gap=0.2):
     ("pairs", "winner", "words"),
     [
         ([pair("panel", "offline_teacher", 0.3)], "offline_teacher", "no difference"),
-        ([pair("panel", "offline_teacher", 0.01)], "panel", "really ahead of offline_teacher"),
         (
             [pair("panel", "offline_teacher", 0.01), pair("panel", "offline_student", 0.2)],
+            "offline_student",
+            "nothing is really ahead of it; panel: not surely better, and less simple",
+        ),
+        (
+            [pair("offline_student", "offline_teacher", 0.01), pair("panel", "offline_teacher", 0.01)],
+            "offline_student",
+            "really ahead of offline_teacher; panel: not surely better",
+        ),
+        (
+            [pair("panel", "offline_teacher", 0.01), pair("panel", "offline_student", 0.02)],
             "panel",
-            "not surely ahead of offline_student",
+            "really ahead of offline_teacher, offline_student",
         ),
     ],
 )

@@ -212,24 +212,20 @@ class Pilot:
 
 
 def choose(results: Sequence[Result], pairs: Sequence[Comparison]) -> tuple[Method, str]:
-    """Return the method to take, and why.
-
-    The best, where something is really worse than it. Where no difference is real, the simplest.
-    """
-    best = max(results, key=lambda one: one.accuracy.value)
+    """Return the method to take, and why: the simplest of those that nothing is really ahead of."""
     real = [pair for pair in pairs if pair.real]
     if not real:
         words = (
             "no difference between the methods is real at this budget" if len(results) > 1 else "it was the only one"
         )
         return results[0].method, f"{words}, so the simplest is taken"
-    worse = [pair.second for pair in real if pair.first == best.method.name]
-    if not worse:
-        pair = max(real, key=lambda one: one.gap.value)
-        return METHODS[pair.first], f"it is really ahead of {pair.second}, and nothing is really ahead of it"
-    equal = [one.method.name for one in results if one is not best and one.method.name not in worse]
-    unsure = f"; not surely ahead of {', '.join(equal)}" if equal else ""
-    return best.method, f"it is really ahead of {', '.join(worse)}{unsure}"
+    behind = {pair.second for pair in real}
+    winner, *others = [one.method for one in results if one.method.name not in behind]
+    worse = [pair.second for pair in real if pair.first == winner.name]
+    words = f"it is really ahead of {', '.join(worse)}" if worse else "nothing is really ahead of it"
+    if others:
+        words += f"; {', '.join(other.name for other in others)}: not surely better, and less simple"
+    return winner, words
 
 
 def _applicable(
