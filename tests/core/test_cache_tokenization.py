@@ -115,7 +115,7 @@ def test_files_that_are_no_rows_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"\.json, \.jsonl, \.parquet"):
         load_rows(str(tmp_path / "x.csv"))
     (tmp_path / "x.json").write_text("{not json")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"x\.json, line 1, column 2: not valid JSON"):
         load_rows(str(tmp_path / "x.json"))
     with pytest.raises(DataError, match="cannot be read"):
         load_rows(str(tmp_path / "nothing"))

@@ -2,6 +2,8 @@
 
 import json
 import random
+from concurrent.futures import Executor, Future
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from examples.reasoning.problems import (
     with_slips,
 )
 from examples.reasoning.run import Options, main
+from examples.side_by_side import Results
 
 
 def test_who_has_lost_the_way_does_not_come_back():
@@ -88,6 +91,23 @@ def test_it_runs_from_models_to_report_and_goes_on_where_it_was(tmp_path, capsys
     assert not capsys.readouterr().out  # nothing was done again
     with pytest.raises(SystemExit, match="other sizes"):
         main(Options(output_dir=tmp_path, methods=chosen))
+
+
+def test_results_are_on_disk_after_each_job_and_none_is_done_twice(tmp_path, capsys):
+    class Alone(Executor):
+        def submit(self, job):
+            future = Future()
+            future.set_result(job())
+            return future
+
+    done, seen = [], []
+    jobs = {name: partial(lambda name: done.append(name) or {"value": len(done)}, name) for name in ("a", "b")}
+    Results(tmp_path / "results.json", {"size": 1}).fill(Alone(), {"a": jobs["a"]})
+    Results(tmp_path / "results.json", {"size": 1}).fill(Alone(), jobs, after=lambda found: seen.append(dict(found)))
+    assert done == ["a", "b"] and seen == [{"a": {"value": 1}, "b": {"value": 2}}]
+    assert Results(tmp_path / "results.json", {"size": 1}).found == seen[-1]
+    with pytest.raises(SystemExit, match="other sizes"):
+        Results(tmp_path / "results.json", {"size": 2})
 
 
 def test_stale_rollouts_are_those_of_the_weights_one_update_before(tmp_path):
