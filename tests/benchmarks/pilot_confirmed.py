@@ -11,7 +11,7 @@ offline KD on what it writes should suffice.
 broad and its text has slips in it, which offline KD copies; reverse KL on what the student writes takes what is
 likeliest.
 
-``solved``: the student is good already, and nothing is to be told apart.
+``good``: the teacher of ``sure``, and a student that is right on most problems already.
 
 A pilot is run, and then every method once more for ``--factor`` times the budget with seeds of its own. Each pilot's
 choice is compared with what the full runs say by the same rule. What is done is not done again.
@@ -36,7 +36,7 @@ QUESTIONS = 60
 CASES = {  # updates of the teacher and its slips; updates of the student, and whether its rate falls
     "sure": ((500, 0.0), (600, False)),
     "broad": ((1500, 0.08), (600, False)),
-    "solved": ((500, 0.0), (1200, True)),
+    "good": ((500, 0.0), (1200, True)),
 }
 
 
