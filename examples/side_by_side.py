@@ -32,17 +32,27 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not {"sizes", "found"} <= set(content):
+        raise SystemExit(f"{path} is no file of results of this version. Choose another --output_dir.")
+    return content
+
+
 class Results:
     """What each job found, by name, on disk after each one.
 
     Args:
         path: of the file.
-        sizes: of the experiment; a file of other ones is refused.
+        sizes: of the experiment; a file of other ones is refused, as is one of an earlier version.
     """
 
     def __init__(self, path: Path, sizes: Mapping[str, Any] | None = None) -> None:
         self.path, self.sizes = path, json.loads(json.dumps(dict(sizes or {})))
-        content = json.loads(path.read_text()) if path.exists() else {"sizes": self.sizes, "found": {}}
+        content = _read(path) if path.exists() else {"sizes": self.sizes, "found": {}}
         if content["sizes"] != self.sizes:
             raise SystemExit(f"{path} is of other sizes: {content['sizes']}. Choose another --output_dir.")
         self.found: dict[str, Any] = content["found"]

@@ -171,11 +171,7 @@ def _differences(groups: Mapping[str, list[Run]], updates: int) -> str:
     """Every on-policy method against every offline one, on the same questions."""
     lines = []
     for task, words in (("long", "T = 1"), ("long_cool", "T = 0.6")):
-        pairs = (
-            compare_all({name: _scores(runs, updates, task) for name, runs in groups.items()})
-            if len(groups) > 1
-            else []
-        )
+        pairs = compare_all({name: _scores(runs, updates, task) for name, runs in groups.items()})
         lines += [
             f"Long problems, {words}, {updates} updates:",
             "",

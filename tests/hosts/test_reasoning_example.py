@@ -110,6 +110,21 @@ def test_results_are_on_disk_after_each_job_and_none_is_done_twice(tmp_path, cap
         Results(tmp_path / "results.json", {"size": 2})
 
 
+@pytest.mark.parametrize("text", ['{"base": {"a": 0.5}}', '{"sizes": {"size"', "[]", ""])
+def test_results_of_an_earlier_form_or_a_cut_file_are_refused_and_left_alone(text, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=r"results\.json is no file of results.*Choose another --output_dir"):
+        Results(path, {"size": 1})
+    assert path.read_text() == text
+
+
+def test_responses_that_say_nothing_are_not_right():
+    row = problems(1, LENGTHS, 0)[0].row
+    for response in ("", "#", "###", END, "#" * 500 + END):
+        assert not solved(response, row)
+
+
 def test_stale_rollouts_are_those_of_the_weights_one_update_before(tmp_path):
     """With a learning rate of 0 they are the fresh ones. The first update of a warm-up has that in any case."""
     prompts = held_out_prompts(2)
