@@ -6,7 +6,6 @@ The forms of answers and errors were taken from a real server; ``make test-vllm`
 import contextlib
 import copy
 import json
-import queue
 import threading
 import time
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
+
+from tests.fake_transfer import TRANSFERS
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Behaviour:
     forgets: object = None  # called with the name of each tensor that is loaded; True keeps the old one
     dies_at: int | None = None  # number of the completions request from which on it answers nothing
     adapters: dict = field(default_factory=dict)  # name to model
-    transfer: object = None  # fills tensors with what was sent, in the place of NCCL; see `Inbox`
+    transfer: object = None  # fills tensors with what was sent, in the place of NCCL; see fake_transfer.py
     workers: int = 2  # of this server
     joins: object = None  # called with what opens a transfer; returns it
     breaks_at: int | None = None  # number of the tensor at which it fails, of all that are sent
@@ -232,66 +233,6 @@ def _reload(model, body, behaviour):
             parameters[name].data.copy_(tensor)
 
 
-class Inbox:
-    """What is sent to one server, by a group in this process."""
-
-    def __init__(self):
-        self._sent = queue.Queue()
-
-    def put(self, tensor):
-        self._sent.put(tensor.clone())
-
-    def close(self):
-        self._sent.put(None)
-
-    def broadcast(self, tensor, src):
-        sent = self._sent.get(timeout=20)
-        if sent is None:
-            raise RuntimeError("the group was closed")
-        assert sent.shape == tensor.shape and sent.dtype == tensor.dtype and src == 0
-        tensor.copy_(sent)
-
-
-@torch.no_grad()
-def _receive(model, body, behaviour):
-    """Take the weights that are sent, in the order in which they are described, as ``/update_weights`` does."""
-    told, parameters = body["update_info"], dict(model.named_parameters(remove_duplicate=False))
-    assert behaviour.updating, "no update was started"
-    for name, dtype, shape in zip(told["names"], told["dtype_names"], told["shapes"], strict=True):
-        if behaviour.received == behaviour.breaks_at:
-            raise RuntimeError("the worker died")
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-        behaviour.transfer.broadcast(tensor, src=0)
-        behaviour.received += 1
-        if behaviour.forgets is None or not behaviour.forgets(name):
-            parameters[name].data.copy_(tensor)
-
-
-def _open(model, body, behaviour):
-    told = body["init_info"]
-    assert set(told) <= {"master_address", "master_port", "rank_offset", "world_size", "packed"}, "unknown to vLLM 0.32"
-    if behaviour.joins is not None:
-        behaviour.transfer = behaviour.joins(**told)
-
-
-def _start(model, body, behaviour):
-    assert not behaviour.updating
-    behaviour.updating = True
-
-
-def _finish(model, body, behaviour):
-    assert behaviour.updating
-    behaviour.updating = False
-
-
-_TRANSFERS = {
-    "/init_weight_transfer_engine": _open,
-    "/start_weight_update": _start,
-    "/update_weights": _receive,
-    "/finish_weight_update": _finish,
-}
-
-
 @torch.no_grad()
 def _pool(model, body, behaviour):
     """Return the body and the metadata that vLLM 0.32 answers with, for ``encoding_format: bytes``."""
@@ -407,8 +348,8 @@ def fake_vllm(model, tokenizer, behaviour=None, port=0, host="127.0.0.1"):
                 self.load(_reload, body)
             elif self.path == "/reset_prefix_cache" and behaviour.takes_weights:
                 self.load(lambda *_: None, body)
-            elif self.path in _TRANSFERS and not (behaviour.transfer is None and behaviour.joins is None):
-                self.load(_TRANSFERS[self.path], body)
+            elif self.path in TRANSFERS and not (behaviour.transfer is None and behaviour.joins is None):
+                self.load(TRANSFERS[self.path], body)
             elif self.path == "/pooling" and behaviour.runner == "pooling":
                 try:
                     with lock:

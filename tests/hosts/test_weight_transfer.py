@@ -9,7 +9,8 @@ from kd_plugin.rollouts.vllm import engine as server_engine
 from kd_plugin.rollouts.vllm import transfer
 from kd_plugin.rollouts.vllm.weights import AllWeights
 from kd_plugin.teachers import LocalTeacher
-from tests.fake_vllm import Behaviour, Inbox, fake_vllm
+from tests.fake_transfer import Inbox
+from tests.fake_vllm import Behaviour, fake_vllm
 from tests.hosts.runs import assert_same, losses, weights
 from tests.hosts.test_rollout_engine import block, plain
 from tests.tiny import tiny_model
