@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
+from glob import glob
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,26 @@ def load_rows(
         if split not in loaded:
             raise DataError(f"{reference} has no split {split!r}; it has {', '.join(loaded)}.")
         loaded = loaded[split]
-    return with_origin(loaded, path) if path.exists() else loaded
+    if path.exists():
+        return with_origin(loaded, path)
+    is_builder = loaded.info.builder_name == reference  # of files; those of a hub id are the hub's
+    return with_origin(loaded, *local_files(more)) if is_builder else loaded
+
+
+def local_files(named: Mapping[str, Any]) -> list[Path]:
+    """Return what ``data_dir`` and ``data_files``, as ``datasets.load_dataset`` takes them, name on this machine.
+
+    Args:
+        named: has the two, or neither: a path or a pattern each, or, for files, a list or a mapping by split.
+    """
+
+    def flat(one: Any) -> list[str]:
+        inside = one.values() if isinstance(one, Mapping) else one if isinstance(one, list | tuple) else None
+        return [str(one)] if inside is None else [name for part in inside for name in flat(part)]
+
+    place = Path(named.get("data_dir") or "")
+    found = [match for name in flat(named.get("data_files") or []) for match in glob(str(place / name), recursive=True)]
+    return [Path(one) for one in sorted(found)] or [one for one in (place,) if named.get("data_dir") and one.exists()]
 
 
 def _broken_json(path: Path) -> str | None:

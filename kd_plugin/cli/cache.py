@@ -26,6 +26,19 @@ append    capture more data into a finished cache: its directory, then the setti
 import    read teacher outputs of DistillKit, or in Axolotl's form: their place, a new directory, settings
 Exit codes: 0 good, 1 refused, damaged or unfinished, 2 wrong usage.
 """
+_INFO = """\
+Print what a cache holds and who taught it; of a capture that still runs, how far it is.
+Exit codes: 0 printed, 1 there is no cache, 2 wrong usage.
+"""
+_VERIFY = """\
+Read every byte of a cache. Each file that differs is named, with the rows that are lost and how to redo just those.
+Exit codes: 0 good, 1 damaged or unfinished, 2 wrong usage.
+"""
+_MERGE = """\
+Join caches of the same teacher and settings over different data into a new one. Caches of several teachers, or with
+--weights, over the same examples are put together instead, for training on all of them at once.
+Exit codes: 0 done, 1 refused, 2 wrong usage.
+"""
 _FIDELITY = """\
 Score some sequences with the teacher, and compare the gradient that the student would get from stored targets with the
 one from the full distribution: for top-k at several k, and for sampled targets at several draws.
@@ -55,14 +68,14 @@ def main(argv: Sequence[str]) -> int:
         return capture(["--output_dir", *argv[1:]] if named else argv[1:], append=True)
     parser = Parser("kd-plugin cache", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="info|verify|fidelity|merge|append|import")
-    info = commands.add_parser("info", help="what a cache holds")
-    info.add_argument("directory", type=Path)
+    info = commands.add_parser("info", description=_INFO)
+    info.add_argument("directory", type=Path, help="a cache, or one that is being captured")
     info.add_argument("--json", action="store_true", help="the manifest, for programs")
-    verify = commands.add_parser("verify", help="read every byte of a cache")
-    verify.add_argument("directory", type=Path)
-    merge = commands.add_parser("merge", help="join caches of the same settings")
+    verify = commands.add_parser("verify", description=_VERIFY)
+    verify.add_argument("directory", type=Path, help="a cache")
+    merge = commands.add_parser("merge", description=_MERGE)
     merge.add_argument("output_dir", type=Path, help="a new directory")
-    merge.add_argument("caches", type=Path, nargs="+")
+    merge.add_argument("caches", type=Path, nargs="+", help="what is joined")
     merge.add_argument("--weights", type=float, nargs="+", help="of several teachers' caches; equal if left out")
     for name in ("fidelity", "append", "import"):  # which were looked for above, and an error lists
         commands.add_parser(name, add_help=False)

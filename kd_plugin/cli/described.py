@@ -26,6 +26,8 @@ Print what makes your shell complete commands and options. Put one of these line
   eval "$(kd-plugin completion bash)"          # ~/.bashrc
   eval "$(kd-plugin completion zsh)"           # ~/.zshrc, after compinit
   kd-plugin completion fish | source           # ~/.config/fish/config.fish
+
+Exit codes: 0 printed, 2 wrong usage.
 """
 
 

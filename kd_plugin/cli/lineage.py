@@ -32,6 +32,8 @@ on a checkpoint:
   graph DIR      the lineage as a picture: SVG, HTML or Mermaid
   sign DIR       sign it with a local key; verify DIR --key checks that
 
+exit codes: each command's help lists its own
+
 {NO_ADVICE}"""
 _REGISTRY = """Print what the registry knows of licences and of providers' terms, and how old each reading is.
 

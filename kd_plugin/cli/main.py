@@ -237,6 +237,8 @@ options:
   --version   print the version
   --debug     show the traceback of an error (also: KD_PLUGIN_DEBUG=1)
 
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted; the help of a command lists its own.
+
 Start with `kd-plugin demo`. Every command explains itself: `kd-plugin COMMAND --help`.
 A command with settings takes them from YAML, and each one on the command line:
   kd-plugin demo --config                      print the settings as YAML

@@ -47,6 +47,7 @@ Joins the ZeRO shards of checkpoint-N on the CPU into safetensors that from_pret
 configuration and lineage. Needs host memory for the float32 weights twice. Shards are pickles: trust the checkpoint.
 
 With --universal it writes a checkpoint that any number of ranks can resume from, in DIR-universal.
+Exit codes: 0 written, 1 refused, 2 wrong usage.
 """
 
 

@@ -64,7 +64,7 @@ table{border-collapse:collapse;display:block;overflow-x:auto;font-size:14px}
 
 
 def read_logs(directory: str | Path) -> dict[str, list[tuple[float, float]]]:
-    """Return what a run logged: by key its (step, value) pairs, in the order of the steps.
+    """Return what a run logged: by key its (step, value) pairs, in the order of the steps; NaN and infinite ones too.
 
     Args:
         directory: output_dir of a run, one of its checkpoints, or Lightning's log directory.
@@ -94,13 +94,13 @@ def read_logs(directory: str | Path) -> dict[str, list[tuple[float, float]]]:
                     number = float(str(value))
                 except ValueError:
                     continue
-                if math.isfinite(number) and not _ASIDE.fullmatch(key):
+                if not _ASIDE.fullmatch(key):
                     found.setdefault(key, []).append((step, number))
     except ConfigError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"The logs in {place} cannot be read: {error}.") from error
-    return {key: sorted(points) for key, points in found.items()}
+    return {key: sorted(points, key=lambda point: point[0]) for key, points in found.items()}
 
 
 def report(logs: Series, title: str) -> str:
@@ -146,12 +146,23 @@ def table_section(name: str, rows: Sequence[Sequence[str]]) -> str:
 
 def section(name: str, unit: str, series: Series, **drawn: Any) -> str:
     """Return a chart with its heading and its legend; ``drawn`` as :func:`chart` takes it."""
+    drawable = {key: [point for point in points if math.isfinite(point[1])] for key, points in series.items()}
     legend = "".join(
-        f'<li><i style="background:{_COLOURS[i % len(_COLOURS)]}"></i>{escape(key)} <b>{points[-1][1]:.4g}</b></li>'
+        f'<li><i style="background:{_COLOURS[i % len(_COLOURS)]}"></i>{escape(key)} <b>{points[-1][1]:.4g}</b>'
+        f"{_not_finite(points, len(drawable[key]))}</li>"
         for i, (key, points) in enumerate(series.items())
     )
     about = f" <span>{escape(unit)}</span>" if unit else ""
-    return f"<section><h2>{escape(name)}{about}</h2>{chart(name, series, **drawn)}<ul>{legend}</ul></section>"
+    lines = chart(name, drawable, **drawn) if any(drawable.values()) else ""
+    return f"<section><h2>{escape(name)}{about}</h2>{lines}<ul>{legend}</ul></section>"
+
+
+def _not_finite(points: Sequence[tuple[float, float]], finite: int) -> str:
+    """Say how many of the values cannot be drawn, and since when."""
+    if finite == len(points):
+        return ""
+    first = next(step for step, value in points if not math.isfinite(value))
+    return f" ({len(points) - finite} not finite, first at {first:g})"
 
 
 def chart(

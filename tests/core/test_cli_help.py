@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import re
 import resource
+import shutil
 import subprocess
 import sys
 import warnings
@@ -68,6 +70,7 @@ def test_every_command_and_sub_command_explains_itself(path, capsys):
     assert main.main([*path, "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: kd-plugin {' '.join(path)}") and "-h, --help" in out
+    assert re.search(r"[Ee]xit codes:", out)
 
 
 def test_help_lists_commands_by_what_people_want_to_do(capsys):
@@ -101,6 +104,28 @@ def test_the_shell_is_answered(line, found, tmp_path):
     asked = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SHELL": "bash"}
     done = python(code, _ARGCOMPLETE="1", **asked)
     assert {word.strip() for word in answer.read_text().split("\n")} == found, done.stderr
+
+
+ASKING = {  # a shell that has evaluated what `completion` prints, and is asked for words
+    "bash": """eval "$(kd-plugin completion bash)"; complete -p kd-plugin > /dev/null || exit 1
+        COMP_WORDS=({line}); COMP_LINE="{line}"; COMP_POINT=${{#COMP_LINE}}; COMP_CWORD=$((${{#COMP_WORDS[@]}}-1))
+        COMP_TYPE=9; _python_argcomplete kd-plugin; printf '%s\\n' "${{COMPREPLY[@]}}" """,
+    "fish": "kd-plugin completion fish | source; complete -C '{line}' | string split -f1 \\t",
+}
+
+
+@pytest.mark.parametrize("shell", ASKING)
+def test_a_real_shell_completes(shell, tmp_path):
+    """zsh, which completes at a terminal alone, was tried by hand."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    command = tmp_path / "kd-plugin"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m kd_plugin "$@"\n')
+    command.chmod(0o755)
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    asked = ASKING[shell].format(line="kd-plugin lineage ver")
+    done = subprocess.run([shell, "-c", asked], capture_output=True, text=True, env=variables)
+    assert done.stdout.split() == ["verify"], done.stderr
 
 
 def test_noise_that_means_nothing_is_filtered(caplog):

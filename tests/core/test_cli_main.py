@@ -90,6 +90,22 @@ def test_an_interruption_says_how_to_go_on(name, said, capsys, monkeypatch):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("python", "typed"),
+    [
+        ("Go on with it by trainer.train(resume_from_checkpoint=True).", "by `--resume_from_checkpoint true`."),
+        ("12 rows are missing. allow_partial=True trains without.", "missing. `allow_partial: true` trains"),
+    ],
+)
+def test_a_way_out_is_said_as_it_is_typed(command, python, typed, capsys):
+    def fail(argv):
+        raise ConfigError(python)
+
+    command(fail)
+    assert cli.main(["probe"]) == 2
+    assert typed in capsys.readouterr().err
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"kd-plugin {__version__}\n"

@@ -1,13 +1,14 @@
 """Several datasets as one: in TRL's own form, with columns, templates and functions, and each part in the lineage."""
 
 import json
+from pathlib import Path
 
 import pytest
 from trl import DatasetMixtureConfig, get_dataset
 from trl.scripts.utils import DatasetConfig
 
 from kd_plugin.errors import ConfigError, DataError
-from kd_plugin.inputs import load_mixture
+from kd_plugin.inputs import load_mixture, local_files
 from kd_plugin.lineage.data import dataset_sources
 
 
@@ -53,7 +54,17 @@ def test_the_rows_are_those_of_trl(parts, fractions, tmp_path):
     ours = load_mixture(
         [{"path": name, "fraction": share} for name, share in zip((parts[0], same), fractions, strict=True)]
     )
-    assert ours.to_list() == theirs.to_list() == load_mixture(told).to_list()
+    by_builder = load_mixture(told)
+    assert ours.to_list() == theirs.to_list() == by_builder.to_list()
+    assert [one.name for one in dataset_sources(by_builder)] == ["a.jsonl", "c.jsonl"]
+
+
+def test_files_that_a_builder_reads_are_named(parts, tmp_path):
+    one, two = parts
+    inside = {"data_dir": str(tmp_path), "data_files": ["one/*.jsonl", "two/b.jsonl"]}
+    assert local_files({"data_files": {"train": one, "test": [two]}}) == local_files(inside) == [Path(one), Path(two)]
+    assert local_files({"data_dir": str(tmp_path / "one")}) == [tmp_path / "one"]
+    assert local_files({"data_files": "nowhere.jsonl"}) == local_files({"path": "org/rows", "data_dir": "sub"}) == []
 
 
 def test_streams_are_joined(parts):

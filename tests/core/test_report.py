@@ -27,7 +27,7 @@ def run(tmp_path, *histories):
 def test_logs_of_the_latest_checkpoint(tmp_path):
     logs = read_logs(run(tmp_path, HISTORY[:1], HISTORY))
     assert logs["loss"] == [(1, 2.0), (2, 1.5)] and logs["divergence/code"] == [(2, 1.0)]
-    assert "epoch" not in logs and "eval_runtime" not in logs and "grad_norm" not in logs
+    assert "epoch" not in logs and "eval_runtime" not in logs
 
 
 def test_logs_of_lightning(tmp_path):
@@ -39,13 +39,23 @@ def test_logs_of_lightning(tmp_path):
 def test_every_value_is_on_the_page_and_nothing_is_asked_for(tmp_path, capsys):
     place = run(tmp_path / "out", HISTORY)
     assert main(["report", str(place), "-o", str(tmp_path / "r.html")]) == 0
-    assert "7 logged values" in capsys.readouterr().out
+    assert "8 logged values" in capsys.readouterr().out
     text = (tmp_path / "r.html").read_text()
     for said in ("loss <b>1.5</b>", "eval_loss <b>1.25</b>", "divergence/code <b>1</b>", "Response length", "Guards"):
         assert said in text
     assert "<script" not in text and not re.search(r"(src|href)=", text)
     for chart in re.findall(r"<svg.*?</svg>", text, re.S):
         ElementTree.fromstring(chart)
+
+
+def test_a_value_that_is_not_finite_is_said_and_not_drawn(tmp_path):
+    nan, after = float("nan"), [{"step": 3, "loss": float("inf")}, {"step": 4, "loss": float("nan")}]
+    logs = read_logs(run(tmp_path, [*HISTORY, *after]))
+    assert logs["loss"][2] == (3, float("inf"))
+    text = report(logs, "run")
+    assert "loss <b>nan</b> (2 not finite, first at 3)" in text and "grad_norm <b>nan</b> (1 not finite" in text
+    assert not re.search(r'(points|cy|d|y)="[^"]*(nan|inf)', text)
+    assert "Gradient norm" in report({"grad_norm": [(1, nan)]}, "run")
 
 
 def test_lines_stay_within_their_chart():

@@ -183,6 +183,29 @@ def hub_of(rows):
     return load
 
 
+@pytest.mark.parametrize("form", ["saved", "files of a builder", "directory"])
+def test_other_rows_are_seen_in_every_form(recipe, form):
+    rows = [{"prompt": f"q{i}?", "completion": f" {i}"} for i in range(4)]
+    Path("rows").mkdir()
+    write("rows/rows.jsonl", rows)
+    Dataset.from_list(rows).save_to_disk("saved")
+    data = {
+        "saved": {"dataset": "saved"},
+        "files of a builder": {"datasets": [{"path": "json", "data_files": ["rows/*.jsonl"]}]},
+        "directory": {"dataset": "rows"},
+    }[form]
+    path = recipe(data={**data, "license": "own"})
+    before, *_ = stages(path)
+    Path("saved/cache-0123456789abcdef.arrow").touch()  # as `map` leaves there
+    assert stages(path)[0].digest == before.digest
+    assert before.config["lineage"]["datasets"][0]["repo"] == {"saved": "saved", "directory": "rows"}.get(
+        form, "rows.jsonl"
+    )
+    write("rows/rows.jsonl", rows[1:])
+    Dataset.from_list(rows[1:]).save_to_disk("saved")
+    assert stages(path)[0].digest != before.digest
+
+
 def test_a_section_that_is_left_out_is_a_stage_that_is_left_out(recipe, student_dir):
     assert [stage.name for stage in stages(recipe(offline=None, capture=None))] == ["panel"]
     (panel,) = stages(recipe(offline=None, capture=None))
@@ -237,6 +260,8 @@ def test_a_refused_teacher_stops_before_anything_runs(recipe, capsys, teacher_di
         ({"offline": {"learning_rat": 1}}, "offline: unknown key 'learning_rat'. Did you mean 'learning_rate'"),
         ({"offline": {"teacher_cache": "x"}}, "offline: teacher_cache is set by the recipe's teachers"),
         ({"data": {"datset": "x"}}, "data: unknown key 'datset'. Did you mean 'dataset'"),
+        ({"data": {"datasets": ["a.jsonl"]}}, r"line \d+: data.datasets\[0\]: expected a mapping"),
+        ({"data": {"datasets": ["a.jsonl"], "license": "own"}}, r"line \d+: data.datasets\[0\]: expected a mapping"),
         ({"launch": {"proceses": 2}}, "launch: unknown key 'proceses'. Did you mean 'processes'"),
         ({"techers": {}}, r"line \d+: unknown key 'techers'. Did you mean 'teachers'"),
         ({"teachers": {"one": {"weight": 1.0}}}, "expected model, or url and more"),

@@ -83,7 +83,8 @@ def install(python: Path, environment: Mapping[str, Any]) -> None:
        "--override", pins, "--python", sys.executable, "pyproject.toml")  # fmt: skip
     if not python.exists():
         uv("venv", "-q", "--python", sys.executable, python.parents[1])
-    uv("pip", "install", "-q", "--python", python, "--requirement", lock, *tools(), "setuptools")
+    # A tool that asks for a newer one of what is supported gets the one that is supported
+    uv("pip", "install", "-q", "--python", python, "--requirement", lock, "--override", lock, *tools(), "setuptools")
     uv("pip", "install", "-q", "--python", python, "--no-deps", "--editable", ".")
 
 

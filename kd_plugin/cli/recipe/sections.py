@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from kd_plugin.cli.parsing import typed_section
 from kd_plugin.cli.recipe.stages import Stage
 from kd_plugin.errors import ConfigError, UsageError, nearest
 from kd_plugin.evaluation.recipes import TRAINING
-from kd_plugin.inputs import YamlFile
+from kd_plugin.inputs import YamlFile, local_files
 from kd_plugin.settings import option, settings, values_of
 
 _SET_HERE = {  # settings of a stage that the recipe sets, and where a user sets them instead
@@ -28,6 +29,7 @@ _LICENSE = "license"  # of the data; a declaration, and no setting of a command
 _TEACHER = ("license", "revision", "dtype", "device")  # of a teacher, settings of its capture
 _ON_A_PANEL = ("weight", "kind", "signal", "max_tokens", "temperature", "guided")  # of a teacher, beside its capture's
 _LAUNCH = ("processes", "command")
+_KEPT_BY_DATASETS = re.compile(r"(cache-.*\.arrow|tmp.*|\..*)$")  # in a directory of rows, by `map` and the like
 
 
 @settings
@@ -81,6 +83,7 @@ def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
     if not recipe.teachers:
         raise UsageError(f"{file.path}: no teachers are named. Add teachers: {{NAME: {{model: PATH}}}}.")
     student = {"model_name_or_path": recipe.student} if isinstance(recipe.student, str) else dict(recipe.student)
+    data = {key: value for key, value in _section(recipe, file, "data").items() if value is not None}
     place, declared = Path(recipe.output_dir), declarations(recipe)
     shared = {} if declared is None else {"lineage": declared}
     launcher, files, found = _launcher(recipe, file), data_digest(recipe), list[Stage]()
@@ -93,7 +96,6 @@ def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
         config = {**config, "output_dir": str(result)}
         found.append(Stage(name, command, config, result, files, launcher))
 
-    data = {key: value for key, value in _section(recipe, file, "data").items() if value is not None}
     if is_text(recipe):
         add(
             "capture-text",
@@ -122,7 +124,8 @@ def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
         students = [stage.result for stage in found if stage.trains]
         if not students:
             raise ConfigError(f"{file.path}: evaluate asks the trained student; add a section offline or panel.")
-        files = _digest_of([recipe.evaluate.get("tasks")])
+        tasks = recipe.evaluate.get("tasks")
+        files = _digest_of([Path(tasks)] if isinstance(tasks, str) else [])
         add("evaluate", "evaluate", {"model": str(students[-1]), **_section(recipe, file, "evaluate")})
     return found
 
@@ -144,26 +147,32 @@ def declarations(recipe: Recipe) -> dict[str, Any] | str | None:
     declared = dict(recipe.lineage or {})
     known = list(declared.get("datasets") or ())
     named = {entry.get(key) for entry in known for key in ("repo", "name")}
-    own = [path.name for path in map(Path, _named(recipe)) if path.exists() and path.name not in named]
+    own = [path.name for path in _places(recipe) if path.exists() and path.name not in named]
     return {**declared, "datasets": [*known, *({"repo": name, "license": str(license)} for name in dict.fromkeys(own))]}
 
 
 def data_digest(recipe: Recipe) -> str:
-    """Return a digest of the local files that the data names, so that other rows are seen; a hub id counts by name."""
-    return _digest_of(_named(recipe))
+    """Return a digest of what the data names on this machine, so that other rows are seen; a hub id counts by name."""
+    return _digest_of(_places(recipe))
 
 
-def _named(recipe: Recipe) -> list[str]:
+def _places(recipe: Recipe) -> list[Path]:
+    """Return what the data names: files, directories, hub ids; for the name of a builder the files that it reads."""
     data = recipe.data or {}
-    named = [data.get("dataset"), *(part.get("path") for part in data.get("datasets") or ())]
-    return [str(one) for one in named if one]
+    parts = [{"path": data.get("dataset")}, *(data.get("datasets") or ())]
+    return [place for part in parts if part.get("path") for place in local_files(part) or [Path(str(part["path"]))]]
 
 
-def _digest_of(named: Sequence[Any]) -> str:
+def _digest_of(places: Sequence[Path]) -> str:
     from kd_plugin.lineage.hashing import sha256_file
 
-    files = [Path(str(one)) for one in named if one]
-    return ",".join(sha256_file(one) if one.is_file() else str(one) for one in files)
+    def digest(place: Path) -> str:
+        if not place.is_dir():
+            return sha256_file(place) if place.is_file() else str(place)
+        files = sorted(one for one in place.rglob("*") if one.is_file() and not _KEPT_BY_DATASETS.match(one.name))
+        return ";".join(f"{one.relative_to(place)}={sha256_file(one)}" for one in files)
+
+    return ",".join(map(digest, places))
 
 
 def student_of(recipe: Recipe) -> str:
