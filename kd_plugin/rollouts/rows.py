@@ -248,12 +248,12 @@ def by_length(lengths: Sequence[int], order: Sequence[int] | None = None) -> lis
 def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Return B token lists as (B, L) ids and their mask, padded on the left as generation needs them; on the CPU."""
     width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_token_id)
-    mask = torch.zeros_like(ids)
+    ids = np.full((len(rows), width), pad_token_id)
+    mask = np.zeros_like(ids)
     for number, row in enumerate(rows):
-        ids[number, width - len(row) :] = torch.tensor(row)
+        ids[number, width - len(row) :] = row
         mask[number, width - len(row) :] = 1
-    return ids, mask
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def on_policy_rows(rows: int, fraction: float, *, seed: int, step: int, rank: int = 0) -> list[bool]:

@@ -9,8 +9,9 @@ Shape suffixes: n tokens of the student, m of the teacher, k chunks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,23 +45,26 @@ class Alignment:
     def __len__(self) -> int:
         return len(self.student_ends)
 
-    @property
+    @cached_property
+    def student_sizes(self) -> Ints:
+        """(k,) student tokens in each chunk."""
+        return _differences(self.student_ends)
+
+    @cached_property
     def student_chunks(self) -> Ints:
         """(n,) the chunk of each student token; -1 for one that is in none."""
-        return _numbered(self.student_ends, len(self.student_bytes))
+        return _numbered(self.student_ends, self.student_sizes, len(self.student_bytes))
 
-    @property
+    @cached_property
     def teacher_chunks(self) -> Ints:
         """(m,) the chunk of each teacher token; -1 for one that is in none."""
-        return _numbered(self.teacher_ends, len(self.tokens))
+        return _numbered(self.teacher_ends, _differences(self.teacher_ends), len(self.tokens))
 
-    def kept(self, used: Collection[int]) -> NDArray[np.bool_]:
+    def kept(self, used: Ints) -> NDArray[np.bool_]:
         """Return (k,) which chunks can be compared: readable, and all of their student tokens are ``used``."""
         flags = np.zeros(len(self.student_bytes) + 1, np.int64)
-        flags[np.fromiter(used, np.int64, len(used)) + 1] = 1
-        count = np.cumsum(flags)[self.student_ends]
-        starts = np.concatenate([[0], self.student_ends[:-1]])
-        whole = np.diff(np.concatenate([[0], count])) == self.student_ends - starts
+        flags[used + 1] = 1
+        whole = _differences(flags.cumsum()[self.student_ends]) == self.student_sizes
         return np.asarray(self.readable & whole)
 
 
@@ -104,8 +108,7 @@ def _aligned(
     read: ReadText, tokens: list[int], teacher_bytes: Ints, teacher: TokenText, ended: bool, teacher_end: int | None
 ) -> Alignment:
     student_bytes, raw = read.ends, read.text.encode("utf-8")
-    common = np.intersect1d(student_bytes, teacher_bytes)
-    common = common[common > 0]
+    common = _in_both(student_bytes, teacher_bytes)
     student_ends = np.searchsorted(student_bytes, common, side="right")
     teacher_ends = np.searchsorted(teacher_bytes, common, side="right")
     readable = np.ones(len(common), bool)
@@ -119,9 +122,9 @@ def _aligned(
         last = student_bytes[-1:] if len(student_bytes) else np.zeros(1, np.int64)
         student_bytes = np.concatenate([student_bytes, last + 1])
         teacher_bytes = np.concatenate([teacher_bytes, last + 1])
-        student_ends = np.append(student_ends, len(student_bytes))
-        teacher_ends = np.append(teacher_ends, len(tokens))
-        readable = np.append(readable, True)
+        student_ends = np.concatenate([student_ends, [len(student_bytes)]])
+        teacher_ends = np.concatenate([teacher_ends, [len(tokens)]])
+        readable = np.concatenate([readable, [True]])
     elif ended:
         student_bytes = np.append(student_bytes, student_bytes[-1:] + 1 if len(student_bytes) else 1)
     return Alignment(tuple(tokens), student_ends, teacher_ends, readable, student_bytes, teacher_bytes, raw)
@@ -151,6 +154,24 @@ def end_of_turn(tokenizer: Any, *, chat: bool, options: dict[str, Any] | None = 
     return first if first in special else end
 
 
-def _numbered(ends: Ints, count: int) -> Ints:
-    numbers = np.searchsorted(ends, np.arange(count), side="right")
-    return np.where(numbers < len(ends), numbers, -1)
+def _in_both(first: Ints, second: Ints) -> Ints:
+    """Return the positive numbers that stand in both, which never fall."""
+    if not len(second):
+        return second
+    is_in = second[np.minimum(second.searchsorted(first), len(second) - 1)] == first
+    is_in[1:] &= first[1:] != first[:-1]
+    return first[is_in & (first > 0)]
+
+
+def _differences(rising: Ints) -> Ints:
+    """Return each number less the one before it, the first as it is."""
+    found = rising.copy()
+    found[1:] -= rising[:-1]
+    return found
+
+
+def _numbered(ends: Ints, sizes: Ints, count: int) -> Ints:
+    numbers = np.full(count, -1, np.int64)
+    if len(ends):
+        numbers[: ends[-1]] = np.arange(len(ends)).repeat(sizes)
+    return numbers

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kd_plugin.divergence.across.byte_marginals import ByteSteps
@@ -19,7 +20,8 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 from kd_plugin.views.align import Alignment
 from kd_plugin.views.covers import ResponseSpans, Spans, byte_steps
-from kd_plugin.views.projection import Places, Projection, project
+from kd_plugin.views.projection import Places, Projection, project, shifted
+from kd_plugin.views.tokens import Ints
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,11 @@ class ChunkSignal:
             signal: HiddenSignal | SparseSignal = replace(first, hidden=hidden)
         else:
             signal = SparseSignal.joined([s.signal for s in signals if isinstance(s.signal, SparseSignal)])
-        chunks, teachers, places, before = 0, [], [], 0
-        for one in signals:
-            teachers.append(one.teacher_chunks + chunks)
-            places.append(one.places.shifted(chunks, before))
-            chunks += int(one.places.count)
-            before += len(one.tokens)
-        return cls(
-            signal, torch.cat([s.tokens for s in signals]), torch.cat(teachers), Places.joined(places),
-            signals[0].projection, tuple(one for s in signals for one in s.responses),
-        )  # fmt: skip
+        tokens = torch.cat([s.tokens for s in signals])
+        teacher_chunks = shifted([s.teacher_chunks for s in signals], [s.places.count for s in signals])
+        places = Places.joined([s.places for s in signals], [len(s.tokens) for s in signals])
+        responses = tuple(one for s in signals for one in s.responses)
+        return cls(signal, tokens, teacher_chunks, places, signals[0].projection, responses)
 
     def token_logprobs(self, temperature: float, name: str) -> Tensor:
         """Return (M,) nats, the teacher's of its own tokens.
@@ -129,61 +126,90 @@ class ChunkSignal:
         )  # fmt: skip
 
 
-def chunk_signal(
-    signal: HiddenSignal | SparseSignal,
-    alignment: Alignment,
-    positions: Sequence[int],
-    projection: Projection,
-    keeps: bool = True,
-) -> ChunkSignal:
-    """Return the signal of one row.
+@dataclass(frozen=True)
+class Aligned:
+    """A response in the student's tokens and in a teacher's, and the chunks of it that are compared.
 
-    Args:
-        signal: the teacher's at :func:`asked_positions`.
-        alignment: of the row's response.
-        positions: scored offsets into the student's response.
-        projection: between the two vocabularies.
-        keeps: False where nothing of the row is compared.
+    Attributes:
+        alignment: of the two.
+        positions: (n,) scored offsets into the student's response.
+        projection: from the teacher's vocabulary to the student's.
+        kept: (k,) which chunks are compared.
+        comparable: how many student tokens lie in chunks that can be compared.
     """
-    device = signal.hidden.device if isinstance(signal, HiddenSignal) else signal.ids.device
-    kept = alignment.kept(positions) if keeps else np.zeros(len(alignment), bool)
-    number = np.where(kept, np.cumsum(kept) - 1, -1)
-    student_chunks, teacher_chunks = alignment.student_chunks, alignment.teacher_chunks
-    asked = np.flatnonzero(_number_of(number, teacher_chunks) >= 0)
-    at = np.asarray(positions, np.int64).reshape(-1)
-    begins = np.concatenate([[0], alignment.student_bytes])[at]
-    # The teacher's token in which each student position lies: the last one that begins at or before it
-    teacher_begins = np.concatenate([[0], alignment.teacher_bytes[:-1]])
-    inside = np.searchsorted(teacher_begins, begins, side="right") - 1
-    chunks = _number_of(number, student_chunks[at])
-    texts = alignment.raw
-    places = Places(
-        torch.tensor(chunks, device=device),
-        torch.tensor(np.where(chunks >= 0, np.searchsorted(asked, inside), -1), device=device),
-        torch.tensor(alignment.student_bytes[at] >= alignment.teacher_bytes[inside], device=device),
-        tuple(texts[teacher_begins[i] : b] if c >= 0 else b"" for i, b, c in zip(inside, begins, chunks, strict=True)),
-        int(kept.sum()),
-        tuple(len(list(alike)) for _, alike in groupby(chunks.tolist())),
-    )
-    tokens = torch.tensor(np.asarray(alignment.tokens, np.int64)[asked], device=device)
-    belongs = torch.tensor(_number_of(number, teacher_chunks)[asked], device=device)
-    response = ResponseSpans(
-        texts,
-        Spans(begins, alignment.student_bytes[at], chunks >= 0),
-        Spans(teacher_begins[asked], alignment.teacher_bytes[asked], np.ones(len(asked), bool)),
-    )
-    return ChunkSignal(signal, tokens, belongs, places, projection, (response,))
+
+    alignment: Alignment
+    positions: Ints
+    projection: Projection
+    kept: NDArray[np.bool_]
+    comparable: int
+
+    @classmethod
+    def of(
+        cls, alignment: Alignment, positions: Sequence[int], projection: Projection, min_coverage: float = 0.0
+    ) -> Aligned:
+        """Compare what can be compared; nothing where that is less than a share of the scored tokens."""
+        at = np.asarray(positions, np.int64).reshape(-1)
+        kept = alignment.kept(at)
+        comparable = int(alignment.student_sizes[kept].sum())
+        return cls(alignment, at, projection, kept & (comparable >= min_coverage * len(at)), comparable)
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether anything is."""
+        return bool(self.kept.any())
+
+    @cached_property
+    def asked(self) -> Ints:
+        """(M,) offsets into the teacher's response at which it is asked: all of the chunks that are compared."""
+        return (self._teacher_numbers >= 0).nonzero()[0]
+
+    def signal(self, signal: HiddenSignal | SparseSignal) -> ChunkSignal:
+        """Return what a teacher said at ``asked``, chunk by chunk."""
+        device = signal.hidden.device if isinstance(signal, HiddenSignal) else signal.ids.device
+        alignment, at, asked = self.alignment, self.positions, self.asked
+        begins, ends = np.concatenate([[0], alignment.student_bytes])[at], alignment.student_bytes[at]
+        # The teacher's token in which each student position lies: the last one that begins at or before it
+        teacher_begins = np.concatenate([[0], alignment.teacher_bytes[:-1]])
+        inside = teacher_begins.searchsorted(begins, side="right") - 1
+        chunks = self._number_of[alignment.student_chunks[at]]
+        is_in, raw = chunks >= 0, alignment.raw
+        prefixes = zip(teacher_begins[inside].tolist(), np.where(is_in, begins, 0).tolist(), strict=True)
+        places = Places(
+            _tensor(chunks, device),
+            _tensor(np.where(is_in, asked.searchsorted(inside), -1), device),
+            _tensor(ends >= alignment.teacher_bytes[inside], device),
+            tuple(raw[first:begin] for first, begin in prefixes),
+            int(self.kept.sum()),
+            tuple(_runs(chunks).tolist()),
+        )
+        tokens = np.asarray(alignment.tokens, np.int64)[asked]
+        belongs = self._teacher_numbers[asked]
+        response = ResponseSpans(
+            raw,
+            Spans(begins, ends, is_in),
+            Spans(teacher_begins[asked], alignment.teacher_bytes[asked], np.ones(len(asked), bool)),
+        )
+        return ChunkSignal(
+            signal, _tensor(tokens, device), _tensor(belongs, device), places, self.projection, (response,)
+        )
+
+    @cached_property
+    def _teacher_numbers(self) -> Ints:
+        """(m,) the number of each teacher token's chunk."""
+        return self._number_of[self.alignment.teacher_chunks]
+
+    @cached_property
+    def _number_of(self) -> Ints:
+        """(k + 1,) of each chunk among those that are compared, else -1; the last is found as chunk -1, none."""
+        return np.concatenate([np.where(self.kept, self.kept.cumsum() - 1, -1), [-1]])
 
 
-def asked_positions(alignment: Alignment, positions: Sequence[int]) -> list[int]:
-    """Return the offsets into the teacher's response at which it is asked: all of chunks that can be compared."""
-    kept = alignment.kept(positions)
-    number = np.where(kept, np.arange(len(kept)), -1)
-    return np.flatnonzero(_number_of(number, alignment.teacher_chunks) >= 0).tolist()  # type: ignore[no-any-return]
+def _runs(numbers: Ints) -> Ints:
+    """Return how many of the same stand in a row, for each such row."""
+    changes = (numbers[1:] != numbers[:-1]).nonzero()[0] + 1
+    return np.diff(np.concatenate([[0], changes, [len(numbers)]])) if len(numbers) else numbers
 
 
-def _number_of(number: np.ndarray, chunks: np.ndarray) -> np.ndarray:
-    """Return the number of some chunks, -1 for none."""
-    if not len(number):
-        return np.full(len(chunks), -1, np.int64)
-    return np.where(chunks >= 0, number[np.maximum(chunks, 0)], -1)
+def _tensor(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kd_plugin.divergence.across.byte_marginals import ByteSteps, Covers
-from kd_plugin.divergence.across.byte_masses import Ranges, SortedTokens
-from kd_plugin.views.tokens import Ints
+from kd_plugin.divergence.across.sorted_tokens import Flags, Ints, Ranges, SortedTokens
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Spans:
 
     begins: Ints
     ends: Ints
-    used: np.ndarray
+    used: Flags
 
 
 @dataclass(frozen=True)
@@ -41,62 +42,75 @@ class ResponseSpans:
 
 
 class _Side:
-    """Collects the covers of one side, response by response; bytes are numbered through.
+    """The tokens of one side in the bytes of all responses.
 
     Args:
         table: its vocabulary.
-        tokens: of all responses.
+        tokens: (n,) of all responses.
+        spans: of each response.
+        texts: all responses.
         crosses: whether a token is also asked about bytes behind its end; else it answers for itself alone.
     """
 
-    def __init__(self, table: SortedTokens, tokens: list[int], crosses: bool) -> None:
-        self.table, self.tokens, self.crosses = table, tokens, crosses
-        self.known = np.zeros(len(tokens), bool)
-        self.begun: list[tuple[int, int]] = []  # row, byte
-        self.after: list[tuple[int, int, int, int, int, bool]] = []  # row, byte, first, stop, depth, open
-        self.row = 0
+    def __init__(
+        self, table: SortedTokens, tokens: Sequence[int], spans: Sequence[Spans], texts: _Texts, crosses: bool
+    ) -> None:
+        self.table, self._raw, self._crosses = table, texts.raw, crosses
+        self.tokens = np.array(tokens, np.int64)
+        counts = [len(one.begins) for one in spans]
+        starts, stops = texts.starts.repeat(counts), texts.stops.repeat(counts)
+        begins, self._ends = (
+            np.concatenate(one) + starts + 1 for one in zip(*((s.begins, s.ends) for s in spans), strict=True)
+        )
+        used = np.concatenate([one.used for one in spans])
+        spaced = self._stands(np.where(begins == starts + 1, starts, begins), used & (begins == starts + 1))
+        self._begins = np.where(spaced, starts, begins)  # its own leading space
+        is_end = (self.tokens == table.end) & (self._begins == stops)
+        self.known = self._stands(self._begins, used & ~is_end) | (used & is_end)
+        self._limits, self._resolved = self._reach(stops)
 
-    def add(self, raw: bytes, spans: Spans, offset: int) -> None:
-        """Add a response whose bytes are numbered from ``offset``; the first is a space before the text."""
-        begins, ends, used = (spans.begins + 1).tolist(), (spans.ends + 1).tolist(), spans.used.tolist()
-        tokens, known, row = self.tokens[self.row : self.row + len(begins)], [], self.row
-        for at, (token, begin, end) in enumerate(zip(tokens, begins, ends, strict=True)):
-            text = self.table.texts[token] if token < len(self.table.texts) else None
-            if begin == 1 and text == raw[:end]:
-                begin = begins[at] = 0  # its own leading space
-            is_end = token == self.table.end and begin == len(raw)
-            known.append(used[at] and (is_end or (text is not None and text == raw[begin:end])))
-        stop = len(begins)
-        for at in range(len(begins) - 1, -1, -1):
-            if not known[at]:
-                continue
-            follows = at + 1 < len(begins) and known[at + 1] and begins[at + 1] == ends[at]
-            if not follows:
-                stop = at + 1
-            self.begun.append((row + at, offset + begins[at]))
-            limit = min(ends[stop - 1] if self.crosses else ends[at], len(raw))
-            self._walk(raw, row + at, begins[at], limit, offset, ends[at] if follows else None)
-        self.known[row : row + len(known)] = known
-        self.row += len(begins)
+    def _stands(self, begins: Ints, asked: Flags) -> Flags:
+        """Return which of the tokens that are asked for are what stands from these bytes to their ends."""
+        found = asked & (self.tokens < len(self.table.lengths))
+        at = found.nonzero()[0]
+        found[at] = self.table.lengths[self.tokens[at]] == (self._ends - begins)[at]
+        at = found.nonzero()[0]
+        found[at] = self.table.stands(self.tokens[at], self._raw, begins[at])
+        return found
 
-    def _walk(self, raw: bytes, row: int, begin: int, limit: int, offset: int, resolved: int | None) -> None:
-        """Note the tokens that go on behind the bytes from ``begin``, for every byte up to ``limit``."""
-        for byte in range(begin + 1, limit + 1):
-            same, longer, past = self.table.find(raw[begin:byte])
-            is_open = longer > same and not (self.crosses and byte == resolved)
-            goes_on = past > longer
-            if (goes_on or is_open) if self.crosses else self.table.branches(same, longer, past, byte - begin):
-                self.after.append((row, offset + byte, same, past, byte - begin, is_open))
-            if not goes_on:
-                break
+    def _reach(self, stops: Ints) -> tuple[Ints, Ints]:
+        """Return how far each token is asked, and where the next one begins; -1 where that is not known."""
+        follows = np.zeros(len(self.tokens), bool)
+        follows[:-1] = self.known[:-1] & self.known[1:] & (self._begins[1:] == self._ends[:-1])
+        last = (~follows).nonzero()[0]
+        last = last[last.searchsorted(np.arange(len(follows)))] if self._crosses else np.arange(len(follows))
+        return np.minimum(self._ends[last], stops), np.where(follows & self._crosses, self._ends, -1)
 
-    def arrays(self) -> tuple[Ints, Ints]:
-        """Return (n, 2) and (E, 6) int64, what was noted, by rows."""
-        begun = np.array(self.begun, np.int64).reshape(-1, 2)
-        after = np.array(self.after, np.int64).reshape(-1, 6)
-        return begun[np.argsort(begun[:, 0])], after[np.argsort(after[:, 0], kind="stable")]
+    @property
+    def begun(self) -> tuple[Ints, Ints]:
+        """The tokens that are known, and the bytes at which they begin."""
+        at = self.known.nonzero()[0]
+        return at, self._begins[at]
 
-    def covers(self, begun: Ints, after: Ints, numbers: Ints) -> Covers:
+    @cached_property
+    def after(self) -> Ints:
+        """(E, 6) by tokens: the token, the byte, where the tokens that go on so begin and end, the depth, open."""
+        at, depth, found = self.known.nonzero()[0], 0, [np.zeros((0, 6), np.int64)]
+        numbers = np.zeros(len(at), np.int64)
+        while len(at):
+            inside = self._begins[at] + depth < self._limits[at]
+            at, numbers, depth = at[inside], numbers[inside], depth + 1
+            byte = self._begins[at] + depth
+            prefixes = self.table.after(numbers, self._raw[byte - 1])
+            is_open = prefixes.is_token & (byte != self._resolved[at])
+            noted = prefixes.goes_on | is_open if self._crosses else prefixes.branches
+            columns = (at, byte, prefixes.first, prefixes.stop, np.full(len(at), depth), is_open)
+            found.append(np.stack(columns, -1)[noted])
+            at, numbers = at[prefixes.goes_on], prefixes.numbers[prefixes.goes_on]
+        after = np.concatenate(found)
+        return after[after[:, 0].argsort(kind="stable")]
+
+    def covers(self, numbers: Ints) -> Covers:
         """Return the covers of those bytes that are in ``numbers``, which they are counted by."""
 
         def numbered(at: Ints) -> tuple[Ints, Ints]:
@@ -104,15 +118,36 @@ class _Side:
             here = np.flatnonzero(numbers[place] == at) if len(numbers) else np.zeros(0, np.int64)
             return place[here], here
 
-        at_n, here_n = numbered(begun[:, 1])
-        at_E, here_E = numbered(after[:, 1])
-        after = after[here_E]
+        rows, begins = self.begun
+        at_n, here_n = numbered(begins)
+        at_E, here_E = numbered(self.after[:, 1])
+        after = self.after[here_E]
         columns = (after[:, 0], at_E, after[:, 2], after[:, 3], after[:, 4])
         ranges = Ranges(*(torch.from_numpy(np.ascontiguousarray(column)) for column in columns))
-        rows, known = torch.from_numpy(np.ascontiguousarray(begun[here_n, 0])), torch.from_numpy(self.known)
-        tokens = torch.tensor(self.tokens, dtype=torch.int64)
-        is_open = torch.from_numpy(after[:, 5] > 0)
-        return Covers(self.table, tokens, known, rows, torch.from_numpy(at_n), ranges, is_open)
+        tokens, known, of, at = (torch.from_numpy(one) for one in (self.tokens, self.known, rows[here_n], at_n))
+        return Covers(self.table, tokens, known, of, at, ranges, torch.from_numpy(after[:, 5] > 0))
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """All responses after one another, each with a space before it.
+
+    Attributes:
+        raw: their bytes.
+        starts: where each one's space is.
+        stops: where each one ends; its end of turn stands there.
+    """
+
+    raw: NDArray[np.uint8]
+    starts: Ints
+    stops: Ints
+
+    @classmethod
+    def of(cls, responses: Sequence[ResponseSpans]) -> _Texts:
+        lengths = np.array([len(one.raw) + 1 for one in responses], np.int64)
+        starts = (lengths + 2).cumsum() - lengths - 2
+        raw = b"".join(b" " + one.raw + b"\0\0" for one in responses)
+        return cls(np.frombuffer(raw, np.uint8), starts, starts + lengths)
 
 
 def byte_steps(
@@ -131,15 +166,9 @@ def byte_steps(
         teacher: its vocabulary.
         teacher_tokens: of all responses, those that it was asked about.
     """
-    mine, theirs = _Side(student, student_tokens, crosses=False), _Side(teacher, teacher_tokens, crosses=True)
-    offset = 0
-    for one in responses:
-        raw = b" " + one.raw
-        mine.add(raw, one.student, offset)
-        theirs.add(raw, one.teacher, offset)
-        offset += len(raw) + 2
-    own, said = mine.arrays(), theirs.arrays()
-    numbers = np.intersect1d(
-        np.concatenate([own[0][:, 1], own[1][:, 1]]), np.concatenate([said[0][:, 1], said[1][:, 1]])
-    )
-    return ByteSteps(mine.covers(*own, numbers), theirs.covers(*said, numbers), len(numbers))
+    texts = _Texts.of(responses)
+    mine = _Side(student, student_tokens, [one.student for one in responses], texts, crosses=False)
+    theirs = _Side(teacher, teacher_tokens, [one.teacher for one in responses], texts, crosses=True)
+    own, said = (np.concatenate([side.begun[1], side.after[:, 1]]) for side in (mine, theirs))
+    numbers = np.intersect1d(own, said)
+    return ByteSteps(mine.covers(numbers), theirs.covers(numbers), len(numbers))

@@ -11,15 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.rollouts.rows import Span, left_padded, require_prompts, row_spans
-from kd_plugin.signals import HiddenSignal, SparseSignal
-from kd_plugin.views.align import Alignment, align_all, end_of_turn
-from kd_plugin.views.chunks import ChunkSignal, asked_positions, chunk_signal
+from kd_plugin.views.align import align_all, end_of_turn
+from kd_plugin.views.chunks import Aligned
 from kd_plugin.views.projection import Projection
 from kd_plugin.views.tokens import TokenText
 from kd_plugin.views.view import OWN, STUDENT, View
@@ -65,29 +63,6 @@ class Reading:
     def response(self, row: int) -> list[int]:
         """Return the response of a row, as token ids; waits for the device."""
         return self.input_ids[row, self.start : self.spans[row].stop].tolist()  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class Aligned:
-    """A response in the teacher's own tokens.
-
-    Attributes:
-        alignment: with the student's.
-        positions: scored offsets into the student's response.
-        projection: from the teacher's vocabulary to the student's.
-        comparable: how many of those can be compared.
-        is_compared: whether they are enough.
-    """
-
-    alignment: Alignment
-    positions: Sequence[int]
-    projection: Projection
-    comparable: int
-    is_compared: bool
-
-    def signal(self, signal: HiddenSignal | SparseSignal) -> ChunkSignal:
-        """Return what a teacher said at its own tokens, chunk by chunk."""
-        return chunk_signal(signal, self.alignment, self.positions, self.projection, self.is_compared)
 
 
 class Reader:
@@ -182,7 +157,7 @@ class Reader:
             aligned = self._aligned(responses, positions, [self._projection(self._is_text(row)) for row in rows])
             self._require_coverage(aligned)
             responses = [one.alignment.tokens for one in aligned]
-            positions = [asked_positions(a.alignment, a.positions) if a.is_compared else [] for a in aligned]
+            positions = [one.asked.tolist() for one in aligned]
         self._require_fitting(prompts, responses)
         reading = laid_out(prompts, responses, positions, self.pad_token_id, student.input_ids.device, texts)
         return replace(reading, aligned=aligned)
@@ -204,13 +179,8 @@ class Reader:
     ) -> tuple[Aligned, ...]:
         ended = [bool(response) and response[-1] in self.end_tokens for response in responses]
         found = align_all(responses, *self._texts, ended=ended, teacher_ends=[one.ends[0] for one in projections])
-        aligned = []
-        for alignment, at, projection in zip(found, positions, projections, strict=True):
-            lengths = np.diff(np.concatenate([[0], alignment.student_ends]))
-            comparable = int(lengths[alignment.kept(at)].sum())
-            enough = comparable >= self.view.min_coverage * len(at)
-            aligned.append(Aligned(alignment, at, projection, comparable, enough))
-        return tuple(aligned)
+        rows = zip(found, positions, projections, strict=True)
+        return tuple(Aligned.of(*row, min_coverage=self.view.min_coverage) for row in rows)
 
     def _require_coverage(self, aligned: Sequence[Aligned]) -> None:
         """Refuse to go on where too little of the last responses can be compared; one alone is left out."""
@@ -314,9 +284,9 @@ def laid_out(
     start, width = max(map(len, prompts)), max(map(len, responses), default=0)
     ids, mask = left_padded(prompts, pad_token_id)
     ids, mask = (torch.nn.functional.pad(t, (0, width), value=v) for t, v in ((ids, pad_token_id), (mask, 0)))
-    for row, response in enumerate(responses):
-        ids[row, start : start + len(response)] = torch.tensor(response, dtype=ids.dtype)
-        mask[row, start : start + len(response)] = 1
+    for own, flags, response in zip(ids.numpy(), mask.numpy(), responses, strict=True):
+        own[start : start + len(response)] = response
+        flags[start : start + len(response)] = 1
     spans = row_spans(mask)
     prompts_read = None if texts is None else tuple(texts)
     return Reading(ids.to(device), mask.to(device), start, positions, spans, prompts_read)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kd_plugin.divergence import Divergence, fused_sparse_divergence
 from kd_plugin.divergence.across.byte_marginals import fused_byte_divergence
-from kd_plugin.divergence.across.byte_masses import SortedTokens
+from kd_plugin.divergence.across.sorted_tokens import SortedTokens
 from kd_plugin.divergence.sampled import Matching, fused_sampled_divergence
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 from kd_plugin.views.covers import ResponseSpans, Spans, byte_steps

@@ -23,7 +23,7 @@ from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_pane
 from kd_plugin.divergence.across.byte_marginals import fused_byte_divergence
 from kd_plugin.signals import HiddenSignal, OutputHead
 from kd_plugin.views.align import align
-from kd_plugin.views.chunks import asked_positions, chunk_signal
+from kd_plugin.views.chunks import Aligned
 from kd_plugin.views.projection import Projection
 from kd_plugin.views.tokens import TokenText
 from tests.tiny import byte_tokenizer
@@ -68,17 +68,17 @@ def main() -> None:
     for name, tokenizer in tokenizers.items():
         teacher = TokenText(tokenizer, name)
         found = align(ids, student, teacher, ended=False, teacher_end=tokenizer.eos_token_id)
-        asked = asked_positions(found, range(len(ids)))
         head = OutputHead(torch.randn(len(tokenizer), WIDTH, generator=draw) / 24)
-        said = HiddenSignal(torch.randn(len(asked), WIDTH, generator=draw), head)
         projection = Projection(student, teacher, (tokenizer.eos_token_id, own.eos_token_id))
-        signal = chunk_signal(said, found, range(len(ids)), projection)
+        aligned = Aligned.of(found, range(len(ids)), projection)
+        said = HiddenSignal(torch.randn(len(aligned.asked), WIDTH, generator=draw), head)
+        signal = aligned.signal(said)
 
         def over_bytes(signal: Any = signal, said: HiddenSignal = said) -> None:
             steps = signal.byte_steps(torch.tensor(ids))
             gradients(fused_byte_divergence(hidden, OutputHead(weight), said, steps, Divergence()).loss_sum)
 
-        calls[f"{name} ({len(asked)} positions), `byte_marginals`"] = over_bytes
+        calls[f"{name} ({len(said)} positions), `byte_marginals`"] = over_bytes
     seconds: dict[str, list[float]] = defaultdict(list)
     for turn in range(options.rounds + 1):
         for name, call in calls.items():

@@ -8,7 +8,8 @@ import torch
 
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.across.byte_marginals import fused_byte_divergence
-from kd_plugin.divergence.across.byte_masses import END, SortedTokens, byte_masses
+from kd_plugin.divergence.across.byte_masses import ModelRows, byte_masses
+from kd_plugin.divergence.across.sorted_tokens import END, REST, SortedTokens
 from kd_plugin.divergence.reference import from_logprobs
 from kd_plugin.errors import ConfigError
 from kd_plugin.panel import Estimator, TeacherPanel
@@ -17,7 +18,7 @@ from kd_plugin.panel.roster import OwnTerms
 from kd_plugin.panel.viewing import readers_of
 from kd_plugin.signals import HiddenSignal, OutputHead
 from kd_plugin.views.align import align
-from kd_plugin.views.chunks import asked_positions, chunk_signal
+from kd_plugin.views.chunks import Aligned
 from kd_plugin.views.covers import ResponseSpans, Spans, byte_steps
 from kd_plugin.views.projection import Projection
 from kd_plugin.views.tokens import TokenText
@@ -187,9 +188,9 @@ def steps_of(tokenizer, own, text, ended=True):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * ended
     found = align(ids, student, teacher, ended=ended, teacher_end=own.eos_token_id)
     projection = Projection(student, teacher, (own.eos_token_id, tokenizer.eos_token_id))
-    asked = asked_positions(found, range(len(ids)))
-    nothing = HiddenSignal(torch.zeros(len(asked), 1), OutputHead(torch.zeros(1, 1)))
-    return ids, chunk_signal(nothing, found, range(len(ids)), projection).byte_steps(torch.tensor(ids))
+    aligned = Aligned.of(found, range(len(ids)), projection)
+    nothing = HiddenSignal(torch.zeros(len(aligned.asked), 1), OutputHead(torch.zeros(1, 1)))
+    return ids, aligned.signal(nothing).byte_steps(torch.tensor(ids))
 
 
 def check_groups(covers, size, seed):
@@ -200,10 +201,8 @@ def check_groups(covers, size, seed):
     draw = torch.Generator().manual_seed(seed)
     hidden, weight = (torch.randn(n, 8, generator=draw) for n in (len(covers.tokens), size))
     logits = hidden @ weight.T
-    masses = byte_masses(
-        hidden, OutputHead(weight), covers.table, covers.tokens, covers.ranges, 1.0, (False, False, False),
-        torch.float32, torch.float32, 7,
-    )  # fmt: skip
+    head, dtype = OutputHead(weight), torch.float32
+    masses = byte_masses(ModelRows(hidden, head, covers.table, covers.tokens, covers.ranges, 1.0, dtype, dtype, 7))
     first, after = masses.first.log() + masses.top[:, None], masses.after.log() + masses.after_top[:, None]
     spoken = [i for i, text in enumerate(covers.table.texts) if text is not None or i == covers.table.end]
     torch.testing.assert_close(first.logsumexp(1), logits[:, spoken].logsumexp(1), rtol=0, atol=1e-3)
@@ -223,7 +222,7 @@ def check_groups(covers, size, seed):
             here = after[place[row, depth]]
             torch.testing.assert_close(group, here.logsumexp(0), rtol=0, atol=1e-3)
             if depth == len(text):
-                assert here[END] >= logits[row, token] - 1e-3
+                assert here[REST] >= logits[row, token] - 1e-3
             else:
                 group = here[text[depth]]
 
