@@ -1,4 +1,5 @@
 """A student and a teacher with different vocabularies.
 
-folding.py compares those that share a part, byte_marginals.py those of two tokenizers, by the sums of byte_masses.py.
+folding.py compares those that share a part, byte_marginals.py those of two tokenizers, by the sums of byte_masses.py
+over the vocabularies of sorted_tokens.py.
 """
