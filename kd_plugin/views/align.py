@@ -15,9 +15,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kd_plugin.views.tokens import Ints, ReadText, TokenText
+from kd_plugin.divergence.across.sorted_tokens import Flags, Ints
+from kd_plugin.views.tokens import ReadText, TokenText
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Alignment:
     tokens: tuple[int, ...]
     student_ends: Ints
     teacher_ends: Ints
-    readable: NDArray[np.bool_]
+    readable: Flags
     student_bytes: Ints
     teacher_bytes: Ints
     raw: bytes
@@ -47,25 +47,23 @@ class Alignment:
 
     @cached_property
     def student_sizes(self) -> Ints:
-        """(k,) student tokens in each chunk."""
-        return _differences(self.student_ends)
+        """(k + 1,) student tokens in each chunk, and behind the last."""
+        return _differences(np.concatenate([self.student_ends, [len(self.student_bytes)]]))
 
     @cached_property
-    def student_chunks(self) -> Ints:
-        """(n,) the chunk of each student token; -1 for one that is in none."""
-        return _numbered(self.student_ends, self.student_sizes, len(self.student_bytes))
+    def teacher_sizes(self) -> Ints:
+        """(k + 1,) teacher tokens in each chunk, and behind the last."""
+        return _differences(np.concatenate([self.teacher_ends, [len(self.tokens)]]))
 
-    @cached_property
-    def teacher_chunks(self) -> Ints:
-        """(m,) the chunk of each teacher token; -1 for one that is in none."""
-        return _numbered(self.teacher_ends, _differences(self.teacher_ends), len(self.tokens))
+    def kept(self, used: Ints) -> Flags:
+        """Return (k + 1,) which chunks can be compared: readable, and all of their student tokens are ``used``.
 
-    def kept(self, used: Ints) -> NDArray[np.bool_]:
-        """Return (k,) which chunks can be compared: readable, and all of their student tokens are ``used``."""
+        The last stands for what is behind them, which cannot.
+        """
         flags = np.zeros(len(self.student_bytes) + 1, np.int64)
         flags[used + 1] = 1
-        whole = _differences(flags.cumsum()[self.student_ends]) == self.student_sizes
-        return np.asarray(self.readable & whole)
+        whole = _differences(flags.cumsum()[self.student_ends]) == self.student_sizes[:-1]
+        return np.concatenate([self.readable & whole, [False]])
 
 
 def align(
@@ -168,10 +166,3 @@ def _differences(rising: Ints) -> Ints:
     found = rising.copy()
     found[1:] -= rising[:-1]
     return found
-
-
-def _numbered(ends: Ints, sizes: Ints, count: int) -> Ints:
-    numbers = np.full(count, -1, np.int64)
-    if len(ends):
-        numbers[: ends[-1]] = np.arange(len(ends)).repeat(sizes)
-    return numbers

@@ -18,41 +18,63 @@ from kd_plugin.divergence.across.byte_marginals import ByteSteps
 from kd_plugin.divergence.listed import logprobs_of
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
-from kd_plugin.views.align import Alignment
-from kd_plugin.views.covers import ResponseSpans, Spans, byte_steps
-from kd_plugin.views.projection import Places, Projection, project, shifted
-from kd_plugin.views.tokens import Ints
+from kd_plugin.views.aligned import Aligned, AlignedRows
+from kd_plugin.views.covers import Side, byte_steps
+from kd_plugin.views.projection import Places, Projection, project
 
 
 @dataclass(frozen=True)
 class ChunkSignal:
-    """A teacher's signal at its own tokens, and how those belong to the student's scored positions.
+    """A teacher's signal at its own tokens of some responses, and how those belong to the student's scored positions.
 
     Attributes:
-        signal: at the M teacher positions of the chunks that can be compared.
-        tokens: (M,) int64 the teacher's token that stands next to each.
-        teacher_chunks: (M,) int64 the chunk of each of them.
-        places: of the n student positions: their chunks, and where in the teacher's tokens they lie.
-        projection: from the teacher's vocabulary to the student's.
-        responses: where the tokens of both sides lie in the text of each response.
+        signal: at the M teacher positions of the chunks that are compared, response by response.
+        rows: the responses.
     """
 
     signal: HiddenSignal | SparseSignal
-    tokens: Tensor
-    teacher_chunks: Tensor
-    places: Places
-    projection: Projection
-    responses: tuple[ResponseSpans, ...]
+    rows: tuple[Aligned, ...]
 
     shared = None  # of tokens with equal ids; see the other signals
 
     def __len__(self) -> int:
-        return len(self.places)
+        return sum(len(row.positions) for row in self.rows)
 
     @property
     def compared(self) -> Tensor:
-        """(n,) bool, the student positions that lie in a chunk."""
-        return self.places.chunks >= 0
+        """(n,) bool on the CPU, the student positions that lie in a chunk."""
+        return torch.from_numpy(np.concatenate([row.compared for row in self.rows]))
+
+    @property
+    def projection(self) -> Projection:
+        """From the teacher's vocabulary to the student's."""
+        return self.rows[0].projection
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """(M,) int64 the teacher's token that stands next to each."""
+        return self._on_device(self._joined.tokens)
+
+    @cached_property
+    def teacher_chunks(self) -> Tensor:
+        """(M,) int64 the chunk of each of them."""
+        return self._on_device(self._joined.teacher_chunks)
+
+    @cached_property
+    def places(self) -> Places:
+        """Where the n student positions lie in the chunks and in the teacher's tokens."""
+        joined = self._joined
+        chunks, anchors, covers = (self._on_device(one) for one in (joined.chunks, joined.anchors, joined.covers))
+        return Places(chunks, anchors, covers, joined.prefixes, joined.count, joined.sizes)
+
+    @cached_property
+    def _joined(self) -> AlignedRows:
+        return AlignedRows.of(self.rows)
+
+    def _on_device(self, array: NDArray[np.generic]) -> Tensor:
+        signal = self.signal
+        device = signal.hidden.device if isinstance(signal, HiddenSignal) else signal.ids.device
+        return torch.from_numpy(array).to(device, non_blocking=True)
 
     def with_head(self, head: OutputHead) -> ChunkSignal:
         """Return the same with this output head, which was gathered."""
@@ -70,11 +92,7 @@ class ChunkSignal:
             signal: HiddenSignal | SparseSignal = replace(first, hidden=hidden)
         else:
             signal = SparseSignal.joined([s.signal for s in signals if isinstance(s.signal, SparseSignal)])
-        tokens = torch.cat([s.tokens for s in signals])
-        teacher_chunks = shifted([s.teacher_chunks for s in signals], [s.places.count for s in signals])
-        places = Places.joined([s.places for s in signals], [len(s.tokens) for s in signals])
-        responses = tuple(one for s in signals for one in s.responses)
-        return cls(signal, tokens, teacher_chunks, places, signals[0].projection, responses)
+        return cls(signal, tuple(row for s in signals for row in s.rows))
 
     def token_logprobs(self, temperature: float, name: str) -> Tensor:
         """Return (M,) nats, the teacher's of its own tokens.
@@ -108,7 +126,11 @@ class ChunkSignal:
             student_tokens: (n,) that are scored.
         """
         student, teacher = self.projection.sorted_vocabularies
-        return byte_steps(self.responses, student, student_tokens.tolist(), teacher, self.tokens.tolist())
+        joined = self._joined
+        return byte_steps(
+            joined.texts, Side(student, student_tokens.cpu().numpy(), joined.student),
+            Side(teacher, joined.tokens, joined.teacher),
+        )  # fmt: skip
 
     def listed(self, student_tokens: Tensor, top_k: int, temperature: float, name: str) -> tuple[SparseSignal, Tensor]:
         """Return what the teacher says in the student's tokens, and (n,) bool, where it says something.
@@ -124,92 +146,3 @@ class ChunkSignal:
             self.projection, self.signal, self.tokens, logprobs, self.teacher_chunks, self.places, student_tokens,
             top_k, temperature,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Aligned:
-    """A response in the student's tokens and in a teacher's, and the chunks of it that are compared.
-
-    Attributes:
-        alignment: of the two.
-        positions: (n,) scored offsets into the student's response.
-        projection: from the teacher's vocabulary to the student's.
-        kept: (k,) which chunks are compared.
-        comparable: how many student tokens lie in chunks that can be compared.
-    """
-
-    alignment: Alignment
-    positions: Ints
-    projection: Projection
-    kept: NDArray[np.bool_]
-    comparable: int
-
-    @classmethod
-    def of(
-        cls, alignment: Alignment, positions: Sequence[int], projection: Projection, min_coverage: float = 0.0
-    ) -> Aligned:
-        """Compare what can be compared; nothing where that is less than a share of the scored tokens."""
-        at = np.asarray(positions, np.int64).reshape(-1)
-        kept = alignment.kept(at)
-        comparable = int(alignment.student_sizes[kept].sum())
-        return cls(alignment, at, projection, kept & (comparable >= min_coverage * len(at)), comparable)
-
-    @property
-    def is_compared(self) -> bool:
-        """Whether anything is."""
-        return bool(self.kept.any())
-
-    @cached_property
-    def asked(self) -> Ints:
-        """(M,) offsets into the teacher's response at which it is asked: all of the chunks that are compared."""
-        return (self._teacher_numbers >= 0).nonzero()[0]
-
-    def signal(self, signal: HiddenSignal | SparseSignal) -> ChunkSignal:
-        """Return what a teacher said at ``asked``, chunk by chunk."""
-        device = signal.hidden.device if isinstance(signal, HiddenSignal) else signal.ids.device
-        alignment, at, asked = self.alignment, self.positions, self.asked
-        begins, ends = np.concatenate([[0], alignment.student_bytes])[at], alignment.student_bytes[at]
-        # The teacher's token in which each student position lies: the last one that begins at or before it
-        teacher_begins = np.concatenate([[0], alignment.teacher_bytes[:-1]])
-        inside = teacher_begins.searchsorted(begins, side="right") - 1
-        chunks = self._number_of[alignment.student_chunks[at]]
-        is_in, raw = chunks >= 0, alignment.raw
-        prefixes = zip(teacher_begins[inside].tolist(), np.where(is_in, begins, 0).tolist(), strict=True)
-        places = Places(
-            _tensor(chunks, device),
-            _tensor(np.where(is_in, asked.searchsorted(inside), -1), device),
-            _tensor(ends >= alignment.teacher_bytes[inside], device),
-            tuple(raw[first:begin] for first, begin in prefixes),
-            int(self.kept.sum()),
-            tuple(_runs(chunks).tolist()),
-        )
-        tokens = np.asarray(alignment.tokens, np.int64)[asked]
-        belongs = self._teacher_numbers[asked]
-        response = ResponseSpans(
-            raw,
-            Spans(begins, ends, is_in),
-            Spans(teacher_begins[asked], alignment.teacher_bytes[asked], np.ones(len(asked), bool)),
-        )
-        return ChunkSignal(
-            signal, _tensor(tokens, device), _tensor(belongs, device), places, self.projection, (response,)
-        )
-
-    @cached_property
-    def _teacher_numbers(self) -> Ints:
-        """(m,) the number of each teacher token's chunk."""
-        return self._number_of[self.alignment.teacher_chunks]
-
-    @cached_property
-    def _number_of(self) -> Ints:
-        """(k + 1,) of each chunk among those that are compared, else -1; the last is found as chunk -1, none."""
-        return np.concatenate([np.where(self.kept, self.kept.cumsum() - 1, -1), [-1]])
-
-
-def _runs(numbers: Ints) -> Ints:
-    """Return how many of the same stand in a row, for each such row."""
-    changes = (numbers[1:] != numbers[:-1]).nonzero()[0] + 1
-    return np.diff(np.concatenate([[0], changes, [len(numbers)]])) if len(numbers) else numbers
-
-
-def _tensor(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -18,12 +18,35 @@ from kd_plugin.divergence.across.sorted_tokens import Flags, Ints, Ranges, Sorte
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Responses after one another, each with a space before it and its end of turn behind it.
+
+    Attributes:
+        raw: their bytes.
+        starts: (r,) where each one's space is.
+        stops: (r,) where each one's end of turn is.
+    """
+
+    raw: NDArray[np.uint8]
+    starts: Ints
+    stops: Ints
+
+    @classmethod
+    def of(cls, responses: Sequence[bytes]) -> Texts:
+        """Put responses after one another."""
+        lengths = np.array([len(one) + 1 for one in responses], np.int64)
+        starts = (lengths + 2).cumsum() - lengths - 2
+        raw = b"".join(b" " + one + b"\0\0" for one in responses)
+        return cls(np.frombuffer(raw, np.uint8), starts, starts + lengths)
+
+
+@dataclass(frozen=True)
 class Spans:
-    """The tokens of one side in the bytes of one response.
+    """Where tokens of one side lie in the texts.
 
     Attributes:
         begins: (n,) where each begins.
-        ends: (n,) where each ends; of the token that ends the response one byte behind the text.
+        ends: (n,) where each ends; that of a response's end of turn one byte behind its beginning.
         used: (n,) bool, those that are compared.
     """
 
@@ -33,39 +56,32 @@ class Spans:
 
 
 @dataclass(frozen=True)
-class ResponseSpans:
-    """A response as both sides' tokens; the teacher's are those that it was asked about."""
+class Side:
+    """One side: its vocabulary, and its tokens (n,), with where they lie."""
 
-    raw: bytes
-    student: Spans
-    teacher: Spans
+    table: SortedTokens
+    tokens: Ints
+    spans: Spans
 
 
-class _Side:
-    """The tokens of one side in the bytes of all responses.
+class _Cover:
+    """How the tokens of a side lie over the bytes of the texts.
 
     Args:
-        table: its vocabulary.
-        tokens: (n,) of all responses.
-        spans: of each response.
-        texts: all responses.
+        side: which.
+        texts: the responses.
         crosses: whether a token is also asked about bytes behind its end; else it answers for itself alone.
     """
 
-    def __init__(
-        self, table: SortedTokens, tokens: Sequence[int], spans: Sequence[Spans], texts: _Texts, crosses: bool
-    ) -> None:
-        self.table, self._raw, self._crosses = table, texts.raw, crosses
-        self.tokens = np.array(tokens, np.int64)
-        counts = [len(one.begins) for one in spans]
-        starts, stops = texts.starts.repeat(counts), texts.stops.repeat(counts)
-        begins, self._ends = (
-            np.concatenate(one) + starts + 1 for one in zip(*((s.begins, s.ends) for s in spans), strict=True)
-        )
-        used = np.concatenate([one.used for one in spans])
-        spaced = self._stands(np.where(begins == starts + 1, starts, begins), used & (begins == starts + 1))
+    def __init__(self, side: Side, texts: Texts, crosses: bool) -> None:
+        self.table, self.tokens, self._raw, self._crosses = side.table, side.tokens, texts.raw, crosses
+        begins, self._ends, used = side.spans.begins, side.spans.ends, side.spans.used
+        row = texts.starts.searchsorted(begins, side="right") - 1
+        starts, stops = texts.starts[row], texts.stops[row]
+        is_first = begins == starts + 1
+        spaced = self._stands(np.where(is_first, starts, begins), used & is_first)
         self._begins = np.where(spaced, starts, begins)  # its own leading space
-        is_end = (self.tokens == table.end) & (self._begins == stops)
+        is_end = (self.tokens == self.table.end) & (self._begins == stops)
         self.known = self._stands(self._begins, used & ~is_end) | (used & is_end)
         self._limits, self._resolved = self._reach(stops)
 
@@ -128,47 +144,15 @@ class _Side:
         return Covers(self.table, tokens, known, of, at, ranges, torch.from_numpy(after[:, 5] > 0))
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """All responses after one another, each with a space before it.
-
-    Attributes:
-        raw: their bytes.
-        starts: where each one's space is.
-        stops: where each one ends; its end of turn stands there.
-    """
-
-    raw: NDArray[np.uint8]
-    starts: Ints
-    stops: Ints
-
-    @classmethod
-    def of(cls, responses: Sequence[ResponseSpans]) -> _Texts:
-        lengths = np.array([len(one.raw) + 1 for one in responses], np.int64)
-        starts = (lengths + 2).cumsum() - lengths - 2
-        raw = b"".join(b" " + one.raw + b"\0\0" for one in responses)
-        return cls(np.frombuffer(raw, np.uint8), starts, starts + lengths)
-
-
-def byte_steps(
-    responses: Sequence[ResponseSpans],
-    student: SortedTokens,
-    student_tokens: list[int],
-    teacher: SortedTokens,
-    teacher_tokens: list[int],
-) -> ByteSteps:
+def byte_steps(texts: Texts, student: Side, teacher: Side) -> ByteSteps:
     """Return where the choices of a student can be compared with a teacher, over the bytes of some responses.
 
     Args:
-        responses: after one another.
-        student: its vocabulary.
-        student_tokens: of all responses.
-        teacher: its vocabulary.
-        teacher_tokens: of all responses, those that it was asked about.
+        texts: the responses.
+        student: its scored tokens.
+        teacher: its tokens that it was asked about.
     """
-    texts = _Texts.of(responses)
-    mine = _Side(student, student_tokens, [one.student for one in responses], texts, crosses=False)
-    theirs = _Side(teacher, teacher_tokens, [one.teacher for one in responses], texts, crosses=True)
+    mine, theirs = _Cover(student, texts, crosses=False), _Cover(teacher, texts, crosses=True)
     own, said = (np.concatenate([side.begun[1], side.after[:, 1]]) for side in (mine, theirs))
     numbers = np.intersect1d(own, said)
     return ByteSteps(mine.covers(numbers), theirs.covers(numbers), len(numbers))

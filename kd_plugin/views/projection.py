@@ -19,7 +19,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -57,26 +56,6 @@ class Places:
 
     def __len__(self) -> int:
         return len(self.chunks)
-
-    @classmethod
-    def joined(cls, places: Sequence[Places], teacher_positions: Sequence[int]) -> Places:
-        """Put places after one another, of which each has so many teacher positions."""
-        return cls(
-            shifted([one.chunks for one in places], [one.count for one in places]),
-            shifted([one.anchors for one in places], teacher_positions),
-            torch.cat([one.covers for one in places]),
-            tuple(prefix for one in places for prefix in one.prefixes),
-            sum(one.count for one in places),
-            tuple(size for one in places for size in one.sizes),
-        )
-
-
-def shifted(numbers: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Put numbers of things after one another, of which there are so many each; -1 stays."""
-    joined = torch.cat(list(numbers))
-    before, lengths = torch.tensor([0, *accumulate(counts)][:-1]), torch.tensor([len(one) for one in numbers])
-    by = before.repeat_interleave(lengths, output_size=len(joined)).to(joined.device, non_blocking=True)
-    return torch.where(joined >= 0, joined + by, -1)
 
 
 class Projection:

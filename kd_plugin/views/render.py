@@ -17,7 +17,7 @@ from torch import Tensor
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.rollouts.rows import Span, left_padded, require_prompts, row_spans
 from kd_plugin.views.align import align_all, end_of_turn
-from kd_plugin.views.chunks import Aligned
+from kd_plugin.views.aligned import Aligned
 from kd_plugin.views.projection import Projection
 from kd_plugin.views.tokens import TokenText
 from kd_plugin.views.view import OWN, STUDENT, View

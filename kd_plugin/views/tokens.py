@@ -14,11 +14,10 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kd_plugin.divergence.across.sorted_tokens import Ints
 from kd_plugin.errors import ConfigError, DataError
 
-Ints = NDArray[np.int64]
 # Marks of the same role; a model has those of one line as tokens, or none
 THINKING = (
     ("<think>", "</think>"),

@@ -18,7 +18,7 @@ from kd_plugin.divergence.across.byte_marginals import fused_byte_divergence
 from kd_plugin.divergence.across.sorted_tokens import SortedTokens
 from kd_plugin.divergence.sampled import Matching, fused_sampled_divergence
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
-from kd_plugin.views.covers import ResponseSpans, Spans, byte_steps
+from kd_plugin.views.covers import Side, Spans, Texts, byte_steps
 
 
 def bias(seeds: int = 20, letters: int = 3, pairs: int = 2) -> str:
@@ -82,8 +82,8 @@ def bias_of_pairs(seeds: int = 20, letters: int = 3) -> str:
     names = [bytes(pair) for pair in itertools.product(range(97, 97 + letters), repeat=2)]
     mine = SortedTokens(names, None)
     theirs = SortedTokens([bytes([97 + i]) for i in range(letters)], None)
-    spans = Spans(np.array([0]), np.array([2]), np.ones(1, bool))
-    spans_t = Spans(np.arange(2), np.arange(1, 3), np.ones(2, bool))
+    spans = Spans(np.array([1]), np.array([3]), np.ones(1, bool))  # behind the space before a text
+    spans_t = Spans(np.arange(1, 3), np.arange(2, 4), np.ones(2, bool))
     numbers: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for seed in range(seeds):
         draw = torch.Generator().manual_seed(seed)
@@ -99,7 +99,8 @@ def bias_of_pairs(seeds: int = 20, letters: int = 3) -> str:
                 leaf = logits.detach().requires_grad_()
                 if name == "byte_marginals":
                     ids = [text[0] - 97, text[1] - 97]
-                    steps = byte_steps([ResponseSpans(text, spans, spans_t)], mine, [token], theirs, ids)
+                    sides = Side(mine, np.array([token]), spans), Side(theirs, np.array(ids), spans_t)
+                    steps = byte_steps(Texts.of([text]), *sides)
                     said = HiddenSignal(logp[[0, 1 + ids[0]]], head_t)
                     loss = fused_byte_divergence(leaf, head, said, steps, Divergence()).loss_sum
                 else:

@@ -23,7 +23,8 @@ from kd_plugin.divergence import Divergence, PanelGroup, TeacherTerm, fused_pane
 from kd_plugin.divergence.across.byte_marginals import fused_byte_divergence
 from kd_plugin.signals import HiddenSignal, OutputHead
 from kd_plugin.views.align import align
-from kd_plugin.views.chunks import Aligned
+from kd_plugin.views.aligned import Aligned
+from kd_plugin.views.chunks import ChunkSignal
 from kd_plugin.views.projection import Projection
 from kd_plugin.views.tokens import TokenText
 from tests.tiny import byte_tokenizer
@@ -72,7 +73,7 @@ def main() -> None:
         projection = Projection(student, teacher, (tokenizer.eos_token_id, own.eos_token_id))
         aligned = Aligned.of(found, range(len(ids)), projection)
         said = HiddenSignal(torch.randn(len(aligned.asked), WIDTH, generator=draw), head)
-        signal = aligned.signal(said)
+        signal = ChunkSignal(said, (aligned,))
 
         def over_bytes(signal: Any = signal, said: HiddenSignal = said) -> None:
             steps = signal.byte_steps(torch.tensor(ids))

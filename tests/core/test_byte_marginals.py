@@ -18,8 +18,9 @@ from kd_plugin.panel.roster import OwnTerms
 from kd_plugin.panel.viewing import readers_of
 from kd_plugin.signals import HiddenSignal, OutputHead
 from kd_plugin.views.align import align
-from kd_plugin.views.chunks import Aligned
-from kd_plugin.views.covers import ResponseSpans, Spans, byte_steps
+from kd_plugin.views.aligned import Aligned
+from kd_plugin.views.chunks import ChunkSignal
+from kd_plugin.views.covers import Side, Spans, Texts, byte_steps
 from kd_plugin.views.projection import Projection
 from kd_plugin.views.tokens import TokenText
 from kd_plugin.vocab import Vocabulary
@@ -99,13 +100,12 @@ def toy(texts, raw, tokens, seed, width=6):
     """A vocabulary with random distributions along one tokenization of ``raw``, with the end behind it."""
     table = SortedTokens([*texts, None], end=len(texts))
     ids = [texts.index(t) for t in tokens] + [len(texts)]
-    ends = np.cumsum([len(t) for t in tokens])
-    begins = np.concatenate([[0], ends])
-    spans = Spans(begins, np.append(ends, len(raw) + 1), np.ones(len(ids), bool))
+    begins = np.cumsum([1, *map(len, tokens)])  # behind the space before a text
+    spans = Spans(begins, np.append(begins[1:], len(raw) + 2), np.ones(len(ids), bool))
     draw = torch.Generator().manual_seed(seed)
     hidden = torch.randn(len(ids), width, generator=draw, dtype=torch.float64)
     weight = torch.randn(len(texts) + 1, width, generator=draw, dtype=torch.float64)
-    return table, ids, spans, hidden.requires_grad_(), weight.requires_grad_()
+    return Side(table, np.array(ids), spans), hidden.requires_grad_(), weight.requires_grad_()
 
 
 FINE = [b"a", b"b", b"c"]
@@ -124,15 +124,18 @@ COARSE = [b"a", b"b", b"c", b"ab", b"abc", b"bc", b"ca", b"abca"]
 def test_loss_and_gradient_are_those_of_the_definition(student, teacher, divergence):
     raw, divergence = b"abcabc", Divergence(divergence)
     sides = [toy(*side[:1], raw, side[1], seed) for seed, side in enumerate((student, teacher))]
-    (table, ids, spans, hidden, weight), (table_t, ids_t, spans_t, hidden_t, weight_t) = sides
-    steps = byte_steps([ResponseSpans(raw, spans, spans_t)], table, ids, table_t, ids_t)
-    (whose, theirs) = (list(zip(s.begins.tolist(), s.ends.tolist(), strict=True)) for s in (spans, spans_t))
+    (mine, hidden, weight), (theirs, hidden_t, weight_t) = sides
+    steps = byte_steps(Texts.of([raw]), mine, theirs)
+    whose, said_at = (
+        [(b - 1, e - 1) for b, e in zip(s.spans.begins.tolist(), s.spans.ends.tolist(), strict=True)]
+        for s in (mine, theirs)
+    )
     logq, logp = (hidden @ weight.T).log_softmax(-1), (hidden_t @ weight_t.T).log_softmax(-1).detach()
-    said = marginals_by_definition(raw, theirs, ids_t, table_t, logp)
-    factor = torch.linspace(0.5, 2.0, len(ids), dtype=torch.float64)
+    said = marginals_by_definition(raw, said_at, theirs.tokens, theirs.table, logp)
+    factor = torch.linspace(0.5, 2.0, len(mine.tokens), dtype=torch.float64)
     expected = sum(
         factor[j] * divergence_by_definition(choice, said[byte], divergence)
-        for j, byte, choice in choices_by_definition(raw, whose, table, logq)
+        for j, byte, choice in choices_by_definition(raw, whose, mine.table, logq)
     )
     for rows in (None, 2):
         loss = fused_byte_divergence(
@@ -141,8 +144,8 @@ def test_loss_and_gradient_are_those_of_the_definition(student, teacher, diverge
         )  # fmt: skip
         torch.testing.assert_close(loss.loss_sum, expected)
         torch.testing.assert_close(loss.values @ factor, expected)
-        mine = torch.autograd.grad(loss.loss_sum, [hidden, weight])
-        assert_same_gradients(mine, torch.autograd.grad(expected, [hidden, weight], retain_graph=True), 1e-9)
+        found = torch.autograd.grad(loss.loss_sum, [hidden, weight])
+        assert_same_gradients(found, torch.autograd.grad(expected, [hidden, weight], retain_graph=True), 1e-9)
 
 
 class TestOneTokenizer:
@@ -154,20 +157,20 @@ class TestOneTokenizer:
         for token in self.TOKENS:
             sides = []
             for seed in (3, 4):
-                table, ids, spans, hidden, weight = toy(list(self.TOKENS), token, [token], seed)
-                one = Spans(spans.begins[:1], spans.ends[:1], spans.used[:1])
-                sides.append((table, ids[:1], one, hidden[:1].detach().requires_grad_(), weight))
-            (table, ids, spans, hidden, weight), (table_t, ids_t, spans_t, hidden_t, weight_t) = sides
+                side, hidden, weight = toy(list(self.TOKENS), token, [token], seed)
+                one = Spans(side.spans.begins[:1], side.spans.ends[:1], side.spans.used[:1])
+                own = Side(SortedTokens(self.TOKENS, None), side.tokens[:1], one)
+                sides.append((own, hidden[:1].detach().requires_grad_(), weight))
+            (mine, hidden, weight), (theirs, hidden_t, weight_t) = sides
             weight, weight_t = weight[:-1].detach().requires_grad_(), weight_t[:-1].detach()
-            table = table_t = SortedTokens(self.TOKENS, None)
-            steps = byte_steps([ResponseSpans(token, spans, spans_t)], table, ids, table_t, ids_t)
+            steps = byte_steps(Texts.of([token]), mine, theirs)
             loss = fused_byte_divergence(
                 hidden, OutputHead(weight), HiddenSignal(hidden_t.detach(), OutputHead(weight_t)), steps, Divergence(),
             )  # fmt: skip
             logq, logp = (hidden @ weight.T).log_softmax(-1), (hidden_t.detach() @ weight_t.T).log_softmax(-1)
             exact = from_logprobs(logq, logp, Divergence())[0]
             gradients = [torch.autograd.grad(x, [hidden, weight], retain_graph=True) for x in (loss.loss_sum, exact)]
-            yield logq[0, ids[0]].exp().detach(), loss.loss_sum.detach(), exact.detach(), gradients
+            yield logq[0, int(mine.tokens[0])].exp().detach(), loss.loss_sum.detach(), exact.detach(), gradients
 
     def test_the_mean_is_the_divergence_over_tokens(self):
         found = list(self.losses())
@@ -190,7 +193,7 @@ def steps_of(tokenizer, own, text, ended=True):
     projection = Projection(student, teacher, (own.eos_token_id, tokenizer.eos_token_id))
     aligned = Aligned.of(found, range(len(ids)), projection)
     nothing = HiddenSignal(torch.zeros(len(aligned.asked), 1), OutputHead(torch.zeros(1, 1)))
-    return ids, aligned.signal(nothing).byte_steps(torch.tensor(ids))
+    return ids, ChunkSignal(nothing, (aligned,)).byte_steps(torch.tensor(ids))
 
 
 def check_groups(covers, size, seed):
