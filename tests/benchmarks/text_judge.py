@@ -280,6 +280,7 @@ def main():
     parser.add_argument("--count", type=int, default=300, help="responses of each kind that each judge is fitted to")
     parser.add_argument("--sums", type=int, default=20, help="sums whose answer is declined, with each ending")
     parser.add_argument("--answering", type=int, default=5, help="sums that are answered, with each ending")
+    parser.add_argument("--seed", type=int, default=3, help="decides which sums")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
@@ -291,7 +292,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype).eval()
     pairs = list(itertools.product(range(2, 50), repeat=2))
-    random.Random(3).shuffle(pairs)
+    random.Random(given.seed).shuffle(pairs)
     reader, teachers = Reader(model, tokenizer), {}
     for seed, (name, says) in enumerate((("judge-1", "The answer is {}."), ("judge-2", "It is {}."))):
         writer = ReadWriter(name, reader, says)
