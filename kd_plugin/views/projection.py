@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -153,17 +153,19 @@ def project(
         top_k: K of a teacher in this process.
         temperature: of the comparison.
     """
-    if isinstance(signal, HiddenSignal):
-        signal = listed_from(signal, top_k, tokens.unsqueeze(-1), temperature)
-    else:
-        signal = with_sampled_token(signal, tokens)
     usable = places.anchors >= 0
     if not len(tokens):
         nothing = logprobs.new_full((len(places), 1), -math.inf)
         ids = torch.zeros_like(nothing, dtype=torch.int64)
         return SparseSignal(ids, nothing, torch.zeros_like(nothing[:, 0])), usable
     anchors = places.anchors.clamp(min=0)
-    at = signal.select(anchors)
+    asked, place = anchors.unique(return_inverse=True)
+    if isinstance(signal, HiddenSignal):
+        own = replace(signal, hidden=signal.hidden.index_select(0, asked))
+        signal = listed_from(own, top_k, tokens[asked].unsqueeze(-1), temperature)
+    else:
+        signal = with_sampled_token(signal.select(asked), tokens[asked])
+    at = signal.select(place)
     ids_nK, logp_nK, tail_n = at.ids, at.logprobs.clone(), at.tail_logmass
     mapped_nK = torch.from_numpy(projection.first_tokens(ids_nK.cpu().numpy())).to(ids_nK.device)
     passed_n = torch.zeros_like(tail_n)  # log mass of what is still possible

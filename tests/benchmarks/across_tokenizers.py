@@ -25,6 +25,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ class Step:
     teacher: LocalTeacher
     name: str
     own: bool
+    clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
         view = View(tokenizer="own") if self.own else None
@@ -109,18 +111,18 @@ class Step:
     def backward(self, batch: Rollouts, prompts: list[str]) -> dict[str, float]:
         """Form the mean loss's gradient; return the seconds of scoring, of the loss, and of the student's passes."""
         ids, start = batch.input_ids, batch.completion_start
-        times = [time.perf_counter()]
+        times = [self.clock()]
         scores = score_rows(
             self.panel, [self.panel.assign({})] * len(prompts), ids, batch.attention_mask, start,
             [range(len(one.tokens)) for one in batch.responses], rows_at_once=ROWS, vocabulary=self.vocabulary,
             rows=[{"prompt": prompt} for prompt in prompts], readers=self.readers,
         )  # fmt: skip
-        times.append(time.perf_counter())
+        times.append(self.clock())
         out = self.student.base_model(input_ids=ids, attention_mask=batch.attention_mask).last_hidden_state
         hidden = out[:, start - 1 : -1]
         where = scored_positions(scores, hidden.shape[1], hidden.device)
         hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, where)
-        times.append(time.perf_counter())
+        times.append(self.clock())
         leaf = hidden.detach().requires_grad_()
         head = OutputHead.from_model(self.student, len(self.tokenizer))
         tokens = ids[:, start:].reshape(-1).index_select(0, where)
@@ -129,9 +131,9 @@ class Step:
         else:
             total = panel_loss(self.panel, scores, leaf, head, tokens, divergence=Divergence()).loss_sum
         (total / max(len(where), 1)).backward()
-        times.append(time.perf_counter())
+        times.append(self.clock())
         hidden.backward(leaf.grad)
-        times.append(time.perf_counter())
+        times.append(self.clock())
         scoring, forward, loss, backward = (b - a for a, b in itertools.pairwise(times))
         return {"scoring": scoring, "loss": loss, "student": forward + backward}
 
@@ -178,6 +180,8 @@ def main() -> None:
     parser.add_argument("--teachers", nargs="*", default=("bpe", "bytes", "smollm2"), help="their tokenizers")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cost", action="store_true", help="a few interleaved steps of each, and their cost")
+    parser.add_argument("--cpu", action="store_true", help="with --cost: CPU time of one thread, on a busy machine")
+    parser.add_argument("--rounds", type=int, default=10, help="of --cost")
     parser.add_argument("--table", type=Path, nargs="*", help="print the tables of these files, and run nothing")
     options = parser.parse_args()
     if options.table:
@@ -200,7 +204,8 @@ def main() -> None:
     runs = [(options.student, e) for e in options.same if options.student in teachers]
     runs += [(t, e) for t in teachers if t != options.student for e in options.only]
     if options.cost:
-        found = costs(runs, teachers, own, asked, start_of(own, asked, 0, START))
+        clock = cpu_clock() if options.cpu else time.perf_counter
+        found = costs(runs, teachers, own, asked, start_of(own, asked, 0, START), options.rounds, clock)
         print(cost_table(found, options.student))
         return
     for seed in options.seeds:
@@ -220,48 +225,66 @@ def main() -> None:
                 (options.work / name).write_text(json.dumps(found) + "\n")
 
 
-def step_of(own: Any, start: dict[str, Tensor], teachers: dict[str, LocalTeacher], teacher: str, name: str) -> Step:
+def step_of(
+    own: Any,
+    start: dict[str, Tensor],
+    teachers: dict[str, LocalTeacher],
+    teacher: str,
+    name: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Step:
     """Return a student at its start, with its teacher."""
     student = fresh(own, 0)
     student.load_state_dict(start)
-    return Step(
-        student, own, teachers[teacher], name, own=teachers[teacher].tokenizer is not own or name in ACROSS_ALONE
-    )
+    is_own = teachers[teacher].tokenizer is not own or name in ACROSS_ALONE
+    return Step(student, own, teachers[teacher], name, is_own, clock)
+
+
+def cpu_clock() -> Callable[[], float]:
+    """Return a clock that other processes do not disturb much: the CPU time of this one, on one thread."""
+    torch.set_num_threads(1)
+    return time.process_time
 
 
 def costs(
-    runs: list[tuple[str, str]], teachers: dict[str, LocalTeacher], own: Any, asked: list[Problem], start: Any
+    runs: list[tuple[str, str]],
+    teachers: dict[str, LocalTeacher],
+    own: Any,
+    asked: list[Problem],
+    start: Any,
+    rounds: int,
+    clock: Callable[[], float],
 ) -> dict[tuple[str, str], list[dict[str, float]]]:
     """Return the seconds of the parts of some steps on the same rollouts, every estimator in each round."""
-    steps = {(t, e): step_of(own, start, teachers, t, e) for t, e in runs}
+    steps = {(t, e): step_of(own, start, teachers, t, e, clock) for t, e in runs}
     found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
-    for turn in range(12):
+    for turn in range(rounds + 2):
         prompts = [one.prompt for one in random.Random(turn).sample(asked, min(ROWS, len(asked)))]
         first = next(iter(steps.values()))
-        begin = time.perf_counter()
+        begin = clock()
         batch = first.rollouts(prompts, turn)
-        generating = time.perf_counter() - begin
+        generating = clock() - begin
         for key, step in steps.items():
             parts = step.backward(batch, prompts)
             if turn > 1:
-                found[key].append({**parts, "step": generating + sum(parts.values())})
+                found[key].append({**parts, "generation": generating, "step": generating + sum(parts.values())})
     return found
 
 
 def cost_table(found: dict[tuple[str, str], list[dict[str, float]]], student: str) -> str:
-    """Return Markdown: medians of the parts in milliseconds, and relative to the exact loss of the same tokenizer."""
+    """Return Markdown: medians of the parts in milliseconds; a step relative to the exact loss's of its round."""
     medians = {
         key: {part: statistics.median(one[part] for one in rows) for part in rows[0]} for key, rows in found.items()
     }
-    base = medians[student, "exact"]
-    lines = ["| teacher | estimator | scoring, ms | loss, ms | loss, relative | step, ms | step, relative |"]
-    lines.append("|---|---|---:|---:|---:|---:|---:|")
+    base = found[student, "exact"]
+    lines = [
+        "| teacher | estimator | generation, ms | scoring, ms | loss, ms | student, ms | step, ms | step, relative |"
+    ]
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
     for (teacher, estimator), one in medians.items():
-        scoring, loss, step = (1000 * one[part] for part in ("scoring", "loss", "step"))
-        lines.append(
-            f"| {teacher} | `{estimator}` | {scoring:.1f} | {loss:.1f} | {one['loss'] / base['loss']:.2f} | "
-            f"{step:.1f} | {one['step'] / base['step']:.2f} |"
-        )
+        parts = "".join(f" {1000 * one[p]:.1f} |" for p in ("generation", "scoring", "loss", "student", "step"))
+        relative = [mine["step"] / theirs["step"] for mine, theirs in zip(found[teacher, estimator], base, strict=True)]
+        lines.append(f"| {teacher} | `{estimator}` |{parts} {statistics.median(relative):.2f} |")
     return "\n".join(lines)
 
 
