@@ -134,6 +134,12 @@ def require_viewable(panel: TeacherPanel, rollouts: str) -> None:
         ConfigError: says why, and what can be.
     """
     for name in panel.views:
+        has = panel.teachers[name].capabilities
+        if not has.any_row:
+            raise ConfigError(
+                f"Teacher {name!r} is {has.kind} and has a view, but how it read was decided when it was captured: its "
+                "targets stand at the student's own tokens. Give the view to `kd-plugin capture`, leave it out here."
+            )
         if rollouts == "interleaved":
             raise ConfigError(
                 f"Teacher {name!r} has a view, and rollouts='interleaved': there the panel replaces tokens by what it "

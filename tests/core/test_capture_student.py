@@ -7,12 +7,21 @@ import pytest
 import torch
 from datasets import Dataset
 
-from kd_plugin import LocalTeacher, capture
+from kd_plugin import CachedTeacher, LocalTeacher, capture
 from kd_plugin.cache import Generation, Sampled, TopK
+from kd_plugin.divergence import Divergence
 from kd_plugin.errors import ConfigError, DataError, VocabularyError
 from kd_plugin.lineage import RunLineage, Source
+from kd_plugin.panel import Estimator, TeacherPanel, panel_loss, score_rows
+from kd_plugin.panel.roster import OwnTerms
+from kd_plugin.panel.scoring import scored_positions
+from kd_plugin.panel.viewing import readers_of
+from kd_plugin.rollouts.rows import assembled
+from kd_plugin.signals import OutputHead
+from kd_plugin.views import View
 from kd_plugin.vocab import Vocabulary
-from tests.tiny import byte_tokenizer, save_tiny
+from tests.core.panel_help import assert_same_gradients
+from tests.tiny import byte_tokenizer, save_tiny, tiny_llama
 
 OWN = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -105,6 +114,40 @@ def test_the_teacher_writes_what_it_is_shown_and_the_student_learns_it_behind_it
         row = prompts[tuple(own)]
         read = student(f"{row['hint']}\n\n{row['prompt']}")["input_ids"]
         dense(cache, teacher.model, read, ids[len(own) :], 261, ids)
+
+
+def test_on_a_panel_the_cache_says_what_the_teacher_says_under_the_view(more, tmp_path):
+    student, view = byte_tokenizer(), View(context="{{ hint }}", chat_template="own")
+    vocabulary, teacher = Vocabulary.from_tokenizer(student), LocalTeacher(more, dtype="float32")
+    cache = capture(
+        Dataset.from_list(CHATS), teacher, tmp_path / "c", targets=TopK(261), student_tokenizer=student,
+        view={"context": "{{ hint }}", "chat_template": "own"}, progress=False,
+    )  # fmt: skip
+    whole = [student.apply_chat_template(row["prompt"] + row["completion"])["input_ids"] for row in CHATS]
+    prompts = [student.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"] for row in CHATS]
+    answers = [ids[len(prompt) :] for ids, prompt in zip(whole, prompts, strict=True)]
+    ends = [student.eos_token_id]
+    batch = assembled(prompts, answers, end_tokens=ends, pad_token_id=0, device=torch.device("cpu"))
+    estimator, gradients = Estimator("topk_tail", top_k=259), []
+    panels = [
+        TeacherPanel({"t": CachedTeacher(cache, tokenizer=student)}, estimator=estimator),
+        TeacherPanel({"t": teacher}, estimator=estimator, own={"t": OwnTerms(view=view)}),
+    ]
+    model = tiny_llama(seed=1)
+    for panel in panels:
+        scores = score_rows(
+            panel, [panel.assign({})] * len(CHATS), batch.input_ids, batch.attention_mask, batch.completion_start,
+            [range(len(one.tokens)) for one in batch.responses], rows_at_once=4, vocabulary=vocabulary, rows=CHATS,
+            readers=readers_of(panel, student, vocabulary, pad_token_id=0, ends=ends),
+        )  # fmt: skip
+        hidden = model.base_model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        hidden = hidden[:, batch.completion_start - 1 : -1].detach().requires_grad_()
+        where = scored_positions(scores, hidden.shape[1], hidden.device)
+        tokens = batch.input_ids[:, batch.completion_start :].reshape(-1)[where]
+        head = OutputHead.from_model(model, 259)
+        loss = panel_loss(panel, scores, hidden.flatten(0, 1)[where], head, tokens, divergence=Divergence())
+        gradients.append(torch.autograd.grad(loss.loss_sum, [hidden]))
+    assert_same_gradients(*gradients, 5e-3)  # a cache keeps half precision
 
 
 def test_sampled_targets_keep_shared_draws_alone(more, tmp_path):

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from datasets import Dataset
 
+from kd_plugin import CachedTeacher, capture
+from kd_plugin.cache import TopK
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.panel import Estimator, TeacherPanel, score_rows
 from kd_plugin.panel.block import panel_from_block
@@ -197,6 +200,15 @@ def test_own_template_where_there_is_none():
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="the teacher has no chat template of its own"):
         scores_of(viewed_panel(View(chat_template="own"), LocalTeacher(tiny_llama(), tokenizer=tokenizer)))
+
+
+def test_a_view_of_a_cache_is_refused_since_the_capture_decided_it(tmp_path):
+    rows = Dataset.from_list([{"prompt": "2+3=", "completion": "5"}])
+    teacher = LocalTeacher(save_tiny(tmp_path / "t"))
+    cache = capture(rows, teacher, tmp_path / "c", targets=TopK(4), progress=False)
+    panel = viewed_panel(CONTEXT, CachedTeacher(cache, tokenizer=byte_tokenizer()))
+    with pytest.raises(ConfigError, match=r"Teacher 't' is a cache and has a view, .* Give the view to `kd-plugin cap"):
+        require_viewable(panel, "student")
 
 
 def test_views_are_refused_where_the_panel_replaces_tokens():
