@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_plugin.errors import ConfigError, DataError, UsageError, nearest, require_known_keys
+from kd_plugin.settings import require_types
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 MIXTURE = (  # for the help of settings that take one
@@ -28,7 +29,8 @@ def load_rows(
     Args:
         reference: a ``.json``, ``.jsonl`` or ``.parquet`` file, a directory of such files or one that
             ``save_to_disk`` wrote, or a hub id.
-        split: which split.
+        split: which split, or a slice of it such as ``train[:1000]``; of a single file and a saved dataset, which have
+            one split, only the slice counts.
         name: configuration of a hub dataset.
         streaming: return an ``IterableDataset`` instead, which converts and downloads nothing beforehand; what
             ``save_to_disk`` wrote needs neither.
@@ -42,45 +44,60 @@ def load_rows(
     from kd_plugin.lineage.data import with_origin
 
     path = Path(reference)
-    if path.suffix in _FORMATS and not path.exists():
-        raise DataError(f"{path}: there is no such file.")
+    require_file(path)
+    kind, part = _FORMATS.get(path.suffix), split if "[" in split else ""
     try:
         if path.is_file():
-            if path.suffix not in _FORMATS:
+            if kind is None:
                 raise DataError(f"{path}: expected a file of the kind {', '.join(_FORMATS)}.")
             if not path.stat().st_size:
                 raise DataError(f"{path} is empty; expected rows.")
-            loaded = datasets.load_dataset(
-                _FORMATS[path.suffix], data_files=str(path), split="train", streaming=streaming
-            )
+            loaded = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
         else:
-            loaded = datasets.load_dataset(reference, name, split=split, streaming=streaming, **more)
+            loaded, part = datasets.load_dataset(reference, name, split=split, streaming=streaming, **more), ""
     except StopIteration as error:  # what `datasets` does over a file of empty lines
         raise DataError(f"{path} holds no rows.") from error
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError, ConnectionError) as error:
         if isinstance(error, DataError):
             raise
-        broken = _broken_json(path) if path.is_file() and _FORMATS.get(path.suffix) == "json" else None
+        broken = _broken_json(path) if path.is_file() and kind == "json" else None
         said = broken or f"The dataset {reference!r} (split {split!r}) cannot be read: {error.__cause__ or error}"
         raise DataError(said) from error
     if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise DataError(f"{reference} has no split {split!r}; it has {', '.join(loaded)}.")
-        loaded = loaded[split]
+        named = split.partition("[")[0]
+        if named not in loaded:
+            raise DataError(f"{reference} has no split {named!r}; it has {', '.join(loaded)}.")
+        loaded = loaded[named]
+    loaded = _slice(loaded, part, reference) if part else loaded
     if path.exists():
         return with_origin(loaded, path)
     is_builder = loaded.info.builder_name == reference  # of files; those of a hub id are the hub's
     return with_origin(loaded, *local_files(more)) if is_builder else loaded
 
 
-def local_files(named: Mapping[str, Any]) -> list[Path]:
-    """Return what ``data_dir`` and ``data_files``, as ``datasets.load_dataset`` takes them, name on this machine.
+def require_file(path: Path) -> None:
+    """Refuse, by a DataError, what has the name of a file of rows and is not there."""
+    if path.suffix in _FORMATS and not path.exists():
+        raise DataError(f"{path}: there is no such file.")
 
-    Args:
-        named: has the two, or neither: a path or a pattern each, or, for files, a list or a mapping by split.
-    """
+
+def _slice(rows: Any, part: str, reference: str) -> Any:
+    """Return those of loaded rows that ``NAME[FROM:TO]`` asks for, in rows or percent, as of a hub id."""
+    import datasets
+
+    if not isinstance(rows, datasets.Dataset):
+        raise DataError(f"{reference}: a stream has no part {part!r}; set limit instead.")
+    try:
+        asked = datasets.ReadInstruction.from_spec(part).to_absolute({part.partition("[")[0]: len(rows)})
+    except (AssertionError, ValueError) as error:
+        raise DataError(f"{reference}: split {part!r}: expected such as train, train[:1000] or train[10%:].") from error
+    return rows.select([i for one in asked for i in range(len(rows))[one.from_ : one.to]])
+
+
+def local_files(named: Mapping[str, Any]) -> list[Path]:
+    """Return what ``data_dir`` and ``data_files``, as ``datasets.load_dataset`` takes them, name on this machine."""
 
     def flat(one: Any) -> list[str]:
         inside = one.values() if isinstance(one, Mapping) else one if isinstance(one, list | tuple) else None
@@ -131,6 +148,21 @@ class DatasetPart:
     template: dict[str, str] | None = None
     formatting: str | None = None
 
+    def __post_init__(self) -> None:
+        require_types(DatasetPart, vars(self))
+        for key, kinds, expected in (
+            ("columns", (list, dict), "a list, or a mapping {theirs: ours}"),
+            ("template", (dict,), "a mapping {column: text with {their column}}"),
+            ("data_files", (str, list, dict), "a path, a list of them, or a mapping by split"),
+        ):
+            value = getattr(self, key)
+            texts = value.values() if isinstance(value, dict) and key != "data_files" else value
+            if value is None or (isinstance(value, kinds) and all(isinstance(one, str) for one in texts)):
+                continue
+            raise ConfigError(f"{key}: expected {expected}, found {value!r}.")
+        if self.fraction is not None and not self.fraction > 0:
+            raise ConfigError(f"fraction is {self.fraction:g}; expected a share above 0.")
+
     def load(self, *, streaming: bool = False) -> Any:
         """Return its rows.
 
@@ -144,7 +176,7 @@ class DatasetPart:
         )  # fmt: skip
         if self.formatting is not None:
             rows = rows.map(imported(self.formatting))
-        names = list(rows.column_names or next(iter(rows), {}))
+        names = _columns(rows)
         if self.template is not None:
             written = _Written(self.template, self.path)
             rows = rows.map(written, remove_columns=[name for name in names if name not in self.template])
@@ -160,6 +192,11 @@ class DatasetPart:
             moved = {theirs: ours for theirs, ours in kept.items() if theirs != ours}
             rows = rows.rename_columns(moved) if moved else rows
         return rows
+
+
+def _columns(rows: Any) -> list[str]:
+    """Return the columns of rows; of a stream that does not know them, those of its first row."""
+    return list(rows.column_names or next(iter(rows), {}))
 
 
 @dataclass(frozen=True)
@@ -196,14 +233,17 @@ def load_mixture(parts: Sequence[Mapping[str, Any]], *, streaming: bool = False,
         require_known_keys(part, known, f"{where}[{number}]")
         if not part.get("path"):
             raise ConfigError(f"{where}[{number}]: path is not set; name a file, a directory or a hub id.")
-        made.append(DatasetPart(**part))
+        try:
+            made.append(DatasetPart(**part))
+        except ConfigError as error:
+            raise ConfigError(f"{where}[{number}]: {error}") from error
     shares = [part.fraction for part in made]
     if not made or (None in shares and set(shares) != {None}):
         raise ConfigError(f"{where}: " + ("nothing is listed." if not made else "give every part a fraction, or none."))
     if streaming and shares[0] is not None:
         raise ConfigError(f"{where}: fraction needs the number of rows, which a stream does not know.")
     loaded = [part.load(streaming=streaming) for part in made]
-    names = [sorted(rows.column_names or ()) for rows in loaded]
+    names = [sorted(_columns(rows)) for rows in loaded]
     if any(one != names[0] for one in names):
         listed = "; ".join(f"{part.path}: {', '.join(one)}" for part, one in zip(made, names, strict=True))
         raise ConfigError(

@@ -98,6 +98,8 @@ def explained(what: str, way_out: str) -> Iterator[None]:
             errno.EDQUOT: "the disk quota is used up",
             errno.EROFS: "the file system is read-only",
             errno.EACCES: "permission denied",
+            errno.ENOTDIR: "a file is where a directory is needed",
+            errno.EEXIST: "a file is where a directory is needed",
         }
         if error.errno not in reasons:
             raise

@@ -261,7 +261,11 @@ def _require_turns(row: Mapping[str, Any], where: str) -> None:
     """Refuse a conversation without a turn, which no template renders; an empty text is a text."""
     for column in ("prompt", "messages", "conversations"):
         turns = row.get(column)
-        if "input_ids" not in row and turns is not None and not isinstance(turns, str) and not len(turns):
+        if "input_ids" in row or turns is None or isinstance(turns, str):
+            continue
+        if not hasattr(turns, "__len__"):
+            raise DataError(f"{where}: {column!r} is {turns!r}; expected text, or a list of messages.")
+        if not len(turns):
             raise DataError(f"{where}: {column!r} is a conversation without a turn. Remove the row, or add a message.")
 
 

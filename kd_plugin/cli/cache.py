@@ -270,11 +270,12 @@ def fidelity_command(argv: Sequence[str]) -> int:
 
 
 def _probe(config: FidelityConfig) -> Fidelity:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from kd_plugin.cache import Sampled, TopK
     from kd_plugin.capturing.fidelity import fidelity
     from kd_plugin.inputs import load_rows
+    from kd_plugin.models import as_tokenizer
     from kd_plugin.teachers import LocalTeacher
 
     settings: list[Targets] = [*(TopK(k) for k in config.k), *(Sampled(draws) for draws in config.draws)]
@@ -298,7 +299,7 @@ def _probe(config: FidelityConfig) -> Fidelity:
         tail=config.tail,  # type: ignore[arg-type]
         batch_tokens=config.batch_tokens,
         seed=config.seed,
-        tokenizer=AutoTokenizer.from_pretrained(config.student),
+        tokenizer=as_tokenizer(config.student),
         lineage=config.lineage,
     )
 

@@ -147,8 +147,11 @@ def main(argv: Sequence[str], append: bool = False) -> int:
     needed = [*([] if config.datasets else ["dataset"]), "teacher", "output_dir"]
     require_set(config, needed, "kd-plugin cache append" if append else "")
     targets, generation, teacher = make_targets(config), make_generation(config), make_teacher(config)
+    from kd_plugin.cache.manifest import read_manifest
     from kd_plugin.capturing import capture
 
+    if append:
+        read_manifest(Path(config.output_dir))  # a name that is misspelt would begin a cache
     rows = rows_of(config)
     options: dict[str, Any] = {
         **values_of(ScoringSettings, vars(config)),

@@ -135,7 +135,12 @@ def _option(option: Option, cluster: Cluster) -> dict[str, Any]:
 def _text_bills(settings: PlanSettings, run: PlannedRun) -> list[TextBill]:
     if not 0.0 <= settings.corrected <= 1.0:
         raise ConfigError(f"corrected is {settings.corrected}; expected a share from 0 to 1.")
-    prices = {name: Prices.of(given) for name, given in settings.text_teachers.items()}
+    prices = {}
+    for name, given in settings.text_teachers.items():
+        try:
+            prices[name] = Prices.of(given)
+        except ConfigError as error:
+            raise ConfigError(f"text_teachers: {name}: {error}") from error
     responses = settings.rows * settings.epochs
     return text_bills(prices, run, responses, corrected=settings.corrected, voted=settings.voted)
 

@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from kd_plugin.cli.parsing import Parser, add_config, take_config
+from kd_plugin.cli.values import value_of
 from kd_plugin.errors import ConfigError, UsageError
 from kd_plugin.inputs import MIXTURE, load_mixture, load_rows
 from kd_plugin.sharding import close_process_group
@@ -129,8 +130,10 @@ def parse(
     if not values.get("model_name_or_path"):
         raise UsageError("no student is named; set model_name_or_path to a path or a hub id.", f"kd-plugin {command}")
     if given.file is not None and "env" in given.file.nodes:
-        os.environ.update({str(name): str(value) for name, value in given.file.content["env"].items()})
+        env = value_of(given.file.nodes["env"], dict[str, Any], f"{given.file.where('env')}: env")
+        os.environ.update({name: str(value) for name, value in env.items()})
     with given.usage():
+        _require_deepspeed(values.get("deepspeed"))
         script, training, model = (
             cls(**{name: value for name, value in values.items() if name in own})
             for cls, own in zip(classes, fields, strict=True)
@@ -142,6 +145,14 @@ def parse(
         **(training.model_init_kwargs or {}),
     }
     return script, training, model
+
+
+def _require_deepspeed(given: Any) -> None:
+    """Refuse a configuration of DeepSpeed whose sections are none; accelerate's reader would end with a traceback."""
+    for name in ("zero_optimization", "optimizer", "scheduler", "bf16", "fp16"):
+        section = given.get(name) if isinstance(given, dict) else None
+        if section is not None and not isinstance(section, dict):
+            raise ConfigError(f"deepspeed: {name}: expected a mapping, found {section!r}.")
 
 
 def train(

@@ -10,12 +10,12 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from kd_plugin.errors import UsageError
+from kd_plugin.errors import UsageError, nearest
 
 _TRUE, _FALSE, _NULL = ("true", "yes", "on"), ("false", "no", "off"), ("", "~", "null")
 _SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 _TEXT = "tag:yaml.org,2002:str"
-_SHOWN = 60  # characters of a wrong value that a message shows
+_SHOWN, _LISTED = 60, 12  # characters of a wrong value that a message shows; words that it lists
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
@@ -38,6 +38,8 @@ def value_of(node: yaml.Node, hint: Any, where: str) -> Any:
     kinds = kinds_of(hint)
     if Any in kinds or object in kinds:
         return _plain(node)
+    if any(_is_enum(kind) for kind in kinds):  # transformers writes `SchedulerType | str`, and takes its words alone
+        kinds = tuple(kind for kind in kinds if kind is not str)
     if isinstance(node, yaml.MappingNode):
         for kind in kinds:
             if kind is dict or get_origin(kind) is dict:
@@ -54,7 +56,8 @@ def value_of(node: yaml.Node, hint: Any, where: str) -> Any:
         if found is not _scalar:
             return found
     shown = textwrap.shorten(str(_plain(node)), _SHOWN, placeholder="…")
-    raise UsageError(f"{where}: expected {_expected(kinds)}, found {shown!r}.")
+    words = [str(one.value) for kind in kinds if _is_enum(kind) for one in kind]
+    raise UsageError(f"{where}: expected {_expected(kinds)}, found {shown!r}.{nearest(shown, words)}")
 
 
 def value_of_words(words: Any, hint: Any, where: str) -> Any:
@@ -85,8 +88,12 @@ def value_of_words(words: Any, hint: Any, where: str) -> Any:
     return value_of(of_one, hint, where)
 
 
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
+
+
 def _is_scalar(kind: Any) -> bool:
-    return kind in _SCALARS or (isinstance(kind, type) and issubclass(kind, Enum))
+    return kind in _SCALARS or _is_enum(kind)
 
 
 def _scalar(text: str, kinds: Sequence[Any], *, quoted: bool) -> Any:
@@ -108,7 +115,7 @@ def _scalar(text: str, kinds: Sequence[Any], *, quoted: bool) -> Any:
     for kind in kinds:
         if kind is str or (not isinstance(kind, type) and text in get_args(kind)):
             return text
-        if isinstance(kind, type) and issubclass(kind, Enum) and text in {one.value for one in kind}:
+        if _is_enum(kind) and text in {one.value for one in kind}:
             return kind(text)
     return _scalar
 
@@ -127,8 +134,9 @@ def _expected(kinds: Sequence[Any]) -> str:
             said.append("a mapping {key: value}")
         elif kind is list or get_origin(kind) in (list, tuple):
             said.append("a list [a, b]")
-        elif isinstance(kind, type) and issubclass(kind, Enum):
-            said.append("one of " + ", ".join(str(one.value) for one in kind))
+        elif _is_enum(kind):
+            listed = [str(one.value) for one in kind]
+            said.append("one of " + ", ".join(listed[:_LISTED]) + ", ..." * (len(listed) > _LISTED))
         else:
             said += [repr(value) for value in get_args(kind)] or [str(kind)]
     return " or ".join(dict.fromkeys(said))

@@ -139,6 +139,8 @@ def load_tasks(given: Mapping[str, Any] | str | Path) -> list[Task]:
     Raises:
         ConfigError: no task, an unknown key, or what a task refuses.
     """
+    if not isinstance(given, Mapping | str | Path):
+        raise ConfigError(f"tasks: expected a mapping, or a YAML file that holds it; found {given!r}.")
     where = "tasks" if isinstance(given, Mapping) else str(given)
     content = dict(given) if isinstance(given, Mapping) else read_yaml(given)
     known = [field.name for field in dataclasses.fields(TaskSettings)]

@@ -57,7 +57,7 @@ class Connection(RequestSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts = urlsplit(self.url)
+        parts = urlsplit(str(self.url))
         if parts.username is not None or parts.password is not None or parts.query:
             raise ConfigError(
                 f"The server's url for host {parts.hostname!r} holds credentials or a query, which would end up in "

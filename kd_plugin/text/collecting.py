@@ -87,6 +87,8 @@ class Plan:
         if isinstance(prompt, str):
             system = [] if self.system is None else [{"role": "system", "content": self.system}]
             return [*system, {"role": "user", "content": prompt}] if system else prompt
+        if not isinstance(prompt, Sequence) or not all(isinstance(m, Mapping) and "role" in m for m in prompt):
+            raise DataError(f"{where} has the prompt {str(prompt)[:100]!r}; expected text, or a list of messages.")
         messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in prompt]
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()

@@ -47,6 +47,8 @@ class Prices:
         """
         if given is None or isinstance(given, Prices):
             return given or cls()
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"prices: expected a mapping {{read: 0.55, written: 2.19}}, found {given!r}.")
         require_known_keys(given, [f.name for f in dataclasses.fields(cls)], "prices")
         return cls(**given)
 

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import DatasetDict
 from trl import DatasetMixtureConfig, get_dataset
 from trl.scripts.utils import DatasetConfig
 
 from kd_plugin.errors import ConfigError, DataError
-from kd_plugin.inputs import load_mixture, local_files
+from kd_plugin.inputs import load_mixture, load_rows, local_files
 from kd_plugin.lineage.data import dataset_sources
 
 
@@ -67,6 +68,33 @@ def test_files_that_a_builder_reads_are_named(parts, tmp_path):
     assert local_files({"data_files": "nowhere.jsonl"}) == local_files({"path": "org/rows", "data_dir": "sub"}) == []
 
 
+@pytest.mark.parametrize(
+    ("split", "first", "count"), [("train[2:5]", 2, 3), ("train[:50%]", 0, 5), ("train[-2:]", 8, 2), ("test", 0, 10)]
+)
+@pytest.mark.parametrize("kind", ["file", "saved", "saved with splits"])
+def test_a_part_of_what_is_on_this_machine(parts, split, first, count, kind, tmp_path):
+    """As of a hub id; the one split of a file has any name."""
+    place = parts[0]
+    if kind != "file":
+        rows, place = load_rows(place), str(tmp_path / "saved")
+        (rows if kind == "saved" else DatasetDict({"train": rows, "test": rows})).save_to_disk(place)
+    assert load_rows(place, split=split)["x"] == list(range(first, first + count))
+
+
+@pytest.mark.parametrize("split", ["train[", "train[a:b]", "train[:2", "train[:2]x"])
+def test_a_part_that_cannot_be_read_is_refused(parts, split):
+    with pytest.raises(DataError, match="expected such as train"):
+        load_rows(parts[0], split=split)
+    with pytest.raises(DataError, match="a stream has no part"):
+        load_rows(parts[0], split="train[:2]", streaming=True)
+
+
+def test_a_stream_that_forgot_its_columns_is_joined(parts):
+    mapped = {"path": parts[1], "formatting": f"{__name__}:shouted"}
+    rows = load_mixture([{"path": parts[1]}, mapped], streaming=True)
+    assert [row["question"] for row in rows] == [f"q{i}" for i in range(4)] + [f"Q{i}" for i in range(4)]
+
+
 def test_streams_are_joined(parts):
     rows = load_mixture(
         [{"path": name, "columns": [column]} for name, column in zip(parts[:1] * 2, "xx", strict=True)], streaming=True
@@ -85,10 +113,17 @@ def test_streams_are_joined(parts):
         ({"formatting": "tests.nowhere:f"}, "'tests.nowhere:f' cannot be imported"),
         ({"formatting": "json"}, "expected package.module:function"),
         ({"columns": ["prompt"]}, "different columns"),
+        ({"columns": "prompt"}, r"datasets\[1\]: columns: expected a list, or a mapping"),
+        ({"columns": [1]}, "columns: expected a list"),
+        ({"template": "{x}"}, "template: expected a mapping"),
+        ({"template": {"prompt": 3}}, "template: expected a mapping"),
+        ({"split": 3}, r"datasets\[1\]: split: expected text, found '3'"),
+        ({"fraction": 0, "template": None}, "fraction is 0; expected a share above 0"),
+        ({"data_files": 3}, "data_files: expected a path"),
     ],
 )
 def test_what_cannot_be_is_refused(parts, part, message):
-    second = part if "pth" in part or set(part) == {"split"} else {"path": parts[0], **part}
+    second = part if "pth" in part or part == {"split": "train"} else {"path": parts[0], **part}
     with pytest.raises((ConfigError, DataError), match=message):
         load_mixture([{"path": parts[0]}, second])
     with pytest.raises(ConfigError, match="a stream does not know"):

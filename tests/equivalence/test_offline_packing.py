@@ -5,6 +5,7 @@ On a CPU attention stays within a document because transformers derives the mask
 knows those boundaries alone.
 """
 
+import inspect
 from itertools import pairwise
 
 import pytest
@@ -13,11 +14,13 @@ from datasets import Dataset
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import flash_attention_mask
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from kd_plugin.cache import Sampled, TopK
 from kd_plugin.capturing import capture
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
+from kd_plugin.trl.upstream import FUSED_HEAD
 from tests.hosts.runs import TOPICS, Trace, assert_same, losses, settings
 from tests.tiny import byte_tokenizer
 
@@ -26,6 +29,7 @@ COMPLETIONS = Dataset.from_list(
 )
 TEXTS = Dataset.from_list([{"text": f"{TOPICS[i % 8]} and {TOPICS[i * 3 % 8]} {i}"} for i in range(12)])
 ROWS = {"completions": COMPLETIONS, "texts": TEXTS}
+COLLATED = "cu_seq_lens_q" in inspect.getsource(DataCollatorForLanguageModeling)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +70,18 @@ def require_same(mine, reference):
     assert_same(mine[1], reference[1], 1e-4)
 
 
-def by_boundaries(module, query, key, value, attention_mask, scaling, *, cu_seq_lens_q, max_length_q, **kwargs):
-    """Attend within each document, told by ``cu_seq_lens_q`` alone; (B, heads, L, D) to (B, L, heads, D)."""
+def by_boundaries(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Attend within each document, told by ``cu_seq_lens_q`` alone; (B, heads, L, D) to (B, L, heads, D).
+
+    A TRL whose collator gives none leaves it to ``position_ids``, from which transformers' flash attention has it then.
+    """
     assert attention_mask is None and query.shape[0] == 1
-    bounds = cu_seq_lens_q.tolist()
-    assert bounds[-1] == query.shape[2] and max_length_q == max(b - a for a, b in pairwise(bounds))
+    if COLLATED:
+        bounds = kwargs["cu_seq_lens_q"].tolist()
+        assert kwargs["max_length_q"] == max(b - a for a, b in pairwise(bounds))
+    else:
+        bounds = [*(kwargs["position_ids"][0] == 0).nonzero()[:, 0].tolist(), query.shape[2]]
+    assert bounds[0] == 0 and bounds[-1] == query.shape[2]
     parts = [
         scaled_dot_product_attention(
             query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling, enable_gqa=True
@@ -114,6 +125,8 @@ def test_padding_free_and_packed_equal_padded(kind, targets, attention, caches, 
 
 @pytest.mark.parametrize("variant", ["softcapped", "biased", "moe", "padded"])
 def test_other_kinds_of_student_packed_equal_padded(variant, caches, tmp_path, variant_dir):
+    if variant == "moe" and not FUSED_HEAD:
+        pytest.skip("before TRL 1.15 a router loss that is trained is refused")
     cache, student = caches["completions", TopK], variant_dir(variant)
     padded = step(tmp_path / "a", cache, student, COMPLETIONS, "eager", ce_weight=0.5)
     packed = step(tmp_path / "b", cache, student, COMPLETIONS, "eager", packing=True, max_length=96, ce_weight=0.5)

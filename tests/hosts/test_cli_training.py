@@ -10,7 +10,7 @@ import yaml
 from datasets import Dataset
 from trl import ModelConfig, ScriptArguments
 
-from kd_plugin.cache import TopK
+from kd_plugin.cache import TeacherCache, TopK
 from kd_plugin.capturing import capture
 from kd_plugin.cli import training
 from kd_plugin.cli.main import main
@@ -56,6 +56,47 @@ def test_panel(tmp_path, student_dir, teacher_dir, other_teacher_dir):
     assert main(["panel", "--config", config]) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert verify(tmp_path / "out").exit_code == 0
+
+
+def shouted(row):
+    return {"prompt": row["prompt"].upper(), "completion": row["completion"]}
+
+
+@pytest.mark.parametrize("form", ["mixture", "stream", "part of a file", "column of text"])
+def test_training_takes_the_forms_of_data_that_a_capture_takes(form, tmp_path, monkeypatch, student_dir, teacher_dir):
+    monkeypatch.chdir(tmp_path)
+    for name, columns in (("a", ("prompt", "completion")), ("b", ("question", "answer")), ("c", ("content", "text"))):
+        rows = [dict(zip(columns, (f"{name}{i}?", f" {i}"), strict=True)) for i in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    function = {"path": "a.jsonl", "formatting": f"{__name__}:shouted"}
+    mixed = [
+        {**function, "fraction": 0.5},
+        {"path": "b.jsonl", "fraction": 0.25, "columns": {"question": "prompt", "answer": "completion"}},
+        {"path": "b.jsonl", "fraction": 0.25, "template": {"prompt": "Q: {question}", "completion": "{answer}"}},
+    ]
+    captured, trained, count = {
+        "mixture": ({"datasets": mixed}, {"datasets": mixed}, 12),
+        "stream": ({"datasets": [function], "streaming": True}, {"datasets": [function], "dataset_streaming": True}, 6),
+        "part of a file": (
+            {"dataset": "a.jsonl", "split": "train[1:5]"},
+            {"dataset_name": "a.jsonl", "dataset_train_split": "train[1:5]"},
+            4,
+        ),
+        "column of text": (
+            {"dataset": "c.jsonl", "dataset_text_field": "content"},
+            {"dataset_name": "c.jsonl", "dataset_text_field": "content"},
+            6,
+        ),
+    }[form]
+    capturing = write(tmp_path / "capture.yaml", **captured, teacher=teacher_dir, output_dir="cache", k=4)
+    assert main(["capture", "--config", capturing]) == 0
+    assert len(TeacherCache("cache")) == count
+    common = settings(tmp_path / "out", model_name_or_path=student_dir, max_steps=1, **trained)
+    # Each row is joined to its targets, or the run would be refused
+    assert main(["offline", "--config", write(tmp_path / "offline.yaml", **common, teacher_cache="cache")]) == 0
+    if form == "mixture":
+        common |= {"teacher_models": {"one": teacher_dir}, "max_completion_length": 4, "output_dir": "panel"}
+        assert main(["panel", "--config", write(tmp_path / "panel.yaml", **common)]) == 0
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from kd_plugin.capturing import capture
 from kd_plugin.errors import ConfigError, DataError
 from kd_plugin.teachers import LocalTeacher
 from kd_plugin.trl import OfflineKDConfig, OfflineKDTrainer
+from kd_plugin.trl.upstream import FUSED_HEAD
 from tests.hosts.runs import LORA, ROWS, losses, settings
 from tests.tiny import byte_tokenizer
 
@@ -79,11 +80,16 @@ class TestRefused:
         with pytest.raises((ConfigError, DataError), match=r"target|loss_type"):
             trainer.evaluate()
 
-    def test_a_loss_that_asks_the_model_for_logits(self, tmp_path, student_dir, cache):
+    def test_a_loss_that_asks_the_model_for_logits(self, tmp_path, student_dir, cache, expected):
         class Own(OfflineKDTrainer):
             def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
                 return model(**inputs).loss
 
+        if not FUSED_HEAD:  # there the model's own loss is what SFTTrainer takes, so it is that of the targets
+            trainer = build(tmp_path, student_dir, cache, Own)
+            trainer.train()
+            assert losses(trainer) == pytest.approx(expected, rel=1e-6)
+            return
         with pytest.raises(ConfigError, match="targets"):
             build(tmp_path, student_dir, cache, Own).train()
 
@@ -155,6 +161,8 @@ class TestTheLossStays:
         ids=lambda switch: next(iter(switch)),
     )
     def test_switch(self, switch, tmp_path, student_dir, cache, expected):
+        if "gradient_checkpointing_kwargs" in switch and not FUSED_HEAD:
+            pytest.skip("before TRL 1.15 torch itself refuses this switch")
         model = AutoModelForCausalLM.from_pretrained(student_dir, attn_implementation="eager")
         trainer = build(tmp_path, model, cache, **switch)
         trainer.train()
@@ -164,6 +172,8 @@ class TestTheLossStays:
 
     @pytest.mark.parametrize("wrapped", ["peft", "compiled"])
     def test_a_model_that_is_wrapped_already(self, wrapped, tmp_path, student_dir, cache, expected):
+        if wrapped == "compiled" and not FUSED_HEAD:
+            pytest.skip("before TRL 1.15 SFTTrainer fails over a compiled model")
         model = AutoModelForCausalLM.from_pretrained(student_dir)
         model = get_peft_model(model, LORA) if wrapped == "peft" else torch.compile(model, backend="eager")
         trainer = build(tmp_path, model, cache)

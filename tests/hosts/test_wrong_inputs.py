@@ -115,7 +115,8 @@ WRONG = [
     ("ladder --config FILE", f"{LADDER}recipe: {{techers: {{}}}}", "FILE, line 5: unknown key 'techers'", "'teachers'"),
     ("ladder --config FILE", f"{LADDER}recipe: {{teachers: {{a: MODEL}}, offline: {{ce_wight: 1}}}}",
      "FILE, line 5: offline: unknown key 'ce_wight'", "Did you mean 'ce_weight'"),
-    ("ladder --config FILE", f"{LADDER}recipe: {{teachers: {{a: MODEL}}, offline: {{}}}}\nplan: {{node: 2}}",
+    ("ladder --config FILE",
+     f"{LADDER}recipe: {{teachers: {{a: MODEL}}, data: {{dataset: DATA}}, offline: {{}}}}\nplan: {{node: 2}}",
      "FILE, line 6: plan: unknown key 'node'", "Did you mean 'nodes'"),
     ("cache import DIR", None, "SOURCE OUTPUT --teacher"),
     ("cache import --format axolotl DIR DIR", None, "SOURCE OUTPUT --teacher"),
@@ -142,7 +143,38 @@ WRONG = [
     ("report nowhere -o page.html", None, "nowhere holds no logs"),
     ("doctor --config FILE", "zero: 3", "FILE, line 1: unknown key 'zero'", "servers"),
     ("offlin", None, "Did you mean 'offline'"),
+    ("capture --dataset NUMBERS --teacher MODEL --output_dir DIR", None, "row 0: 'prompt' is 3; expected text"),
+    ("capture --config FILE", "dataset: DATA\noutput_dir: DIR\nteacher: {url: 3}", "FILE, line 3: url=3: expected"),
+    ("capture --config FILE", "teacher: MODEL\noutput_dir: DIR\ndatasets:\n- {path: DATA, fraction: half}",
+     "FILE, line 4: datasets[0]: fraction: expected a number", "'half'"),
+    ("capture --dataset DATA --split train[5 --teacher MODEL --output_dir DIR", None, "split 'train[5'",
+     "train[:1000]"),
+    ("offline --config FILE", "model_name_or_path: MODEL\nenv: 3", "FILE, line 2: env: expected a mapping"),
+    ("offline --config FILE", "model_name_or_path: MODEL\nuse_cpu: true\ndeepspeed:\n  zero_optimization: x",
+     "FILE, line 4: deepspeed: zero_optimization: expected a mapping, found 'x'"),
+    ("offline --config FILE", "model_name_or_path: MODEL\nsave_strategy: sometimes", "FILE, line 2: save_strategy",
+     "one of no, steps, epoch"),
+    ("evaluate --config FILE", "model: MODEL\noutput_dir: x\ntasks: 3", "FILE, line 3: tasks: expected a mapping"),
+    ("evaluate --model MODEL --tasks FILE --output_dir x", "tasks:\n  mine: {rows: NUMBERS, verify: exact}", "row 0",
+     "the prompt '3'; expected text"),
+    ("evaluate --model MODEL --tasks FILE --output_dir DATA", "tasks:\n  mine: {rows: DATA, verify: exact}",
+     "a file is where a directory is needed"),
+    ("pilot --config FILE", "student: x\nbudget: nan", "FILE, line 2: budget is nan; expected a number above 0"),
+    ("plan --config FILE", "student: Qwen/Qwen2.5-7B\nteachers: [Qwen/Qwen2.5-7B:server]\ntext_teachers: {r: 3}",
+     "FILE, line 3: text_teachers: r: prices: expected a mapping"),
+    ("cache fidelity --dataset DATA --teacher MODEL --student nowhere", None,
+     "No tokenizer can be loaded from 'nowhere'"),
+    ("cache append DIR --dataset DATA --teacher MODEL", None, "empty is no teacher cache", "no manifest.json"),
+    ("run FILE", f"{RUN}offline: {{}}\nevaluate: {{tasks: 3}}", "FILE, line 6: tasks: expected a mapping"),
+    ("run FILE", f"{RUN}capture: {{k: -1}}\noffline: {{}}", "FILE, line 5", "expected a whole number of at least 1"),
 ]  # fmt: skip
+
+
+# What is wrong with data, with a cache or with a place is no wrong usage
+IN_DATA = (
+    "nowhere.jsonl", "broken.jsonl", "nothing.jsonl", "numbers.jsonl",
+    "train[5", "append empty --", "--output_dir rows",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -154,8 +186,9 @@ def test_wrong_input(command, content, says, tmp_path, capsys, monkeypatch, stud
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
     (tmp_path / "broken.jsonl").write_text(json.dumps(ROW) + '\n{"prompt": "a" "completion": "b"}\n')
     (tmp_path / "nothing.jsonl").touch()
+    (tmp_path / "numbers.jsonl").write_text('{"prompt": 3, "completion": 4, "answer": "b"}\n')
     places = {"FILE": "wrong.yaml", "DIR": "empty", "DATA": "rows.jsonl", "MODEL": student_dir}
-    places |= {"BROKEN": "broken.jsonl", "NOTHING": "nothing.jsonl"}
+    places |= {"BROKEN": "broken.jsonl", "NOTHING": "nothing.jsonl", "NUMBERS": "numbers.jsonl"}
 
     def placed(text):
         for name, place in places.items():
@@ -165,8 +198,8 @@ def test_wrong_input(command, content, says, tmp_path, capsys, monkeypatch, stud
     if content is not None:
         (tmp_path / "wrong.yaml").write_text(placed(content))
     words = ["{t:" if word == "'{t:'" else word for word in placed(command).split()]
-    is_data = {"nowhere.jsonl", "broken.jsonl", "nothing.jsonl"} & set(words) or "nowhere.jsonl" in (content or "")
-    assert main(words) == (1 if is_data else 2)  # what is wrong with data is no wrong usage
+    told = " ".join([*words, placed(content or "")])
+    assert main(words) == (1 if any(one in told for one in IN_DATA) else 2)
     message = capsys.readouterr().err.strip()
     lines = [line for line in message.splitlines() if line]
     assert 1 <= len(lines) <= 6 and len(message) <= 6 * 120, message

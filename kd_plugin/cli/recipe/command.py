@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from kd_plugin.cli.parsing import for_the_user, parse_settings
-from kd_plugin.cli.recipe.sections import Recipe, stages_of, student_of
+from kd_plugin.cli.recipe.sections import Recipe, checked, stages_of, student_of
 from kd_plugin.cli.recipe.stages import Stages
 from kd_plugin.errors import KDError, UsageError
 from kd_plugin.evaluation.recipes import Done
@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
     given = parsed.file
     if given is None:
         raise UsageError("no recipe is named. Give its YAML file: kd-plugin run recipe.yaml", "kd-plugin run")
+    recipe = checked(recipe, given)
     stages = Stages(recipe.output_dir, stages_of(recipe, given), recipe.cache_dir)
     done = stages.done()
     print(f"{given.path} -> {recipe.output_dir}")
@@ -145,7 +146,7 @@ def _written(content: Mapping[str, Any]) -> tuple[Recipe, Stages]:
     with for_the_user(path):
         parsed = parse_settings(Recipe, ["--config", str(path)], command="run", description="")
         assert parsed.file is not None
-        recipe = parsed.settings
+        recipe = checked(parsed.settings, parsed.file)
         return recipe, Stages(recipe.output_dir, stages_of(recipe, parsed.file), recipe.cache_dir)
 
 

@@ -6,17 +6,18 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from kd_plugin.cli.capture import CaptureConfig
+from kd_plugin.cli.capture import CaptureConfig, make_generation, make_targets
 from kd_plugin.cli.evaluation import EvaluateConfig
 from kd_plugin.cli.parsing import typed_section
 from kd_plugin.cli.recipe.stages import Stage
 from kd_plugin.errors import ConfigError, UsageError, nearest
-from kd_plugin.evaluation.recipes import TRAINING
-from kd_plugin.inputs import YamlFile, local_files
+from kd_plugin.evaluation import load_tasks
+from kd_plugin.inputs import YamlFile, local_files, read_yaml, require_file
 from kd_plugin.settings import option, settings, values_of
 
 _SET_HERE = {  # settings of a stage that the recipe sets, and where a user sets them instead
@@ -73,6 +74,7 @@ def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
         UsageError: an unknown key of a section, or a value of another type: names file, line and key.
         ConfigError: a section that is missing, a setting that another section has, or a value that training refuses.
     """
+    recipe = checked(recipe, file)
     for name in ("output_dir", "student"):
         if not getattr(recipe, name):
             raise UsageError(f"{file.path}: {name} is not set.")
@@ -83,14 +85,13 @@ def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
     if not recipe.teachers:
         raise UsageError(f"{file.path}: no teachers are named. Add teachers: {{NAME: {{model: PATH}}}}.")
     student = {"model_name_or_path": recipe.student} if isinstance(recipe.student, str) else dict(recipe.student)
-    data = {key: value for key, value in _section(recipe, file, "data").items() if value is not None}
+    data = data_of(recipe)
     place, declared = Path(recipe.output_dir), declarations(recipe)
     shared = {} if declared is None else {"lineage": declared}
     launcher, files, found = _launcher(recipe, file), data_digest(recipe), list[Stage]()
 
     def add(name: str, command: str, config: Mapping[str, Any], launcher: tuple[str, ...] = (sys.executable,)) -> None:
-        if command in TRAINING:
-            _require_trainable(command, config)
+        _require_valid(command, config)
         where = Path(recipe.cache_dir) if command == "capture" and recipe.cache_dir else place
         result = where / ("text" if name == "capture-text" else name.replace("capture-", "cache-"))
         config = {**config, "output_dir": str(result)}
@@ -116,7 +117,7 @@ def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
                 "streaming": "dataset_streaming"}  # fmt: skip
         section = dict(_section(recipe, file, "panel"))
         teachers = {name: _on_panel(recipe, spec) for name, spec in recipe.teachers.items()}
-        block = {"teachers": teachers, **(section.pop("panel", None) or {})}
+        block = {"teachers": teachers, **_block(section.pop("panel", None))}
         prompts = {rows.get(key, key): value for key, value in data.items() if key != "dataset_text_field"}
         given = {**prompts, "panel": block, **section}
         add("panel", "panel", {**start, **given, **shared}, launcher)
@@ -127,7 +128,28 @@ def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
         tasks = recipe.evaluate.get("tasks")
         files = _digest_of([Path(tasks)] if isinstance(tasks, str) else [])
         add("evaluate", "evaluate", {"model": str(students[-1]), **_section(recipe, file, "evaluate")})
+    if not (data.get("dataset") or data.get("datasets")):
+        raise UsageError(f"{file.path}: data: neither dataset nor datasets is set; name the rows.")
     return found
+
+
+def checked(recipe: Recipe, file: YamlFile) -> Recipe:
+    """Return a recipe whose data has the types that a capture takes, and whose teachers are described.
+
+    Raises:
+        UsageError: an unknown key or another type: names file, line and key.
+    """
+    for name, spec in (recipe.teachers or {}).items():
+        place = f"{file.where('teachers')}: teachers.{name}"
+        if not isinstance(spec, str | Mapping):
+            raise UsageError(f"{place}: expected a path or hub id, or a mapping with model or url; found {spec!r}.")
+        if "/" in name or "\\" in name or name.startswith("."):
+            raise UsageError(f"{place}: a directory has the teacher's name; leave out slashes and a leading dot.")
+    if recipe.data is None:
+        return recipe
+    license = (recipe.data or {}).get(_LICENSE)
+    said = {} if license is None else {_LICENSE: license}
+    return replace(recipe, data={**_section(recipe, file, "data"), **said})
 
 
 def declarations(recipe: Recipe) -> dict[str, Any] | str | None:
@@ -215,7 +237,7 @@ def _section(recipe: Recipe, file: YamlFile, name: str) -> dict[str, Any]:
 
 def data_of(recipe: Recipe) -> dict[str, Any]:
     """Return what a capture is told of the rows."""
-    return {key: value for key, value in (recipe.data or {}).items() if key in _DATA}
+    return {key: value for key, value in (recipe.data or {}).items() if key in _DATA and value is not None}
 
 
 def teacher_of(recipe: Recipe, name: str) -> dict[str, Any]:
@@ -259,17 +281,40 @@ def _taught_by(recipe: Recipe, captures: Sequence[Stage]) -> dict[str, Any]:
     return {"teacher_cache": weights if len(weights) > 1 else next(iter(weights))}
 
 
+def _block(given: Any) -> dict[str, Any]:
+    """Return the block of a panel: a mapping, or a YAML file with it."""
+    return dict(read_yaml(given) if isinstance(given, str) else given or {})
+
+
 def _weight(recipe: Recipe, name: str) -> float:
     given = (recipe.teachers or {})[name]
-    return float(given.get("weight", 1.0)) if isinstance(given, Mapping) else 1.0
+    weight = given.get("weight", 1.0) if isinstance(given, Mapping) else 1.0
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+        raise ConfigError(f"teachers: {name}: weight: expected a number above 0 for its cache, found {weight!r}.")
+    return float(weight)
 
 
-def _require_trainable(command: str, config: Mapping[str, Any]) -> None:
-    """Refuse values that the training would refuse, before a capture has taken hours; no weights are loaded.
+def _require_valid(command: str, config: Mapping[str, Any]) -> None:
+    """Refuse values that a stage would refuse, before another one has taken hours; no weights are loaded.
 
     Raises:
         ConfigError: a value out of range, an unknown name, or a panel that cannot be.
+        DataError: a file of questions is not there.
     """
+    if command == "capture":
+        from kd_plugin.cli.text import TextCaptureConfig
+
+        if config.get("targets") == "text":
+            TextCaptureConfig(**config)
+            return
+        made = CaptureConfig(**config)
+        make_targets(made)
+        make_generation(made)
+        return
+    if command == "evaluate":
+        for task in load_tasks(config.get("tasks") or {}):
+            require_file(Path(task.settings.rows))
+        return
     from kd_plugin.divergence.objective import OfflineSettings
     from kd_plugin.panel.block import panel_from_block
     from kd_plugin.panel.settings import PanelSettings
@@ -286,8 +331,16 @@ def _launcher(recipe: Recipe, file: YamlFile) -> tuple[str, ...]:
     for key in launch:
         if key not in _LAUNCH:
             raise UsageError(f"{file.where('launch')}: launch: unknown key {key!r}.{nearest(str(key), list(_LAUNCH))}")
-    if launch.get("command"):
-        return tuple(shlex.split(str(launch["command"])))
+    command = launch.get("command")
+    if command is not None:
+        try:
+            words = shlex.split(command) if isinstance(command, str) else []
+        except ValueError:
+            words = []
+        if not words:
+            where = file.where("launch")
+            raise UsageError(f"{where}: launch.command: expected words, as `accelerate launch`; found {command!r}.")
+        return tuple(words)
     processes = launch.get("processes", 1)
     if not isinstance(processes, int) or processes < 1:
         where = file.where("launch")

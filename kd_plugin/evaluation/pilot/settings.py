@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -70,7 +71,7 @@ class PilotConfig:
         for name in ("evaluations", "probe_steps", "epochs"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a number above 0.")
-        if self.budget < 0:
+        if not 0 <= self.budget < math.inf:
             raise ConfigError(f"budget is {self.budget:g}; expected a number above 0.")
         for name in ("scan_share", "warmup_share"):
             if not 0 < getattr(self, name) < 1:
