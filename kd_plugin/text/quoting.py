@@ -1,15 +1,12 @@
 """Text that others wrote, shown as data: JSON in which nothing has the form of a request or of a reply.
 
-What cannot be seen is escaped, as JSON may escape any character: control characters, marks of direction, zero-width
-characters, tags, fillers. What has a form is broken by a dot, ``s·core·=10``:
+What is escaped, as JSON may escape any character, so that it is the same text to whoever reads JSON:
 
+- what cannot be seen: control characters, marks of direction, zero-width characters, tags, fillers;
 - beginnings of the control tokens of chat templates (``<|im_end|>``, ``[INST]``, ``</think>``), speakers' names
   (``Assistant:``), and holes of templates (``{{key}}``);
 - the words that the form of a reply is made of, in any case, spacing and look-alike letters: a weak teacher copies a
   number that stands in that form (docs/results.md).
-
-(Escapes would do there too, but a weak evaluator took their digits for an answer; docs/results.md has both.)
-:func:`restored` takes the dots out of what a teacher copied.
 
 JSON escapes line breaks, so a response begins no line of a request. Each of its lines has a mark before it that tells
 data from request: *spotlighting* (Hines et al., arXiv 2403.14720).
@@ -20,11 +17,10 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 MARK = "|"
-DOT = "\u00b7"
 _UNSEEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # categories: control, format, private use, surrogates, separators
 # Letters and marks by category, and yet nothing to see: fillers, variation selectors, the joiner of graphemes
 _BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
@@ -47,8 +43,7 @@ def _word(letters: str) -> str:
 
 
 _KEY = rf"(?={_GAP}[0-9a-f]{{6,}})"
-# Each group that matches is cut off by a dot: before it if it is one of these, else behind it
-_BEFORE = ":="
+# Each group that matches is escaped
 _FORMS = [
     re.compile(r"(<)(?=[|/!<▁a-zA-Z])"),
     re.compile(r"(\[)(?=/?[A-Z_]{3,}\])"),
@@ -70,22 +65,10 @@ def quoted(value: Any) -> str:
         return "[" + ", ".join(map(quoted, value)) + "]"
     if not isinstance(value, str):
         return json.dumps(value)
-    dots, shown = _dots(value), []
-    for at, character in enumerate(value):
-        code = "".join(f"\\u{unit:04x}" for unit in _utf16(character)) if _is_unseen(character) else None
-        shown.append(DOT * (at in dots) + (code or json.dumps(character, ensure_ascii=False)[1:-1]))
+    shown = [json.dumps(character, ensure_ascii=False)[1:-1] for character in value]
+    for at in _escaped(value):
+        shown[at] = "".join(f"\\u{unit:04x}" for unit in _utf16(value[at]))
     return '"' + "".join(shown) + '"'
-
-
-def restored(text: str) -> str:
-    """Return a text that a teacher wrote after what it was shown, without the dots that :func:`quoted` puts there."""
-    dots, at, kept = _dots(text.replace(DOT, "")), 0, []
-    for character in text:
-        if character == DOT and at in dots:
-            continue
-        kept.append(character)
-        at += character != DOT
-    return "".join(kept)
 
 
 def quoted_lines(steps: Sequence[str], first: int = 1) -> str:
@@ -98,11 +81,14 @@ def quoted_lines(steps: Sequence[str], first: int = 1) -> str:
     return "\n".join(f"{MARK} {number} {quoted(step)}" for number, step in enumerate(steps, first))
 
 
-def _dots(text: str) -> set[int]:
-    """Return before which characters a dot comes."""
+def _escaped(text: str) -> Iterator[int]:
+    """Yield where the characters stand that are escaped."""
+    if not (text.isascii() and text.isprintable()):
+        yield from (at for at, one in enumerate(text) if _is_unseen(one))
     folded, places = _folded(text)
-    found = (match.start(n) for form in _FORMS for match in form.finditer(folded) for n in range(1, form.groups + 1))
-    return {places[at] + (folded[at] not in _BEFORE) for at in found if at >= 0}
+    for form in _FORMS:
+        for found in form.finditer(folded):
+            yield from (places[found.start(n)] for n in range(1, form.groups + 1) if found.start(n) >= 0)
 
 
 def _folded(text: str) -> tuple[str, Sequence[int]]:

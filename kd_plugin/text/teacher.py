@@ -11,7 +11,7 @@ from kd_plugin.settings import built, takes
 from kd_plugin.text.local import LocalWriter
 from kd_plugin.text.parsing import correction_pattern, parse_correction, parse_evaluation, verdict_pattern
 from kd_plugin.text.prompts import Message, Templates, key_of, steps_of, task_of
-from kd_plugin.text.quoting import quoted_lines, restored
+from kd_plugin.text.quoting import quoted_lines
 from kd_plugin.text.server import ServerWriter, WriterConnection
 from kd_plugin.text.teaching import Case, Correction, Evaluation
 from kd_plugin.text.writers import REFUSED, Answer, Ask, Writer, in_order
@@ -114,7 +114,7 @@ class PromptedTeacher:
         answers = self._ask(requests, [correction_pattern(key, room) for key in keys])
         for answer, key, before in zip(answers, keys, kept, strict=True):
             text, problem = parse_correction(answer.text, key, finished=answer.finished)
-            whole = None if text is None else before + restored(text)
+            whole = None if text is None else before + text
             found.append(Correction(whole, answer.text, _why(answer, problem), answer.usage))
         return found
 

@@ -17,7 +17,7 @@ from kd_plugin.text.parsing import (
     verdict_pattern,
 )
 from kd_plugin.text.prompts import Template, Templates, key_of, steps_of
-from kd_plugin.text.quoting import DOT, quoted, quoted_lines, restored
+from kd_plugin.text.quoting import quoted, quoted_lines
 from kd_plugin.text.teacher import PromptedTeacher
 from kd_plugin.text.teaching import Case
 from kd_plugin.text.writers import Answer, Usage
@@ -49,8 +49,7 @@ class Judge:
 @given(st.text() | st.sampled_from(STEERING))
 def test_what_is_quoted_is_data(text):
     data = quoted(text)
-    assert json.loads(data).replace(DOT, "") == text.replace(DOT, "")
-    assert DOT in text or restored(json.loads(data)) == text
+    assert json.loads(data) == text
     assert not re.search(r"verdict|score\s*[=:]|first_wrong_step", data, re.IGNORECASE)
     assert not any(unicodedata.category(one) in ("Cc", "Cf", "Zl", "Zp") for one in data)
     assert not any(sign in data for sign in CONTROL)
@@ -75,36 +74,18 @@ UNSEEN = [
 
 
 @pytest.mark.parametrize("text", DISGUISED)
-def test_the_words_of_a_verdict_are_broken_in_every_disguise(text):
+def test_the_words_of_a_verdict_are_escaped_in_every_disguise(text):
     data = quoted(text)
-    assert restored(json.loads(data)) == text and DOT in data
+    assert json.loads(data) == text and re.search(r"\\u[0-9a-f]{4}", data)
     plain = "".join(one for one in unicodedata.normalize("NFKD", data).lower() if not unicodedata.combining(one))
     assert not re.search(r"verdict|score\W{0,2}[=:]|first\W?wrong\W?step|\b(begin|end) [0-9a-f]{6}", plain)
 
 
 @pytest.mark.parametrize(
-    "text", ["the scores of the match", "in the end", "let us begin", "x[key] = {a: 1}", "a < b", "naïve", "a·b = 2·c"]
+    "text", ["the scores of the match", "in the end", "let us begin", "x[key] = {a: 1}", "a < b", "naïve"]
 )
 def test_what_says_nothing_of_a_verdict_is_shown_as_it_is(text):
-    assert quoted(text) == f'"{text}"' and restored(text) == text
-
-
-def test_a_correction_is_free_of_the_dots_that_its_teacher_was_shown():
-    """The others, such as those of a product, stay."""
-
-    class Copyist:
-        source, identity = Source(name="copyist", signal="text"), {}
-
-        def answers(self, asks):
-            for number, ask in asks:
-                request = ask.messages[-1]["content"]
-                key = re.search(r"^BEGIN ([0-9a-f]{12})$", request, re.MULTILINE)[1]
-                steps = [json.loads(line.split(" ", 2)[2]) for line in request.split("\n") if line[:1] == "|"]
-                yield number, Answer(f"BEGIN {key}\n{''.join(steps)}\nEND {key}", usage=Usage(5, 3))
-
-    response = "The final score: 3 to 2.\nSo 2·3 = 6 <b>goals</b>, ＳＣＯＲＥ＝10."
-    (found,) = PromptedTeacher(Copyist()).correct([Case("How many?", response)], [None])
-    assert found.text == response
+    assert quoted(text) == f'"{text}"'
 
 
 @pytest.mark.parametrize("unseen", UNSEEN)
@@ -118,8 +99,7 @@ def test_no_attack_has_the_form_of_a_request_or_a_reply(attack):
     """Neither what is quoted, nor a line of a request that does not begin with the mark, is the student's to write."""
     steps = steps_of(f"{CLEAN}\n{attack}")
     lines = quoted_lines(steps).split("\n")
-    assert [restored(json.loads(line.split(" ", 2)[2])) for line in lines] == steps
-    assert all(line[0] == "|" for line in lines)
+    assert [json.loads(line.split(" ", 2)[2]) for line in lines] == steps and all(line[0] == "|" for line in lines)
     judge, case = Judge(), Case("17 + 25", f"{CLEAN}\n{attack}")
     PromptedTeacher(judge).evaluate([case])
     PromptedTeacher(judge).evaluate([Case("17 + 25", CLEAN)])
@@ -264,4 +244,4 @@ def test_what_is_filled_in_is_not_filled_in_again():
     judge = Judge()
     PromptedTeacher(judge).evaluate([Case("the {{key}} and {{steps}}", "a {{task}}")])
     request = judge.asked[0].messages[-1]["content"]
-    assert '"the {·{key}} and {·{steps}}"' in request and '| 1 "a {·{task}}"' in request
+    assert r'"the \u007b{key}} and \u007b{steps}}"' in request and r'| 1 "a \u007b{task}}"' in request

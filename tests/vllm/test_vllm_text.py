@@ -46,7 +46,7 @@ def assert_taught(directory, out):
     assert all(row["evaluations"][0]["score"] is not None for row in rows)
     assert verify(out).exit_code == 0
     record = load_record(out)
-    assert record["run"]["templates"]["evaluate"].startswith("version 3, sha256 ")
+    assert record["run"]["templates"]["evaluate"].startswith("version 2, sha256 ")
     assert (
         any(edge["kind"] == "trained_on_outputs" for edge in record["lineage"]["edges"])
         if "lineage" in record
