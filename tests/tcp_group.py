@@ -25,7 +25,8 @@ class TcpGroup:
         key, self._number = f"tensor {self._number}", self._number + 1
         there = tensor.reshape(-1).view(torch.uint8)
         if self._rank == src:
-            self._store.set(key, there.numpy().tobytes())
+            # Of a copy: a storage that NumPy has seen cannot be freed, as FSDP2 frees what it gathered
+            self._store.set(key, there.clone().numpy().tobytes())
             return
         sent = torch.frombuffer(bytearray(self._store.get(key)), dtype=torch.uint8)
         assert len(sent) == len(there), f"{key}: {len(sent)} bytes were sent, and {len(there)} are expected"

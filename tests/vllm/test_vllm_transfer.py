@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from kd_plugin.errors import ServerError
 from kd_plugin.rollouts.vllm import engine as server_engine
 from kd_plugin.rollouts.vllm import transfer
 from kd_plugin.rollouts.vllm.engine import ServerEngine
+from kd_plugin.rollouts.vllm.weights import AllWeights
 from tests.tcp_group import TcpGroup
 from tests.tiny import save_tiny
 from tests.vllm.greedy import compared_with_own, said
-from tests.vllm.hosts import STEPS, trl
+from tests.vllm.hosts import STEPS, plain, trl
 from tests.vllm.server import VllmServer
 from tests.vllm.test_vllm import pytestmark  # noqa: F401 - marks
 
@@ -33,13 +35,25 @@ def joined(monkeypatch):
 
 
 def test_a_real_server_takes_tensor_after_tensor(models, joined, tmp_path, monkeypatch):
+    """Two runs on one server: each opens a group of its own. Then a tensor that is not the student's."""
     both, found = compared_with_own(ServerEngine.generate)
     monkeypatch.setattr(ServerEngine, "generate", both)
     environment = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(CHECKOUT)}
     with VllmServer(models[0], tmp_path / "log", *OPTIONS, *WORKER, environment=environment) as server:
         block = {"kind": "vllm", "url": server.url, "sync": "nccl", "max_retries": 0, "timeout": 60}
-        mine = trl(tmp_path / "a", *models, block, False)
-    theirs = trl(tmp_path / "b", *models, None, False)
-    print(f"tensors over TCP: losses {[round(x, 4) for x in mine]}; {said(found)}")
-    assert mine == pytest.approx(theirs, abs=1e-3) and len(mine) == STEPS
-    assert found["rows"] == 4 * STEPS
+        for host in (trl, plain):
+            mine = host(tmp_path / f"{host.__name__}-a", *models, block, False)
+            theirs = host(tmp_path / f"{host.__name__}-b", *models, None, False)
+            print(f"{host.__name__}, tensors over TCP: losses {[round(x, 4) for x in mine]}")
+            assert mine == pytest.approx(theirs, abs=1e-3) and len(mine) == STEPS
+        print(said(found))
+        assert found["rows"] == 2 * 4 * STEPS
+        on_device = AllWeights.on_device
+
+        def stale(self):
+            for layer in on_device(self):
+                yield {name: tensor * (1.1 if name == "lm_head.weight" else 1) for name, tensor in layer.items()}
+
+        monkeypatch.setattr(AllWeights, "on_device", stale)
+        with pytest.raises(ServerError, match="does not have the student's weights of step 0"):
+            trl(tmp_path / "c", *models, block, False)

@@ -36,9 +36,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def torchrun(ranks: int, port: int | None = None) -> list[str]:
+def torchrun(ranks: int, port: int | None = None, python: str = sys.executable) -> list[str]:
     """Return the command line that launches ``ranks`` ranks of the worker on this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    launcher = [python, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     return [*launcher, "--master_port", str(port or free_port()), "-m", "tests.zero.worker"]
 
 
@@ -52,13 +52,18 @@ def run(job: dict, directory: Path, ranks: int = 2, timeout: int = 900) -> list[
 
 
 def run_all(
-    jobs: dict[str, dict], directory: Path, ranks: int = 2, timeout: int = 900, env: dict[str, str] | None = None
+    jobs: dict[str, dict],
+    directory: Path,
+    ranks: int = 2,
+    timeout: int = 900,
+    env: dict[str, str] | None = None,
+    python: str = sys.executable,
 ) -> dict[str, list[dict]]:
     """Run named jobs one after another in the same processes, which costs one start; return each one's reports."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "job.json"
     path.write_text(json.dumps({"jobs": jobs}))
-    code, output = ended([*torchrun(ranks), str(path)], environment(**(env or {})), timeout)
+    code, output = ended([*torchrun(ranks, python=python), str(path)], environment(**(env or {})), timeout)
     assert code == 0, _tracebacks(output)
     return {name: reports(directory, ranks, name) for name in jobs}
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from kd_plugin.rollouts.vllm.weights import layer_by_layer
 from tests.fake_vllm import Behaviour, fake_vllm
+from tests.tcp_group import TcpGroup
 from tests.tiny import save_tiny, tiny_llama
 from tests.zero.ranks import run_all
 
@@ -26,14 +27,14 @@ def job(student, teacher, out, stage, *, engine=None, lora=False, arguments=GREE
     return told | {"student": student, "output_dir": str(out), "arguments": {**arguments, **chosen}}
 
 
-def run_apart(jobs, directory, env=None):
+def run_apart(jobs, directory, **options):
     """Run the jobs with DeepSpeed in one start, those with FSDP2 in another, and those with neither in a third."""
     kinds: dict = {}
     for name, one in jobs.items():
         kinds.setdefault("fsdp" if one.get("fsdp") else "ddp" if one["stage"] is None else "zero", {})[name] = one
     found: dict = {}
     for kind, some in kinds.items():
-        found |= run_all(some, directory / kind, timeout=900, env=env)
+        found |= run_all(some, directory / kind, **options)
     return found
 
 
@@ -70,6 +71,40 @@ def test_adapters_and_whole_weights_reach_a_server_from_shards(
 
 
 @pytest.mark.zero
+def test_tensors_are_sent_one_by_one_from_shards(untied_student_dir, teacher_dir, tokenizer, tmp_path):
+    """``sync: nccl`` with TCP in NCCL's place; a server that dies among the tensors ends both ranks, at once."""
+
+    def join(master_address, master_port, rank_offset, world_size, packed):
+        return TcpGroup(master_address, master_port, rank_offset, world_size)
+
+    with contextlib.ExitStack() as stack:
+        jobs, behaviours = {}, {}
+        for name, stage, more in (
+            ("ddp", None, {}),
+            ("zero3", 3, UNEVEN),
+            ("fsdp2", "fsdp", {}),
+            ("dies", 3, {"may_stop": True}),
+        ):
+            model = AutoModelForCausalLM.from_pretrained(untied_student_dir, dtype=torch.float32).eval()
+            told = Behaviour(workers=1, joins=join, breaks_at=30 if name == "dies" else None)
+            url, behaviours[name] = stack.enter_context(fake_vllm(model, tokenizer, told))
+            engine, where = {"kind": "vllm", "url": url, "sync": "nccl", "max_retries": 0}, tmp_path / name
+            jobs[name] = job(untied_student_dir, teacher_dir, where, stage, engine=engine, over_tcp=True, **more)
+            if name != "dies":
+                own = job(untied_student_dir, teacher_dir, tmp_path / f"{name}-own", stage, **more)
+                jobs[f"{name}-own"] = own
+        found = run_apart(jobs, tmp_path / "jobs")
+    for name in ("ddp", "zero3", "fsdp2"):
+        assert found[name][0]["losses"] == pytest.approx(found[f"{name}-own"][0]["losses"], rel=1e-3)
+        assert [rank["groups"] for rank in found[name]] == [[2], []], "the first rank sends, and joins once for the run"
+        assert [path for path, _, _ in behaviours[name].requests].count("/update_weights") == 3
+    tensors = len(list(model.named_parameters()))
+    assert tensors < 30 < 2 * tensors, "it dies in the second sync"
+    for rank in found["dies"]:
+        assert rank["steps"] == 1 and "failed while weights were sent" in rank["stopped"]
+
+
+@pytest.mark.zero
 @pytest.mark.parametrize("kind", ["ZeRO-3", "FSDP2"])
 def test_a_sync_holds_a_layer_and_not_the_student(kind, tokenizer, teacher_dir, tmp_path):
     """Resident memory of two ranks above that before the sync, the first sync and one after a step."""
@@ -88,7 +123,7 @@ def test_a_sync_holds_a_layer_and_not_the_student(kind, tokenizer, teacher_dir, 
             told |= {"watch_syncs": True, "steps": 2, "completion": 2}
             jobs[sync] = job(student, teacher_dir, tmp_path / sync, **how, **told)
         # What is freed goes back at once, so that what is resident is what is held
-        found = run_apart(jobs, tmp_path, {"MALLOC_MMAP_THRESHOLD_": "65536"})
+        found = run_apart(jobs, tmp_path, env={"MALLOC_MMAP_THRESHOLD_": "65536"})
     print(
         f"{kind}: a layer has {layer / 1e6:.1f} MB, the student {whole / 1e6:.0f} MB; most above what was there before"
     )

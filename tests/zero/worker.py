@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from kd_plugin.errors import ServerError
 from kd_plugin.sharding import close_process_group
 
 
@@ -221,6 +222,7 @@ def train(job: dict, rank: int, counting) -> dict:
 
 def run_job(job: dict, rank: int, counting) -> dict:
     args = arguments(job, rank)
+    groups = send_over_tcp() if job.get("over_tcp") else []
     trainer = (build_panel if job["method"] == "panel" else build_offline)(job, args)
     if job.get("tool_rounds"):
         call_tools(trainer, job["tool_rounds"][rank])
@@ -236,11 +238,18 @@ def run_job(job: dict, rank: int, counting) -> dict:
         trainer.add_callback(Die())
     if counting is not None:
         counting.attach(trainer)
-    trainer.train(resume_from_checkpoint=job.get("resume"))
+    try:
+        trainer.train(resume_from_checkpoint=job.get("resume"))
+    except ServerError as error:
+        if not job.get("may_stop"):
+            raise
+        return {"stopped": str(error), "steps": trainer.state.global_step}
     report = {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "steps": trainer.state.global_step,
         "norm": weight_norm(trainer),
+        "groups": groups,
+        "parity": [entry["rollouts/parity"] for entry in trainer.state.log_history if "rollouts/parity" in entry],
     }
     if job["method"] == "panel":
         report["sharded"] = [name for name, teacher in trainer.panel.teachers.items() if teacher.capabilities.sharded]
@@ -249,6 +258,22 @@ def run_job(job: dict, rank: int, counting) -> dict:
     if job.get("save"):
         trainer.save_model(job["save"])
     return report
+
+
+def send_over_tcp() -> list[int]:
+    """Have ``sync: nccl`` send through a TCP store, which needs no GPU; note the members of each group opened here."""
+    from kd_plugin.rollouts.vllm import engine, transfer
+    from tests.tcp_group import TcpGroup
+
+    opened: list[int] = []
+
+    def open_group(address: str, port: int, members: int) -> TcpGroup:
+        opened.append(members)
+        return TcpGroup(address, port, 0, members)
+
+    transfer.open_group = open_group
+    engine.require_gpu = lambda device: None
+    return opened
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 Each rank has an engine, and weights reach it as they reach a server, through files. ``reload_weights`` and adapters
 work there as on a server; ``load_weights``, by which others hand weights over, fails on a CPU (vLLM 0.32). On a GPU the
 engine sleeps while the trainer trains: its weights go to host memory and its cache is dropped. Tested on a
-CPU (tests/vllm/test_vllm_in_process.py); sleeping was written against vLLM's interface and not run.
+CPU, on one rank and on two (tests/vllm/test_vllm_in_process*.py); sleeping was written against vLLM's interface and not
+run.
 """
 
 from __future__ import annotations
