@@ -22,6 +22,7 @@ from tests.vllm.greedy import compared_with_own, said
 from tests.vllm.hosts import STEPS, lightning, trl
 from tests.vllm.server import VllmServer
 from tests.vllm.test_vllm import pytestmark  # noqa: F401 - marks
+from tests.vllm.tools import CALL, SAYS, calling, save_student
 
 OPTIONS = ("--enable-lora", "--max-lora-rank", "8", "--max-model-len", "512", "--max-logprobs", "8")
 
@@ -92,6 +93,17 @@ def test_five_steps_are_those_of_the_transformers_engine(host, sync, served, mod
     assert len(mine) == STEPS and mine == pytest.approx(theirs, abs=1e-3)
     assert abs(mine[-1] - mine[0]) > 1e-2, "the student must move, or nothing was shown"
     assert compared["rows"] == 4 * STEPS
+
+
+@pytest.mark.parametrize("server", ["untied"], indirect=True)
+def test_a_student_calls_a_tool_and_goes_on_from_what_it_said(served, models, tmp_path):
+    """What it learned of tools came to the server by the first sync; each turn is a request of its own."""
+    student = save_student(tmp_path / "student")
+    mine, called, texts = calling(tmp_path / "a", student, models["teacher"], block(served[2], "reload", chunk=40))
+    theirs, own_called, own_texts = calling(tmp_path / "b", student, models["teacher"], None)
+    print(f"tools: {called} calls, losses {mine}, trained on {texts[0]!r}")
+    assert mine == pytest.approx(theirs, abs=1e-3) and len(mine) == 2
+    assert called == own_called == 8 and texts == own_texts == [CALL + SAYS] * 8, "the tool's words are not trained on"
 
 
 def test_experts_that_do_not_arrive_stop_the_run(models, tmp_path):
