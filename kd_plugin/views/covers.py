@@ -126,21 +126,22 @@ class _Cover:
         after = np.concatenate(found)
         return after[after[:, 0].argsort(kind="stable")]
 
+    @property
+    def reached(self) -> Flags:
+        """Which bytes of the texts a token begins at, or is asked about."""
+        found = np.zeros(len(self._raw) + 1, bool)
+        found[self.begun[1]] = True
+        found[self.after[:, 1]] = True
+        return found
+
     def covers(self, numbers: Ints) -> Covers:
-        """Return the covers of those bytes that are in ``numbers``, which they are counted by."""
-
-        def numbered(at: Ints) -> tuple[Ints, Ints]:
-            place = np.minimum(np.searchsorted(numbers, at), max(len(numbers) - 1, 0))
-            here = np.flatnonzero(numbers[place] == at) if len(numbers) else np.zeros(0, np.int64)
-            return place[here], here
-
+        """Return the covers of those bytes of the texts that have a number, by those."""
         rows, begins = self.begun
-        at_n, here_n = numbered(begins)
-        at_E, here_E = numbered(self.after[:, 1])
-        after = self.after[here_E]
+        at_n, at_E = numbers[begins], numbers[self.after[:, 1]]
+        here, after, at_E = at_n >= 0, self.after[at_E >= 0], at_E[at_E >= 0]
         columns = (after[:, 0], at_E, after[:, 2], after[:, 3], after[:, 4])
         ranges = Ranges(*(torch.from_numpy(np.ascontiguousarray(column)) for column in columns))
-        tokens, known, of, at = (torch.from_numpy(one) for one in (self.tokens, self.known, rows[here_n], at_n))
+        tokens, known, of, at = (torch.from_numpy(one) for one in (self.tokens, self.known, rows[here], at_n[here]))
         return Covers(self.table, tokens, known, of, at, ranges, torch.from_numpy(after[:, 5] > 0))
 
 
@@ -153,6 +154,6 @@ def byte_steps(texts: Texts, student: Side, teacher: Side) -> ByteSteps:
         teacher: its tokens that it was asked about.
     """
     mine, theirs = _Cover(student, texts, crosses=False), _Cover(teacher, texts, crosses=True)
-    own, said = (np.concatenate([side.begun[1], side.after[:, 1]]) for side in (mine, theirs))
-    numbers = np.intersect1d(own, said)
-    return ByteSteps(mine.covers(numbers), theirs.covers(numbers), len(numbers))
+    is_compared = mine.reached & theirs.reached
+    numbers = np.where(is_compared, is_compared.cumsum() - 1, -1)
+    return ByteSteps(mine.covers(numbers), theirs.covers(numbers), int(is_compared.sum()))
