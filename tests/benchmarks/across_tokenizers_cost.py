@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -84,7 +85,8 @@ def steps(options: argparse.Namespace, own: Any, tokenizers: dict[str, Any], clo
     student = AutoModelForCausalLM.from_pretrained(options.smollm2, dtype=torch.float32)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-9)
     teachers = {"the student's": LocalTeacher(copy.deepcopy(student), tokenizer=own)}
-    teachers |= {name: teacher_of_body(student, tokenizer) for name, tokenizer in tokenizers.items()}
+    body = teachers["the student's"].model
+    teachers |= {name: teacher_of_body(body, tokenizer) for name, tokenizer in tokenizers.items()}
     runs = [("the student's", "exact"), *((name, estimator) for name in tokenizers for estimator in options.only)]
     all_of = {(t, e): Step(student, own, teachers[t], e, teachers[t].tokenizer is not own, clock) for t, e in runs}
     sampling = Sampling(options.tokens, 1.0, draws="uniform")
@@ -93,24 +95,26 @@ def steps(options: argparse.Namespace, own: Any, tokenizers: dict[str, Any], clo
     seconds: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for turn in range(options.rounds + 1):
         ids = [own(prompt)["input_ids"] for prompt in prompts]
-        generating, found = timed(lambda ids=ids: [one.ids for one in engine.generate(ids)], clock)
-        batch = assembled(ids, found, end_tokens=[own.eos_token_id], pad_token_id=0, device=torch.device("cpu"))
+        generating, written = timed(lambda ids=ids: [one.ids for one in engine.generate(ids)], clock)
+        batch = assembled(ids, written, end_tokens=[own.eos_token_id], pad_token_id=0, device=torch.device("cpu"))
         for key, step in all_of.items():
             optimizer.zero_grad()
             parts = step.backward(batch, prompts)
             parts["optimizer"], _ = timed(optimizer.step, clock)
+            found = {**parts, "step": generating + sum(parts.values()), "generation": generating}
+            print(turn, *key, {part: round(took, 2) for part, took in found.items()}, file=sys.stderr, flush=True)
             if turn:
-                seconds[key].append({**parts, "step": generating + sum(parts.values()), "generation": generating})
+                seconds[key].append(found)
     return step_table(seconds, teachers, sum(len(one.tokens) for one in batch.responses))
 
 
-def teacher_of_body(student: Any, tokenizer: Any) -> LocalTeacher:
-    """Return a teacher with a student's layers, and random embeddings for the tokens of another tokenizer."""
-    config = copy.deepcopy(student.config)
+def teacher_of_body(body: Any, tokenizer: Any) -> LocalTeacher:
+    """Return a teacher that shares a model's layers, with random embeddings for the tokens of another tokenizer."""
+    config = copy.deepcopy(body.config)
     config.vocab_size, config.bos_token_id, config.pad_token_id = len(tokenizer), None, None
-    config.eos_token_id = tokenizer.eos_token_id
-    model = type(student)(config)
-    model.base_model.layers.load_state_dict(student.base_model.layers.state_dict())
+    config.eos_token_id, config.num_hidden_layers = tokenizer.eos_token_id, 0
+    model = type(body)(config)
+    model.base_model.layers, config.num_hidden_layers = body.base_model.layers, body.config.num_hidden_layers
     return LocalTeacher(model, tokenizer=tokenizer)
 
 
