@@ -33,7 +33,7 @@ def train(tmp_path, configuration):
     told = {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-m", "axolotl.cli.train", str(path)],
-        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **told}, timeout=600,
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **told}, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     (state,) = Path(configuration["output_dir"]).glob("checkpoint-2/trainer_state.json")
