@@ -22,6 +22,10 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 # Tests side by side. A file's tests stay in one process, which makes their models once.
 WORKERS ?= 2
 
+# A dot every 20 seconds while the command that follows runs, also if it is interrupted
+DOTS = shell=$$$$; (while sleep 20 >/dev/null 2>&1 && kill -0 $$shell 2>/dev/null; do printf .; done) & \
+	trap "kill $$! 2>/dev/null" EXIT; trap "exit 130" INT TERM;
+
 ARGS ?=
 SECONDS ?= 600
 
@@ -36,11 +40,11 @@ install: $(STAMP) ## Make .venv with everything that the targets below need.
 # Runs again only when the dependencies change.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
-	@echo "Installing into $(VENV): the first time that takes minutes and 2 GB or more, and prints nothing meanwhile ..."
+	@echo "Installing into $(VENV): the first time that takes minutes and 2 GB or more; a dot is 20 seconds ..."
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install -qq --disable-pip-version-check "pip==$(PIP_VERSION)"
-	@$(PY) -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt --editable ".[all,sign,dev]"
-	@touch $@
+	@$(DOTS) $(PY) -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt --editable ".[all,sign,dev]"
+	@echo; touch $@
 
 demo: $(STAMP) ## Distil a real model both ways and verify its lineage. Options: make demo ARGS="--fresh"
 	@$(VENV)/bin/kd-plugin demo $(ARGS)
