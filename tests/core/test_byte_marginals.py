@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kd_plugin.divergence import Divergence
+from kd_plugin.divergence.across import byte_masses as byte_masses_module
 from kd_plugin.divergence.across.byte_marginals import fused_byte_divergence
 from kd_plugin.divergence.across.byte_masses import ModelRows, byte_masses
 from kd_plugin.divergence.across.sorted_tokens import END, REST, SortedTokens
@@ -121,7 +122,9 @@ COARSE = [b"a", b"b", b"c", b"ab", b"abc", b"bc", b"ca", b"abca"]
         ((COARSE, [b"abc", b"ab", b"c"]), (COARSE, [b"a", b"bc", b"a", b"bc"])),
     ],
 )
-def test_loss_and_gradient_are_those_of_the_definition(student, teacher, divergence):
+@pytest.mark.parametrize("wide", [0, 1024])  # from how many tokens on the rows of a range are summed together
+def test_loss_and_gradient_are_those_of_the_definition(student, teacher, divergence, wide, monkeypatch):
+    monkeypatch.setattr(byte_masses_module, "_WIDE", wide)
     raw, divergence = b"abcabc", Divergence(divergence)
     sides = [toy(*side[:1], raw, side[1], seed) for seed, side in enumerate((student, teacher))]
     (mine, hidden, weight), (theirs, hidden_t, weight_t) = sides
