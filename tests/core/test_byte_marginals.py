@@ -111,6 +111,7 @@ def toy(texts, raw, tokens, seed, width=6):
 
 FINE = [b"a", b"b", b"c"]
 COARSE = [b"a", b"b", b"c", b"ab", b"abc", b"bc", b"ca", b"abca"]
+LONG = [b"b", b"c", b"abc", b"abca"]  # those that begin with "a" are those that begin with "ab"
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
@@ -120,6 +121,8 @@ COARSE = [b"a", b"b", b"c", b"ab", b"abc", b"bc", b"ca", b"abca"]
         ((COARSE, [b"ab", b"ca", b"b", b"c"]), (FINE, [b"a", b"b", b"c", b"a", b"b", b"c"])),
         ((FINE, [b"a", b"b", b"c", b"a", b"b", b"c"]), (COARSE, [b"abca", b"bc"])),
         ((COARSE, [b"abc", b"ab", b"c"]), (COARSE, [b"a", b"bc", b"a", b"bc"])),
+        ((FINE, [b"a", b"b", b"c", b"a", b"b", b"c"]), (LONG, [b"abc", b"abc"])),
+        ((LONG, [b"abca", b"b", b"c"]), (COARSE, [b"ab", b"ca", b"b", b"c"])),
     ],
 )
 @pytest.mark.parametrize("wide", [0, 1024])  # from how many tokens on the rows of a range are summed together
