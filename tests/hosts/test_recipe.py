@@ -91,7 +91,7 @@ def test_from_data_to_a_checked_student_and_nothing_twice(recipe, capsys, monkey
 
 def stages(path):
     parsed = parse_settings(sections.Recipe, ["--config", path], command="run", description="")
-    return sections.stages_of(parsed.settings, parsed.file)
+    return sections.stages_of(sections.checked(parsed.settings, parsed.file), parsed.file)
 
 
 def test_teachers_that_write(recipe, student_dir, monkeypatch, capsys):

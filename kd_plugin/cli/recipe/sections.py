@@ -70,11 +70,14 @@ class Recipe:
 def stages_of(recipe: Recipe, file: YamlFile) -> list[Stage]:
     """Return the stages that a recipe asks for, in order.
 
+    Args:
+        recipe: as :func:`checked` returns it.
+        file: it was read from.
+
     Raises:
         UsageError: an unknown key of a section, or a value of another type: names file, line and key.
         ConfigError: a section that is missing, a setting that another section has, or a value that training refuses.
     """
-    recipe = checked(recipe, file)
     for name in ("output_dir", "student"):
         if not getattr(recipe, name):
             raise UsageError(f"{file.path}: {name} is not set.")
@@ -147,7 +150,7 @@ def checked(recipe: Recipe, file: YamlFile) -> Recipe:
             raise UsageError(f"{place}: a directory has the teacher's name; leave out slashes and a leading dot.")
     if recipe.data is None:
         return recipe
-    license = (recipe.data or {}).get(_LICENSE)
+    license = recipe.data.get(_LICENSE)
     said = {} if license is None else {_LICENSE: license}
     return replace(recipe, data={**_section(recipe, file, "data"), **said})
 
