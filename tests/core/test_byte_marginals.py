@@ -114,6 +114,19 @@ COARSE = [b"a", b"b", b"c", b"ab", b"abc", b"bc", b"ca", b"abca"]
 LONG = [b"b", b"c", b"abc", b"abca"]  # those that begin with "a" are those that begin with "ab"
 
 
+def awkward_head(weight):
+    """A head with rows that are padding and would be likeliest, a bias, a scale, and a soft-cap."""
+    rows = torch.cat([weight, 9.0 + torch.zeros(3, weight.shape[1], dtype=weight.dtype)])
+    bias = torch.linspace(-1.0, 2.0, len(rows), dtype=weight.dtype)
+    return OutputHead(rows, bias, vocab_size=len(weight), logit_scale=0.7, softcap=3.0)
+
+
+def logprobs_by_definition(hidden, head):
+    logits = head.logit_scale * (hidden @ head.weight.T + (0.0 if head.bias is None else head.bias))
+    logits = logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()
+    return logits[:, : head.vocab_size].log_softmax(-1)
+
+
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
 @pytest.mark.parametrize(
     ("student", "teacher"),
@@ -126,7 +139,8 @@ LONG = [b"b", b"c", b"abc", b"abca"]  # those that begin with "a" are those that
     ],
 )
 @pytest.mark.parametrize("wide", [0, 1024])  # from how many tokens on the rows of a range are summed together
-def test_loss_and_gradient_are_those_of_the_definition(student, teacher, divergence, wide, monkeypatch):
+@pytest.mark.parametrize("head_of", [OutputHead, awkward_head])
+def test_loss_and_gradient_are_those_of_the_definition(student, teacher, divergence, wide, head_of, monkeypatch):
     monkeypatch.setattr(byte_masses_module, "_WIDE", wide)
     raw, divergence = b"abcabc", Divergence(divergence)
     sides = [toy(*side[:1], raw, side[1], seed) for seed, side in enumerate((student, teacher))]
@@ -136,7 +150,8 @@ def test_loss_and_gradient_are_those_of_the_definition(student, teacher, diverge
         [(b - 1, e - 1) for b, e in zip(s.spans.begins.tolist(), s.spans.ends.tolist(), strict=True)]
         for s in (mine, theirs)
     )
-    logq, logp = (hidden @ weight.T).log_softmax(-1), (hidden_t @ weight_t.T).log_softmax(-1).detach()
+    head, head_t = head_of(weight), head_of(weight_t.detach())
+    logq, logp = logprobs_by_definition(hidden, head), logprobs_by_definition(hidden_t, head_t).detach()
     said = marginals_by_definition(raw, said_at, theirs.tokens, theirs.table, logp)
     factor = torch.linspace(0.5, 2.0, len(mine.tokens), dtype=torch.float64)
     expected = sum(
@@ -145,8 +160,7 @@ def test_loss_and_gradient_are_those_of_the_definition(student, teacher, diverge
     )
     for rows in (None, 2):
         loss = fused_byte_divergence(
-            hidden, OutputHead(weight), HiddenSignal(hidden_t.detach(), OutputHead(weight_t.detach())), steps,
-            divergence, weights=factor, _rows=rows,
+            hidden, head, HiddenSignal(hidden_t.detach(), head_t), steps, divergence, weights=factor, _rows=rows,
         )  # fmt: skip
         torch.testing.assert_close(loss.loss_sum, expected)
         torch.testing.assert_close(loss.values @ factor, expected)
