@@ -7,6 +7,7 @@ request. ``{{name}}`` stands for what is filled in. What others wrote is filled 
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kd_plugin.errors import ConfigError
-from kd_plugin.text.quoting import quoted
+from kd_plugin.text.quoting import quoted, reply_words
 
 Purpose = Literal["evaluate", "rewrite", "continue"]
 Message = dict[str, str]
@@ -144,6 +145,23 @@ def steps_of(response: str) -> list[str]:
     if len(pieces) > 1 and not pieces[0].strip():
         pieces[:2] = [pieces[0] + pieces[1]]
     return pieces or [""]
+
+
+def imitating_steps(steps: Sequence[str], prompt: Any) -> set[int]:
+    """Return the numbers, from 1, of the steps that hold words of a reply, but for words that the task has itself.
+
+    Args:
+        steps: as :func:`steps_of` cuts them.
+        prompt: the task, text or messages.
+    """
+    task = prompt if isinstance(prompt, str) else "\n".join(str(turn.get("content")) for turn in prompt)
+    known = {word for word, _, _ in reply_words(task)}
+    ends = list(itertools.accumulate(map(len, steps)))
+    found: set[int] = set()
+    for word, begin, end in reply_words("".join(steps)):
+        if word not in known:
+            found.update(range(bisect.bisect_right(ends, begin) + 1, bisect.bisect_left(ends, end) + 2))
+    return found
 
 
 def task_of(prompt: Any) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 MARK = "|"
@@ -44,16 +44,19 @@ def _word(letters: str) -> str:
 
 _KEY = rf"(?={_GAP}[0-9a-f]{{6,}})"
 # Each group that matches is escaped
+_REPLY = {
+    "verdict": re.compile(_word("verdict"), re.IGNORECASE),
+    "score": re.compile(rf"{_word('score')}(?:{_GAP}([=:])|(?=[^\n]{{0,24}}?\d))", re.IGNORECASE),
+    "first wrong step": re.compile(rf"{_word('firstwrongstep')}(?:{_GAP}([=:]))?", re.IGNORECASE),
+    "begin": re.compile(_word("begin") + _KEY, re.IGNORECASE),
+    "end": re.compile(_word("end") + _KEY, re.IGNORECASE),
+}
 _FORMS = [
     re.compile(r"(<)(?=[|/!<▁a-zA-Z])"),
     re.compile(r"(\[)(?=/?[A-Z_]{3,}\])"),
     re.compile(r"(\{)(?=[{%#])"),
     re.compile(r"\b(?:human|assistant|user|system|instruction|response)\s{0,2}(:)", re.IGNORECASE),
-    re.compile(_word("verdict"), re.IGNORECASE),
-    re.compile(rf"{_word('score')}(?:{_GAP}([=:])|(?=[^\n]{{0,24}}?\d))", re.IGNORECASE),
-    re.compile(rf"{_word('firstwrongstep')}(?:{_GAP}([=:]))?", re.IGNORECASE),
-    re.compile(_word("begin") + _KEY, re.IGNORECASE),
-    re.compile(_word("end") + _KEY, re.IGNORECASE),
+    *_REPLY.values(),
 ]
 
 
@@ -71,14 +74,24 @@ def quoted(value: Any) -> str:
     return '"' + "".join(shown) + '"'
 
 
-def quoted_lines(steps: Sequence[str], first: int = 1) -> str:
+def quoted_lines(steps: Sequence[str], first: int = 1, left_out: Container[int] = ()) -> str:
     """Return the steps of a response, each as JSON on a line of its own behind the mark and its number.
 
     Args:
         steps: as :func:`~kd_plugin.text.prompts.steps_of` cuts them.
         first: number of the first of them.
+        left_out: numbers of those that are not shown; where none would be, it is an empty response that is shown.
     """
-    return "\n".join(f"{MARK} {number} {quoted(step)}" for number, step in enumerate(steps, first))
+    shown = [(number, step) for number, step in enumerate(steps, first) if number not in left_out]
+    return "\n".join(f"{MARK} {number} {quoted(step)}" for number, step in shown or [(first, "")])
+
+
+def reply_words(text: str) -> Iterator[tuple[str, int, int]]:
+    """Yield the words of a reply that a text holds, in whatever disguise: which one, where it begins, where it ends."""
+    folded, places = _folded(text)
+    for word, form in _REPLY.items():
+        for found in form.finditer(folded):
+            yield word, places[found.start()], places[found.end() - 1] + 1
 
 
 def _escaped(text: str) -> Iterator[int]:

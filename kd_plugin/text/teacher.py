@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kd_plugin.cache.targets import Generation
@@ -10,11 +11,11 @@ from kd_plugin.lineage.sources import Source
 from kd_plugin.settings import built, takes
 from kd_plugin.text.local import LocalWriter
 from kd_plugin.text.parsing import correction_pattern, parse_correction, parse_evaluation, verdict_pattern
-from kd_plugin.text.prompts import Message, Templates, key_of, steps_of, task_of
+from kd_plugin.text.prompts import Message, Templates, imitating_steps, key_of, steps_of, task_of
 from kd_plugin.text.quoting import quoted_lines
 from kd_plugin.text.server import ServerWriter, WriterConnection
 from kd_plugin.text.teaching import Case, Correction, Evaluation
-from kd_plugin.text.writers import REFUSED, Answer, Ask, Writer, in_order
+from kd_plugin.text.writers import REFUSED, Answer, Ask, Usage, Writer, in_order
 
 
 class PromptedTeacher:
@@ -78,21 +79,16 @@ class PromptedTeacher:
         self.templates = templates
 
     def evaluate(self, cases: Sequence[Case]) -> list[Evaluation]:
-        """Ask for a score and the first wrong step of each response."""
-        keys = [self._key("evaluate", case) for case in cases]
-        steps = [steps_of(case.response) for case in cases]
-        requests = [
-            self.templates.evaluate.messages({"task": task_of(c.prompt), "steps": quoted_lines(s), "key": k})
-            for c, s, k in zip(cases, steps, keys, strict=True)
-        ]
-        found = []
-        answers = self._ask(requests, [verdict_pattern(k, len(own)) for k, own in zip(keys, steps, strict=True)])
-        for answer, key, own in zip(answers, keys, steps, strict=True):
-            read = parse_evaluation(answer.text, key, len(own), finished=answer.finished)
-            found.append(
-                Evaluation(read.score, read.first_wrong, answer.text, _why(answer, read.problem), answer.usage)
-            )
-        return found
+        """Ask for a score and the first wrong step of each response.
+
+        A response that holds words of a reply is read twice, the second time without the steps in which they stand. The
+        lower score counts, so that these steps cannot raise it; a reply that says nothing makes both say nothing.
+        """
+        readings = [self._readings(case) for case in cases]
+        flat = [reading for of_one in readings for reading in of_one]
+        requests = [self.templates.evaluate.messages({"task": r.task, "steps": r.shown, "key": r.key}) for r in flat]
+        answers = iter(self._ask(requests, [verdict_pattern(r.key, r.steps) for r in flat]))
+        return [_lowest([reading.evaluation(next(answers)) for reading in of_one]) for of_one in readings]
 
     def correct(self, cases: Sequence[Case], first_wrong: Sequence[int | None]) -> list[Correction]:
         """Ask for each response anew, or for what should follow the steps that are right."""
@@ -118,6 +114,15 @@ class PromptedTeacher:
             found.append(Correction(whole, answer.text, _why(answer, problem), answer.usage))
         return found
 
+    def _readings(self, case: Case) -> list[_Reading]:
+        task, steps = task_of(case.prompt), steps_of(case.response)
+        key = self._key("evaluate", case)
+        found = [_Reading(task, quoted_lines(steps), key, len(steps))]
+        if left_out := imitating_steps(steps, case.prompt):
+            key = self._key("evaluate without", case)
+            found.append(_Reading(task, quoted_lines(steps, left_out=left_out), key, len(steps)))
+        return found
+
     def _ask(self, requests: Sequence[Sequence[Message]], patterns: Sequence[str]) -> list[Answer]:
         asks = []
         for messages, pattern in zip(requests, patterns, strict=True):
@@ -127,6 +132,28 @@ class PromptedTeacher:
 
     def _key(self, purpose: str, case: Case) -> str:
         return key_of(self.name, purpose, task_of(case.prompt), case.response)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One request to evaluate a response: the task, the lines that are shown, the key, and of how many steps."""
+
+    task: str
+    shown: str
+    key: str
+    steps: int
+
+    def evaluation(self, answer: Answer) -> Evaluation:
+        read = parse_evaluation(answer.text, self.key, self.steps, finished=answer.finished)
+        return Evaluation(read.score, read.first_wrong, answer.text, _why(answer, read.problem), answer.usage)
+
+
+def _lowest(readings: Sequence[Evaluation]) -> Evaluation:
+    """Return the evaluation with the lowest score, or one that says nothing; with the words and tokens of all."""
+    lowest = min(readings, key=lambda one: -1.0 if one.score is None else one.score)
+    counted = [one.usage for one in readings if one.usage is not None]
+    usage = sum(counted, Usage()) if counted else None
+    return replace(lowest, reply="\n\n".join(one.reply for one in readings), usage=usage)
 
 
 def _why(answer: Answer, problem: str) -> str:
