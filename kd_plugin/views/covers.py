@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kd_plugin.divergence.across.byte_marginals import ByteSteps, Covers
-from kd_plugin.divergence.across.sorted_tokens import END, REST, Flags, Ints, Ranges, SortedTokens
+from kd_plugin.divergence.across.sorted_tokens import Flags, Ints, Ranges, SortedTokens
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,6 @@ class _Cover:
         tokens, known, of, at = (torch.from_numpy(one) for one in (self.tokens, self.known, rows[here], at_n[here]))
         return Covers(self.table, tokens, known, of, at, ranges, torch.from_numpy(after[:, 5] > 0))
 
-    def taken(self, numbers: Ints) -> torch.Tensor:
-        """(S,) the outcome that the text takes at each step, where :meth:`covers` says what may follow."""
-        rows, begins = self.begun
-        at, byte = self.after[numbers[self.after[:, 1]] >= 0, :2].T
-        first = np.where(self.tokens[rows] == self.table.end, END, self._raw[begins])[numbers[begins] >= 0]
-        after = np.where(byte < self._ends[at], self._raw[byte], REST)
-        return torch.from_numpy(np.concatenate([first, after]).astype(np.int64))
-
 
 def byte_steps(texts: Texts, student: Side, teacher: Side) -> ByteSteps:
     """Return where the choices of a student can be compared with a teacher, over the bytes of some responses.
@@ -164,4 +156,4 @@ def byte_steps(texts: Texts, student: Side, teacher: Side) -> ByteSteps:
     mine, theirs = _Cover(student, texts, crosses=False), _Cover(teacher, texts, crosses=True)
     is_compared = mine.reached & theirs.reached
     numbers = np.where(is_compared, is_compared.cumsum() - 1, -1)
-    return ByteSteps(mine.covers(numbers), theirs.covers(numbers), int(is_compared.sum()), mine.taken(numbers))
+    return ByteSteps(mine.covers(numbers), theirs.covers(numbers), int(is_compared.sum()))

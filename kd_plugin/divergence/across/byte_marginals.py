@@ -13,10 +13,6 @@ for the bytes by which no longer token goes on, as if the student's tokenizer al
 all that a student's text could be cut into, as on the teacher's side, would leave it free to cut text in ways that it
 never learned. Byte-level distillation (Singh et al., arXiv 2604.07466) gives the student a head over bytes instead.
 
-A token's choices are drawn one after the other, so that the mean of ΣD over the tokens that could have been drawn has
-the gradient of Σ_i (∇D_i + (D_i+1 + D_i+2 + ...)·∇ log q(choice i)): the policy gradient within the token. Without its
-second part a choice would not learn what the token that it begins comes to.
-
 Each tile of the student's logits is compared and its gradient formed while it is there, as in
 :mod:`kd_plugin.divergence.fused`: nothing is projected again in backward.
 
@@ -52,7 +48,6 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal, OutputHead
 
 _BLOCK = {"cpu": 192}  # steps that are compared at once; so few stay in the caches, and on an accelerator all are
-_RAREST = 1e-30  # mass, of which the likeliest token has 1, of the least likely choice that answers for all behind it
 _ABSENT = math.exp(-80.0)  # probability, on both sides, of an outcome that is not compared: it adds nothing
 
 
@@ -95,13 +90,11 @@ class ByteSteps:
         student: its own tokens alone.
         teacher: all of its tokens that reach a byte.
         count: T, the numbered bytes.
-        taken: (S,) int64 the outcome that the text has at each step.
     """
 
     student: Covers
     teacher: Covers
     count: int
-    taken: Tensor
 
     @property
     def owner(self) -> Tensor:
@@ -138,9 +131,7 @@ def fused_byte_divergence(
     weights: Tensor | None = None,
     _rows: int | None = None,
 ) -> ByteLoss:
-    """Σ w·D over the bytes of a response that the student drew, where the two models have different tokens.
-
-    The gradient is not that of the sum alone: a choice also answers for those behind it in its token, to which it led.
+    """Σ w·D over the bytes of a response, where the two models have different tokens.
 
     Dtypes are as in :func:`~kd_plugin.divergence.fused.fused_panel_divergence`, and so is that backward runs once.
 
@@ -184,7 +175,6 @@ def fused_byte_divergence(
         temperature,
         needs_gradient(*tensors),
         autocast or student_hidden.dtype,
-        steps.taken.to(device),
         _rows,
     )
     loss, values, entropy = _ByteFunction.apply(*tensors, plan)
@@ -228,7 +218,6 @@ class _Plan:
     temperature: float
     needs: tuple[bool, bool, bool]
     dtype: torch.dtype
-    taken_S: Tensor
     rows: int | None
 
 
@@ -278,25 +267,12 @@ def _compared_tile(tile: Tile, plan: _Plan, multiplier: float) -> tuple[Tensor, 
     own_SJ = torch.cat([tile.masses.first[rows_n], tile.masses.after])
     factor_S1 = (plan.weights_N[owner_S] * multiplier).unsqueeze(-1)
     value_S = torch.empty_like(factor_S1[:, 0])
-    first_S, after_S = plan.taken_S.split([len(covers.rows), len(covers.ranges)])
-    taken_S1 = torch.cat([first_S[begun], after_S[inside]]).unsqueeze(-1)
-    mass_S1, total_S1 = own_SJ.gather(1, taken_S1), own_SJ.sum(-1, keepdim=True)
     for block in chunks(len(at_S), _BLOCK.get(own_SJ.device.type, max(len(at_S), 1))):
         said_BJ = plan.said_TJ.index_select(0, at_S[block])
         value_S[block], slope_BJ = _compared(own_SJ[block], said_BJ, plan.divergence)
         torch.mul(slope_BJ, factor_S1[block], out=own_SJ[block])
-    behind_S1 = _behind(value_S, len(rows_n), owner_S - tile.part.start, len(tile.hidden)).unsqueeze(-1) * factor_S1
-    own_SJ.sub_(behind_S1 / total_S1)
-    own_SJ.scatter_add_(1, taken_S1, behind_S1 / mass_S1.clamp_(min=_RAREST))
     first_RJ = torch.zeros_like(tile.masses.first).index_copy_(0, rows_n, own_SJ[: len(rows_n)])
     return value_S, owner_S, (first_RJ, own_SJ[len(rows_n) :])
-
-
-def _behind(value_S: Tensor, firsts: int, owner_S: Tensor, rows: int) -> Tensor:
-    """(S,) nats of the steps behind each one in its token; the first steps come before all others."""
-    value_E, owner_E = value_S[firsts:].double(), owner_S[firsts:]
-    sum_R = value_E.new_zeros(rows).index_add_(0, owner_E, value_E)
-    return torch.cat([sum_R[owner_S[:firsts]], sum_R.cumsum(0)[owner_E] - value_E.cumsum(0)]).to(value_S.dtype)
 
 
 def _compared(own_SJ: Tensor, said_SJ: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
