@@ -8,10 +8,11 @@ it. What would follow a token that had ended earlier than the one that stands th
 the rest.
 
 The student chooses the first byte of each of its tokens, then each byte inside, or that the token ends. Every choice is
-compared with the teacher's next byte: over the bytes that both know, and the rest where both have one. An end stands
-for the bytes by which no longer token goes on, as if the student's tokenizer always took the longest one. Summing over
-all that a student's text could be cut into, as on the teacher's side, would leave it free to cut text in ways that it
-never learned. Byte-level distillation (Singh et al., arXiv 2604.07466) gives the student a head over bytes instead.
+compared with the teacher's next byte: over the bytes that both know, and the rest where the student has one, of which
+the teacher has a millionth at least: what it cannot say is not free. An end stands for the bytes by which no longer
+token goes on, as if the student's tokenizer always took the longest one. Summing over all that a student's text could
+be cut into, as on the teacher's side, would leave it free to cut text in ways that it never learned. Byte-level
+distillation (Singh et al., arXiv 2604.07466) gives the student a head over bytes instead.
 
 Each tile of the student's logits is compared and its gradient formed while it is there, as in
 :mod:`kd_plugin.divergence.fused`: nothing is projected again in backward.
@@ -48,6 +49,7 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal, OutputHead
 
 _BLOCK = {"cpu": 192}  # steps that are compared at once; so few stay in the caches, and on an accelerator all are
+_IMPOSSIBLE = 1e-6  # the teacher's probability of all that the student's tokens can say there and its own cannot
 _ABSENT = math.exp(-80.0)  # probability, on both sides, of an outcome that is not compared: it adds nothing
 
 
@@ -278,13 +280,15 @@ def _compared_tile(tile: Tile, plan: _Plan, multiplier: float) -> tuple[Tensor, 
 def _compared(own_SJ: Tensor, said_SJ: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
     """(S,) nats D over the outcomes that both sides know, and (S, J) its derivative in the student's masses.
 
-    Outcomes are the bytes that both know, and the rest, which is all else, if both have one; their masses are scaled to
-    sum to one. Flags are numbers: on a CPU a product of two floats takes a fifth of the time of a choice by a boolean.
+    Outcomes are the bytes that both know, and the rest, which is all else, if the student has one; their masses are
+    scaled to sum to one. Flags are numbers: on a CPU a product of two floats takes a fifth of the time of a choice by a
+    boolean.
     """
     least = torch.finfo(own_SJ.dtype).tiny
     common_SJ = (torch.minimum(own_SJ, said_SJ) >= least).to(own_SJ.dtype)
     common_SJ[:, REST] = 1.0
     own_SJ, said_SJ = (_folded(mass_SJ, common_SJ) for mass_SJ in (own_SJ, said_SJ))
+    said_SJ[:, REST:] = torch.maximum(said_SJ[:, REST:], _IMPOSSIBLE * said_SJ.sum(-1, keepdim=True))
     has_rest_S1 = (torch.minimum(own_SJ[:, REST:], said_SJ[:, REST:]) >= least).to(own_SJ.dtype)
     absent_SJ = 1.0 - common_SJ
     absent_SJ[:, REST:] = 1.0 - has_rest_S1
