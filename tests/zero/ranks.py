@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -86,8 +88,28 @@ def ended(command: list[str], env: dict[str, str], timeout: int) -> tuple[int, s
         for process in family:
             process.kill()
         output = launcher.communicate()[0]
+        wait_for_the_end(family)
         raise AssertionError(f"Not done after {timeout} s. The last that was said: {output[-3000:]}") from None
     return launcher.returncode, output
+
+
+def wait_for_the_end(processes: Sequence[psutil.Process | subprocess.Popen], seconds: float = 60.0) -> None:
+    """Wait for processes that were killed: on a loaded machine one is still running for a while.
+
+    Raises:
+        AssertionError: one is still running.
+    """
+    left, latest = [process.pid for process in processes], time.monotonic() + seconds
+    while left := [pid for pid in left if is_running(pid)]:
+        assert time.monotonic() < latest, f"Still running after {seconds:.0f} s: {left}"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def reports(directory: Path, ranks: int, name: str = "") -> list[dict]:
