@@ -152,9 +152,10 @@ def imitating_steps(steps: Sequence[str], prompt: Any) -> set[int]:
 
     Args:
         steps: as :func:`steps_of` cuts them.
-        prompt: the task, text or messages.
+        prompt: the task, text or messages. An assistant's turns in it are no task: a student may have written them.
     """
-    task = prompt if isinstance(prompt, str) else "\n".join(str(turn.get("content")) for turn in prompt)
+    turns = [] if isinstance(prompt, str) else [turn for turn in prompt if turn.get("role") != "assistant"]
+    task = prompt if isinstance(prompt, str) else "\n".join(str(turn.get("content")) for turn in turns)
     known = {word for word, _, _ in reply_words(task)}
     ends = list(itertools.accumulate(map(len, steps)))
     found: set[int] = set()

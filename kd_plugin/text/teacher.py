@@ -115,12 +115,12 @@ class PromptedTeacher:
         return found
 
     def _readings(self, case: Case) -> list[_Reading]:
+        """Return the requests about one response: whole, and without the steps that hold words of a reply."""
         task, steps = task_of(case.prompt), steps_of(case.response)
-        key = self._key("evaluate", case)
-        found = [_Reading(task, quoted_lines(steps), key, len(steps))]
+        found = [_Reading(task, quoted_lines(steps), self._key("evaluate", case), len(steps))]
         if left_out := imitating_steps(steps, case.prompt):
-            key = self._key("evaluate without", case)
-            found.append(_Reading(task, quoted_lines(steps, left_out=left_out), key, len(steps)))
+            shown = quoted_lines(steps, left_out=left_out)
+            found.append(_Reading(task, shown, self._key("evaluate without", case), len(steps)))
         return found
 
     def _ask(self, requests: Sequence[Sequence[Message]], patterns: Sequence[str]) -> list[Answer]:
