@@ -63,14 +63,18 @@ def _corpus() -> list[str]:
 
 
 @cache
-def byte_level(size: int = 500, normalizer: str = "") -> PreTrainedTokenizerFast:
-    """Train byte-level BPE, as GPT-2's; ``nfc`` puts a normaliser before it, as Qwen's."""
+def byte_level(size: int = 500, normalizer: str = "", missing: str = "") -> PreTrainedTokenizerFast:
+    """Train byte-level BPE, as GPT-2's; ``nfc`` puts a normaliser before it, as Qwen's.
+
+    A control character that is ``missing`` has no token, as 21 bytes have none in SmolLM2's.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     if normalizer == "nfc":
         backend.normalizer = normalizers.NFC()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    no_token = {chr(256 + ord(one)) for one in missing}  # GPT-2's names of control characters
+    alphabet = [one for one in pre_tokenizers.ByteLevel.alphabet() if one not in no_token]
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIALS, initial_alphabet=alphabet)
     backend.train_from_iterator(_corpus(), trainer)
     return _wrapped(backend)

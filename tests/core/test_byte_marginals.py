@@ -26,7 +26,7 @@ from kd_plugin.views.projection import Projection
 from kd_plugin.views.tokens import TokenText
 from kd_plugin.vocab import Vocabulary
 from tests.core.panel_help import assert_same_gradients
-from tests.core.test_views_chunks import OWN, loss_of, model_of, teacher_of
+from tests.core.test_views_chunks import ANSWERS, OWN, loss_of, model_of, scored, teacher_of
 from tests.tiny import byte_tokenizer
 from tests.tokenizers import TEXTS, byte_level, sentencepiece, wordpiece
 
@@ -311,6 +311,29 @@ def test_a_panel_is_compared_byte_by_byte_and_the_loss_falls(divergence):
             parameter.grad = gradient
         optimizer.step()
     assert values[-1] < 0.9 * values[0]
+
+
+@pytest.mark.parametrize("answers", [ANSWERS, ["17 \x1d makes 18.<|im_end|>", "\x1d\x1d", "a\x1db, \x1d"]])
+def test_a_byte_without_a_token_in_the_teachers_tokenizer_is_unlearned(answers):
+    """As in SmolLM2's, which drops such a byte from a text; the student writes it, or only could."""
+    tokenizer, own = byte_tokenizer(), byte_level(missing="\x1d")
+    assert own("\x1d", add_special_tokens=False)["input_ids"] == []
+    panel = TeacherPanel(
+        {"t": teacher_of(own)}, estimator=Estimator("byte_marginals"), own={"t": OwnTerms(view=OWN)}
+    )
+    student, (byte,) = model_of(tokenizer, 1), tokenizer("\x1d", add_special_tokens=False)["input_ids"]
+    optimizer, masses = torch.optim.Adam(student.parameters(), lr=3e-3), []
+    for _ in range(100):
+        loss, gradients = loss_of(panel, student, tokenizer, answers=answers)
+        for parameter, gradient in zip(student.parameters(), gradients, strict=True):
+            assert bool(gradient.isfinite().all())
+            parameter.grad = gradient
+        optimizer.step()
+        with torch.no_grad():
+            batch, _ = scored(panel, tokenizer, answers)
+            logits = student(batch.input_ids, attention_mask=batch.attention_mask).logits
+        masses.append(float(logits[:, batch.completion_start - 1 : -1].softmax(-1)[..., byte].mean()))
+    assert masses[-1] < 0.3 * masses[0], masses  # without a cost it stays as it is
 
 
 def test_what_byte_marginals_cannot_do_is_refused_with_the_reason():
