@@ -318,13 +318,11 @@ def test_a_byte_without_a_token_in_the_teachers_tokenizer_is_unlearned(answers):
     """As in SmolLM2's, which drops such a byte from a text; the student writes it, or only could."""
     tokenizer, own = byte_tokenizer(), byte_level(missing="\x1d")
     assert own("\x1d", add_special_tokens=False)["input_ids"] == []
-    panel = TeacherPanel(
-        {"t": teacher_of(own)}, estimator=Estimator("byte_marginals"), own={"t": OwnTerms(view=OWN)}
-    )
+    panel = TeacherPanel({"t": teacher_of(own)}, estimator=Estimator("byte_marginals"), own={"t": OwnTerms(view=OWN)})
     student, (byte,) = model_of(tokenizer, 1), tokenizer("\x1d", add_special_tokens=False)["input_ids"]
     optimizer, masses = torch.optim.Adam(student.parameters(), lr=3e-3), []
     for _ in range(100):
-        loss, gradients = loss_of(panel, student, tokenizer, answers=answers)
+        _, gradients = loss_of(panel, student, tokenizer, answers=answers)
         for parameter, gradient in zip(student.parameters(), gradients, strict=True):
             assert bool(gradient.isfinite().all())
             parameter.grad = gradient
