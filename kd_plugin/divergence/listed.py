@@ -25,7 +25,7 @@ from kd_plugin.divergence.projection import (
     chunks,
     statistics_dtype,
 )
-from kd_plugin.divergence.reference import from_logprobs
+from kd_plugin.divergence.reference import IMPOSSIBLE, from_logprobs
 from kd_plugin.divergence.spec import Divergence
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal, shared_mask
@@ -48,19 +48,19 @@ def top_tokens(signal: HiddenSignal, k: int) -> Tensor:
 def logprobs_of(signal: HiddenSignal, tokens: Tensor, temperature: float) -> Tensor:
     """Return the log-probabilities (N,) of ``tokens`` (N,) at a temperature, in nats.
 
-    A token that a teacher of another vocabulary does not share stands for all of its rest; 0 where it has none.
+    A token that a teacher of another vocabulary does not share stands for all of its rest, a millionth where it has
+    none.
     """
     found = torch.zeros(len(signal), dtype=statistics_dtype(signal.hidden), device=tokens.device)
     shared = signal.shared
     for part, logits_RV in _projected(signal, temperature):
-        normalizer_R, columns_R = logits_RV.logsumexp(-1), tokens[part]
+        columns_R = tokens[part]
         if shared is not None:
-            folding = Folding(shared, shared.teacher_size, shared.teacher_has_rest, logits_RV.device)
+            least = 0.0 if shared.teacher_has_rest else IMPOSSIBLE
+            folding = Folding(shared, shared.teacher_size, True, logits_RV.device, least)
             logits_RV = folding.fold(logits_RV, logits_RV.new_empty(len(logits_RV), folding.outcomes))
-            columns_R, is_shared_R = folding.columns(columns_R)
-        found[part] = logits_RV.gather(1, columns_R.unsqueeze(-1))[:, 0] - normalizer_R
-        if shared is not None and not shared.teacher_has_rest:
-            found[part] = found[part].where(is_shared_R, 0.0)
+            columns_R = folding.columns(columns_R)
+        found[part] = logits_RV.gather(1, columns_R.unsqueeze(-1))[:, 0] - logits_RV.logsumexp(-1)
     return found
 
 
@@ -262,15 +262,10 @@ def listed_divergence(
     if divergence.kind.covers_teacher(divergence):
         # All of the student's tokens are listed: what the teacher has beside them is given up, and not infinite
         logp_NJ = _given_listed(logp_NJ, (logq_NJ[:, -1:] == -math.inf) & (target.tail_N1 > -math.inf))
-    given_up = target.shared is not None and not target.shared.teacher_has_rest
-    if given_up and divergence.kind.covers_student(divergence):
-        impossible_N1 = target.tail_N1 == -math.inf
-        given_NJ = _given_listed(logq_NJ, impossible_N1)
-        value_N, slope_NJ = _compared(logp_NJ, given_NJ, divergence, need_grad)
-        if slope_NJ is not None:  # by the chain rule of the normalizer that was taken off
-            own_NJ = slope_NJ - given_NJ.exp() * slope_NJ.sum(-1, keepdim=True)
-            slope_NJ = torch.where(impossible_N1, own_NJ, slope_NJ)
-        return value_N, slope_NJ
+    least = 0.0 if target.shared is None else divergence.least_rest(target.shared.teacher_has_rest)
+    if least:
+        least_N1 = logp_NK.logsumexp(-1, keepdim=True) + math.log(least)
+        logp_NJ = torch.cat([logp_NK, torch.maximum(target.tail_N1, least_N1)], -1).log_softmax(-1)
     return _compared(logp_NJ, logq_NJ, divergence, need_grad)
 
 

@@ -20,6 +20,9 @@ from kd_plugin.vocab import SharedTokens
 if TYPE_CHECKING:
     from kd_plugin.divergence.spec import Divergence
 
+# What a teacher cannot say is so likely to it where else a divergence would be infinite; left out, it would be free
+IMPOSSIBLE = 1e-6
+
 
 def kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
     """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v), with the convention 0·log 0 = 0."""
@@ -67,20 +70,25 @@ def divergence_from_logits(
     if shared is not None:
         rest = divergence.compares_rest(shared.student_has_rest, shared.teacher_has_rest)
         student_logprobs = outcome_logprobs(student_logprobs, shared, rest)
-        teacher_logprobs = outcome_logprobs(teacher_logprobs, shared, rest)
+        least = divergence.least_rest(shared.teacher_has_rest)
+        teacher_logprobs = outcome_logprobs(teacher_logprobs, shared, rest, least)
     return from_logprobs(student_logprobs, teacher_logprobs, divergence)
 
 
-def outcome_logprobs(logprobs: Tensor, shared: SharedTokens, rest: bool) -> Tensor:
+def outcome_logprobs(logprobs: Tensor, shared: SharedTokens, rest: bool, least: float = 0.0) -> Tensor:
     """Return (N, J) log-probabilities of the shared tokens and, if it is an outcome, of all others together.
 
     Args:
         logprobs: (N, V) of one side's tokens.
         shared: what both vocabularies share.
         rest: whether the others are an outcome; if not, the result is given that the token is a shared one.
+        least: probability of the others at least, relative to the shared ones'.
     """
     common = logprobs[:, shared.ids()]
     if not rest:
         return common.log_softmax(-1)
-    others = shared.rest(logprobs.shape[1])
-    return torch.cat([common, logprobs[:, others].logsumexp(-1, keepdim=True)], -1)
+    others = logprobs[:, shared.rest(logprobs.shape[1])].logsumexp(-1, keepdim=True)
+    if least:
+        others = torch.maximum(others, common.logsumexp(-1, keepdim=True) + math.log(least))
+    found = torch.cat([common, others], -1)
+    return found.log_softmax(-1) if least else found

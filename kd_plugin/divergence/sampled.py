@@ -114,8 +114,8 @@ def fused_sampled_divergence(
             The gradient is multiplied by the ratio of q now to q then.
         ratio_bounds: between which that ratio is kept: the bias that they bring bounds the variance.
         shared: where the teacher has another vocabulary, what both share. A token that is not shared stands for the
-            rest as one outcome, and its ``teacher_logprobs`` is the log of the teacher's mass there. Where the teacher
-            has no such token it adds nothing: the loss estimates the divergence given that the token is a shared one.
+            rest as one outcome, and its ``teacher_logprobs`` is the log of the teacher's mass there, a millionth where
+            the teacher has no such token.
         chunks: how many positions each chunk has, one after another, N in all; those of one chunk have one weight.
             Their ``teacher_logprobs`` count by their sum. None for a chunk a position. Numbers of the host, so that
             no tile waits for the device.
@@ -208,7 +208,6 @@ def _sampled_pass(
         weights_N = plan.weights.detach().to(device, statistics)
     outcomes = None
     if plan.shared is not None and plan.shared.student_has_rest:
-        weights_N = weights_N.clone()
         outcomes = _Outcomes(plan.shared, rows, device)
     used_N = weights_N != 0
     teacher_N = torch.where(used_N, plan.teacher_logprobs.detach().to(device, statistics), 0.0)
@@ -220,8 +219,7 @@ def _sampled_pass(
         ids_R = plan.tokens[part].to(device)
         drawn_R = logprob_R = logq_RV.gather(1, ids_R.unsqueeze(-1))[:, 0]
         if outcomes is not None:
-            logprob_R, factor_R = outcomes.of(logq_RV, ids_R)
-            weights_N[part] *= factor_R
+            logprob_R = outcomes.of(logq_RV, ids_R)
         logprobs_N[part] = torch.where(used_N[part], logprob_R, 0.0)
         q_RV = torch.exp(logq_RV, out=workspace.get("q", logq_RV.shape[0], statistics))
         entropy_N[part] = torch.where(used_N[part], logq_RV.mul_(q_RV).sum(-1).neg_(), 0.0)
@@ -294,29 +292,18 @@ def _whole_chunks(sizes: Sequence[int], rows: int) -> list[tuple[slice, Sequence
 
 
 class _Outcomes:
-    """The sampled tokens of a tile as outcomes: shared tokens, and the rest where the teacher has one too."""
+    """The sampled tokens of a tile as outcomes: shared tokens, and the rest."""
 
     def __init__(self, shared: SharedTokens, rows: int, device: torch.device) -> None:
-        self._rest = shared.teacher_has_rest
-        self._folding = Folding(shared, shared.student_size, self._rest, device)
+        self._folding = Folding(shared, shared.student_size, True, device)
         self._workspace = Workspace(rows, self._folding.outcomes, device)
 
-    def of(self, logq_RV: Tensor, ids_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (R,) nats of each token's outcome, and (R,) by what its weight is multiplied.
-
-        Where the rest is no outcome a token of it adds nothing, and the others count for it: the mean over the
-        student's tokens is then the divergence given that the token is shared.
-        """
+    def of(self, logq_RV: Tensor, ids_R: Tensor) -> Tensor:
+        """Return (R,) nats of each token's outcome."""
         self._logq_RJ = self._folding.fold(logq_RV, self._workspace.get("logq", len(logq_RV), logq_RV.dtype))
-        columns_R, is_shared_R = self._folding.columns(ids_R)
-        self._columns_R1 = columns_R.unsqueeze(-1)
-        mass_R1 = self._logq_RJ.logsumexp(-1, keepdim=True)
-        self._logq_RJ.sub_(mass_R1)
-        logprob_R = self._logq_RJ.gather(1, self._columns_R1)[:, 0]
-        if self._rest:
-            return logprob_R, torch.ones_like(logprob_R)
-        factor_R = torch.where(is_shared_R, (-mass_R1[:, 0]).exp(), 0.0)
-        return torch.where(is_shared_R, logprob_R, 0.0), factor_R
+        self._columns_R1 = self._folding.columns(ids_R).unsqueeze(-1)
+        self._logq_RJ.sub_(self._logq_RJ.logsumexp(-1, keepdim=True))
+        return self._logq_RJ.gather(1, self._columns_R1)[:, 0]
 
     def gradient(self, factor_R1: Tensor, out_RV: Tensor) -> Tensor:
         """Return factor·∇ log q(outcome) in the student's logits, in the memory of ``out_RV``."""

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kd_plugin.divergence.reference import kl
+from kd_plugin.divergence.reference import IMPOSSIBLE, kl
 from kd_plugin.errors import ConfigError
 from kd_plugin.settings import option, require_known, settings
 
@@ -55,14 +55,23 @@ class Divergence:
         return {name: getattr(self, name) for name in self.kind.parameters}
 
     def compares_rest(self, student: bool, teacher: bool) -> bool:
-        """Whether tokens that are not shared are an outcome: some side has such, and D is not infinite for it.
+        """Whether tokens that are not shared are an outcome: some side has such, and the student can follow there.
 
         Args:
             student: whether the student has tokens that the teacher has not.
             teacher: whether the teacher has tokens that the student has not.
         """
-        infinite = (not student and self.kind.covers_teacher(self)) or (not teacher and self.kind.covers_student(self))
-        return (student or teacher) and not infinite
+        return student or (teacher and not self.kind.covers_teacher(self))
+
+    def least_rest(self, teacher: bool) -> float:
+        """Return the probability that a teacher gives to the tokens that are not shared at least.
+
+        It is ``IMPOSSIBLE`` where the teacher has none and D is infinite for a student that uses its own, else 0.
+
+        Args:
+            teacher: whether the teacher has tokens that the student has not.
+        """
+        return IMPOSSIBLE if not teacher and self.kind.covers_student(self) else 0.0
 
     @classmethod
     def from_beta(cls, beta: float) -> Divergence:

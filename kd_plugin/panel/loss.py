@@ -5,6 +5,7 @@ Shape suffixes: N scored positions, n positions of a group, H hidden width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from kd_plugin.divergence.listed import (
     top_tokens,
     with_sampled_token,
 )
+from kd_plugin.divergence.reference import IMPOSSIBLE
 from kd_plugin.divergence.sampled import Matching, fused_sampled_divergence
 from kd_plugin.divergence.sparse import fused_sparse_divergence
 from kd_plugin.divergence.spec import Divergence
@@ -333,7 +335,10 @@ class _Run:
             )
         if signal.shared is None:
             return signal.sampled_token_logprobs, None
-        return signal.sampled_token_logprobs, shared_mask(signal.shared, tokens)  # the mass of its rest is not told
+        is_shared = shared_mask(signal.shared, tokens)
+        if signal.shared.teacher_has_rest:
+            return signal.sampled_token_logprobs, is_shared  # the mass of its rest is not told
+        return torch.where(is_shared, signal.sampled_token_logprobs, math.log(IMPOSSIBLE)), None
 
     def _estimator(self, name: str) -> Estimator:
         return self.panel.own[name].estimator or self.panel.estimator

@@ -77,6 +77,49 @@ def test_without_mass_beyond_it_is_the_plain_loss(divergence, name):
     assert_gradients(found.loss_sum, plain.loss_sum, leaves)
 
 
+@pytest.mark.parametrize(
+    ("divergence", "estimator"),
+    [(d, e) for d in DIVERGENCES for e in ("fused", "mixture", "listed")] + [(Divergence("reverse_kl"), "sampled")],
+    ids=str,
+)
+def test_what_the_teacher_cannot_say_is_not_free(divergence, estimator):
+    """A student with tokens that its teacher has not gives them up, by whatever it is compared."""
+    if estimator == "sampled" and divergence.name != "reverse_kl":
+        pytest.skip("the sampled token estimates the reverse KL alone")
+    shared = SUBSET
+    rest = shared.rest(shared.student_size)
+    torch.manual_seed(3)
+    logits = torch.randn(N, shared.student_size, dtype=torch.float64)
+    logits[:, rest] += 2.0
+    logits.requires_grad_()
+    eye = OutputHead(torch.eye(shared.student_size, dtype=torch.float64))
+    theirs = OutputHead(torch.randn(shared.teacher_size, H, dtype=torch.float64))
+    signal = HiddenSignal(torch.randn(N, H, dtype=torch.float64), theirs, shared)
+    before = logits.detach().softmax(-1)[:, rest].sum(-1)
+    assert float(before.min()) > 0.1
+    optimizer = torch.optim.Adam([logits], lr=0.2)
+    for _ in range(150):
+        if estimator == "sampled":
+            loss = torch.zeros((), dtype=torch.float64)
+            for token in range(shared.student_size):  # its mean over what the student may write
+                tokens = torch.full((N,), token)
+                share = logits.detach().softmax(-1)[:, token]
+                said = logprobs_of(signal, tokens, 1.0)
+                loss = loss + fused_sampled_divergence(logits, eye, tokens, said, weights=share, shared=shared).loss_sum
+        elif estimator == "listed":
+            listed = listed_from(signal, shared.teacher_size, torch.zeros(N, 0, dtype=torch.int64), 1.0)
+            loss = fused_sparse_divergence(logits, eye, listed, divergence).loss_sum
+        else:
+            terms = (TeacherTerm(signal),) * (2 if estimator == "mixture" else 1)
+            group = PanelGroup(None, terms, "mixture" if estimator == "mixture" else "weighted_kl")
+            loss = fused_panel_divergence(logits, eye, [group], divergence).loss_sum
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = logits.detach().softmax(-1)[:, rest].sum(-1)
+    assert float((after / before).max()) < 0.1
+
+
 @pytest.mark.parametrize("combining", ["weighted_kl", "mixture", "confidence"])
 def test_teachers_of_several_vocabularies_are_combined(combining):
     """Beside one of the student's own tokens; a mixture is compared over what all of them share."""

@@ -135,6 +135,37 @@ def test_all_tokens_from_a_server_equal_the_exact_loss(models, tmp_path):
     assert runs["server"] == pytest.approx(runs["local"], rel=1e-4)
 
 
+@pytest.mark.parametrize(("top_k", "estimator", "own"), [("all", "topk_tail", "exact"), (5, "sampled", "sampled")])
+def test_a_server_without_some_of_the_students_tokens_equals_the_local_teacher(top_k, estimator, own, models, tmp_path):
+    """Also where the student writes those, which are impossible to the teacher and not free."""
+    path = save_tiny(tmp_path / "teacher", variant="untied", seed=1)  # a server speaks of padded rows too
+    local, tokenizer = LocalTeacher(path, dtype="float32"), AutoTokenizer.from_pretrained(path)
+    with fake_vllm(local.model, tokenizer) as (url, _):
+        server = ServerTeacher(url, tokenizer=tokenizer, top_k=top_k, repo=path, license="apache-2.0")
+        runs = {}
+        for kind, teacher, by in (("server", server, estimator), ("local", local, own)):
+            student = AutoModelForCausalLM.from_pretrained(models["student", "own"])
+            with torch.no_grad():
+                student.lm_head.weight[259:261] *= 40.0  # its own tokens are likely
+            made = TeacherPanelTrainer(
+                model=student,
+                processing_class=AutoTokenizer.from_pretrained(models["student", "own"]),
+                teacher_models={"t": teacher},
+                args=TeacherPanelConfig(
+                    **settings(
+                        tmp_path / kind, max_steps=1, max_completion_length=8, estimator=by, divergence="reverse_kl"
+                    )
+                ),
+                train_dataset=prompts(),
+            )
+            made.train()
+            runs[kind] = losses(made)
+            logged = made.state.log_history[0]["student_rest_mass/t"]
+            assert logged > 0.1
+    assert runs["server"] == pytest.approx(runs["local"], rel=1e-4)
+    assert runs["local"][0] > 1.0  # nats: a tenth of the mass at log(a tenth / a millionth) each
+
+
 def test_transformers_and_lightning(models, tmp_path):
     student, teacher = models["student", "own"], models["teacher", "more"]
     made = PlainPanelTrainer(

@@ -44,12 +44,12 @@ from kd_plugin.divergence.projection import (
     statistics_dtype,
     without_unused,
 )
+from kd_plugin.divergence.reference import IMPOSSIBLE
 from kd_plugin.divergence.spec import Block, Divergence
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal, OutputHead
 
 _BLOCK = {"cpu": 192}  # steps that are compared at once; so few stay in the caches, and on an accelerator all are
-_IMPOSSIBLE = 1e-6  # the teacher's probability of all that the student's tokens can say there and its own cannot
 _ABSENT = math.exp(-80.0)  # probability, on both sides, of an outcome that is not compared: it adds nothing
 
 
@@ -288,7 +288,7 @@ def _compared(own_SJ: Tensor, said_SJ: Tensor, divergence: Divergence) -> tuple[
     common_SJ = (torch.minimum(own_SJ, said_SJ) >= least).to(own_SJ.dtype)
     common_SJ[:, REST] = 1.0
     own_SJ, said_SJ = (_folded(mass_SJ, common_SJ) for mass_SJ in (own_SJ, said_SJ))
-    said_SJ[:, REST:] = torch.maximum(said_SJ[:, REST:], _IMPOSSIBLE * said_SJ.sum(-1, keepdim=True))
+    said_SJ[:, REST:] = torch.maximum(said_SJ[:, REST:], IMPOSSIBLE * said_SJ.sum(-1, keepdim=True))
     has_rest_S1 = (torch.minimum(own_SJ[:, REST:], said_SJ[:, REST:]) >= least).to(own_SJ.dtype)
     absent_SJ = 1.0 - common_SJ
     absent_SJ[:, REST:] = 1.0 - has_rest_S1

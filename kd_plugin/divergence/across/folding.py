@@ -5,15 +5,17 @@ the rest. So every divergence, and every way to combine teachers, compares outco
 where no side has mass on its rest. The gradient goes back by the chain rule: a token of the rest gets its share,
 softmax of z over the rest, of what the outcome gets.
 
-A side may have no token beside the shared ones, where the other has some. The outcome is then impossible to that side.
-A divergence that is infinite there (the forward KL where the student has no such token, the reverse KL where the
-teacher has none) leaves the outcome out: it compares both sides given that the token is a shared one.
+A side may have no token beside the shared ones, where the other has some. The outcome is then impossible to that side,
+and some divergences are infinite there. The forward KL of a student that has no such token leaves the outcome out: it
+compares both sides given that the token is a shared one. The reverse KL from a teacher that has none takes the outcome
+for a millionth likely to it: left out, the student's own tokens would be free to it.
 
 Shape suffixes: R positions of a chunk, V tokens of one side, C shared tokens, J outcomes: C + 1, or C without the rest.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -39,10 +41,12 @@ class Folding:
         size: V, rows of this side's head.
         rest: whether the rest is an outcome; see :meth:`Divergence.compares_rest`.
         device: of the logits.
+        least: probability of the rest at least, relative to the shared tokens'; see :meth:`Divergence.least_rest`.
     """
 
-    def __init__(self, shared: SharedTokens, size: int, rest: bool, device: torch.device) -> None:
+    def __init__(self, shared: SharedTokens, size: int, rest: bool, device: torch.device, least: float = 0.0) -> None:
         self._shared_C, self._rest = _indices(shared, size, device)
+        self._least = math.log(least) if least else _ABSENT
         self.outcomes = shared.count + rest
         self._count, self._has_outcome = shared.count, rest
         self._share: Tensor | None = None  # softmax over the rest, of the positions that were folded last
@@ -55,7 +59,7 @@ class Folding:
         else:
             common_RC.copy_(logits_RV.index_select(1, self._shared_C))
         if self._has_outcome:
-            floor_R1 = common_RC.logsumexp(-1, keepdim=True) + _ABSENT
+            floor_R1 = common_RC.logsumexp(-1, keepdim=True) + self._least
             rest = self._of_rest(logits_RV)
             mass_R1 = floor_R1 if rest is None else rest.logsumexp(-1, keepdim=True)
             if rest is not None:
@@ -81,14 +85,12 @@ class Folding:
             out_RV.index_copy_(1, self._rest, rest.expand(len(out_RV), len(self._rest)))
         return out_RV
 
-    def columns(self, tokens_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Return for each token its outcome (R,), and whether it is shared (R,)."""
+    def columns(self, tokens_R: Tensor) -> Tensor:
+        """Return for each token its outcome (R,), the last one for a token that is not shared."""
         if isinstance(self._shared_C, slice):
-            is_shared_R = tokens_R < self._count
-            return torch.where(is_shared_R, tokens_R, self.outcomes - 1), is_shared_R
+            return torch.where(tokens_R < self._count, tokens_R, self.outcomes - 1)
         at_R = torch.searchsorted(self._shared_C, tokens_R).clamp_(max=self._count - 1)
-        is_shared_R = self._shared_C[at_R] == tokens_R
-        return torch.where(is_shared_R, at_R, self.outcomes - 1), is_shared_R
+        return torch.where(self._shared_C[at_R] == tokens_R, at_R, self.outcomes - 1)
 
     def _of_rest(self, logits_RV: Tensor) -> Tensor | None:
         if self._rest is None:
@@ -148,12 +150,13 @@ class Comparisons:
         self._workspace, self._dtype, self._need_grad, self._compiled = workspace, dtype, need_grad, compiled
         self._found: dict[object, OutcomeTiles] = {}
 
-    def over(self, shared: SharedTokens | None, rest: bool) -> tuple[OutcomeTiles, Folding | None]:
+    def over(self, shared: SharedTokens | None, rest: bool, least: float) -> tuple[OutcomeTiles, Folding | None]:
         """Return the comparison over the tokens of both sides, and what folds this teacher's logits for it.
 
         Args:
             shared: what they share; None for all tokens of both.
             rest: whether the rest is an outcome.
+            least: probability of the rest to this teacher at least.
         """
         rows, device = self._workspace.rows, self._workspace.device
         if shared is None:
@@ -165,7 +168,7 @@ class Comparisons:
             student = Folding(shared, shared.student_size, rest, device)
             folded = Workspace(rows, student.outcomes, device)
             self._found[key] = OutcomeTiles(*self._tiles(folded), student)
-        return self._found[key], Folding(shared, shared.teacher_size, rest, device)
+        return self._found[key], Folding(shared, shared.teacher_size, rest, device, least)
 
     def _tiles(self, workspace: Workspace) -> tuple[Tiles, CompiledTiles | None]:
         settings = workspace, self._dtype, self._need_grad
