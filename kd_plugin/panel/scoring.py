@@ -158,8 +158,8 @@ def score_rows(
                     pieces = [ChunkSignal(piece, (reading.aligned[r],)) for r, piece in zip(chunk, said, strict=True)]
                 for r, piece in zip(chunk, pieces, strict=True):
                     collected[numbers[r]][name] = piece
-                    if isinstance(piece, ChunkSignal) and not bool(piece.compared.all()):
-                        covered[numbers[r]][name] = piece.compared
+                    if isinstance(piece, ChunkSignal) and not bool(piece.counted.all()):
+                        covered[numbers[r]][name] = piece.counted
             for _ in range(passes[name] - -(-len(numbers) // rows_at_once)):
                 # Another rank has rows for this sharded teacher and waits for this one to gather with it
                 nothing = torch.empty(0, dtype=torch.int64, device=input_ids.device)

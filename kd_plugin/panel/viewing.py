@@ -10,6 +10,7 @@ from kd_plugin.errors import ConfigError, DataError, VocabularyError, nearest
 from kd_plugin.panel.roster import TeacherPanel
 from kd_plugin.panel.scoring import RowScores
 from kd_plugin.teachers.base import Teacher, end_tokens, most_tokens, tokenizer_of
+from kd_plugin.views.chunks import ChunkSignal
 from kd_plugin.views.render import Reader
 from kd_plugin.views.tokens import TokenText
 from kd_plugin.vocab import Vocabulary
@@ -152,10 +153,9 @@ def coverage(scores: Sequence[RowScores], names: Sequence[str]) -> dict[str, flo
     """Return the share of scored tokens that each of some teachers compares in its own tokens, for the log."""
     found: dict[str, float] = {}
     for name in names:
-        rows = [row for row in scores if name in row.signals]
-        left_out = sum(int((~row.covered[name]).sum()) for row in rows if name in row.covered)
-        tokens = sum(len(row.positions) for row in rows)
-        found |= {f"coverage/{name}": 1.0 - left_out / tokens} if tokens else {}
+        signals = [one for row in scores if isinstance(one := row.signals.get(name), ChunkSignal)]
+        tokens = sum(map(len, signals))
+        found |= {f"coverage/{name}": sum(int(one.compared.sum()) for one in signals) / tokens} if tokens else {}
     return found
 
 

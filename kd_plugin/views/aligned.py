@@ -26,6 +26,7 @@ class Aligned:
         positions: (n,) scored offsets into the student's response.
         projection: from the teacher's vocabulary to the student's.
         kept: (k + 1,) bool, which chunks are compared; the last stands for what is in none.
+        impossible: (k + 1,) bool, which chunks the teacher cannot have written.
         comparable: how many student tokens lie in chunks that can be compared.
     """
 
@@ -33,6 +34,7 @@ class Aligned:
     positions: Ints
     projection: Projection
     kept: Flags
+    impossible: Flags
     comparable: int
 
     @classmethod
@@ -41,19 +43,24 @@ class Aligned:
     ) -> Aligned:
         """Compare what can be compared; nothing where that is less than a share of the scored tokens."""
         at = np.asarray(positions, np.int64).reshape(-1)
-        kept = alignment.kept(at)
+        kept, impossible = alignment.whole(at)
         comparable = int(alignment.student_sizes[kept].sum())
-        return cls(alignment, at, projection, kept & (comparable >= min_coverage * len(at)), comparable)
+        return cls(alignment, at, projection, kept & (comparable >= min_coverage * len(at)), impossible, comparable)
 
     @property
     def is_compared(self) -> bool:
         """Whether anything is."""
         return bool(self.kept.any())
 
-    @cached_property
+    @property
     def compared(self) -> Flags:
         """(n,) bool, the scored positions that lie in a chunk that is compared."""
         return self.kept.repeat(self.alignment.student_sizes)[self.positions]
+
+    @cached_property
+    def counted(self) -> Flags:
+        """(n,) bool, the scored positions that lie in a chunk that is compared or that is impossible."""
+        return (self.kept | self.impossible).repeat(self.alignment.student_sizes)[self.positions]
 
     @cached_property
     def asked(self) -> Ints:
@@ -70,7 +77,8 @@ class AlignedRows:
         student: the n scored tokens of the student.
         teacher: the M tokens of the teacher.
         tokens: (M,) the latter's ids.
-        chunks: (n,) the chunk of each scored token, -1 for none.
+        chunks: (n,) the chunk of each scored token, of those that are compared; -1 for none.
+        impossible: (n,) the chunk of each of those that the teacher cannot have written; -1 for none.
         teacher_chunks: (M,) the chunk of each of the teacher's.
         count: k.
         anchors: (n,) the teacher's token in which each student token begins, among the M; -1 for none.
@@ -84,6 +92,7 @@ class AlignedRows:
     teacher: Spans
     tokens: Ints
     chunks: Ints
+    impossible: Ints
     teacher_chunks: Ints
     count: int
     anchors: Ints
@@ -105,7 +114,10 @@ class AlignedRows:
         numbers = np.where(kept, kept.cumsum() - 1, -1)
         teacher_chunks = numbers.repeat(np.concatenate([one.teacher_sizes for one in alignments]))
         asked = (teacher_chunks >= 0).nonzero()[0]
-        chunks = numbers.repeat(np.concatenate([one.student_sizes for one in alignments]))[at]
+        sizes = np.concatenate([one.student_sizes for one in alignments])
+        chunks = numbers.repeat(sizes)[at]
+        flags = np.concatenate([one.impossible for one in aligned])
+        impossible = np.where(flags, flags.cumsum() - 1, -1).repeat(sizes)[at]
         student = Spans(begins[at], ends[at], chunks >= 0)
         # The teacher's token in which each student position lies: the last one that begins at or before it
         inside = teacher_begins.searchsorted(student.begins, side="right") - 1
@@ -116,6 +128,7 @@ class AlignedRows:
             Spans(teacher_begins[asked], teacher_ends[asked], np.ones(len(asked), bool)),
             tokens[asked],
             chunks,
+            impossible,
             teacher_chunks[asked],
             int(kept.sum()),
             np.where(student.used, asked.searchsorted(inside), -1),
@@ -134,7 +147,8 @@ class AlignedRows:
     @property
     def sizes(self) -> tuple[int, ...]:
         """How many positions in a row are of one chunk, or of none."""
-        changes = (self.chunks[1:] != self.chunks[:-1]) | (self.rows[1:] != self.rows[:-1])
+        numbers = np.stack([self.chunks, self.impossible, self.rows])
+        changes = (numbers[:, 1:] != numbers[:, :-1]).any(0)
         edges = np.concatenate([[0], changes.nonzero()[0] + 1, [len(self.chunks)]])
         return tuple(np.diff(edges).tolist()) if len(self.chunks) else ()
 

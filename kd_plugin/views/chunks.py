@@ -5,6 +5,7 @@ Shape suffixes: n scored positions of the student, M positions of the teacher, k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kd_plugin.divergence.across.byte_marginals import ByteSteps
 from kd_plugin.divergence.listed import logprobs_of
+from kd_plugin.divergence.reference import IMPOSSIBLE
 from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal, OutputHead, SparseSignal
 from kd_plugin.views.aligned import Aligned, AlignedRows
@@ -42,8 +44,13 @@ class ChunkSignal:
 
     @property
     def compared(self) -> Tensor:
-        """(n,) bool on the CPU, the student positions that lie in a chunk."""
+        """(n,) bool on the CPU, the student positions that lie in a chunk that is compared."""
         return torch.from_numpy(np.concatenate([row.compared for row in self.rows]))
+
+    @property
+    def counted(self) -> Tensor:
+        """(n,) bool on the CPU, the student positions that lie in a chunk, also one that the teacher cannot write."""
+        return torch.from_numpy(np.concatenate([row.counted for row in self.rows]))
 
     @property
     def projection(self) -> Projection:
@@ -64,8 +71,9 @@ class ChunkSignal:
     def places(self) -> Places:
         """Where the n student positions lie in the chunks and in the teacher's tokens."""
         joined = self._joined
-        chunks, anchors, covers = (self._on_device(one) for one in (joined.chunks, joined.anchors, joined.covers))
-        return Places(chunks, anchors, covers, joined.prefixes, joined.count, joined.sizes)
+        chunks, impossible = self._on_device(joined.chunks), self._on_device(joined.impossible)
+        anchors, covers = self._on_device(joined.anchors), self._on_device(joined.covers)
+        return Places(chunks, impossible, anchors, covers, joined.prefixes, joined.count, joined.sizes)
 
     @cached_property
     def _joined(self) -> AlignedRows:
@@ -110,14 +118,16 @@ class ChunkSignal:
         return self.signal.sampled_token_logprobs
 
     def chunk_logprobs(self, temperature: float, name: str) -> Tensor:
-        """Return (n,) nats whose sums over the positions of each chunk are the teacher's of the chunk."""
+        """Return (n,) nats whose sums over the positions of each chunk are the teacher's of the chunk.
+
+        What the teacher cannot have written is so likely as a divergence takes the impossible for.
+        """
         logprobs = self.token_logprobs(temperature, name)
         sums = torch.zeros(self.places.count, dtype=logprobs.dtype, device=logprobs.device)
         sums.index_add_(0, self.teacher_chunks, logprobs)
-        chunks = self.places.chunks
-        first = torch.ones_like(chunks, dtype=torch.bool)
-        first[1:] = chunks[1:] != chunks[:-1]
-        return torch.where(first & (chunks >= 0), sums[chunks.clamp(min=0)] if len(sums) else 0.0, 0.0)
+        chunks, impossible = self.places.chunks, self.places.impossible
+        found = torch.where(_begins(chunks), sums[chunks.clamp(min=0)] if len(sums) else 0.0, 0.0)
+        return torch.where(_begins(impossible), math.log(IMPOSSIBLE), found)
 
     def byte_steps(self, student_tokens: Tensor) -> ByteSteps:
         """Return the bytes at which the teacher and the student can be compared.
@@ -146,3 +156,10 @@ class ChunkSignal:
             self.projection, self.signal, self.tokens, logprobs, self.teacher_chunks, self.places, student_tokens,
             top_k, temperature,
         )  # fmt: skip
+
+
+def _begins(chunks: Tensor) -> Tensor:
+    """Return (n,) bool, the first position of each chunk, where -1 stands for none."""
+    first = chunks >= 0
+    first[1:] &= chunks[1:] != chunks[:-1]
+    return first

@@ -39,7 +39,8 @@ class Places:
     """Where student positions lie in the chunks and in the teacher's tokens.
 
     Attributes:
-        chunks: (n,) int64 the chunk of each position, -1 for none.
+        chunks: (n,) int64 the chunk of each position that is compared, -1 for none.
+        impossible: (n,) int64 the chunk of each that the teacher cannot have written, -1 for none.
         anchors: (n,) int64 the teacher position whose token each lies in, among the M; -1 for none.
         covers: (n,) bool, whether the student's token reaches to the end of that token or beyond.
         prefixes: the bytes between the beginning of that token and the position.
@@ -48,6 +49,7 @@ class Places:
     """
 
     chunks: Tensor
+    impossible: Tensor
     anchors: Tensor
     covers: Tensor
     prefixes: tuple[bytes, ...]

@@ -33,8 +33,9 @@ class View:
             anything else is a file that holds a template.
         tokenizer: whose tokens the teacher reads. ``auto`` takes the student's where the teacher has the same ones, or
             shares most of them, and the teacher's own elsewhere; ``own`` always takes the teacher's own.
-        min_coverage: share of scored tokens that must be comparable with the teacher's own. The teacher does not score
-            a response below it; a run whose last responses are together below it is refused.
+        min_coverage: share of scored tokens that must be comparable with the teacher's own. Of a response below it the
+            teacher scores nothing but what it cannot have written; a run whose last responses are together below it
+            is refused.
 
     Raises:
         ConfigError: an unknown name, a template that is no template or has no file, a share out of range.

@@ -1,6 +1,7 @@
 """Teachers with tokens of their own: chunks, estimators over them, and the projection to the student's tokens."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def teacher_of(tokenizer, seed=5):
 def scored(panel, tokenizer, answers=ANSWERS, rows_at_once=2):
     batch = assembled(
         render(tokenizer, PROMPTS),
-        [tokenizer(one, add_special_tokens=False)["input_ids"] for one in answers],
+        [tokenizer(one, add_special_tokens=False)["input_ids"] if isinstance(one, str) else one for one in answers],
         end_tokens=[tokenizer.eos_token_id],
         pad_token_id=0,
         device=torch.device("cpu"),
@@ -133,7 +134,7 @@ def test_chunk_log_probabilities_sum_to_those_of_the_sequence(student_of, teache
         ids = torch.tensor([prompt + own(text, add_special_tokens=False)["input_ids"] + ended])
         logprobs = teacher.model(ids).logits[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
         said = row.signals["t"].chunk_logprobs(1.0, "t")
-        assert bool(row.signals["t"].compared.all())
+        assert bool(row.signals["t"].counted.all())
         torch.testing.assert_close(said.sum(), logprobs.sum(), rtol=0, atol=1e-4)
 
 
@@ -342,7 +343,39 @@ def test_a_response_that_can_hardly_be_compared_is_left_out():
         readers=readers_of(panel, tokenizer, Vocabulary.from_tokenizer(tokenizer), pad_token_id=0, ends=[2]),
     )  # fmt: skip
     assert ["t" in row.covered for row in scores] == [True, False, False]
-    assert not scores[0].covered["t"].any()
+    # What the teacher cannot have written counts all the same; the last byte may be a character that was cut
+    assert scores[0].covered["t"].tolist() == [False, False, True, True, True, False]
+
+
+@pytest.mark.parametrize("teacher_tokens", [byte_tokenizer, byte_level, sentencepiece])
+def test_what_the_teacher_cannot_have_written_is_not_free(teacher_tokens):
+    """Bytes that are no text are a millionth likely, a chunk each, where only the text that stands there is scored."""
+    tokenizer = byte_tokenizer()
+    junk = tokenizer.convert_tokens_to_ids("ÿ")
+    begun = tokenizer.convert_tokens_to_ids("Ã")  # the first byte of a character of two
+    text = tokenizer("so it is", add_special_tokens=False)["input_ids"]
+    answers = [
+        [*text, junk, *text, junk, tokenizer.eos_token_id],
+        [*text, junk, junk, *text],
+        [*text, *text, begun],  # cut by a limit of length
+    ]
+    panel = TeacherPanel(
+        {"t": teacher_of(teacher_tokens())}, estimator=Estimator("sampled"), own={"t": OwnTerms(view=OWN)}
+    )
+    _, scores = scored(panel, tokenizer, answers)
+    impossible = math.log(1e-6)
+    for row, answer in zip(scores, answers, strict=True):
+        signal = row.signals["t"]
+        said, at = signal.chunk_logprobs(1.0, "t"), [c for c, token in enumerate(answer) if token == junk]
+        assert said[at].tolist() == pytest.approx([impossible] * len(at))
+        assert sum(signal.places.sizes) == len(answer)
+        own = signal.places.impossible
+        assert own[at].tolist() == list(range(len(at))) and int((own >= 0).sum()) == len(at)
+        assert signal.counted.tolist() == [token != begun for token in answer]
+        assert signal.compared.tolist() == [token not in (junk, begun) for token in answer]
+    student = tiny_llama(seed=1)
+    loss, _ = loss_of(panel, student, tokenizer, answers=answers)
+    assert loss.by_teacher[0].divergence[len(text)] > 0.0  # less likely to the teacher than to the student
 
 
 def test_a_run_that_can_hardly_be_compared_is_refused():
