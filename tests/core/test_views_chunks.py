@@ -1,7 +1,6 @@
 """Teachers with tokens of their own: chunks, estimators over them, and the projection to the student's tokens."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -9,18 +8,17 @@ from transformers import PreTrainedTokenizer
 
 from kd_plugin.divergence import Divergence
 from kd_plugin.divergence.sampled import Matching, fused_sampled_divergence
-from kd_plugin.errors import ConfigError, DataError, VocabularyError
+from kd_plugin.errors import ConfigError, VocabularyError
 from kd_plugin.panel import Estimator, TeacherPanel, panel_loss, score_rows
 from kd_plugin.panel.checks import require_one_vocabulary
 from kd_plugin.panel.roster import OwnTerms
 from kd_plugin.panel.scoring import scored_positions
 from kd_plugin.panel.viewing import readers_of
-from kd_plugin.rollouts.rows import assembled, render, row_spans
+from kd_plugin.rollouts.rows import assembled, render
 from kd_plugin.signals import OutputHead
 from kd_plugin.teachers import Capabilities, LocalTeacher
 from kd_plugin.views import View
 from kd_plugin.views.align import align, end_of_turn
-from kd_plugin.views.render import Reading
 from kd_plugin.views.tokens import TokenText
 from kd_plugin.vocab import Vocabulary
 from tests.core.panel_help import assert_same_gradients
@@ -327,78 +325,3 @@ def test_the_end_of_a_turn_is_what_the_template_puts_behind_an_answer():
     other.chat_template = "{% for m in messages %}{{ m['content'] }} <|turn|>{% endfor %}"
     assert end_of_turn(other, chat=True) == other.convert_tokens_to_ids("<|turn|>")
     assert end_of_turn(other, chat=False) == other.eos_token_id
-
-
-def test_a_response_that_can_hardly_be_compared_is_left_out():
-    tokenizer = byte_tokenizer()
-    panel = TeacherPanel({"t": teacher_of(byte_level())}, estimator=Estimator("sampled"), own={"t": OwnTerms(view=OWN)})
-    _, scores = scored(panel, tokenizer, ["fine", "\ufffd\ufffd", "fine too<|im_end|>"])
-    assert all("t" not in row.covered for row in scores)
-    no_text = tokenizer.convert_tokens_to_ids(["ÿ"] * 4)
-    ids = [[*tokenizer("ab")["input_ids"], *no_text], tokenizer("fine")["input_ids"], [2]]
-    batch = assembled(render(tokenizer, PROMPTS), ids, end_tokens=[2], pad_token_id=0, device=torch.device("cpu"))
-    scores = score_rows(
-        panel, [panel.assign({})] * 3, batch.input_ids, batch.attention_mask, batch.completion_start,
-        [range(len(one)) for one in ids], rows_at_once=2, rows=[{"prompt": prompt} for prompt in PROMPTS],
-        readers=readers_of(panel, tokenizer, Vocabulary.from_tokenizer(tokenizer), pad_token_id=0, ends=[2]),
-    )  # fmt: skip
-    assert ["t" in row.covered for row in scores] == [True, False, False]
-    # What the teacher cannot have written counts all the same; the last byte may be a character that was cut
-    assert scores[0].covered["t"].tolist() == [False, False, True, True, True, False]
-
-
-@pytest.mark.parametrize("teacher_tokens", [byte_tokenizer, byte_level, sentencepiece])
-def test_what_the_teacher_cannot_have_written_is_not_free(teacher_tokens):
-    """Bytes that are no text are a millionth likely, a chunk each, where only the text that stands there is scored."""
-    tokenizer = byte_tokenizer()
-    junk = tokenizer.convert_tokens_to_ids("ÿ")
-    begun = tokenizer.convert_tokens_to_ids("Ã")  # the first byte of a character of two
-    text = tokenizer("so it is", add_special_tokens=False)["input_ids"]
-    answers = [
-        [*text, junk, *text, junk, tokenizer.eos_token_id],
-        [*text, junk, junk, *text],
-        [*text, *text, begun],  # cut by a limit of length
-    ]
-    panel = TeacherPanel(
-        {"t": teacher_of(teacher_tokens())}, estimator=Estimator("sampled"), own={"t": OwnTerms(view=OWN)}
-    )
-    _, scores = scored(panel, tokenizer, answers)
-    impossible = math.log(1e-6)
-    for row, answer in zip(scores, answers, strict=True):
-        signal = row.signals["t"]
-        said, at = signal.chunk_logprobs(1.0, "t"), [c for c, token in enumerate(answer) if token == junk]
-        assert said[at].tolist() == pytest.approx([impossible] * len(at))
-        assert sum(signal.places.sizes) == len(answer)
-        own = signal.places.impossible
-        assert own[at].tolist() == list(range(len(at))) and int((own >= 0).sum()) == len(at)
-        assert signal.counted.tolist() == [token != begun for token in answer]
-        assert signal.compared.tolist() == [token not in (junk, begun) for token in answer]
-    student = tiny_llama(seed=1)
-    loss, _ = loss_of(panel, student, tokenizer, answers=answers)
-    assert loss.by_teacher[0].divergence[len(text)] > 0.0  # less likely to the teacher than to the student
-
-
-def test_a_run_that_can_hardly_be_compared_is_refused():
-    tokenizer, own = byte_tokenizer(), byte_level()
-    no_text = tokenizer.convert_tokens_to_ids(["ÿ"] * 4)
-    panel = TeacherPanel({"t": teacher_of(own)}, estimator=Estimator("sampled"), own={"t": OwnTerms(view=OWN)})
-
-    def reader():
-        found = readers_of(panel, tokenizer, Vocabulary.from_tokenizer(tokenizer), pad_token_id=0, ends=[2])
-        return found["t"]
-
-    def read(reader, good, bad):
-        ids = [tokenizer("fine")["input_ids"]] * good + [[*tokenizer("ab")["input_ids"], *no_text]] * bad
-        prompts = [PROMPTS[0]] * len(ids)
-        batch = assembled(render(tokenizer, prompts), ids, end_tokens=[2], pad_token_id=0, device=torch.device("cpu"))
-        positions = [range(len(one)) for one in ids]
-        plain = Reading(
-            batch.input_ids, batch.attention_mask, batch.completion_start, positions, row_spans(batch.attention_mask)
-        )
-        return reader.read([{"prompt": prompt} for prompt in prompts], plain)
-
-    one = reader()
-    read(one, good=20, bad=4)  # together enough
-    with pytest.raises(DataError, match=r"Teacher 't' can be compared at 5\d% of the tokens of the last 44 responses"):
-        read(one, good=0, bad=20)
-    read(reader(), good=0, bad=31)  # too few responses to tell
