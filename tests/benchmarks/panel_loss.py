@@ -177,14 +177,17 @@ def row(case: Case, repeats: int, memory: bool) -> str:
     return "| " + " | ".join(str(cell) for cell in [*cells, f"{apart:.0e}"]) + " |"
 
 
-def forms(repeats: int, cases: list[Case]) -> None:
-    """Print the loss compiled and step by step against TRL's, where it has the divergence; alternating."""
+def forms(repeats: int, cases: list[Case], sides_of: tuple[str, ...] = FORMS) -> None:
+    """Print the loss compiled and step by step against TRL's, where it has the divergence; alternating.
+
+    The time compiled relative to that step by step is the median over rounds, with its quartiles.
+    """
     sides = "compiled s | plain s | TRL s | of plain | compiled of TRL | plain of TRL"
     print(f"| dtype | divergence | teachers | N | V | {sides} |")
     print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for case in cases:
         problem = Problem(case)
-        there = [side for side in FORMS if side != "trl" or case.divergence != "skew_kl"]
+        there = [side for side in sides_of if side != "trl" or case.divergence != "skew_kl"]
         for side in ("compiled", "plain"):
             problem.step(side)
         spent: dict[str, list[float]] = {side: [] for side in there}
@@ -194,7 +197,9 @@ def forms(repeats: int, cases: list[Case]) -> None:
         median = {side: statistics.median(values) for side, values in spent.items()}
         cells: list[object] = [case.dtype, case.divergence, case.teachers, case.positions, case.vocab]
         cells += [f"{median[side]:.2f}" if side in median else "" for side in FORMS]
-        cells += [f"**{median['compiled'] / median['plain']:.2f}**"]
+        relative = [a / b for a, b in zip(spent["compiled"], spent["plain"], strict=True)]
+        low, middle, high = statistics.quantiles(relative, n=4) if repeats > 1 else relative * 3
+        cells += [f"**{middle:.2f}** ({low:.2f} to {high:.2f})"]
         cells += [f"{median[side] / median['trl']:.2f}" if "trl" in median else "" for side in FORMS[:2]]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
@@ -245,6 +250,7 @@ def main() -> None:
     parser.add_argument("--table", default="", help="only tables whose title holds this")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compiled", action="store_true", help="compare the loss compiled and step by step")
+    parser.add_argument("--alone", action="store_true", help="with --compiled: without TRL's")
     parser.add_argument(
         "--compiling", action="store_true", help="time the compiler; twice, for a cold and a warm cache"
     )
@@ -263,7 +269,7 @@ def main() -> None:
         return
     if options.compiled:
         cases = [case for case in form_cases(options.quick) if options.table.lower() in case.divergence]
-        forms(options.repeats, cases)
+        forms(options.repeats, cases, FORMS[:2] if options.alone else FORMS)
         return
     for title, cases in tables(options.quick):
         if options.table.lower() not in title.lower():
