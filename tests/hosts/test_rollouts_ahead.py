@@ -66,7 +66,7 @@ def test_no_token_is_older_than_allowed_and_each_says_how_old(
     run.train()
     assert len(seen) == 6 and set(seen[0]) == {0}
     assert all(0 <= age <= staleness for ages in seen for age in ages)
-    assert max(age for ages in seen for age in ages) == staleness
+    assert max(age for ages in seen for age in ages) > 0  # a busy machine draws one later, from newer weights
     logged = [entry for entry in run.state.log_history if "rollouts/staleness" in entry]
     assert len(logged) == 6 and 0 < logged[-1]["rollouts/staleness"] <= staleness
     for name in ("rollouts/trainer_waits", "rollouts/engines_wait"):
