@@ -151,7 +151,7 @@ class GroupPass:
         self.weights = [_weights(term, count, plan.statistics, device) for term in group.terms]
         self.values = [torch.zeros(count, dtype=plan.statistics, device=device) for _ in group.terms]
         self.joint_value = torch.zeros(count, dtype=plan.statistics, device=device)
-        self._compared = [comparisons.over(term.signal.shared, *rest) for term, rest in _rests(group, plan.divergence)]
+        self._compared = [comparisons.over(term.signal.shared, least) for term, least in _rests(group, plan.divergence)]
         self._alike: dict[tuple[float, int], list[int]] = {}
         for i, term in enumerate(group.terms):
             temperature = plan.temperature if term.temperature is None else term.temperature
@@ -235,15 +235,14 @@ class GroupPass:
             self._earlier_RV.add_(gradient_RV)
 
 
-def _rests(group: PanelGroup, divergence: Divergence) -> Iterator[tuple[TeacherTerm, tuple[bool, float]]]:
-    """Yield each term, and whether tokens that are not shared are an outcome of it, and what the teacher gives them."""
+def _rests(group: PanelGroup, divergence: Divergence) -> Iterator[tuple[TeacherTerm, float | None]]:
+    """Yield each term, and the least probability of its tokens that are not shared; None if they are no outcome."""
     together = [term.signal.shared for term in group.terms if term.signal.shared is not None]
     for term in group.terms:
         joint = MODES[group.combining].one_divergence
         own = [] if term.signal.shared is None else together if joint else [term.signal.shared]
         student, teacher = any(one.student_has_rest for one in own), any(one.teacher_has_rest for one in own)
-        own_divergence = term.divergence or divergence
-        yield term, (own_divergence.compares_rest(student, teacher), own_divergence.least_rest(teacher))
+        yield term, (term.divergence or divergence).least_rest(student, teacher)
 
 
 def _weights(term: TeacherTerm, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:

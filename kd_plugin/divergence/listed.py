@@ -57,7 +57,7 @@ def logprobs_of(signal: HiddenSignal, tokens: Tensor, temperature: float) -> Ten
         columns_R = tokens[part]
         if shared is not None:
             least = 0.0 if shared.teacher_has_rest else IMPOSSIBLE
-            folding = Folding(shared, shared.teacher_size, True, logits_RV.device, least)
+            folding = Folding(shared, shared.teacher_size, least, logits_RV.device)
             logits_RV = folding.fold(logits_RV, logits_RV.new_empty(len(logits_RV), folding.outcomes))
             columns_R = folding.columns(columns_R)
         found[part] = logits_RV.gather(1, columns_R.unsqueeze(-1))[:, 0] - logits_RV.logsumexp(-1)
@@ -262,7 +262,9 @@ def listed_divergence(
     if divergence.kind.covers_teacher(divergence):
         # All of the student's tokens are listed: what the teacher has beside them is given up, and not infinite
         logp_NJ = _given_listed(logp_NJ, (logq_NJ[:, -1:] == -math.inf) & (target.tail_N1 > -math.inf))
-    least = 0.0 if target.shared is None else divergence.least_rest(target.shared.teacher_has_rest)
+    least = None
+    if target.shared is not None:
+        least = divergence.least_rest(target.shared.student_has_rest, target.shared.teacher_has_rest)
     if least:
         least_N1 = logp_NK.logsumexp(-1, keepdim=True) + math.log(least)
         logp_NJ = torch.cat([logp_NK, torch.maximum(target.tail_N1, least_N1)], -1).log_softmax(-1)

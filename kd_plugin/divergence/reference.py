@@ -20,7 +20,7 @@ from kd_plugin.vocab import SharedTokens
 if TYPE_CHECKING:
     from kd_plugin.divergence.spec import Divergence
 
-# What a teacher cannot say is so likely to it where else a divergence would be infinite; left out, it would be free
+# Probability that a teacher gives to what it cannot say; left out of the comparison, that would be free to the student
 IMPOSSIBLE = 1e-6
 
 
@@ -68,24 +68,23 @@ def divergence_from_logits(
     student_logprobs = torch.log_softmax(student_logits / temperature, -1)
     teacher_logprobs = torch.log_softmax(teacher_logits / temperature, -1)
     if shared is not None:
-        rest = divergence.compares_rest(shared.student_has_rest, shared.teacher_has_rest)
-        student_logprobs = outcome_logprobs(student_logprobs, shared, rest)
-        least = divergence.least_rest(shared.teacher_has_rest)
-        teacher_logprobs = outcome_logprobs(teacher_logprobs, shared, rest, least)
+        least = divergence.least_rest(shared.student_has_rest, shared.teacher_has_rest)
+        student_logprobs = outcome_logprobs(student_logprobs, shared, None if least is None else 0.0)
+        teacher_logprobs = outcome_logprobs(teacher_logprobs, shared, least)
     return from_logprobs(student_logprobs, teacher_logprobs, divergence)
 
 
-def outcome_logprobs(logprobs: Tensor, shared: SharedTokens, rest: bool, least: float = 0.0) -> Tensor:
+def outcome_logprobs(logprobs: Tensor, shared: SharedTokens, least: float | None) -> Tensor:
     """Return (N, J) log-probabilities of the shared tokens and, if it is an outcome, of all others together.
 
     Args:
         logprobs: (N, V) of one side's tokens.
         shared: what both vocabularies share.
-        rest: whether the others are an outcome; if not, the result is given that the token is a shared one.
-        least: probability of the others at least, relative to the shared ones'.
+        least: probability of the others, relative to the shared ones', at least. None where they are no outcome: the
+            result is given that the token is a shared one.
     """
     common = logprobs[:, shared.ids()]
-    if not rest:
+    if least is None:
         return common.log_softmax(-1)
     others = logprobs[:, shared.rest(logprobs.shape[1])].logsumexp(-1, keepdim=True)
     if least:

@@ -295,7 +295,7 @@ class _Outcomes:
     """The sampled tokens of a tile as outcomes: shared tokens, and the rest."""
 
     def __init__(self, shared: SharedTokens, rows: int, device: torch.device) -> None:
-        self._folding = Folding(shared, shared.student_size, True, device)
+        self._folding = Folding(shared, shared.student_size, 0.0, device)
         self._workspace = Workspace(rows, self._folding.outcomes, device)
 
     def of(self, logq_RV: Tensor, ids_R: Tensor) -> Tensor:

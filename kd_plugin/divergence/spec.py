@@ -54,23 +54,18 @@ class Divergence:
         """The parameters that this divergence has, by name."""
         return {name: getattr(self, name) for name in self.kind.parameters}
 
-    def compares_rest(self, student: bool, teacher: bool) -> bool:
-        """Whether tokens that are not shared are an outcome: some side has such, and the student can follow there.
+    def least_rest(self, student: bool, teacher: bool) -> float | None:
+        """Return the least probability that a teacher gives to the tokens that are not shared; None for no outcome.
+
+        They are no outcome where neither side has any, and where D is infinite for a student that has none. They are
+        ``IMPOSSIBLE`` at least where D is infinite for a student that uses its own and the teacher has none.
 
         Args:
             student: whether the student has tokens that the teacher has not.
             teacher: whether the teacher has tokens that the student has not.
         """
-        return student or (teacher and not self.kind.covers_teacher(self))
-
-    def least_rest(self, teacher: bool) -> float:
-        """Return the probability that a teacher gives to the tokens that are not shared at least.
-
-        It is ``IMPOSSIBLE`` where the teacher has none and D is infinite for a student that uses its own, else 0.
-
-        Args:
-            teacher: whether the teacher has tokens that the student has not.
-        """
+        if not student and (not teacher or self.kind.covers_teacher(self)):
+            return None
         return IMPOSSIBLE if not teacher and self.kind.covers_student(self) else 0.0
 
     @classmethod

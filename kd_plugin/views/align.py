@@ -29,8 +29,7 @@ class Alignment:
         student_ends: (k,) student tokens up to the end of each chunk; they rise strictly, like all ends.
         teacher_ends: (k,) teacher tokens up to the end of each chunk.
         readable: (k,) False where a chunk holds bytes that are no text, or a token that the teacher does not know.
-        impossible: (k,) where therefore the teacher cannot have written it; not the last chunk of a response that did
-            not end, whose last character may have been cut.
+        ended: whether the response did.
         student_bytes: (n,) bytes of the text up to the end of each student token.
         teacher_bytes: (m,) likewise of each teacher token.
         raw: the text, as bytes.
@@ -40,7 +39,7 @@ class Alignment:
     student_ends: Ints
     teacher_ends: Ints
     readable: Flags
-    impossible: Flags
+    ended: bool
     student_bytes: Ints
     teacher_bytes: Ints
     raw: bytes
@@ -58,16 +57,18 @@ class Alignment:
         """(k + 1,) teacher tokens in each chunk, and behind the last."""
         return _differences(np.concatenate([self.teacher_ends, [len(self.tokens)]]))
 
-    def whole(self, used: Ints) -> tuple[Flags, Flags]:
+    def of_used(self, used: Ints) -> tuple[Flags, Flags]:
         """Return (k + 1,) which chunks can be compared, and which the teacher cannot have written.
 
-        All student tokens of both are ``used``. The last stands for what is behind the chunks, which is neither.
+        All student tokens of both are ``used``. The last stands for what is behind the chunks, which is neither. Nor is
+        the last unreadable chunk of a response that did not end: its last character may have been cut.
         """
         flags = np.zeros(len(self.student_bytes) + 1, np.int64)
         flags[used + 1] = 1
         found = np.zeros((2, len(self) + 1), bool)
         whole = _differences(flags.cumsum()[self.student_ends]) == self.student_sizes[:-1]
-        found[:, :-1] = whole & self.readable, whole & self.impossible
+        found[:, :-1] = whole & self.readable, whole & ~self.readable
+        found[1, -2:] &= self.ended
         return found[0], found[1]
 
 
@@ -130,9 +131,7 @@ def _aligned(
         readable = np.concatenate([readable, [True]])
     elif ended:
         student_bytes = np.append(student_bytes, student_bytes[-1:] + 1 if len(student_bytes) else 1)
-    impossible = ~readable
-    impossible[-1:] &= ended
-    return Alignment(tuple(tokens), student_ends, teacher_ends, readable, impossible, student_bytes, teacher_bytes, raw)
+    return Alignment(tuple(tokens), student_ends, teacher_ends, readable, ended, student_bytes, teacher_bytes, raw)
 
 
 def end_of_turn(tokenizer: Any, *, chat: bool, options: dict[str, Any] | None = None) -> int | None:

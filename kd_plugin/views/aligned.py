@@ -43,7 +43,7 @@ class Aligned:
     ) -> Aligned:
         """Compare what can be compared; nothing where that is less than a share of the scored tokens."""
         at = np.asarray(positions, np.int64).reshape(-1)
-        kept, impossible = alignment.whole(at)
+        kept, impossible = alignment.of_used(at)
         comparable = int(alignment.student_sizes[kept].sum())
         return cls(alignment, at, projection, kept & (comparable >= min_coverage * len(at)), impossible, comparable)
 

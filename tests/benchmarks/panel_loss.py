@@ -177,7 +177,7 @@ def row(case: Case, repeats: int, memory: bool) -> str:
     return "| " + " | ".join(str(cell) for cell in [*cells, f"{apart:.0e}"]) + " |"
 
 
-def forms(repeats: int, cases: list[Case], sides_of: tuple[str, ...] = FORMS) -> None:
+def forms(repeats: int, cases: list[Case], chosen: tuple[str, ...] = FORMS) -> None:
     """Print the loss compiled and step by step against TRL's, where it has the divergence; alternating.
 
     The time compiled relative to that step by step is the median over rounds, with its quartiles.
@@ -187,7 +187,7 @@ def forms(repeats: int, cases: list[Case], sides_of: tuple[str, ...] = FORMS) ->
     print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for case in cases:
         problem = Problem(case)
-        there = [side for side in sides_of if side != "trl" or case.divergence != "skew_kl"]
+        there = [side for side in chosen if side != "trl" or case.divergence != "skew_kl"]
         for side in ("compiled", "plain"):
             problem.step(side)
         spent: dict[str, list[float]] = {side: [] for side in there}

@@ -41,7 +41,8 @@ def sides(shared: SharedTokens, seed: int = 0, softcap: float | None = 7.0):
 @pytest.mark.parametrize("name", SHARED)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=ids_of)
-def test_fused_equals_the_oracle_over_shared_tokens_and_the_rest(divergence, temperature, name):
+@pytest.mark.parametrize("form", ["plain", "passes"], indirect=True)
+def test_fused_equals_the_oracle_over_shared_tokens_and_the_rest(form, divergence, temperature, name):
     shared = SHARED[name]
     leaves, head, signal = sides(shared)
     weights = torch.rand(N, dtype=torch.float64)
@@ -141,17 +142,17 @@ def test_teachers_of_several_vocabularies_are_combined(combining):
     student = head.logits(leaves[0])
     theirs = [s.head.logits(s.hidden) for s in signals]
     if combining == "mixture":
-        folded = [outcome_logprobs(z.log_softmax(-1), s.shared, True) for z, s in zip(theirs, signals, strict=True)]
+        folded = [outcome_logprobs(z.log_softmax(-1), s.shared, 0.0) for z, s in zip(theirs, signals, strict=True)]
         total = torch.stack(weights).sum(0)
         shares = [(w / total).log().unsqueeze(-1) for w in weights]
         mixed = torch.stack([p + share for p, share in zip(folded, shares, strict=True)]).logsumexp(0)
         oracle = total @ from_logprobs(
-            outcome_logprobs(student.log_softmax(-1), signals[0].shared, True), mixed, divergence
+            outcome_logprobs(student.log_softmax(-1), signals[0].shared, 0.0), mixed, divergence
         )
     else:
         if combining == "confidence":
             logps = [
-                z.log_softmax(-1) if s.shared is None else outcome_logprobs(z.log_softmax(-1), s.shared, True)
+                z.log_softmax(-1) if s.shared is None else outcome_logprobs(z.log_softmax(-1), s.shared, 0.0)
                 for z, s in zip(theirs, signals, strict=True)
             ]
             entropies = [torch.special.entr(p.exp()).sum(-1) for p in logps]

@@ -10,9 +10,12 @@ from kd_plugin.panel import Estimator, TeacherPanel, score_rows
 from kd_plugin.panel.roster import OwnTerms
 from kd_plugin.panel.viewing import readers_of
 from kd_plugin.rollouts.rows import assembled, render, row_spans
+from kd_plugin.teachers import ServerTeacher
 from kd_plugin.views.render import Reading
 from kd_plugin.vocab import Vocabulary
+from tests.core.panel_help import assert_same_gradients
 from tests.core.test_views_chunks import OWN, PROMPTS, loss_of, scored, teacher_of
+from tests.fake_vllm import fake_vllm
 from tests.tiny import byte_tokenizer, tiny_llama
 from tests.tokenizers import byte_level, sentencepiece
 
@@ -90,3 +93,26 @@ def test_a_run_that_can_hardly_be_compared_is_refused():
     with pytest.raises(DataError, match=r"Teacher 't' can be compared at 5\d% of the tokens of the last 44 responses"):
         read(one, good=0, bad=20)
     read(reader(), good=0, bad=31)  # too few responses to tell
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "chunk_likelihood"])
+@pytest.mark.parametrize("nothing", ["in some rows", "in one cut row", "in all rows"])
+def test_a_server_scores_rows_of_which_nothing_can_be_compared(nothing, estimator):
+    """It is asked for no position of them, and for none at all in the last case: the same as the local teacher."""
+    tokenizer, own = byte_tokenizer(), byte_level()
+    junk, text = tokenizer.convert_tokens_to_ids("ÿ"), tokenizer("no", add_special_tokens=False)["input_ids"]
+    answers = {
+        "in some rows": [[junk] * 3, "fine<|im_end|>", [junk, junk, *text]],
+        "in one cut row": ["so it is", [junk], "fine<|im_end|>"],
+        "in all rows": [[junk] * 5, [junk] * 2, [junk] * 4],
+    }[nothing]
+    local, student = teacher_of(own), tiny_llama(seed=1)
+    found = {}
+    with fake_vllm(local.model, own) as (url, _):
+        for teacher in (local, ServerTeacher(url, tokenizer=own, repo="a/b", license="apache-2.0")):
+            panel = TeacherPanel({"t": teacher}, estimator=Estimator(estimator), own={"t": OwnTerms(view=OWN)})
+            found[teacher] = loss_of(panel, student, tokenizer, answers=answers)
+    (mine, gradients), (theirs, expected) = found.values()
+    torch.testing.assert_close(mine.loss_sum, theirs.loss_sum, rtol=1e-4, atol=1e-5)
+    assert_same_gradients(gradients, expected, 1e-4)
+    assert float(mine.loss_sum.detach()) != 0.0

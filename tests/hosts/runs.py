@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -12,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from kd_plugin.rollouts.vllm.engine import ServerEngine
 from kd_plugin.sharding import close_process_group
 from tests.lightning.launch import run_ranks
 
@@ -96,3 +98,22 @@ def work(main: Callable[..., None]) -> None:
     for arguments in json.loads(sys.argv[1]):
         main(*arguments)
     close_process_group()
+
+
+def ages_of_tokens(monkeypatch) -> list[list[int]]:
+    """Return a list that runs with servers fill: by how many steps the weights of each batch's tokens are behind.
+
+    What was begun ahead is waited for at each step. On a loaded machine a batch would else be drawn later, from newer
+    weights, so that its age would depend on the load.
+    """
+    found: list[list[int]] = []
+    generate = ServerEngine.generate
+
+    def noted(self, prompts):
+        drawn = generate(self, prompts)
+        found.append([self.host.step - version for one in drawn for version in one.versions])
+        wait([future for futures in self._begun.values() for future in futures])
+        return drawn
+
+    monkeypatch.setattr(ServerEngine, "generate", noted)
+    return found

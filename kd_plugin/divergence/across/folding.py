@@ -39,16 +39,16 @@ class Folding:
     Args:
         shared: the two vocabularies.
         size: V, rows of this side's head.
-        rest: whether the rest is an outcome; see :meth:`Divergence.compares_rest`.
+        least: probability of the rest, relative to the shared tokens', at least; None where the rest is no outcome.
+            See :meth:`Divergence.least_rest`.
         device: of the logits.
-        least: probability of the rest at least, relative to the shared tokens'; see :meth:`Divergence.least_rest`.
     """
 
-    def __init__(self, shared: SharedTokens, size: int, rest: bool, device: torch.device, least: float = 0.0) -> None:
+    def __init__(self, shared: SharedTokens, size: int, least: float | None, device: torch.device) -> None:
         self._shared_C, self._rest = _indices(shared, size, device)
         self._least = math.log(least) if least else _ABSENT
-        self.outcomes = shared.count + rest
-        self._count, self._has_outcome = shared.count, rest
+        self._count, self._has_outcome = shared.count, least is not None
+        self.outcomes = self._count + self._has_outcome
         self._share: Tensor | None = None  # softmax over the rest, of the positions that were folded last
 
     def fold(self, logits_RV: Tensor, out_RJ: Tensor) -> Tensor:
@@ -150,25 +150,24 @@ class Comparisons:
         self._workspace, self._dtype, self._need_grad, self._compiled = workspace, dtype, need_grad, compiled
         self._found: dict[object, OutcomeTiles] = {}
 
-    def over(self, shared: SharedTokens | None, rest: bool, least: float) -> tuple[OutcomeTiles, Folding | None]:
+    def over(self, shared: SharedTokens | None, least: float | None) -> tuple[OutcomeTiles, Folding | None]:
         """Return the comparison over the tokens of both sides, and what folds this teacher's logits for it.
 
         Args:
             shared: what they share; None for all tokens of both.
-            rest: whether the rest is an outcome.
-            least: probability of the rest to this teacher at least.
+            least: probability of the rest to this teacher at least; None where the rest is no outcome.
         """
         rows, device = self._workspace.rows, self._workspace.device
         if shared is None:
             if None not in self._found:
                 self._found[None] = OutcomeTiles(*self._tiles(self._workspace))
             return self._found[None], None
-        key = shared.runs, shared.student_size, rest
+        key = shared.runs, shared.student_size, least is None
         if key not in self._found:
-            student = Folding(shared, shared.student_size, rest, device)
+            student = Folding(shared, shared.student_size, None if least is None else 0.0, device)
             folded = Workspace(rows, student.outcomes, device)
             self._found[key] = OutcomeTiles(*self._tiles(folded), student)
-        return self._found[key], Folding(shared, shared.teacher_size, rest, device, least)
+        return self._found[key], Folding(shared, shared.teacher_size, least, device)
 
     def _tiles(self, workspace: Workspace) -> tuple[Tiles, CompiledTiles | None]:
         settings = workspace, self._dtype, self._need_grad
