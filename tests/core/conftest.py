@@ -58,10 +58,15 @@ def real(tmp_path_factory):
 
 @pytest.fixture
 def form(request, monkeypatch):
-    """Run the panel loss step by step ("plain"), by the pure passes as they are ("passes"), or by compiled ones."""
+    """Run the panel loss step by step ("plain"), by the pure passes as they are, or by compiled ones ("compiled").
+
+    The passes are those of a CPU ("passes"), or those of an accelerator ("accelerator").
+    """
     monkeypatch.setenv("KD_PLUGIN_COMPILE", "0" if request.param == "plain" else "1")
     monkeypatch.setattr(first_use, "_found", first_use._Found({}))
-    if request.param == "passes":
+    if request.param == "accelerator":
+        monkeypatch.setattr(compiled, "in_one_read", lambda device: True)
+    if request.param in ("passes", "accelerator"):
         monkeypatch.setattr(compiled, "_ready", {})
         monkeypatch.setattr(compiled, "_compiled", lambda function, number: function)
         monkeypatch.setattr(compiled, "any_rows", lambda tensor: None)

@@ -16,7 +16,7 @@ from kd_plugin.errors import ConfigError
 from kd_plugin.signals import HiddenSignal, OutputHead
 from tests.core.test_divergence_oracle import DIVERGENCES, assert_gradients, ids_of
 
-passes = pytest.mark.parametrize("form", ["passes"], indirect=True)
+passes = pytest.mark.parametrize("form", ["passes", "accelerator"], indirect=True)
 N, V, H = 21, 2100, 6  # two whole blocks of tokens and a part of one
 
 
@@ -95,7 +95,7 @@ def test_a_teacher_without_mass_at_some_tokens(form, divergence):
     assert_gradients(found.loss_sum, oracle, [hidden, weight])
 
 
-@pytest.mark.parametrize("form", ["plain", "passes"], indirect=True)
+@pytest.mark.parametrize("form", ["plain", "passes", "accelerator"], indirect=True)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=ids_of)
 @pytest.mark.parametrize("shift", [0.0, 3e4, -3e4])
 def test_large_logits(form, divergence, shift):
@@ -189,7 +189,7 @@ def broken(function, number):
 def wrong(function, number):
     def off(*tensors, **static):
         found = function(*tensors, **static)
-        return found if function.__name__ != "kl_statistics" else (found[0], found[1] + 0.5)
+        return found if function.__name__ != "compared" else (found[0] + 0.5, found[1] + 0.5)
 
     return off
 
@@ -227,7 +227,7 @@ def test_it_compiles_once_for_all_lengths_of_chunks(form, monkeypatch):
     for a, b in zip(fused_, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     graphs, functions = counters["stats"]["unique_graphs"], len(compiled._ready)
-    assert graphs == functions == 4  # statistics, a teacher's with its value, the sum over teachers, the gradient
+    assert graphs == functions == 4  # statistics, a teacher added to the sum, the last one alone, the gradient
     for rows in (2, 5, 7, 13, None):
         in_form(monkeypatch, "1", groups, divergence, torch.float32, rows=rows)
     assert counters["stats"]["unique_graphs"] == graphs and len(compiled._ready) == functions

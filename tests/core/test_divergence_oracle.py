@@ -25,7 +25,7 @@ HEADS = [
     dict(bias=bias, softcap=softcap, logit_scale=scale, vocab_size=vocab)
     for bias, softcap, scale, vocab in itertools.product((False, True), (None, 5.0), (1.0, 0.3), (V, None))
 ]
-FORMS = ["plain", "passes", pytest.param("compiled", marks=pytest.mark.slow)]
+FORMS = ["plain", "passes", "accelerator", pytest.param("compiled", marks=pytest.mark.slow)]
 in_all_forms = pytest.mark.parametrize("form", FORMS, indirect=True)
 ids_of = lambda value: value.name if isinstance(value, Divergence) else "-".join(map(str, value.values()))  # noqa: E731
 

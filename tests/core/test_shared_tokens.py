@@ -41,7 +41,7 @@ def sides(shared: SharedTokens, seed: int = 0, softcap: float | None = 7.0):
 @pytest.mark.parametrize("name", SHARED)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=ids_of)
-@pytest.mark.parametrize("form", ["plain", "passes"], indirect=True)
+@pytest.mark.parametrize("form", ["plain", "passes", "accelerator"], indirect=True)
 def test_fused_equals_the_oracle_over_shared_tokens_and_the_rest(form, divergence, temperature, name):
     shared = SHARED[name]
     leaves, head, signal = sides(shared)

@@ -23,8 +23,11 @@ from kd_plugin.divergence.spec import Divergence
 _BLOCK = 512
 
 
-def statistics(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the normalizer (R, 1), log Σ exp z, and the entropy (R,) in nats."""
+def statistics(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the normalizer (R, 1), log Σ exp z, the entropy (R,) in nats, and Σ exp(z − normalizer) (R,).
+
+    The last would be one, were the normalizer not rounded: by 1e-4 where logits are in the thousands.
+    """
     found = [_moments(piece) for piece in _pieces(logits_RV)]
     top_R1, log_mass_R1, share_Rn = _joined(found)
     inner_Rn = torch.cat([torch.where(e == 0.0, 0.0, e * below).sum(-1) for _, below, e, _ in found], 1)
@@ -32,7 +35,8 @@ def statistics(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
     shift_Rn = torch.cat([largest for largest, _, _, _ in found], 1) - top_R1
     shift_Rn = torch.where(mass_Rn == 0.0, 0.0, shift_Rn)
     mean_R1 = ((inner_Rn + mass_Rn * shift_Rn) * share_Rn).sum(-1, keepdim=True) / log_mass_R1.exp()
-    return top_R1 + log_mass_R1, (log_mass_R1 - mean_R1).squeeze(1)
+    lse_R1 = top_R1 + log_mass_R1
+    return lse_R1, (log_mass_R1 - mean_R1).squeeze(1), (log_mass_R1 - (lse_R1 - top_R1)).exp().squeeze(1)
 
 
 def kl_statistics(

@@ -52,6 +52,15 @@ def compilable(divergence: Divergence) -> bool:
     return divergence.kind.has_cells
 
 
+def in_one_read(device: torch.device) -> bool:
+    """Whether a KL divergence and the teacher's normalizer come from one read of the tiles.
+
+    On a CPU Inductor keeps the exponentials of a whole tile in memory for that, which takes three times as long as the
+    normalizer first and then the divergence.
+    """
+    return device.type != "cpu"
+
+
 _ready: dict[object, Callable[..., Any]] = {}
 
 
@@ -105,7 +114,7 @@ class CompiledTiles:
     def start(self, logits_RV: Tensor, multiplier: float, teachers: int) -> Tensor:
         """See :meth:`Tiles.start`."""
         self._student_RV, self._multiplier, self._left = logits_RV, multiplier, teachers
-        self._lse_R1, entropy_R = run(passes.statistics, logits_RV)
+        self._lse_R1, entropy_R, self._mass_R = run(passes.statistics, logits_RV)
         self._factor_R1 = torch.zeros_like(self._lse_R1)  # −Σ w·⟨q, a⟩
         self._logq_R1: Tensor | None = None  # how much of log q Σ w·a still lacks
         self._totals: dict[bool, _Total] = {}  # by whether the divergence is direct
@@ -119,7 +128,7 @@ class CompiledTiles:
 
     def teacher_entropy(self) -> Tensor:
         """See :meth:`Tiles.teacher_entropy`."""
-        self._teacher_lse_R1, entropy_R = run(passes.statistics, self._teacher_RV)
+        self._teacher_lse_R1, entropy_R, _ = run(passes.statistics, self._teacher_RV)
         return entropy_R
 
     def value(self, divergence: Divergence) -> Tensor:
@@ -149,7 +158,7 @@ class CompiledTiles:
     def _compare(self, divergence: Divergence, weight_R1: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return value and ⟨q, a⟩ (R,) of the teacher that was taken in last; with a weight, add its a to a total."""
         both = self._student_RV, self._lse_R1, self._teacher_RV
-        if divergence.name in ("forward_kl", "reverse_kl"):
+        if divergence.name in ("forward_kl", "reverse_kl") and in_one_read(self._student_RV.device):
             of_student = divergence.name == "reverse_kl"
             self._teacher_lse_R1, value_R = run(passes.kl_statistics, *both, of_student=of_student)
             if weight_R1 is not None:
@@ -165,12 +174,15 @@ class CompiledTiles:
             self.teacher_entropy()
         given = *both, self._teacher_lse_R1
         if weight_R1 is None:
-            return run(passes.compared, *given, None, None, None, divergence=divergence)  # type: ignore[no-any-return]
-        total, first = self._total(divergence)
-        settings = {"divergence": divergence, "first": first}
-        found = run(passes.compared, *given, total.sum_RV, total.scale_R1, weight_R1, **settings)
-        total.scale_R1 = None
-        return found  # type: ignore[no-any-return]
+            value_R, mean_R = run(passes.compared, *given, None, None, None, divergence=divergence)
+        else:
+            total, first = self._total(divergence)
+            settings = {"divergence": divergence, "first": first}
+            value_R, mean_R = run(passes.compared, *given, total.sum_RV, total.scale_R1, weight_R1, **settings)
+            total.scale_R1 = None
+        # Over the sum of q as it was rounded, so that what one token has alone falls away in the gradient
+        mean_R = mean_R / self._mass_R
+        return (mean_R if divergence.name == "reverse_kl" else value_R), mean_R  # there both are the same sum
 
     def _total(self, divergence: Divergence) -> tuple[_Total, bool]:
         """Return where the gradient of one more teacher goes, and whether it is the first there."""
