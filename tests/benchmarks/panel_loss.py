@@ -204,12 +204,15 @@ def forms(repeats: int, cases: list[Case], chosen: tuple[str, ...] = FORMS) -> N
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-def form_cases(quick: bool) -> list[Case]:
+def form_cases(quick: bool, vocab: int) -> list[Case]:
     """All divergences and dtypes with one, three and eight teachers; as many positions as one chunk has, or half."""
     if quick:
         return [Case("float32", 1, 64, 2048, 48, 80)]
-    sizes = {1: 240, 3: 240, 8: 120}
-    return [Case(dtype, n, size, divergence=d) for d in DIVERGENCES for dtype in DTYPES for n, size in sizes.items()]
+    rows = 240 * 49152 // vocab
+    sizes = {1: rows, 3: rows, 8: rows // 2}
+    return [
+        Case(dtype, n, size, vocab, divergence=d) for d in DIVERGENCES for dtype in DTYPES for n, size in sizes.items()
+    ]
 
 
 def compile_times(divergences: list[str]) -> None:
@@ -251,6 +254,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compiled", action="store_true", help="compare the loss compiled and step by step")
     parser.add_argument("--alone", action="store_true", help="with --compiled: without TRL's")
+    parser.add_argument("--vocab", type=int, default=49152, help="with --compiled: V")
     parser.add_argument(
         "--compiling", action="store_true", help="time the compiler; twice, for a cold and a warm cache"
     )
@@ -268,7 +272,7 @@ def main() -> None:
         compile_times([name for name in DIVERGENCES if options.table.lower() in name])
         return
     if options.compiled:
-        cases = [case for case in form_cases(options.quick) if options.table.lower() in case.divergence]
+        cases = [case for case in form_cases(options.quick, options.vocab) if options.table.lower() in case.divergence]
         forms(options.repeats, cases, FORMS[:2] if options.alone else FORMS)
         return
     for title, cases in tables(options.quick):
