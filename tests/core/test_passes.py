@@ -46,7 +46,6 @@ def test_each_tile_is_read_once_a_kernel():
     assert 4.0 < statistics < 4.1 and 8.0 < value < 8.1 and 10.0 < gradient < 10.1
 
 
-@pytest.mark.slow
 def test_the_table_of_the_page_is_what_is_counted():
     default = argparse.Namespace(positions=8192, vocab=151936, width=4096, gpu="h100", teachers=[1, 3, 8])
     counted = list(rows(default))
