@@ -97,7 +97,9 @@ def code_and_inputs(function: Callable[..., Any], *tensors: Tensor | None, **sta
     for tensor in tensors:
         if tensor is not None:
             mark_dynamic(tensor, 0)
-    settings = inductor.patch(pattern_matcher=False, joint_graph_constant_folding=False, force_disable_caches=True)
+    # With several threads code that is written is also compiled, as soon as other processes wait for it
+    no_threads = {"compile_threads": 1, "force_disable_caches": True}
+    settings = inductor.patch(pattern_matcher=False, joint_graph_constant_folding=False, **no_threads)
     with _card(), mock.patch.object(GraphLowering, "compile_to_module", stop), torch.no_grad(), settings:
         torch._dynamo.reset()
         try:
