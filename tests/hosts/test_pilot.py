@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,23 +87,29 @@ def test_the_dry_run_runs_nothing_and_shows_the_terms(pilot, capsys):
 
 @pytest.mark.slow  # nine processes that import everything
 def test_killed_at_any_time_it_goes_on_to_the_same_outcome(pilot):
-    path = pilot(methods=["panel"], learning_rates=[1e-3])
-    words = [sys.executable, "-m", "kd_plugin", "pilot", "--config", path]
+    words = [sys.executable, "-m", "kd_plugin", "pilot", "--config"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    kills = 0
-    for wait in (12, 16, 21, 28, 36, 48, 64, 96, 400):
-        process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def started(path):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([*words, path], env=environment, **quiet)
+
+    begun = time.monotonic()
+    path = pilot(methods=["panel"], learning_rates=[1e-3], output_dir="whole")
+    assert started(path).wait(400) == 0
+    seconds, kills = time.monotonic() - begun, 0
+    path = pilot(methods=["panel"], learning_rates=[1e-3])
+    for share in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.5, 3, 10):  # of its time: the first of them end in mid-run
+        process = started(path)
         try:
-            process.wait(wait)
+            process.wait(share * seconds)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
     assert process.returncode == 0 and kills >= 1
-    killed = json.loads(Path("pilot/outcome.json").read_text())
-    assert main(["pilot", "--config", pilot(methods=["panel"], learning_rates=[1e-3], output_dir="whole")]) == 0
-    whole = json.loads(Path("whole/outcome.json").read_text())
+    killed, whole = (json.loads(Path(name, "outcome.json").read_text()) for name in ("pilot", "whole"))
     for one in (killed, whole):
         for cost, _ in one["methods"]["panel"]["curve"]:
             assert cost > 0

@@ -197,10 +197,12 @@ class Counting:
 
     def attach(self, trainer: Any) -> None:
         from kd_plugin.panel import step
+        from kd_plugin.trainers.panel_host import TrainerHost
 
         self.bytes, self.held = LossBytes(trainer), None
         self.sent.during(step, "score_rows", "teachers")
         self.sent.during(trainer, "_generate", "generation")
+        self.sent.during(TrainerHost, "sum_over_ranks", "metrics")
         step.gathered_heads = self.sent.entering(step.gathered_heads, "teachers")
         prepare = trainer.accelerator.prepare
 

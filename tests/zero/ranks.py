@@ -117,5 +117,6 @@ def reports(directory: Path, ranks: int, name: str = "") -> list[dict]:
 
 
 def _tracebacks(output: str) -> str:
-    """Cut a launcher's own report away, so that a rank's traceback is what a failing test shows."""
-    return output.split("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")[0][-9000:-1500]
+    """Return what the ranks said of their end, or else the end of all: behind it stands the launcher's own report."""
+    said = [line for line in output.splitlines() if line.startswith("[rank")]
+    return "\n".join(said)[-9000:] or output[-9000:]

@@ -121,7 +121,7 @@ def build_panel(job: dict, args: dict):
     if job.get("text") is not None:
         text = {"t": ScriptedTeacher(score=lambda case: float(case.row["answer"] not in job["wrong"]))}
         settings = CorrectionSettings(accept="teacher", **job["text"])
-        teachers = TeacherPanel({**text, **teachers}, combine=args.pop("combine"), text=settings)
+        teachers = TeacherPanel({**text, **(teachers or {})}, combine=args.pop("combine"), text=settings)
         config = TeacherPanelConfig(max_completion_length=job.get("completion", 8), temperature=1.0, **args)
     if job.get("estimators"):
         own = {name: OwnTerms(estimator=Estimator(estimator)) for name, estimator in job["estimators"].items()}
