@@ -155,6 +155,7 @@ class ServerWriter:
         """
         model = self.check()
         given_up = threading.Event()
+        unwritten = threading.Semaphore(self.client.max_concurrency)  # requests whose answers nobody took: not one more
         under_way: dict[Future[Answer], Key] = {}
         done: queue.SimpleQueue[Future[Answer]] = queue.SimpleQueue()
         source, more, failure = iter(asks), True, None
@@ -169,7 +170,7 @@ class ServerWriter:
                             break
                         if asked is None:
                             break
-                        future = pool.submit(self._ask, model, asked[1], given_up)
+                        future = pool.submit(self._ask, model, asked[1], given_up, unwritten)
                         under_way[future] = asked[0]
                         future.add_done_callback(done.put)
                     if not under_way:
@@ -180,13 +181,16 @@ class ServerWriter:
                         failure, more = failure or error, False
                     elif not isinstance(error, _NotAsked):
                         yield key, future.result()
+                    unwritten.release()
             finally:
                 given_up.set()
+                unwritten.release(max(len(under_way), 1))
                 pool.shutdown(wait=False, cancel_futures=True)
         if failure is not None:
             raise failure
 
-    def _ask(self, model: str, ask: Ask, given_up: threading.Event) -> Answer:
+    def _ask(self, model: str, ask: Ask, given_up: threading.Event, unwritten: threading.Semaphore) -> Answer:
+        unwritten.acquire()
         if given_up.is_set():
             raise _NotAsked
         try:

@@ -270,3 +270,14 @@ def test_a_ceiling_needs_a_server_that_counts_and_prices_are_checked():
         Prices.of({"read": -1})
     with pytest.raises(ConfigError, match="ceiling=-1"):
         Budget(-1.0)
+
+
+def test_no_more_are_asked_than_at_a_time_until_answers_are_taken():
+    """A kill may cost what is under way, and nothing that came: a thread waits until its answer was written down."""
+    with scripted_writer(Script()) as (url, script):
+        answers = ServerWriter(url, "scripted", max_concurrency=3).answers(enumerate(asks(9)))
+        for taken in range(9):
+            next(answers)
+            time.sleep(0.05)
+            assert len(script.log) <= taken + 3
+        assert next(answers, None) is None and len(script.log) == 9
