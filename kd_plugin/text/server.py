@@ -22,7 +22,6 @@ from kd_plugin.text.writers import REFUSED, Answer, Ask, Key, Usage, split_reaso
 logger = logging.getLogger(__name__)
 _OF_THIS_PROMPT = (400, 413, 422, 451)  # statuses that speak of one prompt: too long, or filtered
 _REFUSED_AT_FIRST = 16  # prompts that are refused before any is answered: then it is the request's form
-_AHEAD = 4  # requests that are ready, so that a thread need not wait for the next one
 _VERSIONED = re.compile(r"/v\d+\w*$")
 _FIELDS_OF_REASONING = ("reasoning_content", "reasoning")
 # Words under which servers say that they, and not the model, ended an answer
@@ -151,18 +150,19 @@ class ServerWriter:
     def answers(self, asks: Iterable[tuple[Key, Ask] | None]) -> Iterator[tuple[Key, Answer]]:
         """Answer ``asks``; see :meth:`~kd_plugin.text.writers.Writer.answers`.
 
-        Where one request fails for good, no more are sent, and those under way are answered before it is said.
+        Where one request fails for good, no more are sent, and those under way are answered before it is said. An answer
+        is taken before another request is sent in its place: whatever kills the process, no more are asked for again
+        than may be under way.
         """
         model = self.check()
         given_up = threading.Event()
-        unwritten = threading.Semaphore(self.client.max_concurrency)  # requests whose answers nobody took: not one more
         under_way: dict[Future[Answer], Key] = {}
         done: queue.SimpleQueue[Future[Answer]] = queue.SimpleQueue()
         source, more, failure = iter(asks), True, None
         with ThreadPoolExecutor(self.client.max_concurrency, thread_name_prefix="writer-server") as pool:
             try:
                 while True:
-                    while more and len(under_way) < self.client.max_concurrency + _AHEAD:
+                    while more and len(under_way) < self.client.max_concurrency:
                         try:
                             asked = next(source)
                         except StopIteration:
@@ -170,7 +170,7 @@ class ServerWriter:
                             break
                         if asked is None:
                             break
-                        future = pool.submit(self._ask, model, asked[1], given_up, unwritten)
+                        future = pool.submit(self._ask, model, asked[1], given_up)
                         under_way[future] = asked[0]
                         future.add_done_callback(done.put)
                     if not under_way:
@@ -181,16 +181,13 @@ class ServerWriter:
                         failure, more = failure or error, False
                     elif not isinstance(error, _NotAsked):
                         yield key, future.result()
-                    unwritten.release()
             finally:
                 given_up.set()
-                unwritten.release(max(len(under_way), 1))
                 pool.shutdown(wait=False, cancel_futures=True)
         if failure is not None:
             raise failure
 
-    def _ask(self, model: str, ask: Ask, given_up: threading.Event, unwritten: threading.Semaphore) -> Answer:
-        unwritten.acquire()
+    def _ask(self, model: str, ask: Ask, given_up: threading.Event) -> Answer:
         if given_up.is_set():
             raise _NotAsked
         try:

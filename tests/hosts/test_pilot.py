@@ -85,7 +85,7 @@ def test_the_dry_run_runs_nothing_and_shows_the_terms(pilot, capsys):
     assert main(["pilot", "--config", pilot(lineage=refused)]) == 1
 
 
-@pytest.mark.slow  # nine processes that import everything
+@pytest.mark.slow  # up to ten processes that import everything
 def test_killed_at_any_time_it_goes_on_to_the_same_outcome(pilot):
     words = [sys.executable, "-m", "kd_plugin", "pilot", "--config"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -114,6 +114,7 @@ class CompiledTiles:
     def start(self, logits_RV: Tensor, multiplier: float, teachers: int) -> Tensor:
         """See :meth:`Tiles.start`."""
         self._student_RV, self._multiplier, self._left = logits_RV, multiplier, teachers
+        # The student's normalizer, and Σ q as the former is rounded
         self._lse_R1, entropy_R, self._mass_R = run(passes.statistics, logits_RV)
         self._factor_R1 = torch.zeros_like(self._lse_R1)  # −Σ w·⟨q, a⟩
         self._logq_R1: Tensor | None = None  # how much of log q Σ w·a still lacks
