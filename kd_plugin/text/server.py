@@ -150,9 +150,9 @@ class ServerWriter:
     def answers(self, asks: Iterable[tuple[Key, Ask] | None]) -> Iterator[tuple[Key, Answer]]:
         """Answer ``asks``; see :meth:`~kd_plugin.text.writers.Writer.answers`.
 
-        Where one request fails for good, no more are sent, and those under way are answered before it is said. An answer
-        is taken before another request is sent in its place: whatever kills the process, no more are asked for again
-        than may be under way.
+        Where one request fails for good, no more are sent, and those under way are answered before it is said.
+        An answer is taken before another request is sent in its place: whatever kills the process, no more are asked
+        for again than may be under way.
         """
         model = self.check()
         given_up = threading.Event()
